@@ -1,0 +1,196 @@
+"""The whole configuration, one typed tree.
+
+Later wins: a preset (``cluster/presets/*.yaml``) < ``springtide.yaml`` < ``SPRINGTIDE_…`` variables < ``--set`` overrides. Nested keys
+are dotted on the command line (``--set fleet.max_replicas=3``) and joined by ``__`` in the environment
+(``SPRINGTIDE_FLEET__MAX_REPLICAS=3``). An unknown key anywhere is an error. ``springtide config`` prints the resolved form.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cluster.errors import ConfigError
+from cluster.types import check_name
+
+PRESETS = Path(__file__).parent / "presets"
+ENV_PREFIX = "SPRINGTIDE_"
+DEFAULT_HOME = ".springtide"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Pool(Section):
+    """The Ray cluster that `springtide up` starts. On Kubernetes KubeRay starts it, and this section is unused."""
+
+    slots: int = Field(2, ge=1)
+    """Units of accelerator to arbitrate. On a machine without GPUs each is one unit of a logical Ray resource."""
+    host: str = "127.0.0.1"
+    """The address that every Ray process binds to."""
+    gcs_port: int = Field(6399, ge=1, le=65535)
+    dashboard_port: int = Field(8265, ge=1, le=65535)
+    """The Jobs API listens here, for `ray job submit`."""
+    agent_ports: int = Field(52380, ge=1024, le=65000)
+    """First of the ports for Ray's agents, HAProxy's statistics and the replicas' direct ingress on this machine."""
+    object_store_bytes: int = Field(200 << 20, ge=80 << 20)
+
+
+class Gateway(Section):
+    host: str = "127.0.0.1"
+    """Where clients connect. Loopback unless you say otherwise; put your own TLS in front before you do."""
+    port: int = Field(8000, ge=1, le=65535)
+    replicas: int = Field(1, ge=1)
+    max_body_bytes: int = Field(8 << 20, ge=1024)
+    max_choices: int = Field(16, ge=1)
+    """The largest ``n`` or ``best_of`` a request may ask for; vLLM itself would try 16,384."""
+    first_byte_timeout_s: float = Field(300, gt=0)
+    """How long a request may wait for a replica's first byte before the client gets an error."""
+
+
+class Fleet(Section):
+    """The replicas that host one base model, and vLLM's engine arguments for them."""
+
+    model: str = "seedling"
+    """The alias whose base weights the fleet hosts."""
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    target_running: int = Field(32, ge=1)
+    """Requests per replica that autoscaling aims at."""
+    accelerator: Literal["slot", "gpu"] = "slot"
+    """What one slot is: a unit of the logical Ray resource ``slot``, or a GPU."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Slots per replica."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = Field(None, ge=16)
+    """Tokens of prompt and answer together; the model's own limit by default."""
+    max_num_seqs: int = Field(64, ge=1)
+    kv_cache_bytes: int | None = Field(None, ge=1 << 20)
+    """Size of the KV cache. None lets vLLM take `gpu_memory_utilization` of the accelerator."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    enforce_eager: bool = False
+    """Skip compilation: a faster start and slower tokens."""
+    max_loras: int = Field(4, ge=1)
+    """Adapters in one batch."""
+    max_cpu_loras: int = Field(16, ge=1)
+    """Adapters resident in one replica."""
+    max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    drain_timeout_s: float = Field(60, ge=0)
+    """How long an ending replica waits for its own streams."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas {self.max_replicas} is below min_replicas {self.min_replicas}; raise it")
+        if self.max_cpu_loras < self.max_loras:
+            raise ValueError(f"max_cpu_loras {self.max_cpu_loras} is below max_loras {self.max_loras}; raise it")
+        return self
+
+    @field_validator("model")
+    @classmethod
+    def name(cls, model: str) -> str:
+        return check_name(model)
+
+
+class Training(Section):
+    workers: int = Field(1, ge=1)
+    slots_per_worker: int = Field(1, ge=1)
+    threads_per_worker: int = Field(1, ge=1)
+    """CPU threads for torch in each worker. One leaves the rest to serving."""
+
+
+class Config(Section):
+    store: str = ""
+    """URL of the store. Empty: the folder `store` under `home`."""
+    home: Path = Path(DEFAULT_HOME)
+    """Logs, the pool's process id, cached files. Nothing that matters lives only here, except the default store."""
+    pool: Pool = Pool()
+    gateway: Gateway = Gateway()
+    fleet: Fleet = Fleet()
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def absolute(self) -> Self:
+        home = self.home.expanduser().resolve()
+        store = self.store or (home / "store").as_uri()
+        if "://" not in store:
+            store = Path(store).expanduser().resolve().as_uri()
+        object.__setattr__(self, "home", home)
+        object.__setattr__(self, "store", store)
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """The resolved configuration as plain JSON values, without defaults left out. Another process can load it back."""
+        return self.model_dump(mode="json")
+
+
+def load(preset: str | None = None, file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """Read every layer and validate. Raises `ConfigError` naming the key, what is wrong and where it came from."""
+    environment = from_environment(dict(os.environ))
+    preset = preset or environment.pop("preset", None) or "laptop"
+    file = file or Path(environment.pop("config", "") or "springtide.yaml")
+    layers = [_yaml(_preset(preset)), _yaml(file) if file.exists() else {}, environment, overrides or {}]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = merge(merged, layer)
+    return parse(merged)
+
+
+def parse(values: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(
+            f"The configuration is not valid: {'; '.join(problems)}.",
+            "`springtide config` prints every key with its value.",
+            param=".".join(map(str, error.errors()[0]["loc"])),
+        ) from error
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Deep merge of plain dictionaries; ``over`` wins."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def from_environment(environment: dict[str, str]) -> dict[str, Any]:
+    """``{"SPRINGTIDE_FLEET__DTYPE": "float32"}`` → ``{"fleet": {"dtype": "float32"}}``."""
+    pairs = [(key[len(ENV_PREFIX) :].lower(), value) for key, value in environment.items() if key.startswith(ENV_PREFIX)]
+    return from_pairs((key.replace("__", "."), value) for key, value in pairs)
+
+
+def from_pairs(pairs: Any) -> dict[str, Any]:
+    """``[("fleet.dtype", "float32")]`` → ``{"fleet": {"dtype": "float32"}}``. Values are read as YAML scalars."""
+    values: dict[str, Any] = {}
+    for dotted, text in pairs:
+        *path, last = dotted.split(".")
+        nested: Any = yaml.safe_load(text) if text else text
+        for key in reversed([*path, last]):
+            nested = {key: nested}
+        values = merge(values, nested)
+    return values
+
+
+def _preset(name: str) -> Path:
+    path = PRESETS / f"{name}.yaml"
+    known = sorted(p.stem for p in PRESETS.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(f"There is no preset {name!r}.", f"Choose one of: {', '.join(known)}.", param="preset")
+    return path
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.", "Fix the file or remove it.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values.", "See cluster/presets/laptop.yaml.")
+    return values

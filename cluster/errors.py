@@ -1,0 +1,98 @@
+"""One family of errors: each knows its HTTP status, OpenAI's ``type`` and ``code``, and what to do about it.
+
+The wire form is OpenAI's ``{"error": {"message", "type", "param", "code"}}``
+(https://platform.openai.com/docs/guides/error-codes). This is the only file that knows both sides.
+Instances pickle, because they cross Ray's process boundaries.
+"""
+
+from typing import Any, ClassVar
+
+
+class SpringtideError(Exception):
+    """The root. ``do`` is one sentence that tells the reader what to do next.
+
+    ``param`` names the request field or the configuration key at fault, as in OpenAI's errors.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, do: str = "", param: str | None = None) -> None:
+        super().__init__(message, do, param)
+        self.message = message
+        self.do = do
+        self.param = param
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.do}".strip()
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object to send: ``{"error": {...}}``."""
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+class BadRequest(SpringtideError):
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class BodyTooLarge(BadRequest):
+    status, code = 413, "request_too_large"
+
+
+class RouteNotFound(BadRequest):
+    status, code = 404, "unknown_url"
+
+
+class ModelNotFound(BadRequest):
+    status, code = 404, "model_not_found"
+
+
+class ConfigError(BadRequest):
+    code = "invalid_config"
+
+
+class DataError(BadRequest):
+    code = "invalid_training_data"
+
+
+class VersionRefused(BadRequest):
+    """An artefact that must not be registered or served: wrong layout, base, rank or file type."""
+
+    code = "version_refused"
+
+
+class DigestMismatch(VersionRefused):
+    code = "digest_mismatch"
+
+
+class Conflict(BadRequest):
+    """Somebody else took the number or the generation first."""
+
+    status, code = 409, "conflict"
+
+
+class StoreUnavailable(SpringtideError):
+    status, code = 503, "store_unavailable"
+
+
+class PoolUnavailable(SpringtideError):
+    """No pool answers: it is not running, or it is still starting."""
+
+    status, code = 503, "pool_unavailable"
+
+
+class NoReplica(SpringtideError):
+    """No replica holds the version now."""
+
+    status, code = 503, "no_replica"
+
+
+class ReplicaLost(SpringtideError):
+    """The replica ended while it was answering."""
+
+    status, code = 502, "replica_lost"
+
+
+class JobFailed(SpringtideError):
+    code = "job_failed"

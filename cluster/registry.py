@@ -1,0 +1,198 @@
+"""Versions and aliases in the store.
+
+::
+
+    versions/<name>/<n>/claim             taken first, create-only: n belongs to one publisher
+    versions/<name>/<n>/files/…           Hugging Face or PEFT layout, safetensors only
+    versions/<name>/<n>/manifest.json     written last: its presence = complete
+    aliases/<alias>/<generation>.json     append-only; the highest generation wins
+
+A publisher that dies between claim and manifest leaves a number that nobody uses; readers never see it.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import Conflict, DigestMismatch, ModelNotFound, StoreUnavailable, VersionRefused
+from cluster.store import Store, sha256
+from cluster.types import File, Generation, Kind, Lineage, Manifest, VersionId, check_name
+
+LAYOUT: dict[Kind, tuple[str, str]] = {
+    "weights": ("config.json", ".safetensors"),
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+}
+"""Per kind, the configuration file and the ending of at least one tensor file that must be there."""
+
+CODE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so", ".sh")
+"""Formats that run code when they are read. Tensors travel as safetensors only."""
+
+
+class Registry:
+    """Versions and aliases over one `Store`. Stateless: every answer is read from the store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    # versions
+
+    def register(self, name: str, kind: Kind, base: VersionId | None, folder: Path, lineage: Lineage) -> Manifest:
+        """Copy ``folder`` into the store as the next version of ``name`` and return its manifest.
+
+        Raises `VersionRefused` for a folder that could not be served safely, before anything is written.
+        """
+        check_name(name)
+        if (base is None) != (kind == "weights"):
+            raise VersionRefused(f"A version of kind {kind} {'needs' if base is None else 'has no'} base.", param="base")
+        if base is not None and self.manifest(base).kind != "weights":
+            raise VersionRefused(f"{base} is an adapter.", "Use a weights version as the base.", param="base")
+        paths = check_layout(folder, kind)
+        version = self._claim(name)
+        root = f"versions/{name}/{version.n}"
+        files = tuple(File(path=p, sha256=sha256(folder / p), size_bytes=(folder / p).stat().st_size) for p in paths)
+        for file in files:
+            self.store.put_new(f"{root}/files/{file.path}", folder / file.path)
+        manifest = Manifest(id=version, kind=kind, base=base, files=files, lineage=lineage, created_s=time.time())
+        self.store.put_new(f"{root}/manifest.json", manifest.model_dump_json(indent=1).encode())
+        return manifest
+
+    def _claim(self, name: str) -> VersionId:
+        n = max(self._numbers(f"versions/{name}"), default=0) + 1
+        while True:
+            try:
+                self.store.put_new(f"versions/{name}/{n}/claim", b"")
+                return VersionId(name, n)
+            except Conflict:
+                n += 1
+
+    def _numbers(self, prefix: str) -> list[int]:
+        return sorted(int(child) for child in self.store.children(prefix) if child.isdigit())
+
+    def names(self) -> list[str]:
+        return self.store.children("versions")
+
+    def versions(self, name: str) -> list[Manifest]:
+        """Every complete version of ``name``, oldest first."""
+        ids = (VersionId(name, n) for n in self._numbers(f"versions/{check_name(name)}"))
+        return [manifest for id in ids if (manifest := self._read(id))]
+
+    def manifest(self, id: VersionId) -> Manifest:
+        """The manifest of ``id``, or `ModelNotFound` with the versions that exist."""
+        if manifest := self._read(id):
+            return manifest
+        known = ", ".join(str(m.id) for m in self.versions(id.name)) or "none"
+        raise ModelNotFound(f"The version {id} does not exist.", f"Known versions of {id.name}: {known}.", param="model")
+
+    def _read(self, id: VersionId) -> Manifest | None:
+        raw = self.store.get(f"versions/{id.name}/{id.n}/manifest.json")
+        return Manifest.model_validate_json(raw) if raw else None
+
+    def fetch(self, manifest: Manifest, cache: Path) -> Path:
+        """A local folder with the version's files, every digest checked.
+
+        A ``file://`` store is read in place; anything else is copied to ``cache`` once. Raises `DigestMismatch`.
+        """
+        root = f"versions/{manifest.id.name}/{manifest.id.n}/files"
+        local = self.store.local_root
+        folder = local / root if local else cache / manifest.digest
+        for file in manifest.files:
+            path = folder / file.path
+            if local is None and not path.exists():
+                partial = path.with_name(path.name + ".partial")
+                self.store.download(f"{root}/{file.path}", partial)
+                partial.replace(path)
+            self._check(manifest.id, file, path, cached=local is None)
+        return folder
+
+    def _check(self, id: VersionId, file: File, path: Path, cached: bool) -> None:
+        found = sha256(path) if path.is_file() else "nothing"
+        if found == file.sha256:
+            return
+        if cached:
+            path.unlink(missing_ok=True)
+        raise DigestMismatch(
+            f"{file.path} of {id} does not match its manifest: expected sha256 {file.sha256[:12]}…, found {found[:12]}….",
+            "The stored file was changed or damaged. Register the version again; the live one is untouched.",
+        )
+
+    # aliases
+
+    def aliases(self) -> dict[str, Generation]:
+        """Every alias at its newest generation."""
+        names = self.store.children("aliases")
+        return {name: newest for name in names if (newest := self.alias(name))}
+
+    def alias(self, name: str) -> Generation | None:
+        numbers = self._generations(name)
+        return self._generation(name, numbers[-1]) if numbers else None
+
+    def history(self, name: str) -> list[Generation]:
+        """Every generation of an alias, oldest first."""
+        return [self._generation(name, number) for number in self._generations(name)]
+
+    def _generations(self, name: str) -> list[int]:
+        names = self.store.children(f"aliases/{check_name(name)}")
+        return sorted(int(stem) for n in names if (stem := n.removesuffix(".json")).isdigit())
+
+    def _generation(self, name: str, number: int) -> Generation:
+        raw = self.store.get(f"aliases/{name}/{number:08d}.json")
+        if raw is None:
+            raise StoreUnavailable(f"Generation {number} of {name} vanished from the store.", "Restore it from a backup.")
+        return Generation.model_validate_json(raw)
+
+    def move(self, alias: str, stable: VersionId, reason: str, author: str, after: int) -> Generation:
+        """Append generation ``after + 1``. Raises `Conflict` where somebody moved the alias since ``after`` was read."""
+        self.manifest(stable)
+        move = Generation(
+            alias=check_name(alias), generation=after + 1, stable=stable, reason=reason, author=author, time_s=time.time()
+        )
+        self.store.put_new(f"aliases/{alias}/{move.generation:08d}.json", move.model_dump_json(indent=1).encode())
+        return move
+
+    def previous(self, alias: str) -> VersionId:
+        """The version to roll back to: the newest stable version that differs from the live one."""
+        history = self.history(alias)
+        if not history:
+            raise ModelNotFound(f"There is no alias {alias}.", "See `springtide models` for the ones that exist.", param="model")
+        live = history[-1].stable
+        for move in reversed(history):
+            if move.stable != live:
+                return move.stable
+        raise Conflict(f"{alias} has only ever served {live}.", "There is nothing to roll back to.")
+
+
+def check_layout(folder: Path, kind: Kind) -> list[str]:
+    """The relative paths of a version's files, or `VersionRefused` for what must not be served."""
+    config_name, tensors = LAYOUT[kind]
+    if not (folder / config_name).is_file():
+        raise VersionRefused(f"{folder} has no {config_name}.", f"A version of kind {kind} is a folder in Hugging Face layout.")
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    for path in paths:
+        _check_file(path)
+    names = [str(path.relative_to(folder)) for path in paths]
+    if not any(name.endswith(tensors) for name in names):
+        raise VersionRefused(f"{folder} has no {tensors} file.", "Save it with safe_serialization=True.")
+    if "auto_map" in _config(folder / config_name):
+        raise VersionRefused(f"{folder / config_name} names code to run (auto_map).", "Remote code is never run; remove it.")
+    return names
+
+
+def _check_file(path: Path) -> None:
+    if path.is_symlink():
+        raise VersionRefused(f"{path} is a symbolic link.", "Copy the file itself into the folder.")
+    if path.suffix in CODE_ENDINGS:
+        raise VersionRefused(f"{path} could run code when it is read.", "Only safetensors, JSON and text files are accepted.")
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise VersionRefused(f"{path} is not valid JSON: {error}.", "Save the model again.") from error
+
+
+def adapter_rank(folder: Path) -> int:
+    """The LoRA rank of a PEFT folder: the largest of ``r`` and ``rank_pattern``."""
+    config = _config(folder / "adapter_config.json")
+    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])

@@ -1,0 +1,132 @@
+"""The nouns of the design as frozen types. Durable ones are pydantic models, because they are read back from a store."""
+
+import hashlib
+import re
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+from cluster.errors import BadRequest
+
+Kind = Literal["weights", "adapter"]
+
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,62}")
+"""Model names become paths and URL parts: no separators, no leading dot, no ``..``, at most 63 characters."""
+
+
+def check_name(name: str) -> str:
+    """Return ``name``, or raise `BadRequest` where it could not safely become a path."""
+    if not NAME.fullmatch(name):
+        raise BadRequest(
+            f"{name[:80]!r} is not a model name.",
+            "Use letters, digits, '-', '_' and single dots, at most 63 characters, starting with a letter or digit.",
+            param="model",
+        )
+    return name
+
+
+class VersionId(NamedTuple):
+    """``name@n``: immutable, and the only name the engine ever sees."""
+
+    name: str
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.n}"
+
+    @classmethod
+    def parse(cls, text: "str | VersionId") -> "VersionId":
+        """``"seedling@2"`` → ``VersionId("seedling", 2)``; `BadRequest` for anything else."""
+        if isinstance(text, VersionId):
+            return text
+        name, at, n = text.partition("@")
+        if not (at and n.isascii() and n.isdigit() and len(n) <= 9 and n == str(int(n)) and int(n) > 0):
+            raise BadRequest(f"{text[:80]!r} is not a version.", "Write it as NAME@NUMBER, for example seedling@2.", "model")
+        return cls(check_name(name), int(n))
+
+
+Version = Annotated[VersionId, BeforeValidator(VersionId.parse), PlainSerializer(str, return_type=str)]
+
+
+class Durable(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class File(Durable):
+    path: str
+    """Relative to the version's ``files/`` folder."""
+    sha256: str
+    size_bytes: int
+
+
+class Lineage(Durable):
+    """Where a version came from."""
+
+    parent: Version | None = None
+    dataset_sha256: str | None = None
+    recipe: dict[str, Any] = {}
+    job: str | None = None
+    code_revision: str | None = None
+    metrics: dict[str, float] = {}
+    """What the run measured: ``train_loss``, ``eval_loss_before``, ``eval_loss``, ``examples``, …"""
+
+
+class Manifest(Durable):
+    """``versions/<name>/<n>/manifest.json``. Written last: its presence means the version is complete."""
+
+    id: Version
+    kind: Kind
+    base: Version | None
+    """The weights version that an adapter sits on; None for weights."""
+    files: tuple[File, ...]
+    lineage: Lineage
+    created_s: float
+    """Seconds since the epoch."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the sorted file digests: what a replica acknowledges after it has checked every byte."""
+        lines = sorted(f"{file.sha256}  {file.path}\n" for file in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def weights(self) -> VersionId:
+        """The weights version that must be resident to serve this one: itself, or its base."""
+        return self.base or self.id
+
+
+class Generation(Durable):
+    """``aliases/<alias>/<generation>.json``: one move of an alias. The highest number wins; a rollback is a new one."""
+
+    alias: str
+    generation: int
+    stable: Version
+    reason: str
+    author: str
+    time_s: float
+
+
+class ReplicaState(NamedTuple):
+    """What one replica says of itself. ``secret`` opens its internal port; it travels over Ray's authenticated RPC only."""
+
+    id: str
+    url: str
+    secret: str
+    base: str
+    held: dict[str, str]
+    """Version id → digest of everything this replica can answer with, its base included."""
+    refused: dict[str, str]
+    """Version id → why it could not be loaded."""
+    running: int
+    draining: bool
+
+
+class View(NamedTuple):
+    """What a gateway needs for routing, built by control and pushed to every gateway. ``revision`` only grows."""
+
+    revision: int
+    aliases: dict[str, Generation]
+    replicas: tuple[ReplicaState, ...]
+
+
+EMPTY_VIEW = View(0, {}, ())

@@ -1,0 +1,1 @@
+"""The routes of the OpenAI API, one module per area."""
