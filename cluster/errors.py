@@ -40,6 +40,10 @@ class BodyTooLarge(BadRequest):
     status, code = 413, "request_too_large"
 
 
+class ContextExceeded(BadRequest):
+    code = "context_length_exceeded"
+
+
 class RouteNotFound(BadRequest):
     status, code = 404, "unknown_url"
 

@@ -24,6 +24,7 @@ from cluster.config import Config, parse
 from cluster.errors import PoolUnavailable
 
 PR_SET_CHILD_SUBREAPER = 36
+LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 20
 
@@ -61,7 +62,7 @@ def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
     config.home.mkdir(parents=True, exist_ok=True)
     resolved = config.home / "resolved.json"
     resolved.write_text(json.dumps(config.dump(), indent=1))
-    os.environ.update(authentication(config))
+    os.environ.update(environment(config))
     log = config.home / "pool.log"
     watch("starting Ray")
     with log.open("wb") as output:
@@ -86,7 +87,7 @@ def find(config: Config) -> Pool | None:
     pool = Pool(**json.loads(path.read_text()))
     if not pool.alive:
         return None
-    os.environ.update(authentication(config))
+    os.environ.update(environment(config))
     return pool
 
 
@@ -122,8 +123,18 @@ def dashboard(config: Config) -> str:
     return f"http://{config.pool.host}:{config.pool.dashboard_port}"
 
 
-def authentication(config: Config) -> dict[str, str]:
-    """Ray's token authentication, for this process and for what it starts. A token is made once per home, readable by its owner only."""
+def environment(config: Config) -> dict[str, str]:
+    """What this process, and everything it starts, needs in order to speak with Ray: its token and its network.
+
+    A token is made once per home, readable by its owner only. On loopback Ray must be told to stay there: it resolves 127.0.0.1 to the
+    machine's outer address unless clusters of several machines are switched off, which the variable below does on Linux as well
+    (``ray/_private/services.py::get_node_ip_address``).
+    """
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if config.pool.host == LOOPBACK else {}
+    return {**loopback, **_token(config)}
+
+
+def _token(config: Config) -> dict[str, str]:
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return {"RAY_AUTH_MODE": "token"}
     path = config.home / "ray_token"
@@ -137,7 +148,7 @@ def authentication(config: Config) -> dict[str, str]:
 
 def client_environment(config: Config) -> dict[str, str]:
     """What a shell needs for `ray job submit`, `ray status` and other Ray commands on this pool."""
-    return {"RAY_ADDRESS": dashboard(config), **authentication(config)}
+    return {"RAY_ADDRESS": dashboard(config), **environment(config)}
 
 
 def _answers(pool: Pool) -> bool:
@@ -170,7 +181,7 @@ def ray_command(config: Config) -> list[str]:
     pool = config.pool
     slots = {"num-gpus": pool.slots} if config.fleet.accelerator == "gpu" else {"resources": json.dumps({"slot": pool.slots}), "num-gpus": 0}
     options = {
-        "node-ip-address": pool.host,
+        **({} if pool.host == LOOPBACK else {"node-ip-address": pool.host}),
         "port": pool.gcs_port,
         "dashboard-host": pool.host,
         "dashboard-port": pool.dashboard_port,
@@ -193,7 +204,7 @@ def ray_environment(config: Config, resolved: Path) -> dict[str, str]:
     run.mkdir(mode=0o700)
     return {
         **os.environ,
-        **authentication(config),
+        **environment(config),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
         "SPRINGTIDE_CONFIG": str(resolved),
         "SPRINGTIDE_HAPROXY": get_haproxy_binary(),

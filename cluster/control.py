@@ -1,0 +1,239 @@
+"""The control actor: observe → decide → act, twice a second, until what is live is what the store says.
+
+One named, detached, restartable Ray actor. It holds nothing that it could not read again: desired state comes from the store, actual
+state from the replicas. Killed at any point, Ray starts it again and the next tick goes on from there.
+"""
+
+import threading
+import time
+from typing import Any, Protocol, TypeVar, cast
+
+import ray
+from ray import serve
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from cluster import graph, logs
+from cluster.config import Config, parse
+from cluster.errors import NoReplica, PoolUnavailable, SpringtideError, VersionRefused
+from cluster.registry import Registry, adapter_rank
+from cluster.store import Store
+from cluster.types import EMPTY_VIEW, Generation, Manifest, ReplicaState, VersionId, View
+
+ACTOR, NAMESPACE = "springtide-control", "springtide"
+TICK_S = 0.5
+DESCRIBE_TIMEOUT_S = 2
+LOAD_TIMEOUT_S = 120
+"""How long a replica may take to load one version."""
+GATEWAY_TIMEOUT_S = 5
+START_TIMEOUT_S = 60
+
+log = logs.logger(__name__)
+T = TypeVar("T")
+
+
+class Client(Protocol):
+    """What callers outside the actor may ask. `SpringtideError`s arrive as themselves."""
+
+    def publish(self, version: str, alias: str, reason: str, author: str) -> Generation: ...
+    def view(self) -> View: ...
+
+
+class Control:
+    """The actor's body. Threaded rather than async: everything it calls blocks, and one lock orders every change."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config: Config = parse(config)
+        self.registry = Registry(Store(self.config.store))
+        self.changing = threading.RLock()
+        self.current = EMPTY_VIEW
+        threading.Thread(target=self._run, daemon=True, name="control-loop").start()
+
+    # asked from outside
+
+    def view(self) -> View:
+        """The newest view. A gateway that starts during a move waits for the move's end, so that it cannot adopt half of one."""
+        with self.changing:
+            return self.current
+
+    def publish(self, version: str, alias: str, reason: str, author: str) -> Generation:
+        """Make ``version`` the one that ``alias`` means, on every replica and gateway, and return the new generation.
+
+        Every replica has acknowledged the version's digest before the alias moves. Raises `VersionRefused` with the replica's words
+        where one cannot load it, and then nothing has changed; `Conflict` where another publisher was faster.
+        """
+        manifest = self.registry.manifest(VersionId.parse(version))
+        self._check_fits(manifest)
+        with self.changing:
+            now = self.registry.alias(alias)
+            if now is not None and now.stable == manifest.id:
+                return now
+            self._warm(manifest)
+            return self._flip(alias, manifest.id, reason, author, after=now.generation if now else 0)
+
+    # the loop
+
+    def _run(self) -> None:
+        while True:
+            try:
+                with self.changing:
+                    self.tick()
+            except (SpringtideError, RayError, RayServeException, TimeoutError) as error:
+                # A tick that fails (store away, application still starting) changes nothing, and the next one tries again.
+                log.warning("tick: %s", error)
+            time.sleep(TICK_S)
+
+    def tick(self) -> None:
+        """One round: read both sides, load what is missing, and tell the gateways if anything changed."""
+        aliases = self.registry.aliases()
+        replicas = self._observe()
+        wanted = {str(move.stable): self.registry.manifest(move.stable) for move in aliases.values()}
+        missing = [m for m in wanted.values() if any(lacks(replica, m) for replica in replicas)]
+        if missing:
+            replicas = self._hold(missing)
+        self._adopt(aliases, replicas)
+
+    def _observe(self) -> list[ReplicaState]:
+        return self._ask_fleet("describe", timeout_s=DESCRIBE_TIMEOUT_S)
+
+    def _hold(self, manifests: list[Manifest]) -> list[ReplicaState]:
+        return self._ask_fleet("hold", [str(m.id) for m in manifests], timeout_s=LOAD_TIMEOUT_S)
+
+    def _ask_fleet(self, method: str, *arguments: Any, timeout_s: float) -> list[ReplicaState]:
+        answers = broadcast(graph.fleet_app(self.config.fleet.model), method, *arguments, timeout_s=timeout_s)
+        return [answer for answer in answers if isinstance(answer, ReplicaState)]
+
+    # publish, step by step
+
+    def _check_fits(self, manifest: Manifest) -> None:
+        """Refuse what the engine would choke on, before it sees it."""
+        base = self._base()
+        if manifest.weights != base:
+            raise VersionRefused(
+                f"{manifest.id} needs {manifest.weights}, but the fleet hosts {base}.",
+                f"Train it on {base}, or serve its base: springtide up --model {manifest.weights}.",
+                param="base",
+            )
+        if manifest.kind == "adapter":
+            rank = adapter_rank(self.registry.fetch(manifest, self.config.home / "cache"))
+            limit = self.config.fleet.max_lora_rank
+            if rank > limit:
+                raise VersionRefused(
+                    f"{manifest.id} has rank {rank}, but the engine takes at most {limit}.",
+                    f"Train with a smaller r, or start the pool with fleet.max_lora_rank={rank} or more.",
+                    param="fleet.max_lora_rank",
+                )
+
+    def _base(self) -> VersionId:
+        replicas = self.current.replicas or tuple(self._observe())
+        if not replicas:
+            raise NoReplica("No replica is running yet.", "Wait until `springtide status` shows one, then publish again.")
+        return VersionId.parse(replicas[0].base)
+
+    def _warm(self, manifest: Manifest) -> None:
+        states = self._hold([manifest])
+        if not states:
+            raise NoReplica("No replica answered.", "Wait until `springtide status` shows one, then publish again.")
+        for state in states:
+            if lacks(state, manifest):
+                words = state.refused.get(str(manifest.id), "it did not say why")
+                raise VersionRefused(f"Replica {state.id} could not load {manifest.id}: {words}", "The live version is untouched.")
+
+    def _flip(self, alias: str, version: VersionId, reason: str, author: str, after: int) -> Generation:
+        """Move the alias so that no client sees it go back: every gateway holds new requests for it until all know the move.
+
+        Two phases over one lock. If this process dies between them the gateways go on after `GATEWAY_TIMEOUT_S` with what they know.
+        """
+        before, replicas = self.current, self._observe()
+        self._ask_gateways("prepare", alias, time.time_ns())
+        try:
+            move = self.registry.move(alias, version, reason, author, after)
+        except SpringtideError:
+            self._adopt(before.aliases, replicas, force=True)
+            raise
+        self._adopt({**self.registry.aliases(), alias: move}, replicas)
+        log.info("%s is %s at generation %d: %s", alias, version, move.generation, reason)
+        return move
+
+    def _adopt(self, aliases: dict[str, Generation], replicas: list[ReplicaState], force: bool = False) -> None:
+        ordered = tuple(sorted(replicas))
+        changed = aliases != self.current.aliases or routing(ordered) != routing(self.current.replicas)
+        self.current = View(time.time_ns() if changed or force else self.current.revision, aliases, ordered)
+        if changed or force:
+            self._ask_gateways("adopt", self.current)
+
+    def _ask_gateways(self, method: str, *arguments: Any) -> None:
+        for answer in broadcast(graph.GATEWAY_APP, method, *arguments, timeout_s=GATEWAY_TIMEOUT_S):
+            if isinstance(answer, Exception):
+                log.warning("a gateway did not answer %s: %s", method, answer)
+
+
+def lacks(replica: ReplicaState, manifest: Manifest) -> bool:
+    """Whether this replica should hold the version and does not, by digest. One that refused it already is not asked for ever."""
+    return replica.base == str(manifest.weights) and replica.held.get(str(manifest.id)) != manifest.digest
+
+
+def routing(replicas: tuple[ReplicaState, ...]) -> list[tuple[Any, ...]]:
+    """The part of the replicas' states that a gateway routes by; load changes alone are not worth a push."""
+    return [(r.id, r.url, r.secret, r.held, r.draining) for r in replicas]
+
+
+def broadcast(app: str, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+    """Call every running replica of an application's ingress deployment. Exceptions are among the answers; no replicas: no answers."""
+    try:
+        handle = cast("DeploymentHandle[Any]", serve.get_app_handle(app))
+        return handle.broadcast(method, *arguments).results(timeout_s=timeout_s, return_exceptions=True)
+    except (RayServeException, TimeoutError) as error:
+        log.debug("%s.%s: %s", app, method, error)
+        return []
+
+
+# outside the actor
+
+
+class _Remote:
+    """`Client` over the actor's handle."""
+
+    def __init__(self, actor: "ActorHandle[Control]") -> None:
+        self.actor = actor
+
+    def publish(self, version: str, alias: str, reason: str, author: str) -> Generation:
+        return self._call("publish", LOAD_TIMEOUT_S + START_TIMEOUT_S, version, alias, reason, author)
+
+    def view(self) -> View:
+        return self._call("view", START_TIMEOUT_S)
+
+    def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
+        try:
+            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout_s)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
+        except (RayActorError, GetTimeoutError) as error:
+            raise PoolUnavailable("The control actor does not answer.", "It restarts by itself; try again in some seconds.") from error
+
+
+def ensure(config: Config) -> "ActorHandle[Control]":
+    """The control actor, started if there is none. Anyone on the pool may call this: the first one wins."""
+    actor = ray.remote(Control).options(
+        name=ACTOR,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        max_concurrency=8,
+        num_cpus=0,
+        runtime_env={"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}},  # this actor has no event loop to route in
+    )
+    return actor.remote(config.dump())
+
+
+def connect() -> Client:
+    """The running pool's control, from any process that is connected to Ray. Raises `PoolUnavailable`."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level="warning")
+    try:
+        return _Remote(ray.get_actor(ACTOR, namespace=NAMESPACE))
+    except ValueError as error:
+        raise PoolUnavailable("The pool has no control actor: nothing is being served.", "Start serving with `springtide up`.") from error

@@ -1,0 +1,122 @@
+"""The serving graph as Ray Serve's declarative configuration, the same on a laptop and inside a RayService.
+
+Nothing about versions is in it: Serve restarts replicas when an application's arguments change, and publishing must not.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from cluster import pool
+from cluster.config import Config
+from cluster.errors import PoolUnavailable
+
+GATEWAY_APP = "gateway"
+READY_TIMEOUT_S = 1800
+"""A large model may load for a long time; `deploy` gives up earlier where Serve says that it failed."""
+
+
+def fleet_app(model: str) -> str:
+    return f"fleet-{model}"
+
+
+def schema(config: Config) -> dict[str, Any]:
+    """A ``ServeDeploySchema`` as plain values: what `serve deploy` takes and what a RayService embeds."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.gateway.host, "port": config.gateway.port},
+        "applications": [_fleet(config), _gateway(config)],
+    }
+
+
+def _fleet(config: Config) -> dict[str, Any]:
+    """How many replicas there are is an option of the deployment, not an argument: changing it restarts nothing."""
+    arguments = config.model_dump(mode="json", include={"store", "home", "fleet"})
+    for scaling in ("min_replicas", "max_replicas", "target_running"):
+        del arguments["fleet"][scaling]
+    fleet = config.fleet
+    accelerators = {"num_gpus": fleet.tensor_parallel_size} if fleet.accelerator == "gpu" else {}
+    slots = {"resources": {"slot": fleet.tensor_parallel_size}} if fleet.accelerator == "slot" else {}
+    return {
+        "name": fleet_app(fleet.model),
+        "route_prefix": None,  # reached through the gateway only
+        "import_path": "deployments.app:build_fleet",
+        "args": arguments,
+        "deployments": [
+            {
+                "name": "Replica",
+                "ray_actor_options": {"num_cpus": 0, **accelerators, **slots},
+                "health_check_period_s": 2,
+                "health_check_timeout_s": 10,
+                "graceful_shutdown_timeout_s": fleet.drain_timeout_s + 10,
+                "graceful_shutdown_wait_loop_s": 0.2,
+                **_scaling(config),
+            }
+        ],
+    }
+
+
+def _scaling(config: Config) -> dict[str, Any]:
+    fleet = config.fleet
+    if fleet.min_replicas == fleet.max_replicas:
+        return {"num_replicas": fleet.min_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": fleet.min_replicas,
+            "initial_replicas": fleet.min_replicas,
+            "max_replicas": fleet.max_replicas,
+            "upscale_delay_s": 2,
+            "downscale_delay_s": 60,
+            "metrics_interval_s": 1,
+            "look_back_period_s": 5,
+            "policy": {
+                "policy_function": "deployments.autoscaling:LoadPolicy",
+                "policy_kwargs": {"target_running": fleet.target_running},
+            },
+        }
+    }
+
+
+def _gateway(config: Config) -> dict[str, Any]:
+    return {
+        "name": GATEWAY_APP,
+        "route_prefix": "/",
+        "import_path": "deployments.app:build_gateway",
+        "args": config.dump(),
+        "deployments": [
+            {
+                "name": "Gateway",
+                "num_replicas": config.gateway.replicas,
+                "max_ongoing_requests": 10_000,  # admission is per replica and, later, per tenant; not per gateway
+                "ray_actor_options": {"num_cpus": 0},
+            }
+        ],
+    }
+
+
+def deploy(config: Config, watch: Callable[[str], None] = lambda _: None) -> None:
+    """Bring the graph up on the running pool and wait until it answers. ``watch`` hears each application's state.
+
+    Raises `PoolUnavailable` with Serve's own message where an application fails.
+    """
+    client = ServeSubmissionClient(pool.require(config).dashboard)
+    client.deploy_applications(schema(config))
+    for states in _states(client):
+        watch(", ".join(f"{name} {state}" for name, (state, _) in sorted(states.items())))
+        failed = [f"{name}: {message}" for name, (state, message) in states.items() if state in ("DEPLOY_FAILED", "UNHEALTHY")]
+        if failed:
+            raise PoolUnavailable(f"Serving did not start. {' '.join(failed)}", "`springtide doctor` checks the usual causes.")
+        if states and all(state == "RUNNING" for state, _ in states.values()):
+            return
+    raise PoolUnavailable(f"Serving did not start within {READY_TIMEOUT_S} s.", "`springtide status` shows what it waits for.")
+
+
+def _states(client: ServeSubmissionClient) -> Iterator[dict[str, tuple[str, str]]]:
+    """Each application's (state, message), polled until the time is over."""
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        details = client.get_serve_details()
+        yield {name: (app["status"], app["message"]) for name, app in details["applications"].items()}
+        time.sleep(0.5)

@@ -1,0 +1,18 @@
+"""Builds the Serve applications; what `cluster.graph.schema` names as import paths. The only place where handles are bound.
+
+Imports nothing heavy: Serve runs these builders in a process of their own before the first replica starts.
+"""
+
+from ray.serve import Application
+
+from cluster.config import Config
+from deployments.fleet import Replica
+from deployments.gateway import Gateway
+
+
+def build_fleet(args: Config) -> Application:
+    return Replica.bind(args)
+
+
+def build_gateway(args: Config) -> Application:
+    return Gateway.bind(args)

@@ -1,0 +1,136 @@
+"""The gateway: the ASGI application at ``/``, one error mapping, and the routing table that control keeps current.
+
+Stateless: everything it routes by comes from control, and if control is away it goes on with what it knows. Several gateways agree on
+an alias because control moves it in two phases (`prepare`, then `adopt`), so no client sees a version go back.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import orjson
+
+from ray import serve
+from ray.exceptions import RayError
+
+from cluster import control, logs
+from cluster.config import Config
+from cluster.errors import RouteNotFound, SpringtideError
+from cluster.types import Generation, VersionId, View
+from deployments.openai import models
+from deployments.openai.inference import Inference
+from deployments.table import Table
+from deployments.upstream import Upstream
+
+REFRESH_S = 1.0
+PREPARE_TIMEOUT_S = 5.0
+"""How long a request may wait for a move that control announced; afterwards it goes by what this gateway knows."""
+GENERATING = ("/v1/chat/completions", "/v1/completions")
+
+log = logs.logger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+@serve.deployment
+@serve.ingress()
+class Gateway:
+    async def __init__(self, config: Config) -> None:
+        self.config = config
+        self.table = Table()
+        self.upstream = Upstream(self.table, config.gateway.first_byte_timeout_s)
+        self.moving: dict[str, int] = {}
+        self.changed = asyncio.Condition()
+        self.control = control.ensure(config)
+        await self.adopt(await self.control.view.remote())
+        self.refreshing = asyncio.create_task(self._refresh())
+
+    def __serve_build_asgi_app__(self) -> "Application":
+        return Application(self)
+
+    # told by control
+
+    async def prepare(self, alias: str, revision: int) -> None:
+        """Hold new requests for ``alias`` until a view at least as new as ``revision`` (nanoseconds) arrives."""
+        self.moving[alias] = revision
+
+    async def adopt(self, view: View) -> int:
+        """Route by ``view`` from now on; returns the revision in force."""
+        self.table.adopt(view)
+        async with self.changed:
+            self.moving = {alias: revision for alias, revision in self.moving.items() if revision > self.table.view.revision}
+            self.changed.notify_all()
+        return self.table.view.revision
+
+    async def _refresh(self) -> None:
+        """Catch up on pushes that were missed, and bring control back where nobody else has."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            try:
+                await self.adopt(await self.control.view.remote())
+            except RayError as error:  # control is being restarted: the known view still routes
+                log.warning("control does not answer: %s", error)
+
+    # asked by requests
+
+    async def resolve(self, model: str) -> tuple[VersionId, Generation | None]:
+        if model in self.moving:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._settled(model), PREPARE_TIMEOUT_S)
+            self.moving.pop(model, None)
+        return self.table.resolve(model)
+
+    async def _settled(self, alias: str) -> None:
+        async with self.changed:
+            await self.changed.wait_for(lambda: alias not in self.moving)
+
+
+class Application:
+    """Routes and errors, as a bare ASGI application: middleware layers would cost every token, and these few lines are all it needs."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        limits, upstream = gateway.config.gateway, gateway.upstream
+        self.generating = {path: Inference(path, limits, gateway.resolve, upstream) for path in GENERATING}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._lifespan(receive, send)
+        try:
+            await self._route(scope, receive, send)
+        except SpringtideError as error:
+            await send_json(send, error.status, error.body(), retry=error.status == 503)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, method, view = scope["path"], scope["method"], self.gateway.table.view
+        if method == "POST" and path in self.generating:
+            return await self.generating[path](scope, receive, send)
+        if method == "GET" and path == "/v1/models":
+            return await send_json(send, 200, models.model_list(view))
+        if method == "GET" and path.startswith("/v1/models/"):
+            return await send_json(send, 200, models.model(view, path.removeprefix("/v1/models/")))
+        if method == "GET" and path == "/health":
+            return await send_json(send, 200, {"status": "ok", "replicas": len(view.replicas)})
+        raise RouteNotFound(f"There is no {method} {path[:200]} here.", "The API is OpenAI's: /v1/chat/completions, /v1/models, …")
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                self.gateway.refreshing.cancel()
+                return await self.gateway.upstream.close()
+
+
+async def send_json(send: Send, status: int, document: Any, retry: bool = False) -> None:
+    body = orjson.dumps(document)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *([(b"retry-after", b"5")] if retry else []),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,93 @@
+"""``POST /v1/chat/completions`` and ``POST /v1/completions``: check what a gateway can check, name the version, pass the bytes on.
+
+The bodies are vLLM's own request classes and are validated by vLLM. Here the body is only read as JSON to replace ``model`` by the
+immutable version, and to stop what would cost an engine more than any answer is worth.
+"""
+
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+import orjson
+
+from cluster.config import Gateway
+from cluster.errors import BadRequest, BodyTooLarge
+from cluster.types import Generation, VersionId
+from deployments.upstream import Call, Headers, Upstream
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Resolve = Callable[[str], Awaitable[tuple[VersionId, Generation | None]]]
+
+MAX_ID_CHARACTERS = 64
+UNSAFE = re.compile(r"[^A-Za-z0-9._:-]")
+
+
+class Inference:
+    """An ASGI application for one generating route. ``resolve`` turns the client's model name into a version."""
+
+    def __init__(self, path: str, limits: Gateway, resolve: Resolve, upstream: Upstream) -> None:
+        self.path = path
+        self.limits = limits
+        self.resolve = resolve
+        self.upstream = upstream
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        body = parse(await read(scope, receive, self.limits.max_body_bytes))
+        check_choices(body, self.limits.max_choices)
+        version, move = await self.resolve(model_name(body))
+        body["model"] = str(version)
+        call = Call(version, self.path, orjson.dumps(body), request_id(scope["headers"]), answer_headers(version, move))
+        await self.upstream.forward(call, send)
+
+
+async def read(scope: MutableMapping[str, Any], receive: Receive, limit_bytes: int) -> bytes:
+    """The request's body. Raises `BodyTooLarge` before more than ``limit_bytes`` are held."""
+    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    parts: list[bytes] = []
+    size_bytes = int(announced) if announced.isdigit() and int(announced) > limit_bytes else 0
+    while size_bytes <= limit_bytes:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size_bytes += len(parts[-1])
+        if not message.get("more_body"):
+            break
+    if size_bytes > limit_bytes:
+        raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.", "Send less, or raise gateway.max_body_bytes.")
+    return b"".join(parts)
+
+
+def parse(raw: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.", "Send one JSON object.") from None
+    if not isinstance(body, dict):
+        raise BadRequest(f"The body is a JSON {type(body).__name__}.", "Send one JSON object.")
+    return body
+
+
+def model_name(body: dict[str, Any]) -> str:
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise BadRequest("`model` must be a non-empty string.", "GET /v1/models lists the models served here.", param="model")
+    return model
+
+
+def check_choices(body: dict[str, Any], limit: int) -> None:
+    """``n`` multiplies the work of a request; vLLM's own cap is 16,384 (CVE-2026-34756)."""
+    for key in ("n", "best_of"):
+        value = body.get(key)
+        if isinstance(value, int) and value > limit:
+            raise BadRequest(f"`{key}` is {value}; at most {limit} are allowed.", "Ask for fewer choices.", param=key)
+
+
+def answer_headers(version: VersionId, move: Generation | None) -> Headers:
+    generation = [(b"x-model-generation", str(move.generation).encode())] if move else []
+    return [(b"x-model-version", str(version).encode()), *generation]
+
+
+def request_id(headers: Headers) -> str:
+    """The id that Serve's own middleware took from the client or made, and puts on every answer; here only what is safe in a log."""
+    offered = next((value for name, value in headers if name == b"x-request-id"), b"").decode("latin-1")
+    return UNSAFE.sub("", offered)[:MAX_ID_CHARACTERS]

@@ -1,0 +1,35 @@
+"""``GET /v1/models`` and ``GET /v1/models/{model}``: the aliases served here, and any version that a replica holds."""
+
+from typing import Any
+
+from cluster.errors import ModelNotFound
+from cluster.types import Generation, View
+
+
+def model_list(view: View) -> dict[str, Any]:
+    """Aliases first; then every held version, which a client may pin."""
+    held = sorted({id for replica in view.replicas for id in replica.held})
+    aliases = [_alias(move) for _, move in sorted(view.aliases.items())]
+    return {"object": "list", "data": [*aliases, *(_version(id) for id in held)]}
+
+
+def model(view: View, name: str) -> dict[str, Any]:
+    for entry in model_list(view)["data"]:
+        if entry["id"] == name:
+            return entry
+    raise ModelNotFound(f"The model {name[:80]!r} does not exist.", "GET /v1/models lists the models served here.", param="model")
+
+
+def _alias(move: Generation) -> dict[str, Any]:
+    return {
+        "id": move.alias,
+        "object": "model",
+        "created": int(move.time_s),
+        "owned_by": "springtide",
+        "version": str(move.stable),
+        "generation": move.generation,
+    }
+
+
+def _version(id: str) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": 0, "owned_by": "springtide", "version": id}

@@ -1,0 +1,56 @@
+"""The gateway's routing table: which version an alias means now, and which replica answers. No I/O; time is passed in."""
+
+import random
+from collections import Counter
+
+from cluster.errors import ModelNotFound, NoReplica
+from cluster.types import EMPTY_VIEW, Generation, ReplicaState, VersionId, View
+
+SUSPECT_S = 2.0
+"""How long a replica that broke a connection is not chosen. By then control has seen whether it lives."""
+
+
+class Table:
+    """A `View` and what this gateway knows beyond it: its own requests in flight and the replicas it just lost."""
+
+    def __init__(self) -> None:
+        self.view: View = EMPTY_VIEW
+        self.in_flight: Counter[str] = Counter()
+        self.suspects: dict[str, float] = {}
+        self.holders: dict[str, list[ReplicaState]] = {}
+
+    def adopt(self, view: View) -> bool:
+        """Take a newer view; False for an older one, which is ignored."""
+        if view.revision <= self.view.revision:
+            return False
+        self.view = view
+        self.holders = {}
+        for replica in view.replicas:
+            for id in () if replica.draining else replica.held:
+                self.holders.setdefault(id, []).append(replica)
+        alive = {replica.id for replica in view.replicas}
+        self.suspects = {id: until_s for id, until_s in self.suspects.items() if id in alive}
+        self.in_flight = Counter({id: n for id, n in self.in_flight.items() if n})
+        return True
+
+    def resolve(self, model: str) -> tuple[VersionId, Generation | None]:
+        """What the client's ``model`` means: an alias's live version, or ``name@n`` itself. Raises `ModelNotFound`."""
+        if move := self.view.aliases.get(model):
+            return move.stable, move
+        if "@" in model:
+            return VersionId.parse(model), None
+        known = ", ".join(sorted(self.view.aliases)) or "none yet"
+        raise ModelNotFound(f"The model {model[:80]!r} does not exist.", f"Models served here: {known}.", param="model")
+
+    def choose(self, version: VersionId, now_s: float, tried: frozenset[str] = frozenset()) -> ReplicaState:
+        """The least busy replica that holds ``version``, ties broken at random; suspects last. Raises `NoReplica`."""
+        candidates = [replica for replica in self.holders.get(str(version), []) if replica.id not in tried]
+        if not candidates:
+            raise NoReplica(f"No replica can answer for {version} now.", "Try again in some seconds; `springtide status` shows why.")
+        return min(candidates, key=lambda replica: self._burden(replica.id, now_s))
+
+    def _burden(self, id: str, now_s: float) -> tuple[bool, int, float]:
+        return self.suspects.get(id, 0) > now_s, self.in_flight[id], random.random()  # noqa: S311 (a tie-break, not a secret)
+
+    def suspect(self, id: str, now_s: float) -> None:
+        self.suspects[id] = now_s + SUSPECT_S
