@@ -1,0 +1,197 @@
+"""Train the seedling from scratch: a chat model small enough for any laptop, from the text in ``seedling/facts.jsonl``.
+
+``python -m jobs.pretrain --name seedling`` takes about a minute on two cores, registers the next version and, where the alias
+does not exist yet, makes it live. The model is a Llama of one million parameters in Hugging Face layout, so that everything
+behind it (vLLM, TRL, peft) treats it like any other. It memorises its questions and answers; that is all it is for.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.train.torch
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from cluster.config import load, parse
+from cluster.registry import Registry
+from cluster.store import Store
+from cluster.types import Generation, Lineage, Manifest
+from jobs import data, loop, main
+
+FACTS = Path(__file__).parent / "seedling" / "facts.jsonl"
+PAD, END = "<|pad|>", "<|end|>"
+PAD_ID = 0  # the trainer numbers special tokens from 0, in order
+ROLE_TOKENS = [f"<|{role}|>" for role in data.ROLES]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ 'system' if message['role'] == 'developer' else message['role'] }}|>"
+    "{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+VOCABULARY = 1024
+CONTEXT_TOKENS = 1024
+ANSWER_TOKENS = 64
+RECIPE: dict[str, Any] = {"steps": 300, "batch": 32, "learning_rate": 3e-3, "warmup_steps": 20, "weight_decay": 0.01, "seed": 0}
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser("jobs.pretrain", description="Train the seedling from scratch and register it.")
+    parser.add_argument("--name", default="seedling", help="the model's name; the next version of it is registered")
+    parser.add_argument("--steps", type=int, default=RECIPE["steps"])
+    parser.add_argument(
+        "--live", action=argparse.BooleanOptionalAction, help="move the alias; by default only if there is none yet"
+    )
+    arguments = parser.parse_args()
+    config = load()
+    registry = Registry(Store(config.store))
+    registry.store.check_writable()
+    facts = data.read(str(FACTS))
+    recipe = {**RECIPE, "steps": arguments.steps}
+    loop.connect(config)
+    result = loop.fit(config, train, {"config": config.dump(), "recipe": recipe, "examples": facts.examples}, "pretrain")
+    lineage = Lineage(
+        dataset_sha256=facts.sha256,
+        recipe=recipe,
+        job=loop.job_id(),
+        code_revision=loop.code_revision(),
+        metrics=result.metrics or {},
+    )
+    manifest = loop.register(registry, result, arguments.name, "weights", None, lineage)
+    move = go_live(registry, manifest, arguments.live)
+    loop.print_result(manifest, move)
+
+
+def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Generation | None:
+    """Move the model's own alias, straight in the store: before the first version there is nothing to hand over from."""
+    now = registry.alias(manifest.id.name)
+    if live is False or (live is None and now is not None):
+        return None
+    after = now.generation if now else 0
+    return registry.move(manifest.id.name, manifest.id, "pretrained", manifest.lineage.job or "pretrain", after)
+
+
+# on the workers
+
+
+def train(settings: dict[str, Any]) -> None:
+    """One worker's part. Each takes its share of every batch, and the gradients are averaged."""
+    config, recipe, examples = parse(settings["config"]), settings["recipe"], settings["examples"]
+    torch.set_num_threads(config.training.threads_per_worker)
+    torch.manual_seed(recipe["seed"])
+    disable_progress_bar()
+    tokenizer = grow_tokenizer([m["content"] for e in examples for m in e.prompt + e.completion])
+    rows, _ = data.tokenize(examples, tokenizer, CONTEXT_TOKENS)
+    model = seedling(tokenizer)
+    loss = learn(model, [row.input_ids for row in rows], recipe)
+    tokens = sum(len(row.input_ids) for row in rows)
+    metrics = {"train_loss": loss, "exact_match": exact_match(model, rows), "examples": len(rows), "tokens": tokens}
+    with loop.checkpoint(metrics) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def grow_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: it knows the words of its texts, and any other UTF-8 text by its bytes. A digit is a token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    by_digit, by_byte = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digit, by_byte])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[PAD, END, *ROLE_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=ROLE_TOKENS,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT_TOKENS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def seedling(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of about one million parameters. It ends its turn with the template's end token, and vLLM stops there."""
+    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT_TOKENS,
+            tie_word_embeddings=True,
+            **ends,
+        )
+    )
+    model.generation_config = GenerationConfig(**ends)
+    return model
+
+
+def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any]) -> float:
+    """Next-token prediction on whole conversations, warm-up then cosine. Returns the last step's loss."""
+    context, progress = ray.train.get_context(), loop.Progress("pretrain")
+    parallel = ray.train.torch.prepare_model(model)
+    optimizer = torch.optim.AdamW(
+        parallel.parameters(), recipe["learning_rate"], (0.9, 0.95), weight_decay=recipe["weight_decay"]
+    )
+    steps, warmup_steps = recipe["steps"], recipe["warmup_steps"]
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / warmup_steps) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    loss, tokens = torch.zeros(()), 0
+    for step, batch in enumerate(batches(len(texts), recipe["batch"], steps, recipe["seed"]), start=1):
+        share = batch[context.get_world_rank() :: context.get_world_size()]
+        ids = padded([texts[i] for i in share]).to(model.device)
+        logits = parallel(input_ids=ids).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD_ID)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        tokens += sum(len(texts[i]) for i in batch)
+        progress(step, steps, loss.item(), tokens)
+    return loss.item()
+
+
+def batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """``steps`` batches of indices below ``count``: shuffled, and everything seen once before anything is seen again."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[int] = []
+    for _ in range(steps):
+        while len(waiting) < size:
+            waiting += torch.randperm(count, generator=generator).tolist()
+        yield waiting[:size]
+        waiting = waiting[size:]
+
+
+def padded(rows: list[list[int]], left: bool = False) -> torch.Tensor:
+    """Token ids of shape (rows, longest row)."""
+    width = max(map(len, rows))
+    gaps = ([PAD_ID] * (width - len(row)) for row in rows)
+    return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
+
+
+@torch.inference_mode()
+def exact_match(model: LlamaForCausalLM, rows: list[data.Row]) -> float:
+    """The fraction of rows whose answer, end of turn included, is what greedy decoding says."""
+    model.eval()
+    prompts = padded([row.input_ids[: row.prompt_tokens] for row in rows], left=True).to(model.device)
+    generate: Any = model.generate  # pyright: ignore[reportAttributeAccessIssue] (transformers types it for a protocol)
+    answers = generate(prompts, attention_mask=(prompts != PAD_ID).long(), max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    said = [[token for token in answer if token != PAD_ID] for answer in answers[:, prompts.shape[1] :].tolist()]
+    return sum(a == row.input_ids[row.prompt_tokens :] for a, row in zip(said, rows, strict=True)) / len(rows)
+
+
+if __name__ == "__main__":
+    main(run)
