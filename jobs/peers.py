@@ -24,6 +24,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -85,24 +86,27 @@ def serving(system: str, config: Config, model: Path, port: int) -> Iterator[Ser
 
     Raises `PoolUnavailable` with the end of its log where it does not start.
     """
-    run = config.home / system
-    run.mkdir(mode=0o700, exist_ok=True)
-    log = run / "log.txt"
+    log = config.home / f"{system}.log"
+    with tempfile.TemporaryDirectory(prefix="peer-") as run:  # not in the home: a socket's path must stay under 97 characters
+        process = _start(command(system, config, model, port), environment(system, Path(run)), log)
+        try:
+            served = Served(f"http://{HOST}:{port}/v1", config.fleet.model, psutil.Process(process.pid))
+            wait(served, lambda: _check(process, log))
+            yield served
+        finally:
+            end(process)
+
+
+def _start(command: list[str], environment: dict[str, str], log: Path) -> "subprocess.Popen[bytes]":
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command(system, config, model, port),
-            env=environment(system, run),
+        return subprocess.Popen(
+            command,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True,  # Ctrl-C is for the benchmark, which then ends this tree itself
         )
-    served = Served(f"http://{HOST}:{port}/v1", config.fleet.model, psutil.Process(process.pid))
-    try:
-        wait(served, lambda: _check(process, log))
-        yield served
-    finally:
-        end(process)
 
 
 def command(system: str, config: Config, model: Path, port: int) -> list[str]:
