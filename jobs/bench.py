@@ -161,6 +161,12 @@ def machine() -> str:
     )
 
 
+def warn_if_busy() -> None:
+    busy = psutil.cpu_percent(interval=1.0)
+    if busy > BUSY_PERCENT:
+        console.print(f"[yellow]Something else keeps the machine {busy:.0f} % busy: the numbers below will be too low.")
+
+
 def _installed(name: str) -> bool:
     try:
         return bool(version(name))
@@ -418,11 +424,11 @@ def _draw_shares(axes: Any, measurements: Sequence[Measurement], systems: Sequen
     for place, system in enumerate(reversed(systems)):
         found = ratio(measurements, system, "bare_vllm", streams)
         if found is not None:
-            axes.barh(place, found.median, color=COLOURS[system], xerr=_whiskers([found]), ecolor="#444", capsize=3)
+            axes.barh(place, found.median, height=0.6, color=COLOURS[system], xerr=_whiskers([found]), ecolor="#444", capsize=3)
             axes.text(found.high + 0.02, place, f"{found.median:.2f}×", va="center", weight="bold")
     axes.set_yticks(range(len(systems)), [LABELS[system] for system in reversed(systems)])
     axes.set_title(f"{streams} streams: share of bare vLLM", loc="left")
-    axes.margins(x=0.15)
+    axes.margins(x=0.18)
 
 
 def _draw_levels(
