@@ -38,7 +38,6 @@ class Client(Protocol):
     """What callers outside the actor may ask. `SpringtideError`s arrive as themselves."""
 
     def publish(self, version: str, alias: str, reason: str, author: str) -> Generation: ...
-    def view(self) -> View: ...
 
 
 class Control:
@@ -57,6 +56,14 @@ class Control:
         """The newest view. A gateway that starts during a move waits for the move's end, so that it cannot adopt half of one."""
         with self.changing:
             return self.current
+
+    def status(self) -> dict[str, Any]:
+        """What `springtide status` prints: ``{"slots", "aliases", "replicas"}``, without the replicas' secrets."""
+        return {
+            "slots": slots(),
+            "aliases": {name: move.model_dump(mode="json") for name, move in self.current.aliases.items()},
+            "replicas": [public(replica) for replica in self._observe()],
+        }
 
     def publish(self, version: str, alias: str, reason: str, author: str) -> Generation:
         """Make ``version`` the one that ``alias`` means, on every replica and gateway, and return the new generation.
@@ -180,6 +187,10 @@ def routing(replicas: tuple[ReplicaState, ...]) -> list[tuple[Any, ...]]:
     return [(r.id, r.url, r.secret, r.held, r.draining) for r in replicas]
 
 
+def public(replica: ReplicaState) -> dict[str, Any]:
+    return {key: value for key, value in replica._asdict().items() if key != "secret"}
+
+
 def broadcast(app: str, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
     """Call every running replica of an application's ingress deployment. Exceptions are among the answers; no replicas: no answers."""
     try:
@@ -201,9 +212,6 @@ class _Remote:
 
     def publish(self, version: str, alias: str, reason: str, author: str) -> Generation:
         return self._call("publish", LOAD_TIMEOUT_S + START_TIMEOUT_S, version, alias, reason, author)
-
-    def view(self) -> View:
-        return self._call("view", START_TIMEOUT_S)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         try:
@@ -230,10 +238,17 @@ def ensure(config: Config) -> "ActorHandle[Control]":
 
 
 def connect() -> Client:
-    """The running pool's control, from any process that is connected to Ray. Raises `PoolUnavailable`."""
+    """The control of the pool that this process runs on, for jobs. Others speak HTTP: `cluster.admin`. Raises `PoolUnavailable`."""
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level="warning")
+        ray.init(address="auto", log_to_driver=False, logging_level="warning")
     try:
         return _Remote(ray.get_actor(ACTOR, namespace=NAMESPACE))
     except ValueError as error:
         raise PoolUnavailable("The pool has no control actor: nothing is being served.", "Start serving with `springtide up`.") from error
+
+
+def slots() -> dict[str, float]:
+    """Slots of this pool: ``{"total", "free"}``. GPUs where there are any, else the logical resource."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    kind = "GPU" if total.get("GPU") else "slot"
+    return {"total": total.get(kind, 0.0), "free": free.get(kind, 0.0)}

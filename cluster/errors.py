@@ -100,3 +100,17 @@ class ReplicaLost(SpringtideError):
 
 class JobFailed(SpringtideError):
     code = "job_failed"
+
+
+class Unauthorized(BadRequest):
+    status, code = 401, "invalid_api_key"
+
+
+class Refused(SpringtideError):
+    """An error that came back over HTTP. Its status and code are the sender's."""
+
+
+def refused(status: int, document: dict[str, Any]) -> Refused:
+    """The other side's ``{"error": {…}}`` as an exception."""
+    error = document.get("error", {})
+    return Refused(str(error.get("message", f"the gateway answered {status}")), param=error.get("param"))

@@ -27,6 +27,15 @@ PR_SET_CHILD_SUBREAPER = 36
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 20
+SERVING_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # 15 by default, which starves the gateway beside a busy engine
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # its port is open to all; see deployments/seal.py
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What every Ray process that serves must be told, on a laptop and in a pod (`cluster.k8s`) alike."""
 
 
 @dataclass(frozen=True)
@@ -153,14 +162,18 @@ def client_environment(config: Config) -> dict[str, str]:
 
 def _answers(pool: Pool) -> bool:
     try:
-        return httpx.get(f"{pool.dashboard}/api/version", timeout=2, headers=_token_header()).status_code == 200
+        return httpx.get(f"{pool.dashboard}/api/version", timeout=2, headers=bearer()).status_code == 200
     except httpx.HTTPError:
         return False
 
 
-def _token_header() -> dict[str, str]:
-    token = os.environ.get("RAY_AUTH_TOKEN") or Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
-    return {"Authorization": f"Bearer {token}"}
+def token() -> str:
+    """The pool's token, from the environment that `environment` made. Ray's own API and the gateway's admin routes ask for it."""
+    return os.environ.get("RAY_AUTH_TOKEN") or Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+
+
+def bearer() -> dict[str, str]:
+    return {"Authorization": f"Bearer {token()}"}
 
 
 def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -208,9 +221,7 @@ def ray_environment(config: Config, resolved: Path) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
         "SPRINGTIDE_CONFIG": str(resolved),
         "SPRINGTIDE_HAPROXY": get_haproxy_binary(),
-        "RAY_worker_niceness": "0",  # 15 by default, which starves the gateway beside a busy engine
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        **SERVING_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run / "admin.sock"),
@@ -222,8 +233,6 @@ def ray_environment(config: Config, resolved: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(base + 60),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(base + 61),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(base + 99),
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
 
 

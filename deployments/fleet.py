@@ -27,6 +27,7 @@ from cluster.errors import ModelNotFound, VersionRefused
 from cluster.registry import Registry
 from cluster.store import Store
 from cluster.types import Manifest, ReplicaState, VersionId
+from deployments.seal import seal
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -71,6 +72,7 @@ class Replica:
     """One engine that hosts one weights version, and any adapters on it."""
 
     async def __init__(self, config: Config) -> None:
+        seal()
         self.config = config
         self.registry = Registry(Store(config.store))
         self.cache = config.home / "cache"

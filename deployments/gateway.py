@@ -18,8 +18,10 @@ from cluster import control, logs
 from cluster.config import Config
 from cluster.errors import RouteNotFound, SpringtideError
 from cluster.types import Generation, VersionId, View
+from deployments.admin import Admin
 from deployments.openai import models
 from deployments.openai.inference import Inference
+from deployments.seal import seal
 from deployments.table import Table
 from deployments.upstream import Upstream
 
@@ -39,6 +41,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 @serve.ingress()
 class Gateway:
     async def __init__(self, config: Config) -> None:
+        seal()
         self.config = config
         self.table = Table()
         self.upstream = Upstream(self.table, config.gateway.first_byte_timeout_s)
@@ -94,6 +97,7 @@ class Application:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         limits, upstream = gateway.config.gateway, gateway.upstream
+        self.admin = Admin(gateway.control)
         self.generating = {path: Inference(path, limits, gateway.resolve, upstream) for path in GENERATING}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,6 +112,8 @@ class Application:
         path, method, view = scope["path"], scope["method"], self.gateway.table.view
         if method == "POST" and path in self.generating:
             return await self.generating[path](scope, receive, send)
+        if path.startswith("/admin/"):
+            return await send_json(send, 200, await self.admin.answer(method, path, scope, receive))
         if method == "GET" and path == "/v1/models":
             return await send_json(send, 200, models.model_list(view))
         if method == "GET" and path.startswith("/v1/models/"):

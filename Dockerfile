@@ -1,0 +1,25 @@
+# One image for every pod. GPUs (the default): docker build -t springtide:0.1.0 .
+# CPUs only: docker build --build-arg VARIANT=cpu -t springtide:0.1.0-cpu .
+# Ray's own image brings what KubeRay's probes call (wget), a C compiler for Triton, CUDA in the gpu variant, and the user ray (1000).
+ARG VARIANT=gpu
+FROM rayproject/ray:2.60.0-py311-${VARIANT}
+ARG VARIANT
+
+WORKDIR /home/ray/springtide
+COPY --chown=ray:users pyproject.toml README.md LICENSE ./
+COPY --chown=ray:users requirements requirements
+COPY --chown=ray:users cluster cluster
+COPY --chown=ray:users deployments deployments
+COPY --chown=ray:users jobs jobs
+
+# Editable, so that jobs started here and Serve's workers import the same files. The CPU environment installs from its lock alone:
+# resolving would pull in torchvision and torchaudio, which do not fit a CPU torch.
+RUN if [ "$VARIANT" = cpu ]; then \
+        pip install --no-cache-dir --no-deps --extra-index-url https://download.pytorch.org/whl/cpu -r requirements/cpu.txt \
+        && pip install --no-cache-dir --no-deps --editable .; \
+    else \
+        pip install --no-cache-dir --editable ".[gpu]"; \
+    fi
+
+ENV RAY_AUTH_MODE=token
+USER 1000

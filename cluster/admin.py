@@ -1,0 +1,42 @@
+"""The operator's side of the gateway's ``/admin`` routes. Plain HTTP, so a command needs neither Ray nor a second to start."""
+
+import getpass
+from typing import Any
+
+import httpx
+
+from cluster import pool
+from cluster.config import Config
+from cluster.errors import PoolUnavailable, refused
+from cluster.types import Generation, VersionId
+
+TIMEOUT_S = 180
+"""Longer than a replica may take to load a version."""
+
+
+def author() -> str:
+    return getpass.getuser()
+
+
+def status(config: Config) -> dict[str, Any]:
+    """``{"slots": {"total", "free"}, "aliases": {…}, "replicas": […]}`` of the running pool."""
+    return _call(config, "GET", "/admin/status")
+
+
+def publish(config: Config, version: VersionId, alias: str, reason: str) -> Generation:
+    """Ask control to publish; see `cluster.control.Control.publish` for what can be refused."""
+    order = {"version": str(version), "alias": alias, "reason": reason, "author": author()}
+    return Generation.model_validate(_call(config, "POST", "/admin/publish", order))
+
+
+def _call(config: Config, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    pool.require(config)
+    url = f"http://{config.gateway.host}:{config.gateway.port}"
+    try:
+        response = httpx.request(method, url + path, json=body, headers=pool.bearer(), timeout=TIMEOUT_S)
+        document = response.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise PoolUnavailable(f"The gateway at {url} does not answer: {error}.", "It may still be starting; try again soon.") from error
+    if response.status_code != 200:
+        raise refused(response.status_code, document)
+    return document

