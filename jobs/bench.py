@@ -460,7 +460,7 @@ def memory(options: argparse.Namespace) -> None:
     console.print(f"{machine()}\n{options.requests} requests of {MEMORY_TOKENS} tokens, {MEMORY_STREAMS} at a time")
     steps = min(10, options.requests)
     trees: list[list[Process]] = []
-    with workplace(options.model) as (config, _), springtide(config, console.print) as served:
+    with workplace(options.model) as (config, _), springtide(config, changes()) as served:
         for step in range(1, steps + 1):
             samples = ask(served, MEMORY_STREAMS, options.requests // steps, True, MEMORY_TOKENS)
             trees.append(processes(served.root))
@@ -477,6 +477,19 @@ def memory(options: argparse.Namespace) -> None:
         ("the gateway's growth after the first tenth", last - first, GATEWAY_GROWTH_LIMIT_BYTES),
     ):
         console.print(f"{what}: {_mb(size)}; {_passed(size < limit)} (< {_mb(limit)})")
+
+
+def changes() -> Callable[[str], None]:
+    """A watcher that prints what it hears when that is not what it heard last."""
+    last = ""
+
+    def say(what: str) -> None:
+        nonlocal last
+        if what != last:
+            console.print(what, style="dim")
+        last = what
+
+    return say
 
 
 def gateway_in(tree: Sequence[Process]) -> Process:
