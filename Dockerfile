@@ -5,12 +5,10 @@ ARG VARIANT=gpu
 FROM rayproject/ray:2.60.0-py311-${VARIANT}
 ARG VARIANT
 
+USER 1000
+# .dockerignore lets in only what is installed. COPY makes the folder ray's; WORKDIR alone would make it root's.
+COPY --chown=1000:100 . /home/ray/springtide/
 WORKDIR /home/ray/springtide
-COPY --chown=ray:users pyproject.toml README.md LICENSE ./
-COPY --chown=ray:users requirements requirements
-COPY --chown=ray:users cluster cluster
-COPY --chown=ray:users deployments deployments
-COPY --chown=ray:users jobs jobs
 
 # Editable, so that jobs started here and Serve's workers import the same files. The CPU environment installs from its lock alone:
 # resolving would pull in torchvision and torchaudio, which do not fit a CPU torch.
@@ -22,4 +20,3 @@ RUN if [ "$VARIANT" = cpu ]; then \
     fi
 
 ENV RAY_AUTH_MODE=token
-USER 1000
