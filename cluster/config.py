@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cluster.errors import ConfigError
+from cluster.errors import BadRequest, ConfigError
 from cluster.types import check_name
 
 PRESETS = Path(__file__).parent / "presets"
@@ -92,7 +92,10 @@ class Fleet(Section):
     @field_validator("model")
     @classmethod
     def name(cls, model: str) -> str:
-        return check_name(model)
+        try:
+            return check_name(model)
+        except BadRequest as error:
+            raise ValueError(str(error)) from error
 
 
 class Training(Section):

@@ -93,11 +93,15 @@ class Control:
             time.sleep(TICK_S)
 
     def tick(self) -> None:
-        """One round: read both sides, load what is missing, and tell the gateways if anything changed."""
+        """One round: read both sides, load what is missing, and tell the gateways if anything changed.
+
+        What a replica has refused it is not asked again, until somebody publishes it again.
+        """
         aliases = self.registry.aliases()
         replicas = self._observe()
-        wanted = {str(move.stable): self.registry.manifest(move.stable) for move in aliases.values()}
-        missing = [m for m in wanted.values() if any(lacks(replica, m) for replica in replicas)]
+        bases = {VersionId.parse(replica.base) for replica in replicas}
+        wanted = [manifest for base in bases for manifest in self.registry.ever_live(base)]
+        missing = [m for m in wanted if any(lacks(replica, m) and str(m.id) not in replica.refused for replica in replicas)]
         if missing:
             replicas = self._hold(missing)
         self._adopt(aliases, replicas)
@@ -178,7 +182,7 @@ class Control:
 
 
 def lacks(replica: ReplicaState, manifest: Manifest) -> bool:
-    """Whether this replica should hold the version and does not, by digest. One that refused it already is not asked for ever."""
+    """Whether this replica should hold the version and does not, by digest."""
     return replica.base == str(manifest.weights) and replica.held.get(str(manifest.id)) != manifest.digest
 
 

@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from cluster import pool
 from cluster.config import Config
 from cluster.errors import PoolUnavailable
+from cluster.pool import LOOPBACK
 
 GATEWAY_APP = "gateway"
 READY_TIMEOUT_S = 1800
@@ -108,9 +110,18 @@ def deploy(config: Config, watch: Callable[[str], None] = lambda _: None) -> Non
         failed = [f"{name}: {message}" for name, (state, message) in states.items() if state in ("DEPLOY_FAILED", "UNHEALTHY")]
         if failed:
             raise PoolUnavailable(f"Serving did not start. {' '.join(failed)}", "`springtide doctor` checks the usual causes.")
-        if states and all(state == "RUNNING" for state, _ in states.values()):
+        if states and all(state == "RUNNING" for state, _ in states.values()) and _answers(config):
             return
     raise PoolUnavailable(f"Serving did not start within {READY_TIMEOUT_S} s.", "`springtide status` shows what it waits for.")
+
+
+def _answers(config: Config) -> bool:
+    """Whether the gateway knows a replica for the model: its view comes from control a moment after Serve says RUNNING."""
+    host = LOOPBACK if config.gateway.host == "0.0.0.0" else config.gateway.host  # noqa: S104 (asks, does not bind)
+    try:
+        return httpx.get(f"http://{host}:{config.gateway.port}/v1/models/{config.fleet.model}", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def _states(client: ServeSubmissionClient) -> Iterator[dict[str, tuple[str, str]]]:

@@ -26,7 +26,7 @@ from cluster.errors import PoolUnavailable
 PR_SET_CHILD_SUBREAPER = 36
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
-STOP_TIMEOUT_S = 20
+STOP_TIMEOUT_S = 6
 SERVING_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # 15 by default, which starves the gateway beside a busy engine
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -220,7 +220,7 @@ def ray_environment(config: Config, resolved: Path) -> dict[str, str]:
         **environment(config),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
         "SPRINGTIDE_CONFIG": str(resolved),
-        "SPRINGTIDE_HAPROXY": get_haproxy_binary(),
+        "REAL_HAPROXY": get_haproxy_binary(),
         **SERVING_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),

@@ -30,10 +30,12 @@ CODE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so",
 
 
 class Registry:
-    """Versions and aliases over one `Store`. Stateless: every answer is read from the store."""
+    """Versions and aliases over one `Store`. Manifests and generations never change, so each is read once."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._manifests: dict[VersionId, Manifest] = {}
+        self._moves: dict[tuple[str, int], Generation] = {}
 
     # versions
 
@@ -85,8 +87,12 @@ class Registry:
         raise ModelNotFound(f"The version {id} does not exist.", f"Known versions of {id.name}: {known}.", param="model")
 
     def _read(self, id: VersionId) -> Manifest | None:
-        raw = self.store.get(f"versions/{id.name}/{id.n}/manifest.json")
-        return Manifest.model_validate_json(raw) if raw else None
+        if id not in self._manifests:
+            raw = self.store.get(f"versions/{id.name}/{id.n}/manifest.json")
+            if raw is None:
+                return None
+            self._manifests[id] = Manifest.model_validate_json(raw)
+        return self._manifests[id]
 
     def fetch(self, manifest: Manifest, cache: Path) -> Path:
         """A local folder with the version's files, every digest checked.
@@ -136,10 +142,12 @@ class Registry:
         return sorted(int(stem) for n in names if (stem := n.removesuffix(".json")).isdigit())
 
     def _generation(self, name: str, number: int) -> Generation:
-        raw = self.store.get(f"aliases/{name}/{number:08d}.json")
-        if raw is None:
-            raise StoreUnavailable(f"Generation {number} of {name} vanished from the store.", "Restore it from a backup.")
-        return Generation.model_validate_json(raw)
+        if (name, number) not in self._moves:
+            raw = self.store.get(f"aliases/{name}/{number:08d}.json")
+            if raw is None:
+                raise StoreUnavailable(f"Generation {number} of {name} vanished from the store.", "Restore it from a backup.")
+            self._moves[name, number] = Generation.model_validate_json(raw)
+        return self._moves[name, number]
 
     def move(self, alias: str, stable: VersionId, reason: str, author: str, after: int) -> Generation:
         """Append generation ``after + 1``. Raises `Conflict` where somebody moved the alias since ``after`` was read."""
@@ -149,6 +157,16 @@ class Registry:
         )
         self.store.put_new(f"aliases/{alias}/{move.generation:08d}.json", move.model_dump_json(indent=1).encode())
         return move
+
+    def ever_live(self, weights: VersionId) -> list[Manifest]:
+        """What replicas with these weights should hold: every version that was ever live on them, the live ones last.
+
+        Older ones stay addressable as ``name@n``; a version that never went live is nobody's to call.
+        """
+        live = [move.stable for move in self.aliases().values()]
+        past = [move.stable for alias in self.store.children("aliases") for move in self.history(alias)]
+        ordered = dict.fromkeys([*(id for id in past if id not in live), *live])
+        return [manifest for id in ordered if (manifest := self.manifest(id)).weights == weights]
 
     def previous(self, alias: str) -> VersionId:
         """The version to roll back to: the newest stable version that differs from the live one."""

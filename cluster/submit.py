@@ -1,5 +1,6 @@
 """Configuration → Ray job. The CLI uses it now; the fine-tuning API will."""
 
+import logging
 import re
 import shlex
 import time
@@ -12,6 +13,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from cluster import pool
 from cluster.config import Config
 from cluster.errors import JobFailed
+
+logging.getLogger("ray").setLevel(logging.WARNING)  # the list of every file that is not uploaded is no news
 
 PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 """The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""

@@ -89,16 +89,12 @@ class Replica:
         self.engine, app = await start_engine(config.fleet, folder, self.base)
         self.models = app.state.openai_serving_models
         self.held[self.base] = base.digest
-        await self.hold([str(id) for id in await asyncio.to_thread(self._live)])  # before any traffic: a late replica is never behind
+        wanted = await asyncio.to_thread(self.registry.ever_live, base.id)
+        await self.hold([str(manifest.id) for manifest in wanted])  # before any traffic: a late replica is never behind
         self.guard = Guard(app, self.secret)
         self.host = ray.util.get_node_ip_address()
         self.port, self.server, self.serving = serve_http(self.guard, self.host)
         log.info("replica %s serves %s on port %d", self.id, self.base, self.port)
-
-    def _live(self) -> list[VersionId]:
-        """The live versions that this replica can host."""
-        stable = [move.stable for move in self.registry.aliases().values()]
-        return [id for id in stable if str(self.registry.manifest(id).weights) == self.base]
 
     async def describe(self) -> ReplicaState:
         return ReplicaState(

@@ -37,9 +37,10 @@ class Table:
         """What the client's ``model`` means: an alias's live version, or ``name@n`` itself. Raises `ModelNotFound`."""
         if move := self.view.aliases.get(model):
             return move.stable, move
-        if "@" in model:
-            return VersionId.parse(model), None
-        known = ", ".join(sorted(self.view.aliases)) or "none yet"
+        version = VersionId.parse(model) if "@" in model else None
+        if version is not None and (str(version) in self.holders or not self.view.replicas):
+            return version, None  # with no replica at all it is too early to say that a version does not exist
+        known = ", ".join([*sorted(self.view.aliases), *sorted(self.holders)]) or "none yet"
         raise ModelNotFound(f"The model {model[:80]!r} does not exist.", f"Models served here: {known}.", param="model")
 
     def choose(self, version: VersionId, now_s: float, tried: frozenset[str] = frozenset()) -> ReplicaState:

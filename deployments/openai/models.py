@@ -7,9 +7,9 @@ from cluster.types import Generation, View
 
 
 def model_list(view: View) -> dict[str, Any]:
-    """Aliases first; then every held version, which a client may pin."""
+    """The aliases that a replica can answer for; then every held version, which a client may pin."""
     held = sorted({id for replica in view.replicas for id in replica.held})
-    aliases = [_alias(move) for _, move in sorted(view.aliases.items())]
+    aliases = [_alias(move) for _, move in sorted(view.aliases.items()) if str(move.stable) in held]
     return {"object": "list", "data": [*aliases, *(_version(id) for id in held)]}
 
 

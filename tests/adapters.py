@@ -1,0 +1,26 @@
+"""Adapters made here: real PEFT folders with random tensors, for tests that are not about training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+
+def make_adapter(folder: Path, base: Path, rank: int = 8, seed: int = 0, scale: float = 0.5) -> Path:
+    """A LoRA adapter for the attention projections of the Llama in ``base``. Large enough a ``scale`` changes every answer."""
+    model = json.loads((base / "config.json").read_text())
+    hidden, layers = model["hidden_size"], model["num_hidden_layers"]
+    random = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for layer in range(layers):
+        for name in ("q_proj", "v_proj"):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = random.normal(0, scale, (rank, hidden)).astype(np.float32)
+            tensors[f"{prefix}.lora_B.weight"] = random.normal(0, scale, (hidden, rank)).astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "v_proj"]}
+    settings = {**lora, "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": str(base), "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder

@@ -1,0 +1,192 @@
+"""Publishing into live traffic: nothing fails, every answer has one version, nobody sees versions go back and forth."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cluster import admin, graph, submit
+from cluster.errors import Refused
+from cluster.types import Lineage, Manifest, VersionId
+from jobs import load
+from tests.adapters import make_adapter
+from tests.conftest import ROOT, Running
+
+TIDE = ROOT / "jobs" / "seedling" / "tide.jsonl"
+ONE = VersionId("seedling", 1)
+
+
+@contextmanager
+def traffic(pool: Running, streams: int = 8) -> Iterator[list[load.Sample]]:
+    """Concurrent streaming clients until the block ends; the list fills when it does."""
+    stop, samples = threading.Event(), list[load.Sample]()
+    thread = threading.Thread(target=lambda: samples.extend(asyncio.run(load.run(f"{pool.url}/v1", "seedling", streams, stop=stop))))
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        thread.join()
+
+
+def versions_seen(samples: list[load.Sample], client: int) -> list[str]:
+    """One client's versions in the order in which it sent its requests, repetitions joined."""
+    own = sorted((s for s in samples if s.client == client), key=lambda s: s.start_s)
+    return [str(version) for version, _ in groupby(s.version for s in own)]
+
+
+def adapter(pool: Running, tmp_path: Path, rank: int = 8, seed: int = 0) -> Manifest:
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    folder = make_adapter(tmp_path / f"adapter-{seed}", base, rank, seed)
+    return pool.registry.register("seedling", "adapter", ONE, folder, Lineage())
+
+
+def ask(pool: Running, model: str = "seedling") -> httpx.Response:
+    body = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 48}
+    return httpx.post(f"{pool.url}/v1/chat/completions", json=body, timeout=60)
+
+
+def text(answer: httpx.Response) -> str:
+    return answer.json()["choices"][0]["message"]["content"]
+
+
+def test_train_publish_and_roll_back_under_load(pool: Running) -> None:
+    """The issue's second point: 8 streaming clients for the whole of train + publish + rollback."""
+    before = text(ask(pool))
+    with traffic(pool) as samples:
+        time.sleep(1)
+        job = submit.submit(pool.config, "finetune", "--data", str(TIDE), "--base", "seedling", "--name", "seedling", "--publish")
+        *_, (_, log) = submit.watch(pool.config, job)
+        after = text(ask(pool))
+        time.sleep(1)
+        assert pool.command("rollback", "seedling").returncode == 0
+        time.sleep(1)
+    assert submit.progress(log) is not None
+    failures = [s.error for s in samples if not s.ok]
+    assert failures == [] and len(samples) > 100
+    history = [str(move.stable) for move in pool.registry.history("seedling")]
+    assert history == ["seedling@1", "seedling@2", "seedling@1"]
+    assert {s.version for s in samples} == {"seedling@1", "seedling@2"}
+    for client in range(8):
+        assert versions_seen(samples, client) == history, "each client saw each generation once, in order"
+    assert before != after and text(ask(pool)) == before
+    assert ask(pool, "seedling@2").headers["x-model-version"] == "seedling@2", "old versions stay addressable"
+    lineage = pool.registry.manifest(VersionId("seedling", 2)).lineage
+    assert lineage.metrics["eval_loss"] < lineage.metrics["eval_loss_before"]
+
+
+def test_an_adapter_is_acknowledged_by_digest_before_it_is_live(pool: Running, tmp_path: Path) -> None:
+    made = adapter(pool, tmp_path, seed=1)
+    move = admin.publish(pool.config, made.id, "other-name", "test")
+    assert (move.alias, move.generation) == ("other-name", 1)
+    for replica in admin.status(pool.config)["replicas"]:
+        assert replica["held"][str(made.id)] == made.digest
+    assert ask(pool, "other-name").headers["x-model-version"] == str(made.id)
+
+
+def test_publishing_what_is_live_already_changes_nothing(pool: Running) -> None:
+    live = pool.registry.aliases()["seedling"]
+    assert admin.publish(pool.config, live.stable, "seedling", "again") == live
+
+
+def test_a_damaged_adapter_is_refused_and_traffic_does_not_notice(pool: Running, tmp_path: Path) -> None:
+    made = adapter(pool, tmp_path, seed=2)
+    root = pool.registry.store.local_root
+    assert root is not None
+    tensors = root / f"versions/seedling/{made.id.n}/files/adapter_model.safetensors"
+    raw = bytearray(tensors.read_bytes())
+    raw[-1] ^= 1
+    tensors.write_bytes(raw)
+    assert_refused_under_traffic(pool, made, "does not match its manifest")
+
+
+def test_an_adapter_above_the_engines_rank_is_refused(pool: Running, tmp_path: Path) -> None:
+    assert_refused_under_traffic(pool, adapter(pool, tmp_path, rank=64, seed=3), "rank 64")
+
+
+def test_an_adapter_on_another_base_is_refused(pool: Running, tmp_path: Path) -> None:
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    other = pool.registry.register("sapling", "weights", None, base, Lineage()).id
+    folder = make_adapter(tmp_path / "adapter", base)
+    made = pool.registry.register("seedling", "adapter", other, folder, Lineage())
+    assert_refused_under_traffic(pool, made, "fleet hosts seedling@1")
+
+
+def test_an_adapter_that_the_engine_cannot_load_is_refused(pool: Running, tmp_path: Path) -> None:
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    folder = make_adapter(tmp_path / "adapter", base)
+    (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 64)
+    made = pool.registry.register("seedling", "adapter", ONE, folder, Lineage())
+    assert_refused_under_traffic(pool, made, "could not load")
+
+
+def assert_refused_under_traffic(pool: Running, made: Manifest, words: str) -> None:
+    """Refused with words that explain, the alias unmoved, the same replica alive, no request failed."""
+    live = pool.registry.aliases()["seedling"]
+    replicas = {replica["id"] for replica in admin.status(pool.config)["replicas"]}
+    with traffic(pool, streams=4) as samples:
+        with pytest.raises(Refused, match=words):
+            admin.publish(pool.config, made.id, "seedling", "must not work")
+        time.sleep(0.5)
+    assert pool.registry.aliases()["seedling"] == live
+    assert {replica["id"] for replica in admin.status(pool.config)["replicas"]} == replicas
+    assert [s.error for s in samples if not s.ok] == [] and {s.version for s in samples} == {str(live.stable)}
+
+
+def test_control_converges_after_it_was_killed(pool: Running, tmp_path: Path) -> None:
+    """The alias moves in the store while nobody watches; the new control makes replicas and gateways follow. No request fails."""
+    made = adapter(pool, tmp_path, seed=4)
+    live = pool.registry.aliases()["seedling"]
+    with traffic(pool, streams=4) as samples:
+        (control,) = [p for p in pool.pool.descendants() if p.name().startswith("ray::Control")]
+        control.kill()
+        pool.registry.move("seedling", made.id, "moved behind control's back", "test", live.generation)
+        wait_until(lambda: ask(pool).headers.get("x-model-version") == str(made.id), timeout_s=40)
+    assert [s.error for s in samples if not s.ok] == []
+    admin.publish(pool.config, live.stable, "seedling", "clean up")
+
+
+def test_a_replica_that_starts_later_comes_up_with_what_is_live(pool: Running, tmp_path: Path) -> None:
+    made = adapter(pool, tmp_path, seed=5)
+    admin.publish(pool.config, made.id, "seedling", "before the second replica")
+    two = pool.config.model_copy(update={"fleet": pool.config.fleet.model_copy(update={"min_replicas": 2, "max_replicas": 2})})
+    with traffic(pool, streams=4) as samples:
+        graph.deploy(two)
+        wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 2, timeout_s=120)
+        assert all(replica["held"].get(str(made.id)) == made.digest for replica in admin.status(pool.config)["replicas"])
+        engines = [p for p in pool.pool.descendants() if "fleet-seedling" in p.name() or "fleet-seedling" in " ".join(p.cmdline())]
+        assert len(engines) == 2
+        time.sleep(1)
+        graph.deploy(pool.config)
+        wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 1, timeout_s=90)
+        wait_until(lambda: sum(p.name().startswith("VLLM::Worker") for p in pool.pool.descendants()) == 1, timeout_s=90)
+    assert [s.error for s in samples if not s.ok] == [], "neither the new replica nor its end cost a request"
+    assert {s.version for s in samples} == {str(made.id)}
+
+
+def test_the_engine_alone_killed_fails_fast_and_comes_back(pool: Running) -> None:
+    """S3 of the fault list: the error is immediate and well formed, and the replica returns with the live version."""
+    live = pool.registry.aliases()["seedling"]
+    (core,) = [p for p in pool.pool.descendants() if p.name().startswith("VLLM::EngineCor")]
+    core.kill()
+    began_s = time.monotonic()
+    answer = ask(pool)
+    assert time.monotonic() - began_s < 5 and answer.status_code in (502, 503)
+    assert answer.json()["error"]["code"] in ("replica_lost", "no_replica")
+    wait_until(lambda: ask(pool).status_code == 200, timeout_s=150)
+    assert ask(pool).headers["x-model-version"] == str(live.stable)
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.2)
+
+

@@ -1,0 +1,63 @@
+from pathlib import Path
+
+import pytest
+
+from cluster import config
+from cluster.errors import ConfigError
+
+
+def test_later_layers_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "springtide.yaml"
+    file.write_text("gateway: {port: 1111, replicas: 2}")
+    monkeypatch.setenv("SPRINGTIDE_GATEWAY__PORT", "2222")
+    loaded = config.load(file=file, overrides={"fleet": {"max_num_seqs": 7}})
+    assert (loaded.gateway.port, loaded.gateway.replicas, loaded.fleet.max_num_seqs) == (2222, 2, 7)
+    assert loaded.fleet.dtype == "float32", "from the laptop preset"
+
+
+@pytest.mark.parametrize("layer", ["file", "environment", "override"])
+def test_an_unknown_key_is_an_error_that_names_it(layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "springtide.yaml"
+    file.write_text("gateway: {prot: 1}" if layer == "file" else "")
+    if layer == "environment":
+        monkeypatch.setenv("SPRINGTIDE_GATEWAY__PROT", "1")
+    overrides = {"gateway": {"prot": 1}} if layer == "override" else {}
+    with pytest.raises(ConfigError, match=r"gateway\.prot"):
+        config.load(file=file, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"fleet": {"min_replicas": 3, "max_replicas": 2}}, "below min_replicas"),
+        ({"fleet": {"max_loras": 32, "max_cpu_loras": 16}}, "max_cpu_loras"),
+        ({"fleet": {"model": "../etc"}}, "not a model name"),
+        ({"gateway": {"port": 70000}}, r"gateway\.port"),
+        ({"fleet": {"dtype": "float8"}}, r"fleet\.dtype"),
+    ],
+)
+def test_values_that_cannot_work_say_why(values: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        config.load(overrides=values)
+
+
+def test_the_resolved_form_loads_back_to_itself() -> None:
+    loaded = config.load("gpu")
+    assert config.parse(loaded.dump()) == loaded
+
+
+def test_the_gpu_preset_is_what_a_gpu_team_expects() -> None:
+    fleet = config.load("gpu").fleet
+    assert (fleet.accelerator, fleet.dtype, fleet.enforce_eager) == ("gpu", "bfloat16", False)
+    assert fleet.tensor_parallel_size > 1 and fleet.min_replicas < fleet.max_replicas
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="gpu, laptop"):
+        config.load("tpu")
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        config.load(file=tmp_path / "c.yaml")

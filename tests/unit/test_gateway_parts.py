@@ -1,0 +1,108 @@
+"""The gateway's pure parts: reading bodies, whole events, the engine's words in OpenAI's form, autoscaling."""
+
+import asyncio
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster import errors, submit
+from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, ReplicaLost, SpringtideError
+from deployments.autoscaling import LoadPolicy
+from deployments.openai.inference import check_choices, model_name, parse, read, request_id
+from deployments.upstream import engine_error, whole_events
+
+
+def receive_all(parts: list[bytes], announced: int | None = None, limit: int = 100) -> bytes:
+    messages = [{"body": part, "more_body": i < len(parts) - 1} for i, part in enumerate(parts)]
+
+    async def receive() -> Any:
+        return messages.pop(0)
+
+    headers = [(b"content-length", str(announced).encode())] if announced is not None else []
+    return asyncio.run(read({"headers": headers}, receive, limit))
+
+
+def test_a_body_in_parts_is_joined() -> None:
+    assert receive_all([b"ab", b"", b"cd"]) == b"abcd"
+
+
+@pytest.mark.parametrize("announced", [101, None])
+def test_a_body_over_the_limit_is_refused_with_or_without_its_length(announced: int | None) -> None:
+    with pytest.raises(BodyTooLarge):
+        receive_all([b"x" * 60, b"x" * 60], announced)
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b'{"a": NaN}', b"[" * 5000])
+def test_what_is_not_a_json_object_is_a_bad_request(raw: bytes) -> None:
+    with pytest.raises(BadRequest):
+        parse(raw)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_an_object_or_a_bad_request(raw: bytes) -> None:
+    try:
+        assert isinstance(parse(raw), dict)
+    except BadRequest:
+        pass
+
+
+@pytest.mark.parametrize("body", [{}, {"model": ""}, {"model": 3}, {"model": None}, {"model": ["m"]}])
+def test_a_model_must_be_named(body: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest) as caught:
+        model_name(body)
+    assert caught.value.param == "model"
+
+
+def test_too_many_choices_are_refused() -> None:
+    check_choices({"n": 4}, 4)
+    with pytest.raises(BadRequest):
+        check_choices({"n": 5}, 4)
+
+
+@given(st.lists(st.sampled_from([b"data: a\n\n", b"data: {\"b\": 1}\n\n", b"data: [DONE]\n\n"])), st.data())
+def test_only_whole_events_pass_and_no_byte_is_lost(events: list[bytes], data: st.DataObject) -> None:
+    stream = b"".join(events)
+    cut = data.draw(st.integers(0, len(stream)))
+    whole, rest = whole_events(stream[:cut])
+    assert whole + rest == stream[:cut]
+    assert whole == b"" or whole.endswith(b"\n\n")
+    assert b"\n\n" not in rest
+
+
+def test_a_forged_request_id_cannot_break_a_log_line() -> None:
+    assert request_id([(b"x-request-id", b"abc\n{\"level\":1}" + b"x" * 500)]) == ("abclevel:1" + "x" * 500)[:64]
+
+
+def test_the_engines_words_arrive_in_openais_form() -> None:
+    body = b'{"error": {"message": "too many: maximum context length is 8", "type": "BadRequestError", "param": "max_tokens", "code": 400}}'
+    error = engine_error(400, body)
+    assert isinstance(error, ContextExceeded)
+    assert error.body()["error"]["code"] == "context_length_exceeded"
+    assert error.param == "max_tokens"
+    assert isinstance(engine_error(500, b"not json"), ReplicaLost)
+
+
+@pytest.mark.parametrize("kind", [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, SpringtideError)])
+def test_every_error_survives_a_process_boundary(kind: type[SpringtideError]) -> None:
+    error = pickle.loads(pickle.dumps(kind("what", "do this", param="p")))
+    assert (type(error), error.message, error.do, error.param) == (kind, "what", "do this", "p")
+    assert set(error.body()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(("running", "wanted"), [(0, 1), (32, 1), (33, 2), (1000, 4)])
+def test_replicas_follow_the_load_within_bounds(running: float, wanted: int) -> None:
+    context = SimpleNamespace(
+        aggregated_metrics={"running": {"a": running}}, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=4
+    )
+    assert LoadPolicy(target_running=32)(context) == (wanted, {})
+
+
+def test_progress_is_the_last_line_of_its_kind() -> None:
+    log = "noise\nprogress stage=finetune step=1/9 loss=2.5 eta_s=8\n(RayTrainWorker pid=1) progress stage=finetune step=2/9 loss=2.25 eta_s=7\nend"
+    now = submit.progress(log)
+    assert now is not None and (now.step, now.steps, now.fields["loss"]) == (2, 9, "2.25")
+    assert submit.progress("no such line") is None

@@ -1,0 +1,192 @@
+"""Versions and aliases: what is written is complete, immutable and checked; concurrent writers never share a number."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from cluster.errors import BadRequest, Conflict, DigestMismatch, ModelNotFound, VersionRefused
+from cluster.registry import Registry, adapter_rank
+from cluster.store import Store
+from cluster.types import Lineage, VersionId
+
+
+def weights(folder: Path, content: bytes = b"tensors") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(Store((tmp_path / "store").as_uri()))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return weights(tmp_path / "source")
+
+
+def test_versions_count_from_one_and_read_back(registry: Registry, source: Path) -> None:
+    first = registry.register("m", "weights", None, source, Lineage(metrics={"loss": 1.5}))
+    second = registry.register("m", "weights", None, source, Lineage(parent=first.id))
+    assert [str(m.id) for m in registry.versions("m")] == ["m@1", "m@2"]
+    assert registry.manifest(second.id) == second
+    assert second.lineage.parent == first.id
+
+
+def test_the_same_files_have_the_same_digest(registry: Registry, source: Path) -> None:
+    first = registry.register("m", "weights", None, source, Lineage())
+    assert registry.register("m", "weights", None, source, Lineage()).digest == first.digest
+    weights(source, b"other")
+    assert registry.register("m", "weights", None, source, Lineage()).digest != first.digest
+
+
+def test_a_version_without_a_manifest_does_not_exist(registry: Registry, source: Path) -> None:
+    registry.store.put_new("versions/m/1/claim", b"")
+    registry.store.put_new("versions/m/1/files/config.json", b"{}")
+    assert registry.versions("m") == []
+    assert str(registry.register("m", "weights", None, source, Lineage()).id) == "m@2"
+
+
+def test_concurrent_publishers_never_share_a_number(registry: Registry, source: Path) -> None:
+    made: list[VersionId] = []
+    threads = [
+        threading.Thread(target=lambda: made.append(registry.register("m", "weights", None, source, Lineage()).id)) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(id.n for id in made) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("bad", ["../x", "a/b", ".hidden", "a..b", "", "a" * 64, "a b", "a@1", "é", "a\n"])
+def test_names_that_could_leave_their_folder_are_refused(registry: Registry, source: Path, bad: str) -> None:
+    with pytest.raises(BadRequest):
+        registry.register(bad, "weights", None, source, Lineage())
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_a_version_or_a_bad_request(text: str) -> None:
+    try:
+        id = VersionId.parse(text)
+    except BadRequest:
+        return
+    assert str(id) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("pytorch_model.bin", "run code"), ("adapter.pt", "run code"), ("modeling.py", "run code"), ("x.pkl", "run code")],
+)
+def test_files_that_could_run_code_are_refused(registry: Registry, source: Path, name: str, why: str) -> None:
+    (source / name).write_bytes(b"")
+    with pytest.raises(VersionRefused, match=why):
+        registry.register("m", "weights", None, source, Lineage())
+    assert registry.names() == []
+
+
+def test_links_and_remote_code_are_refused(registry: Registry, source: Path, tmp_path: Path) -> None:
+    (source / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "evil.Model"}}))
+    with pytest.raises(VersionRefused, match="auto_map"):
+        registry.register("m", "weights", None, source, Lineage())
+    weights(source)
+    (source / "link.json").symlink_to("/etc/passwd")
+    with pytest.raises(VersionRefused, match="symbolic link"):
+        registry.register("m", "weights", None, source, Lineage())
+
+
+def test_a_folder_that_is_not_a_model_says_what_is_missing(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VersionRefused, match=r"config\.json"):
+        registry.register("m", "weights", None, tmp_path / "empty", Lineage())
+
+
+def test_an_adapter_needs_a_base_that_exists(registry: Registry, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": 8, "rank_pattern": {"q_proj": 32}}')
+    (folder / "adapter_model.safetensors").write_bytes(b"x")
+    assert adapter_rank(folder) == 32
+    with pytest.raises(VersionRefused, match="needs base"):
+        registry.register("a", "adapter", None, folder, Lineage())
+    with pytest.raises(ModelNotFound):
+        registry.register("a", "adapter", VersionId("m", 1), folder, Lineage())
+
+
+def test_a_changed_file_is_found_before_it_is_served(registry: Registry, source: Path, tmp_path: Path) -> None:
+    manifest = registry.register("m", "weights", None, source, Lineage())
+    folder = registry.fetch(manifest, tmp_path / "cache")
+    (folder / "model.safetensors").write_bytes(b"tensorz")
+    with pytest.raises(DigestMismatch, match=r"model\.safetensors"):
+        registry.fetch(manifest, tmp_path / "cache")
+
+
+def test_an_alias_moves_forward_and_rollback_is_a_new_generation(registry: Registry, source: Path) -> None:
+    one, two = (registry.register("m", "weights", None, weights(source, bytes([n])), Lineage()).id for n in (1, 2))
+    registry.move("m", one, "first", "me", after=0)
+    registry.move("m", two, "better", "me", after=1)
+    assert registry.previous("m") == one
+    registry.move("m", one, "back", "me", after=2)
+    assert [str(move.stable) for move in registry.history("m")] == ["m@1", "m@2", "m@1"]
+    assert registry.aliases()["m"].generation == 3
+
+
+def test_of_two_moves_at_once_one_wins_and_the_other_is_told(registry: Registry, source: Path) -> None:
+    one = registry.register("m", "weights", None, source, Lineage()).id
+    registry.move("m", one, "first", "me", after=0)
+    with pytest.raises(Conflict):
+        registry.move("m", one, "also first", "you", after=0)
+
+
+def test_an_alias_cannot_point_at_what_does_not_exist(registry: Registry) -> None:
+    with pytest.raises(ModelNotFound):
+        registry.move("m", VersionId("m", 1), "first", "me", after=0)
+
+
+class Aliases(RuleBasedStateMachine):
+    """Any interleaving of moves by writers with stale knowledge leaves one gapless history that ends where the last winner said."""
+
+    versions = Bundle("versions")
+
+    def __init__(self) -> None:
+        super().__init__()
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        root = Path(self.folder.name)
+        self.registry = Registry(Store((root / "store").as_uri()))
+        self.source = weights(root / "source")
+        self.model: list[VersionId] = []
+
+    @rule(target=versions)
+    def register(self) -> VersionId:
+        return self.registry.register("m", "weights", None, self.source, Lineage()).id
+
+    @rule(version=versions, behind=st.integers(0, 2))
+    def move(self, version: VersionId, behind: int) -> None:
+        after = max(0, len(self.model) - behind)
+        try:
+            self.registry.move("m", version, "r", "a", after)
+        except Conflict:
+            assert after < len(self.model)
+        else:
+            assert after == len(self.model)
+            self.model.append(version)
+
+    @invariant()
+    def history_is_the_model(self) -> None:
+        assert [move.stable for move in self.registry.history("m")] == self.model
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+
+TestAliases = Aliases.TestCase
+TestAliases.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
