@@ -3,25 +3,36 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
+import torch
 from ray.train import Checkpoint, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
-from cluster import __version__, pool
-from cluster.config import Config
+from cluster import __version__
+from cluster.config import Config, parse
 from cluster.errors import JobFailed
 from cluster.registry import Registry
+from cluster.store import Store
 from cluster.types import Generation, Kind, Lineage, Manifest, VersionId
+from jobs.data import Row
+from jobs.recipe import Recipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
 REPORT_INTERVAL_S = 1.0
 
@@ -29,22 +40,20 @@ REPORT_INTERVAL_S = 1.0
 # the driver's side
 
 
-def connect(config: Config) -> None:
-    """Join the pool that this job belongs to. Without one, start a Ray of the run's own with as many slots."""
+def connect() -> None:
+    """Join the pool that `jobs.reach` found."""
     if ray.is_initialized():
         return
-    running = pool.find(config)
-    if "RAY_ADDRESS" in os.environ:
-        ray.init()
-    elif running:
-        ray.init(address=running.address)
-    else:
-        ray.init(address="local", resources={"slot": config.pool.slots}, include_dashboard=False)
+    # Ray Train watches its controller through the state API, at the *newest* Ray on the machine unless told which one. Where that
+    # is another pool, it finds no controller there and takes the run's slots away.
+    ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
 
 
 def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], verb: str) -> Result:
     """Run ``loop(settings)`` on `training.workers` workers, each holding its slots."""
     gpu = config.fleet.accelerator == "gpu"
+    # Else print() on a worker becomes a log record, and dill, which captures what `dis` prints, writes bytecode into our log.
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
     trainer = TorchTrainer(
         loop,
         train_loop_config=settings,
@@ -111,9 +120,7 @@ class Progress:
         now_s = time.monotonic()
         if self.first and (now_s - self.printed_s >= REPORT_INTERVAL_S or step == steps):
             self.printed_s = now_s
-            # Not print(): Ray Train turns that into a log record, with a prefix and subject to levels.
-            sys.stdout.write(progress_line(self.stage, step, steps, loss, tokens, now_s - self.started_s) + "\n")
-            sys.stdout.flush()
+            print(progress_line(self.stage, step, steps, loss, tokens, now_s - self.started_s), flush=True)
 
 
 def progress_line(stage: str, step: int, steps: int, loss: float, tokens: int, elapsed_s: float) -> str:
@@ -132,3 +139,122 @@ def checkpoint(metrics: dict[str, float]) -> Iterator[Path]:
         yield Path(folder)
         first = ray.train.get_context().get_world_rank() == 0
         ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if first else None)
+
+
+# fine-tuning
+
+
+def finetune(settings: dict[str, Any]) -> None:
+    """One worker's part: TRL's trainer, which shares the batches out by the rank that Ray Train set, and the result on rank 0."""
+    config, recipe = parse(settings["config"]), Recipe.model_validate(settings["recipe"])
+    torch.set_num_threads(config.training.threads_per_worker)
+    disable_progress_bar()
+    registry = Registry(Store(config.store))
+    base = registry.manifest(VersionId.parse(settings["base"]))
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = trainer_arguments(config, recipe, scratch)
+        with arguments.main_process_first(local=True):  # one download per machine, into a cache that its workers share
+            folder = registry.fetch(base, config.home / "cache")
+        trainer = trainer_for(folder, recipe, arguments, settings["train"], settings["held_out"])
+        before = trainer.evaluate()["eval_loss"]
+        outcome = trainer.train()
+        metrics = {
+            "eval_loss_before": before,
+            "eval_loss": trainer.evaluate()["eval_loss"],
+            "train_loss": outcome.training_loss,
+            "tokens": max(int(entry.get("num_tokens", 0)) for entry in trainer.state.log_history),
+            "seconds": outcome.metrics["train_runtime"],
+        }
+        with checkpoint(metrics) as target:
+            if trainer.is_world_process_zero():
+                save(trainer.accelerator.unwrap_model(trainer.model), base.id, folder, target)
+
+
+def trainer_arguments(config: Config, recipe: Recipe, scratch: str) -> "SFTConfig":
+    """A recipe in TRL's words. TRL is imported here, because it takes seconds that pretraining need not spend."""
+    from trl.trainer.sft_config import SFTConfig
+
+    gpu = config.fleet.accelerator == "gpu"
+    return SFTConfig(
+        output_dir=scratch,
+        use_cpu=not gpu,
+        bf16=gpu,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.micro_batch,
+        per_device_eval_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=recipe.accumulation(ray.train.get_context().get_world_size()),
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        learning_rate=recipe.learning_rate or 0,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup_fraction,  # below 1 it is a fraction
+        weight_decay=recipe.weight_decay,
+        max_length=None,  # what is too long was left out already
+        seed=recipe.seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=gpu,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def trainer_for(folder: Path, recipe: Recipe, arguments: "SFTConfig", train: list[Row], held_out: list[Row]) -> "SFTTrainer":
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    # A frozen base needs no master copy in full precision; weights that are trained do.
+    dtype = torch.bfloat16 if arguments.bf16 and recipe.lora else torch.float32
+    lora = recipe.lora and LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules="all-linear",  # peft leaves the output layer out, which vLLM could not adapt
+        task_type="CAUSAL_LM",
+    )
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True),
+        args=arguments,
+        train_dataset=dataset(train),
+        eval_dataset=dataset(held_out),
+        processing_class=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        peft_config=lora,
+        callbacks=[Report()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def dataset(rows: list[Row]) -> "Dataset":
+    """Columns ``input_ids`` and ``labels``; a label of -100 carries no loss."""
+    from datasets import Dataset
+
+    masked = ([-100] * row.prompt_tokens + row.input_ids[row.prompt_tokens :] for row in rows)
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": list(masked)})
+
+
+class Report(TrainerCallback):
+    """Progress lines from TRL's logs."""
+
+    def __init__(self) -> None:
+        self.progress = Progress("finetune")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:  # evaluation and the summary log too
+            self.progress(state.global_step, state.max_steps, logs["loss"], int(logs["num_tokens"]))
+
+
+def save(model: Any, base: VersionId, folder: Path, target: Path) -> None:
+    """An adapter, or all the weights in the base's own precision with the base's tokenizer byte for byte."""
+    if peft_config := getattr(model, "peft_config", {}).get("default"):
+        peft_config.base_model_name_or_path = str(base)  # not a path of this machine
+        peft_config.target_modules = sorted(peft_config.target_modules)  # a set, whose order would change the digest
+        model.save_pretrained(target, save_embedding_layers=False)
+        (target / "README.md").unlink(missing_ok=True)
+        return
+    stored = json.loads((folder / "config.json").read_text())
+    model.to(getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")).save_pretrained(target)
+    for path in folder.iterdir():
+        if path.is_file() and "safetensors" not in path.name and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)

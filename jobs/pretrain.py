@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ray.train.torch
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
@@ -22,7 +21,7 @@ from cluster.config import load, parse
 from cluster.registry import Registry
 from cluster.store import Store
 from cluster.types import Generation, Lineage, Manifest
-from jobs import data, loop, main
+from jobs import data, main, reach
 
 FACTS = Path(__file__).parent / "seedling" / "facts.jsonl"
 PAD, END = "<|pad|>", "<|end|>"
@@ -51,7 +50,10 @@ def run() -> None:
     registry.store.check_writable()
     facts = data.read(str(FACTS))
     recipe = {**RECIPE, "steps": arguments.steps}
-    loop.connect(config)
+    reach(config)
+    from jobs import loop  # and with it Ray, which must come after `reach`
+
+    loop.connect()
     result = loop.fit(config, train, {"config": config.dump(), "recipe": recipe, "examples": facts.examples}, "pretrain")
     lineage = Lineage(
         dataset_sha256=facts.sha256,
@@ -79,6 +81,8 @@ def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Genera
 
 def train(settings: dict[str, Any]) -> None:
     """One worker's part. Each takes its share of every batch, and the gradients are averaged."""
+    from jobs import loop
+
     config, recipe, examples = parse(settings["config"]), settings["recipe"], settings["examples"]
     torch.set_num_threads(config.training.threads_per_worker)
     torch.manual_seed(recipe["seed"])
@@ -139,7 +143,11 @@ def seedling(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any]) -> float:
     """Next-token prediction on whole conversations, warm-up then cosine. Returns the last step's loss."""
-    context, progress = ray.train.get_context(), loop.Progress("pretrain")
+    import ray.train.torch
+
+    from jobs.loop import Progress
+
+    context, progress = ray.train.get_context(), Progress("pretrain")
     parallel = ray.train.torch.prepare_model(model)
     optimizer = torch.optim.AdamW(
         parallel.parameters(), recipe["learning_rate"], (0.9, 0.95), weight_decay=recipe["weight_decay"]

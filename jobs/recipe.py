@@ -16,7 +16,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class Lora(Section):
     rank: int = Field(16, ge=1)
     """vLLM takes ranks up to `fleet.max_lora_rank`."""
-    alpha: float = Field(32, gt=0)
+    alpha: int = Field(32, ge=1)
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = Field(0, ge=0, lt=1)
 
@@ -25,7 +25,7 @@ class Recipe(Section):
     lora: Lora | None = None
     """Train an adapter on every linear layer but the output. None trains all the weights."""
     learning_rate: float | None = Field(None, gt=0)
-    """The peak. None derives it from the model's width: see `learning_rate`."""
+    """The peak of the schedule. None derives it from the model's width: see `resolved`."""
     epochs: float = Field(3, gt=0)
     global_batch: int = Field(16, ge=1)
     """Examples per optimizer step, whatever the number of workers."""
@@ -52,13 +52,16 @@ class Recipe(Section):
             )
         return self.global_batch // at_once
 
-    def peak(self, hidden_size: int) -> float:
-        """The learning rate: as given, or by the rule that Thinking Machines fitted to sweeps over 14 models.
+    def resolved(self, hidden_size: int, context_tokens: int) -> "Recipe":
+        """With what depends on the model filled in.
 
-        5e-5 · (2000 / hidden size)^0.781, and ten times that for LoRA (J. Schulman and others, "LoRA Without Regret", 2025,
-        with the exponent for Llama). It gives 3e-4 for LoRA on an 8B model and 4e-3 on the seedling.
+        The learning rate is by the rule that Thinking Machines fitted to sweeps over 14 models: 5e-5 · (2000 / hidden)^0.781, and
+        ten times that for LoRA (J. Schulman and others, "LoRA Without Regret", 2025, with the exponent for Llama). It gives 3e-4
+        for LoRA on an 8B model and 4e-3 on the seedling.
         """
-        return self.learning_rate or 5e-5 * (10 if self.lora else 1) * math.pow(2000 / hidden_size, 0.781)
+        rule = 5e-5 * (10 if self.lora else 1) * math.pow(2000 / hidden_size, 0.781)
+        max_tokens = min(self.max_tokens or context_tokens, context_tokens)
+        return self.model_copy(update={"learning_rate": self.learning_rate or rule, "max_tokens": max_tokens})
 
 
 def load(name: str, overrides: list[str], epochs: float | None = None) -> Recipe:

@@ -1,0 +1,155 @@
+"""Supervised fine-tuning: a base version and a data file in, the next version out.
+
+``python -m jobs.finetune --data FILE_OR_URL --base seedling --publish`` trains a LoRA adapter (or all the weights with
+``--full``) by TRL inside Ray Train, measures the loss on held-out examples before and after, registers the result with its
+lineage and asks control to make it live. Everything that can be wrong with the request is checked before Ray is touched.
+"""
+
+import argparse
+from typing import Any, NamedTuple
+
+from cluster.config import Config, load
+from cluster.errors import ConfigError, ModelNotFound
+from cluster.registry import Registry
+from cluster.store import Store
+from cluster.types import Lineage, Manifest, VersionId, check_name
+from jobs import data, main, reach, recipe
+from jobs.data import Dataset, Row
+from jobs.publish import publish
+
+
+class Plan(NamedTuple):
+    """A request that has been checked: everything a run needs."""
+
+    base: Manifest
+    recipe: recipe.Recipe
+    """With its defaults resolved."""
+    train: list[Row]
+    held_out: list[Row]
+    dataset_sha256: str
+
+
+def run() -> None:
+    arguments = parse_arguments()
+    config = load()
+    registry = Registry(Store(config.store))
+    plan = prepare(config, registry, arguments)
+    manifest = train(config, registry, plan, arguments.name or plan.base.id.name)
+    move = None
+    if arguments.publish:
+        move = publish(manifest.id, manifest.id.name, f"fine-tuned on {arguments.data}", manifest.lineage.job or "finetune")
+    from jobs.loop import print_result
+
+    print_result(manifest, move)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("jobs.finetune", description="Fine-tune a version and register the result.")
+    parser.add_argument("--data", required=True, help="JSON lines: a path or URL; the formats are in jobs/data.py")
+    parser.add_argument("--eval-data", help="measure on this file instead of a held-out part of --data")
+    parser.add_argument("--base", default="seedling", help="an alias, or a version such as seedling@1")
+    parser.add_argument("--name", help="register as the next version of this name; the base's by default")
+    parser.add_argument("--recipe", default="lora", help="lora, full, or the path of a YAML file")
+    parser.add_argument("--full", dest="recipe", action="store_const", const="full", help="train all the weights: --recipe full")
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--publish", action=argparse.BooleanOptionalAction, default=False, help="make the result live")
+    return parser.parse_args()
+
+
+# before Ray
+
+
+def prepare(config: Config, registry: Registry, arguments: argparse.Namespace) -> Plan:
+    """Check the whole request, cheapest first. Raises a `SpringtideError` that says what is wrong."""
+    chosen = recipe.load(arguments.recipe, arguments.set, arguments.epochs)
+    check_fits(chosen, config)
+    check_name(arguments.name or "unnamed")
+    dataset = data.read(arguments.data)
+    held_out = data.read(arguments.eval_data).examples if arguments.eval_data else None
+    registry.store.check_writable()
+    reach(config)
+    base = resolve(registry, arguments.base)
+    return tokenized(config, registry, base, chosen, dataset, held_out)
+
+
+def check_fits(chosen: recipe.Recipe, config: Config) -> None:
+    """Refuse now what the engine would refuse after the training."""
+    limit = config.fleet.max_lora_rank
+    if chosen.lora and chosen.lora.rank > limit:
+        raise ConfigError(
+            f"lora.rank {chosen.lora.rank} is above fleet.max_lora_rank {limit}: the engine could not load the adapter.",
+            f"Use --set lora.rank={limit}, or start the pool with a larger fleet.max_lora_rank.",
+            param="lora.rank",
+        )
+    chosen.accumulation(config.training.workers)
+
+
+def resolve(registry: Registry, base: str) -> Manifest:
+    """The weights to train on. An alias or version that is an adapter stands for the weights beneath it."""
+    if "@" in base:
+        return registry.manifest(registry.manifest(VersionId.parse(base)).weights)
+    alias = registry.alias(base)
+    if alias is None:
+        known = ", ".join(registry.aliases()) or "none"
+        raise ModelNotFound(f"There is no model {base!r}.", f"Models: {known}. A version is written NAME@NUMBER.", param="base")
+    return registry.manifest(registry.manifest(alias.stable).weights)
+
+
+def tokenized(
+    config: Config,
+    registry: Registry,
+    base: Manifest,
+    chosen: recipe.Recipe,
+    dataset: Dataset,
+    held_out: list[data.Example] | None,
+) -> Plan:
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = registry.fetch(base, config.home / "cache")
+    shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    resolved = chosen.resolved(shape.hidden_size, shape.max_position_embeddings)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"{base.id} has no chat template.", "Use a chat model as the base.", param="base")
+    examples = dataset.examples
+    if held_out is None:
+        examples, held_out = data.split(examples, resolved.held_out_fraction, resolved.seed)
+    limit = resolved.max_tokens or shape.max_position_embeddings
+    train_rows, long = data.tokenize(examples, tokenizer, limit)
+    held_rows, held_long = data.tokenize(held_out, tokenizer, limit)
+    print(f"{len(train_rows)} examples to train on, {len(held_rows)} held out, {long + held_long} left out above {limit} tokens")
+    return Plan(base, resolved, train_rows, held_rows, dataset.sha256)
+
+
+# with Ray
+
+
+def train(config: Config, registry: Registry, plan: Plan, name: str) -> Manifest:
+    """Run the plan and register what comes out of it, as an adapter on the base or as weights descended from it."""
+    from jobs import loop
+
+    loop.connect()
+    settings = {
+        "config": config.dump(),
+        "recipe": plan.recipe.model_dump(),
+        "base": str(plan.base.id),
+        "train": plan.train,
+        "held_out": plan.held_out,
+    }
+    result = loop.fit(config, loop.finetune, settings, "finetune")
+    lineage = Lineage(
+        parent=plan.base.id,
+        dataset_sha256=plan.dataset_sha256,
+        recipe=plan.recipe.model_dump(exclude_none=True),
+        job=loop.job_id(),
+        code_revision=loop.code_revision(),
+        metrics={**(result.metrics or {}), "examples": len(plan.train)},
+    )
+    if plan.recipe.lora:
+        return loop.register(registry, result, name, "adapter", plan.base.id, lineage)
+    return loop.register(registry, result, name, "weights", None, lineage)
+
+
+if __name__ == "__main__":
+    main(run)

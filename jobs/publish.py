@@ -1,0 +1,34 @@
+"""Make a version the one that its alias means: ``python -m jobs.publish seedling@2``.
+
+The control actor loads it on every replica, waits until each has acknowledged its digest, and then moves the alias.
+"""
+
+import argparse
+import getpass
+
+from cluster.config import load
+from cluster.types import Generation, VersionId
+from jobs import main, reach
+
+
+def publish(version: VersionId, alias: str, reason: str, author: str) -> Generation:
+    """Ask the running pool's control. A refusal arrives as itself (`VersionRefused`, `Conflict`, …), and nothing has changed."""
+    from cluster import control  # imports Ray, which a wrong command line need not wait for
+
+    return control.connect().publish(str(version), alias, reason, author)
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser("jobs.publish", description="Make a version live.")
+    parser.add_argument("version", help="NAME@NUMBER, for example seedling@2")
+    parser.add_argument("--alias", help="the model name that clients use; the version's own name by default")
+    parser.add_argument("--reason", default="published by hand")
+    arguments = parser.parse_args()
+    reach(load())
+    version = VersionId.parse(arguments.version)
+    move = publish(version, arguments.alias or version.name, arguments.reason, getpass.getuser())
+    print(f"{move.alias} is {move.stable} at generation {move.generation}")
+
+
+if __name__ == "__main__":
+    main(run)
