@@ -68,8 +68,8 @@ def prepare(config: Config, registry: Registry, arguments: argparse.Namespace) -
     dataset = data.read(arguments.data)
     held_out = data.read(arguments.eval_data).examples if arguments.eval_data else None
     registry.store.check_writable()
-    reach(config)
     base = resolve(registry, arguments.base)
+    reach(config)
     return tokenized(config, registry, base, chosen, dataset, held_out)
 
 
