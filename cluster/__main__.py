@@ -11,15 +11,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster import config as configuration
 from cluster import admin, pool, show
+from cluster import config as configuration
 from cluster.config import Config
 from cluster.errors import BadRequest, SpringtideError
 from cluster.registry import Registry
 from cluster.store import Store
 from cluster.types import Generation, VersionId
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One pool of accelerators that serves models and trains them.",
+)
 k8s_app = typer.Typer(no_args_is_help=True, help="Manifests for KubeRay, rendered from the same configuration.")
 app.add_typer(k8s_app, name="k8s")
 console = Console()
@@ -32,7 +37,10 @@ Model = Annotated[str | None, typer.Option(help="A folder in Hugging Face layout
 
 @app.command()
 def run(
-    preset: Preset = None, config: File = None, set: Sets = None, once: Annotated[bool, typer.Option(help="Stop when the loop is done.")] = False
+    preset: Preset = None,
+    config: File = None,
+    set: Sets = None,
+    once: Annotated[bool, typer.Option(help="Stop when the loop is done.")] = False,
 ) -> None:
     """The whole loop: start the pool, serve a model, fine-tune it, publish the result into live traffic, keep serving."""
     from cluster import tour
@@ -108,9 +116,8 @@ def jobs() -> None:
     from cluster import submit
 
     config = _running()
-    listed = submit.jobs(config)
-    logs = {job.submission_id: submit.client(config).get_job_logs(job.submission_id) for job in listed[:20]}
-    show.jobs(console, listed[:20], logs)
+    listed = submit.jobs(config)[:20]
+    show.jobs(console, listed, [submit.client(config).get_job_logs(job.submission_id or "") for job in listed])
 
 
 @app.command()

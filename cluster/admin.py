@@ -36,7 +36,9 @@ def _call(config: Config, method: str, path: str, body: dict[str, Any] | None = 
         response = httpx.request(method, url + path, json=body, headers=pool.bearer(), timeout=TIMEOUT_S)
         document = response.json()
     except (httpx.HTTPError, ValueError) as error:
-        raise PoolUnavailable(f"The gateway at {url} does not answer: {error}.", "It may still be starting; try again soon.") from error
+        raise PoolUnavailable(
+            f"The gateway at {url} does not answer: {error}.", "It may still be starting; try again soon."
+        ) from error
     if response.status_code != 200:
         raise refused(response.status_code, document)
     return document

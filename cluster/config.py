@@ -7,7 +7,7 @@ are dotted on the command line (``--set fleet.max_replicas=3``) and joined by ``
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,27 +27,27 @@ class Section(BaseModel):
 class Pool(Section):
     """The Ray cluster that `springtide up` starts. On Kubernetes KubeRay starts it, and this section is unused."""
 
-    slots: int = Field(2, ge=1)
+    slots: int = Field(default=2, ge=1)
     """Units of accelerator to arbitrate. On a machine without GPUs each is one unit of a logical Ray resource."""
     host: str = "127.0.0.1"
     """The address that every Ray process binds to."""
-    gcs_port: int = Field(6399, ge=1, le=65535)
-    dashboard_port: int = Field(8265, ge=1, le=65535)
+    gcs_port: int = Field(default=6399, ge=1, le=65535)
+    dashboard_port: int = Field(default=8265, ge=1, le=65535)
     """The Jobs API listens here, for `ray job submit`."""
-    agent_ports: int = Field(52380, ge=1024, le=65000)
+    agent_ports: int = Field(default=52380, ge=1024, le=65000)
     """First of the ports for Ray's agents, HAProxy's statistics and the replicas' direct ingress on this machine."""
-    object_store_bytes: int = Field(200 << 20, ge=80 << 20)
+    object_store_bytes: int = Field(default=200 << 20, ge=80 << 20)
 
 
 class Gateway(Section):
     host: str = "127.0.0.1"
     """Where clients connect. Loopback unless you say otherwise; put your own TLS in front before you do."""
-    port: int = Field(8000, ge=1, le=65535)
-    replicas: int = Field(1, ge=1)
-    max_body_bytes: int = Field(8 << 20, ge=1024)
-    max_choices: int = Field(16, ge=1)
+    port: int = Field(default=8000, ge=1, le=65535)
+    replicas: int = Field(default=1, ge=1)
+    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    max_choices: int = Field(default=16, ge=1)
     """The largest ``n`` or ``best_of`` a request may ask for; vLLM itself would try 16,384."""
-    first_byte_timeout_s: float = Field(300, gt=0)
+    first_byte_timeout_s: float = Field(default=300, gt=0)
     """How long a request may wait for a replica's first byte before the client gets an error."""
 
 
@@ -56,29 +56,29 @@ class Fleet(Section):
 
     model: str = "seedling"
     """The alias whose base weights the fleet hosts."""
-    min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1)
-    target_running: int = Field(32, ge=1)
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    target_running: int = Field(default=32, ge=1)
     """Requests per replica that autoscaling aims at."""
     accelerator: Literal["slot", "gpu"] = "slot"
     """What one slot is: a unit of the logical Ray resource ``slot``, or a GPU."""
-    tensor_parallel_size: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(default=1, ge=1)
     """Slots per replica."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: int | None = Field(None, ge=16)
+    max_model_len: int | None = Field(default=None, ge=16)
     """Tokens of prompt and answer together; the model's own limit by default."""
-    max_num_seqs: int = Field(64, ge=1)
-    kv_cache_bytes: int | None = Field(None, ge=1 << 20)
+    max_num_seqs: int = Field(default=64, ge=1)
+    kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     """Size of the KV cache. None lets vLLM take `gpu_memory_utilization` of the accelerator."""
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     enforce_eager: bool = False
     """Skip compilation: a faster start and slower tokens."""
-    max_loras: int = Field(4, ge=1)
+    max_loras: int = Field(default=4, ge=1)
     """Adapters in one batch."""
-    max_cpu_loras: int = Field(16, ge=1)
+    max_cpu_loras: int = Field(default=16, ge=1)
     """Adapters resident in one replica."""
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
-    drain_timeout_s: float = Field(60, ge=0)
+    drain_timeout_s: float = Field(default=60, ge=0)
     """How long an ending replica waits for its own streams."""
 
     @model_validator(mode="after")
@@ -99,9 +99,9 @@ class Fleet(Section):
 
 
 class Training(Section):
-    workers: int = Field(1, ge=1)
-    slots_per_worker: int = Field(1, ge=1)
-    threads_per_worker: int = Field(1, ge=1)
+    workers: int = Field(default=1, ge=1)
+    slots_per_worker: int = Field(default=1, ge=1)
+    threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads for torch in each worker. One leaves the rest to serving."""
 
 
@@ -133,7 +133,7 @@ class Config(Section):
 def load(preset: str | None = None, file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
     """Read every layer and validate. Raises `ConfigError` naming the key, what is wrong and where it came from."""
     environment = from_environment(dict(os.environ))
-    preset = preset or environment.pop("preset", None) or "laptop"
+    preset = preset or str(environment.pop("preset", "laptop"))
     file = file or Path(environment.pop("config", "") or "springtide.yaml")
     layers = [_yaml(_preset(preset)), _yaml(file) if file.exists() else {}, environment, overrides or {}]
     merged: dict[str, Any] = {}
@@ -154,13 +154,12 @@ def parse(values: dict[str, Any]) -> Config:
         ) from error
 
 
-def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(under: Any, over: Any) -> Any:
     """Deep merge of plain dictionaries; ``over`` wins."""
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
+    if not (isinstance(under, dict) and isinstance(over, dict)):
+        return over
+    below, above = cast(dict[str, Any], under), cast(dict[str, Any], over)
+    return {**below, **{key: merge(below.get(key), value) for key, value in above.items()}}
 
 
 def from_environment(environment: dict[str, str]) -> dict[str, Any]:
@@ -191,9 +190,9 @@ def _preset(name: str) -> Path:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
+        values: Any = yaml.safe_load(path.read_text("utf-8")) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.", "Fix the file or remove it.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values.", "See cluster/presets/laptop.yaml.")
-    return values
+    return cast(dict[str, Any], values)

@@ -4,13 +4,15 @@ One named, detached, restartable Ray actor. It holds nothing that it could not r
 state from the replicas. Killed at any point, Ray starts it again and the next tick goes on from there.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (Ray's own annotations are partial; what comes back is typed at once.)
+import logging
 import threading
 import time
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import ray
 from ray import serve
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -31,7 +33,6 @@ GATEWAY_TIMEOUT_S = 5
 START_TIMEOUT_S = 60
 
 log = logs.logger(__name__)
-T = TypeVar("T")
 
 
 class Client(Protocol):
@@ -150,7 +151,9 @@ class Control:
         for state in states:
             if lacks(state, manifest):
                 words = state.refused.get(str(manifest.id), "it did not say why")
-                raise VersionRefused(f"Replica {state.id} could not load {manifest.id}: {words}", "The live version is untouched.")
+                raise VersionRefused(
+                    f"Replica {state.id} could not load {manifest.id}: {words}", "The live version is untouched."
+                )
 
     def _flip(self, alias: str, version: VersionId, reason: str, author: str, after: int) -> Generation:
         """Move the alias so that no client sees it go back: every gateway holds new requests for it until all know the move.
@@ -198,7 +201,7 @@ def public(replica: ReplicaState) -> dict[str, Any]:
 def broadcast(app: str, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
     """Call every running replica of an application's ingress deployment. Exceptions are among the answers; no replicas: no answers."""
     try:
-        handle = cast("DeploymentHandle[Any]", serve.get_app_handle(app))
+        handle = cast(DeploymentHandle[Any], serve.get_app_handle(app))
         return handle.broadcast(method, *arguments).results(timeout_s=timeout_s, return_exceptions=True)
     except (RayServeException, TimeoutError) as error:
         log.debug("%s.%s: %s", app, method, error)
@@ -211,7 +214,7 @@ def broadcast(app: str, method: str, *arguments: Any, timeout_s: float) -> list[
 class _Remote:
     """`Client` over the actor's handle."""
 
-    def __init__(self, actor: "ActorHandle[Control]") -> None:
+    def __init__(self, actor: Any) -> None:
         self.actor = actor
 
     def publish(self, version: str, alias: str, reason: str, author: str) -> Generation:
@@ -223,11 +226,13 @@ class _Remote:
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
         except (RayActorError, GetTimeoutError) as error:
-            raise PoolUnavailable("The control actor does not answer.", "It restarts by itself; try again in some seconds.") from error
+            raise PoolUnavailable(
+                "The control actor does not answer.", "It restarts by itself; try again in some seconds."
+            ) from error
 
 
-def ensure(config: Config) -> "ActorHandle[Control]":
-    """The control actor, started if there is none. Anyone on the pool may call this: the first one wins."""
+def ensure(config: Config) -> Any:
+    """The control actor's handle, started if there is none. Anyone on the pool may call this: the first one wins."""
     actor = ray.remote(Control).options(
         name=ACTOR,
         namespace=NAMESPACE,
@@ -244,11 +249,13 @@ def ensure(config: Config) -> "ActorHandle[Control]":
 def connect() -> Client:
     """The control of the pool that this process runs on, for jobs. Others speak HTTP: `cluster.admin`. Raises `PoolUnavailable`."""
     if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False, logging_level="warning")
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
     try:
         return _Remote(ray.get_actor(ACTOR, namespace=NAMESPACE))
     except ValueError as error:
-        raise PoolUnavailable("The pool has no control actor: nothing is being served.", "Start serving with `springtide up`.") from error
+        raise PoolUnavailable(
+            "The pool has no control actor: nothing is being served.", "Start serving with `springtide up`."
+        ) from error
 
 
 def slots() -> dict[str, float]:

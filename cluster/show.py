@@ -18,23 +18,35 @@ from cluster.types import Generation, Manifest
 
 
 class Answered(Protocol):
-    text: str
-    version: str
+    @property
+    def text(self) -> str: ...
+    @property
+    def version(self) -> str: ...
 
 
 def serving(console: Console, config: Config) -> None:
     url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
     example = f'{{"model": "{config.fleet.model}", "messages": [{{"role": "user", "content": "Who are you?"}}]}}'
     console.print(f"\nThe OpenAI API is at [bold]{url}[/]. Try:\n")
-    console.print(f"  curl {url}/chat/completions -H 'content-type: application/json' -d '{example}'", soft_wrap=True, highlight=False)
-    console.print('  eval "$(springtide env)"   # then `ray job submit`, `ray status` … work on this pool', highlight=False, soft_wrap=True)
+    console.print(
+        f"  curl {url}/chat/completions -H 'content-type: application/json' -d '{example}'", soft_wrap=True, highlight=False
+    )
+    console.print(
+        '  eval "$(springtide env)"   # then `ray job submit`, `ray status` … work on this pool', highlight=False, soft_wrap=True
+    )
     console.print("  springtide status · models · jobs · train · publish · rollback · down\n", highlight=False)
 
 
 def follow(console: Console, config: Config, job: str, label: str) -> dict[str, Any]:
     """Draw a job's progress until it ends; returns what it reported as its result. Raises `JobFailed`."""
     log = ""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[words]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=False) as bar:
         task = bar.add_task(f"{label}: starting", total=None, words="")
         for _, log in submit.watch(config, job):
@@ -102,12 +114,13 @@ def history(console: Console, moves: list[Generation]) -> None:
     console.print(table)
 
 
-def jobs(console: Console, listed: list[JobDetails], logs: dict[str | None, str]) -> None:
+def jobs(console: Console, listed: list[JobDetails], logs: list[str]) -> None:
     table = Table("job", "does", "status", "started", "progress", "last words")
-    for job in listed:
-        log = logs[job.submission_id]
+    for job, log in zip(listed, logs, strict=True):
         verb = (job.metadata or {}).get("springtide_verb") or job.entrypoint
-        table.add_row(job.submission_id, verb, str(job.status.value), ago((job.start_time or 0) / 1000), _bar(log), _words(job, log))
+        table.add_row(
+            job.submission_id, verb, str(job.status.value), ago((job.start_time or 0) / 1000), _bar(log), _words(job, log)
+        )
     console.print(table)
 
 
@@ -133,5 +146,3 @@ def ago(since_s: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import from_url
 
 from cluster.errors import Conflict, StoreUnavailable
@@ -68,7 +68,7 @@ class Store:
         """The bytes at ``path``, None where there is nothing."""
         try:
             return bytes(obstore.get(self.backend, path).bytes())
-        except (NotFoundError, FileNotFoundError):
+        except FileNotFoundError:
             return None
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
@@ -85,8 +85,8 @@ class Store:
     def children(self, prefix: str) -> list[str]:
         """The names directly under ``prefix``, folders and objects alike, sorted."""
         try:
-            listed = obstore.list_with_delimiter(self.backend, prefix)
-        except (NotFoundError, FileNotFoundError):
+            listed: Any = obstore.list_with_delimiter(self.backend, prefix)  # pyright: ignore[reportUnknownMemberType]
+        except FileNotFoundError:
             return []
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error

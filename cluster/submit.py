@@ -71,7 +71,9 @@ def watch(config: Config, submission_id: str, interval_s: float = 0.5) -> Iterat
             break
         time.sleep(interval_s)
     if status != JobStatus.SUCCEEDED:
-        raise JobFailed(f"Job {submission_id} {status.value.lower()}: {last_words(log)}", f"See `springtide logs {submission_id}`.")
+        raise JobFailed(
+            f"Job {submission_id} {status.value.lower()}: {last_words(log)}", f"See `springtide logs {submission_id}`."
+        )
 
 
 def last_words(log: str) -> str:

@@ -104,7 +104,9 @@ def ask(config: Config, model: str, question: str) -> Answer:
     except httpx.HTTPError as error:
         raise PoolUnavailable(f"The gateway at {url} does not answer: {error}.", "Start serving with `springtide up`.") from error
     if response.status_code != 200:
-        raise BadRequest(response.json()["error"]["message"] if response.headers.get("content-type") == "application/json" else response.text)
+        raise BadRequest(
+            response.json()["error"]["message"] if response.headers.get("content-type") == "application/json" else response.text
+        )
     text = response.json()["choices"][0]["message"]["content"]
     return Answer(text.strip(), response.headers["x-model-version"], time.monotonic() - began_s)
 
@@ -141,7 +143,7 @@ def _point(registry: Registry, id: VersionId) -> None:
 
 
 def _download(model: str, console: Console) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:

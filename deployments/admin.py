@@ -45,7 +45,9 @@ class Admin:
     def _check_token(self, headers: list[tuple[bytes, bytes]]) -> None:
         offered = next((value for name, value in headers if name == b"authorization"), b"")
         if not hmac.compare_digest(offered, b"Bearer " + self.token):
-            raise Unauthorized("The admin routes need the pool's token.", "Send it as `Authorization: Bearer …`; see `springtide env`.")
+            raise Unauthorized(
+                "The admin routes need the pool's token.", "Send it as `Authorization: Bearer …`; see `springtide env`."
+            )
 
     async def _ask(self, reference: Any) -> Any:
         try:
@@ -55,7 +57,9 @@ class Admin:
                 raise error.cause from None
             raise
         except RayError as error:
-            raise PoolUnavailable("The control actor does not answer.", "It restarts by itself; try again in some seconds.") from error
+            raise PoolUnavailable(
+                "The control actor does not answer.", "It restarts by itself; try again in some seconds."
+            ) from error
 
 
 def publish_order(body: dict[str, Any]) -> Publish:
@@ -63,4 +67,6 @@ def publish_order(body: dict[str, Any]) -> Publish:
         return Publish.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.", "Send version, alias, reason and author.") from None
+        raise BadRequest(
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}.", "Send version, alias, reason and author."
+        ) from None

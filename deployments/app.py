@@ -11,8 +11,8 @@ from deployments.gateway import Gateway
 
 
 def build_fleet(args: Config) -> Application:
-    return Replica.bind(args)
+    return Replica.bind(args)  # pyright: ignore[reportFunctionMemberAccess] (the decorator's annotation is lost)
 
 
 def build_gateway(args: Config) -> Application:
-    return Gateway.bind(args)
+    return Gateway.bind(args)  # pyright: ignore[reportFunctionMemberAccess]

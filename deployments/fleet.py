@@ -185,7 +185,7 @@ async def start_engine(fleet: Fleet, folder: Path, name: str) -> "tuple[AsyncLLM
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(engine_arguments(fleet, folder, name))
+    args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(engine_arguments(fleet, folder, name))
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), usage_context=UsageContext.OPENAI_API_SERVER)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import orjson
-
 from ray import serve
 from ray.exceptions import RayError
 
@@ -47,7 +46,7 @@ class Gateway:
         self.upstream = Upstream(self.table, config.gateway.first_byte_timeout_s)
         self.moving: dict[str, int] = {}
         self.changed = asyncio.Condition()
-        self.control = control.ensure(config)
+        self.control: Any = control.ensure(config)
         await self.adopt(await self.control.view.remote())
         self.refreshing = asyncio.create_task(self._refresh())
 
@@ -94,7 +93,7 @@ class Gateway:
 class Application:
     """Routes and errors, as a bare ASGI application: middleware layers would cost every token, and these few lines are all it needs."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Any) -> None:
         self.gateway = gateway
         limits, upstream = gateway.config.gateway, gateway.upstream
         self.admin = Admin(gateway.control)
@@ -120,7 +119,9 @@ class Application:
             return await send_json(send, 200, models.model(view, path.removeprefix("/v1/models/")))
         if method == "GET" and path == "/health":
             return await send_json(send, 200, {"status": "ok", "replicas": len(view.replicas)})
-        raise RouteNotFound(f"There is no {method} {path[:200]} here.", "The API is OpenAI's: /v1/chat/completions, /v1/models, …")
+        raise RouteNotFound(
+            f"There is no {method} {path[:200]} here.", "The API is OpenAI's: /v1/chat/completions, /v1/models, …"
+        )
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:

@@ -18,4 +18,4 @@ def seal() -> None:
     """Call in a replica's constructor: Serve binds the port right after it."""
     if not hasattr(replica, "add_port_to_grpc_server"):
         raise RuntimeError("This Ray opens its inter-deployment port in another way; see deployments/seal.py.")
-    replica.add_port_to_grpc_server = _bind_nothing
+    replica.add_port_to_grpc_server = _bind_nothing  # pyright: ignore[reportPrivateImportUsage]

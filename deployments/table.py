@@ -47,7 +47,9 @@ class Table:
         """The least busy replica that holds ``version``, ties broken at random; suspects last. Raises `NoReplica`."""
         candidates = [replica for replica in self.holders.get(str(version), []) if replica.id not in tried]
         if not candidates:
-            raise NoReplica(f"No replica can answer for {version} now.", "Try again in some seconds; `springtide status` shows why.")
+            raise NoReplica(
+                f"No replica can answer for {version} now.", "Try again in some seconds; `springtide status` shows why."
+            )
         return min(candidates, key=lambda replica: self._burden(replica.id, now_s))
 
     def _burden(self, id: str, now_s: float) -> tuple[bool, int, float]:

@@ -97,14 +97,18 @@ async def _relay_document(response: aiohttp.ClientResponse, headers: Headers, se
     """A whole JSON answer, read to its end first: until then another replica can still be tried."""
     body = await response.read()
     length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json"), length, *headers]})
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json"), length, *headers]}
+    )
     await send({"type": "http.response.body", "body": body})
 
 
 async def _relay_events(response: aiohttp.ClientResponse, headers: Headers, send: Send) -> None:
     chunk = await response.content.readany()
     content_type = (b"content-type", b"text/event-stream; charset=utf-8")
-    await send({"type": "http.response.start", "status": 200, "headers": [content_type, (b"cache-control", b"no-cache"), *headers]})
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [content_type, (b"cache-control", b"no-cache"), *headers]}
+    )
     rest = b""
     try:
         while chunk:

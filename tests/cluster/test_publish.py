@@ -26,7 +26,9 @@ ONE = VersionId("seedling", 1)
 def traffic(pool: Running, streams: int = 8) -> Iterator[list[load.Sample]]:
     """Concurrent streaming clients until the block ends; the list fills when it does."""
     stop, samples = threading.Event(), list[load.Sample]()
-    thread = threading.Thread(target=lambda: samples.extend(asyncio.run(load.run(f"{pool.url}/v1", "seedling", streams, stop=stop))))
+    thread = threading.Thread(
+        target=lambda: samples.extend(asyncio.run(load.run(f"{pool.url}/v1", "seedling", streams, stop=stop)))
+    )
     thread.start()
     try:
         yield samples
@@ -160,7 +162,9 @@ def test_a_replica_that_starts_later_comes_up_with_what_is_live(pool: Running, t
         graph.deploy(two)
         wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 2, timeout_s=120)
         assert all(replica["held"].get(str(made.id)) == made.digest for replica in admin.status(pool.config)["replicas"])
-        engines = [p for p in pool.pool.descendants() if "fleet-seedling" in p.name() or "fleet-seedling" in " ".join(p.cmdline())]
+        engines = [
+            p for p in pool.pool.descendants() if "fleet-seedling" in p.name() or "fleet-seedling" in " ".join(p.cmdline())
+        ]
         assert len(engines) == 2
         time.sleep(1)
         graph.deploy(pool.config)
@@ -188,5 +192,3 @@ def wait_until(true: Callable[[], bool], timeout_s: float) -> None:
     while not true():
         assert time.monotonic() < deadline_s, "it did not happen in time"
         time.sleep(0.2)
-
-

@@ -94,7 +94,9 @@ def test_an_oversized_body_is_refused_with_or_without_its_length(pool: Running) 
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/docs", "/metrics", "/v1/load_lora_adapter", "/collective_rpc", "/v1/models/../../etc", "/%2e%2e/x"])
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/docs", "/metrics", "/v1/load_lora_adapter", "/collective_rpc", "/v1/models/../../etc", "/%2e%2e/x"]
+)
 def test_only_the_routes_of_the_api_exist(pool: Running, path: str) -> None:
     answer = httpx.post(pool.url + path, json={})
     assert answer.status_code == 404 and answer.json()["error"]["code"] in ("unknown_url", "model_not_found")

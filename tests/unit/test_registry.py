@@ -57,7 +57,8 @@ def test_a_version_without_a_manifest_does_not_exist(registry: Registry, source:
 def test_concurrent_publishers_never_share_a_number(registry: Registry, source: Path) -> None:
     made: list[VersionId] = []
     threads = [
-        threading.Thread(target=lambda: made.append(registry.register("m", "weights", None, source, Lineage()).id)) for _ in range(8)
+        threading.Thread(target=lambda: made.append(registry.register("m", "weights", None, source, Lineage()).id))
+        for _ in range(8)
     ]
     for thread in threads:
         thread.start()
