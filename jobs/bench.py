@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -585,6 +586,7 @@ def arguments() -> argparse.Namespace:
 
 def run() -> None:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what runs is ended on the way out
     options.run(options)
 
 
