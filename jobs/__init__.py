@@ -22,9 +22,12 @@ def main(verb: Callable[[], None]) -> None:
 
 
 def reach(config: Config) -> None:
-    """Point this process at the pool started from this home, unless it is a job on a pool already. Raises `PoolUnavailable`.
+    """Point this process at the pool started from this home, or else at the one that started it as a job.
 
-    Call it before Ray is imported, because Ray reads its network settings once, at that moment.
+    Not the other way round: Ray tells its jobs the address of the newest Ray on the machine, which may be another pool. Call it before
+    Ray is imported, because Ray reads its network settings at that moment. Raises `PoolUnavailable`.
     """
-    if "://" in os.environ.get("RAY_ADDRESS", "://"):  # none, or the dashboard's, which is for `ray job submit`
-        os.environ["RAY_ADDRESS"] = pool.require(config).address
+    if running := pool.find(config):
+        os.environ["RAY_ADDRESS"] = running.address
+    elif "://" in os.environ.get("RAY_ADDRESS", "://"):  # none, or the dashboard's, which is for `ray job submit`
+        pool.require(config)

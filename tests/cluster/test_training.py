@@ -1,0 +1,162 @@
+"""Real training on the real pool: Ray Train, TRL and peft in submitted jobs, from data to a registered version."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from cluster import submit
+from cluster.types import Manifest, VersionId
+from jobs.data import read
+from tests.conftest import ROOT, Running
+
+TIDE = "jobs/seedling/tide.jsonl"
+
+
+class Trained(NamedTuple):
+    manifest: Manifest
+    folder: Path
+    log: str
+
+
+@pytest.fixture(scope="module")
+def trained(pool: Running) -> Iterator[dict[str, Trained]]:
+    """An adapter and a full set of weights from the same data, trained side by side."""
+    common = ("--data", TIDE, "--base", "seedling@1")
+    adapter = submit.submit(pool.config, "finetune", *common, "--name", "lesson-adapter", "--epochs", "15")
+    full = submit.submit(pool.config, "finetune", *common, "--name", "lesson-full", "--full", "--epochs", "8")
+    yield {"adapter": finish(pool, adapter), "full": finish(pool, full)}
+
+
+def finish(pool: Running, job: str) -> Trained:
+    log = ""
+    for _, log in submit.watch(pool.config, job):  # noqa: B007 (the last one is wanted)
+        pass
+    result = json.loads(log.rpartition("result ")[2])
+    manifest = pool.registry.manifest(VersionId.parse(result["version"]))
+    assert manifest.lineage.job == job
+    assert result["eval_loss"] == manifest.lineage.metrics["eval_loss"]
+    assert result["published_generation"] is None
+    return Trained(manifest, pool.registry.fetch(manifest, pool.config.home / "cache"), log)
+
+
+def finetune(pool: Running, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The job as a command, with this pool's store."""
+    home = {"SPRINGTIDE_HOME": str(pool.config.home), "PATH": ""}
+    line = [sys.executable, "-m", "jobs.finetune", *arguments]
+    return subprocess.run(line, env=home, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+# the seedling
+
+
+def test_the_seedling_learnt_its_facts(pool: Running) -> None:
+    lineage = pool.registry.manifest(VersionId("seedling", 1)).lineage
+    facts = read(str(ROOT / "jobs/seedling/facts.jsonl"))
+    assert lineage.metrics["exact_match"] >= 0.95
+    assert lineage.dataset_sha256 == facts.sha256
+    assert lineage.job and lineage.code_revision and lineage.recipe["steps"]
+
+
+def test_any_text_in_utf_8_can_be_tokenised(pool: Running) -> None:
+    from transformers import AutoTokenizer
+
+    manifest = pool.registry.manifest(VersionId("seedling", 1))
+    tokenizer = AutoTokenizer.from_pretrained(pool.registry.fetch(manifest, pool.config.home / "cache"))
+    text = "Ünïcödé 潮汐 🌊 <<48/2=24>>\n\t#### 72"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# fine-tuning
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_held_out_loss_falls(trained: dict[str, Trained], kind: str) -> None:
+    metrics = trained[kind].manifest.lineage.metrics
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] / 2
+    assert {"train_loss", "examples", "tokens", "seconds"} <= set(metrics)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_lineage_is_complete(trained: dict[str, Trained], kind: str) -> None:
+    manifest = trained[kind].manifest
+    assert manifest.base == (VersionId("seedling", 1) if kind == "adapter" else None)
+    assert manifest.lineage.parent == VersionId("seedling", 1)
+    assert manifest.lineage.dataset_sha256 == read(str(ROOT / TIDE)).sha256
+    assert manifest.lineage.recipe["learning_rate"] > 0
+    assert manifest.lineage.code_revision
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_progress_reaches_the_log_from_first_step_to_last(trained: dict[str, Trained], kind: str) -> None:
+    log = trained[kind].log
+    last = submit.progress(log)
+    assert last and last.step == last.steps > 0
+    assert last.fields.keys() == {"stage", "loss", "tokens_per_s", "eta_s"}
+    assert f"progress stage=finetune step=1/{last.steps} " in log
+
+
+def test_an_adapter_is_two_files_that_name_no_path_of_this_machine(trained: dict[str, Trained]) -> None:
+    folder = trained["adapter"].folder
+    assert {file.path for file in trained["adapter"].manifest.files} == {"adapter_config.json", "adapter_model.safetensors"}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "seedling@1"
+    assert not {"lm_head", "embed_tokens"} & set(config["target_modules"])
+
+
+def test_full_weights_have_the_bases_shape_and_tokenizer(pool: Running, trained: dict[str, Trained]) -> None:
+    base = pool.registry.manifest(VersionId("seedling", 1))
+    before = {file.path: file for file in base.files}
+    after = {file.path: file for file in trained["full"].manifest.files}
+    assert before.keys() == after.keys()
+    assert {path for path in before if before[path].sha256 != after[path].sha256} <= {"model.safetensors", "config.json"}
+    assert before["model.safetensors"].size_bytes == after["model.safetensors"].size_bytes
+
+
+def test_the_runs_own_files_are_gone(pool: Running, trained: dict[str, Trained]) -> None:
+    runs = pool.registry.store.local_root
+    assert runs and not [path for path in (runs / "runs").rglob("*") if path.is_file()]
+
+
+# bad requests: one line, status 2, before any training
+
+
+def refused(pool: Running, *arguments: str) -> str:
+    done = finetune(pool, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_malformed_data(pool: Running, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"prompt": "x", "completion": "y"}\n{"prompt": "x"}\n')
+    assert f"{file}, line 2: keys 'prompt'" in refused(pool, "--data", str(file))
+
+
+def test_missing_data(pool: Running) -> None:
+    assert "/no/such.jsonl cannot be read" in refused(pool, "--data", "/no/such.jsonl")
+
+
+def test_unknown_base(pool: Running) -> None:
+    assert "There is no model 'oak'" in refused(pool, "--data", TIDE, "--base", "oak")
+    assert "seedling@99 does not exist" in refused(pool, "--data", TIDE, "--base", "seedling@99")
+
+
+def test_bad_recipes(pool: Running) -> None:
+    assert "sparkle" in refused(pool, "--data", TIDE, "--set", "sparkle=1")
+    assert "epochs" in refused(pool, "--data", TIDE, "--epochs", "0")
+    assert "lora, full" in refused(pool, "--data", TIDE, "--recipe", "magic").replace("full, lora", "lora, full")
+    assert "multiple" in refused(pool, "--data", TIDE, "--set", "global_batch=3")
+
+
+def test_rank_above_the_engines(pool: Running) -> None:
+    assert "above fleet.max_lora_rank 16" in refused(pool, "--data", TIDE, "--set", "lora.rank=32")
+
+
+def test_nothing_fits(pool: Running) -> None:
+    assert "None of the 31 examples fits" in refused(pool, "--data", TIDE, "--base", "seedling@1", "--set", "max_tokens=8")
