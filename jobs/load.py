@@ -83,12 +83,13 @@ async def run(
     tokens: int = 32,
     headers: dict[str, str] | None = None,
     keep_text: bool = False,
+    pause_s: float = 0,
     watch: Callable[[Sample], None] = lambda _: None,
 ) -> list[Sample]:
     """Keep ``streams`` requests open at ``url`` (``http://host:port/v1``) until ``requests``, ``duration_s`` or ``stop`` ends it.
 
     Greedy, exactly ``tokens`` tokens each, prompts from `prompts` in turn. A failed request is a `Sample` with an ``error``;
-    nothing is raised and nothing is retried. ``watch`` hears each sample as it ends. Returned in the order in which they ended.
+    nothing is raised and nothing is retried. Each client thinks for ``pause_s`` after each answer. ``watch`` hears each sample as it ends. Returned in the order in which they ended.
     """
     tickets = _tickets(requests, duration_s, stop)
     bodies = [_request(model, prompt, streaming, tokens) for prompt in prompts()]
@@ -99,8 +100,7 @@ async def run(
             sample = await _ask(session, f"{url}/chat/completions", bodies[ticket % len(bodies)], streaming, number, keep_text)
             samples.append(sample)
             watch(sample)
-            if not sample.ok:
-                await asyncio.sleep(PAUSE_AFTER_FAILURE_S)
+            await asyncio.sleep(pause_s if sample.ok else PAUSE_AFTER_FAILURE_S)
 
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     headers = {"content-type": "application/json", **(headers or {})}

