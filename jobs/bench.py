@@ -218,6 +218,7 @@ def running(system: str, config: Config, model: Path, watch: Callable[[str], Non
 @contextmanager
 def springtide(config: Config, watch: Callable[[str], None] = lambda _: None) -> Iterator[Served]:
     """The pool with its gateway and fleet, as `springtide up` starts it, until the block ends."""
+    peers.check_free(config.gateway.port)
     try:
         root = psutil.Process(pool.up(config, watch).pid)
         graph.deploy(config, watch)

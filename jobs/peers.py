@@ -22,6 +22,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def serving(system: str, config: Config, model: Path, port: int) -> Iterator[Ser
 
     Raises `PoolUnavailable` with the end of its log where it does not start.
     """
+    check_free(port)
     log = config.home / f"{system}.log"
     with tempfile.TemporaryDirectory(prefix="peer-") as run:  # not in the home: a socket's path must stay under 97 characters
         process = _start(command(system, config, model, port), environment(system, Path(run)), log)
@@ -158,7 +160,7 @@ def _direct(run: Path) -> dict[str, str]:
         "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(cluster.__file__).with_name("haproxy")),  # keeps its pages on loopback
-        "SPRINGTIDE_HAPROXY": get_haproxy_binary(),
+        "REAL_HAPROXY": get_haproxy_binary(),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),
@@ -170,6 +172,13 @@ def _direct(run: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(BASE_PORT + 61),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(BASE_PORT + 99),
     }
+
+
+def check_free(port: int) -> None:
+    """Raise `PoolUnavailable` where something listens already: its answers would be measured as this system's."""
+    with socket.socket() as probe:
+        if probe.connect_ex((HOST, port)) == 0:
+            raise PoolUnavailable(f"Something listens on port {port} already.", "End it, then measure again.")
 
 
 def _check(process: "subprocess.Popen[bytes]", log: Path) -> None:
