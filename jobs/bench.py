@@ -9,11 +9,9 @@ import argparse
 import asyncio
 import gc
 import json
-import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster import config as configuration
-from cluster import graph, pool
+from cluster import graph, pool, submit
 from cluster.config import Config
 from cluster.registry import Registry
 from cluster.store import Store
@@ -198,17 +196,18 @@ def newest(config: Config) -> Path | None:
 
 
 def pretrained(config: Config) -> Path:
-    """A seedling, trained now into ``config``'s store."""
-    settings = {"SPRINGTIDE_HOME": str(config.home), "SPRINGTIDE_STORE": config.store}
-    with console.status("The store has no model yet: training a seedling takes about a minute"):
-        log = config.home / "pretrain.log"
-        with log.open("wb") as output:
-            command = [sys.executable, "-m", "jobs.pretrain", "--name", config.fleet.model]
-            status = subprocess.run(command, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT).returncode
-    if status:
-        raise RuntimeError(f"jobs.pretrain ended with status {status}:\n{log.read_text(errors='replace')[-2000:]}")
+    """A seedling, trained now into ``config``'s store by a pool that ends with it."""
+    name = config.fleet.model
+    with console.status("The store has no model yet: starting a pool to train a seedling") as status:
+        try:
+            pool.up(config)
+            for _, log in submit.watch(config, submit.submit(config, "pretrain", "--name", name)):
+                if done := submit.progress(log):
+                    status.update(f"Training a seedling: step {done.step} of {done.steps}")
+        finally:
+            pool.down(config)
     registry = Registry(Store(config.store))
-    return registry.fetch(registry.versions(config.fleet.model)[-1], config.home / "cache")
+    return registry.fetch(registry.versions(name)[-1], config.home / "cache")
 
 
 def running(system: str, config: Config, model: Path, watch: Callable[[str], None]) -> AbstractContextManager[Served]:
