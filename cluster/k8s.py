@@ -134,7 +134,7 @@ def _ray_job(config: Config) -> Document:
     spec = {
         "clusterSelector": {"ray.io/cluster": CURRENT},
         "submissionMode": "HTTPMode",
-        "entrypoint": f"python -m jobs.finetune --data jobs/seedling/tide.jsonl --base {model} --name {model} --publish",
+        "entrypoint": f"python -m jobs.finetune --data jobs/seedling/tide.jsonl --base {model} --name {model} --epochs 30 --publish",
     }
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"generateName": "finetune-"}, "spec": spec}
 

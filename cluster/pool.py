@@ -117,10 +117,9 @@ def down(config: Config) -> bool:
     process = psutil.Process(pool.pid)
     process.terminate()
     try:
-        process.wait(STOP_TIMEOUT_S + 15)
+        process.wait(START_TIMEOUT_S)
     except psutil.TimeoutExpired:
-        _end(pool.descendants(), grace_s=0)
-        process.kill()
+        _end([*pool.descendants(), process], grace_s=0)
     (config.home / "pool.json").unlink(missing_ok=True)
     return True
 
@@ -250,8 +249,17 @@ def supervise(config: Config, resolved: Path) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: ray.terminate())
     status = ray.wait()
-    _end(psutil.Process().children(recursive=True), grace_s=STOP_TIMEOUT_S)
+    while left := psutil.Process().children(recursive=True):  # a process that ends may leave others to us
+        _end(left, grace_s=STOP_TIMEOUT_S)
+        _reap()
     return status
+
+
+def _reap() -> None:
+    """Collect every ended child, so that none is left as a zombie where init does not do it (as in many containers)."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _end(processes: list[psutil.Process], grace_s: float) -> None:

@@ -3,18 +3,17 @@
 import logging
 import re
 import shlex
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from cluster import pool
+from cluster import __version__, pool
 from cluster.config import Config
 from cluster.errors import JobFailed
-
-logging.getLogger("ray").setLevel(logging.WARNING)  # the list of every file that is not uploaded is no news
 
 PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 """The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""
@@ -29,15 +28,27 @@ class Progress(NamedTuple):
 
 
 def client(config: Config) -> JobSubmissionClient:
-    return JobSubmissionClient(pool.require(config).dashboard)
+    made = JobSubmissionClient(pool.require(config).dashboard)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # what it leaves out of the upload, and that it uploads, is no news
+    return made
 
 
 def submit(config: Config, verb: str, *arguments: str) -> str:
     """Start ``python -m jobs.<verb> …`` on the pool, like ``ray job submit --working-dir .``; returns the submission id."""
     here = Path.cwd()
-    runtime = {"working_dir": str(here)} if (here / "jobs" / f"{verb}.py").is_file() else {}
+    folder = {"working_dir": str(here)} if (here / "jobs" / f"{verb}.py").is_file() else {}
+    runtime: dict[str, Any] = {**folder, "env_vars": {"CODE_REVISION": revision()}}
     entrypoint = shlex.join(["python", "-m", f"jobs.{verb}", *arguments])
     return client(config).submit_job(entrypoint=entrypoint, runtime_env=runtime, metadata={"springtide_verb": verb})
+
+
+def revision() -> str:
+    """The commit of the code here, for a version's lineage: Ray leaves ``.git`` out of what it uploads."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return f"springtide {__version__}"
 
 
 def jobs(config: Config) -> list[JobDetails]:

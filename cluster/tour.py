@@ -84,7 +84,8 @@ def _loop(config: Config, console: Console) -> None:
     else:
         _show_answer(console, ask(config, model, QUESTION))
         console.print(f"Fine-tuning on [bold]{TIDE.name}[/] while version 1 keeps serving.")
-        job = submit.submit(config, "finetune", "--data", str(TIDE), "--base", model, "--name", model, "--publish")
+        arguments = ("--data", str(TIDE), "--base", model, "--name", model, "--epochs", "30", "--publish")
+        job = submit.submit(config, "finetune", *arguments)
         result = show.follow(console, config, job, "Fine-tuning")
         console.print(f"Published [bold]{result.get('version')}[/] into live traffic.")
     show.answers(console, QUESTION, [ask(config, str(first), QUESTION), ask(config, model, QUESTION)])

@@ -89,7 +89,8 @@ async def run(
     """Keep ``streams`` requests open at ``url`` (``http://host:port/v1``) until ``requests``, ``duration_s`` or ``stop`` ends it.
 
     Greedy, exactly ``tokens`` tokens each, prompts from `prompts` in turn. A failed request is a `Sample` with an ``error``;
-    nothing is raised and nothing is retried. Each client thinks for ``pause_s`` after each answer. ``watch`` hears each sample as it ends. Returned in the order in which they ended.
+    nothing is raised and nothing is retried. Each client thinks for ``pause_s``
+    after each answer. ``watch`` hears each sample as it ends. Returned in the order in which they ended.
     """
     tickets = _tickets(requests, duration_s, stop)
     bodies = [_request(model, prompt, streaming, tokens) for prompt in prompts()]

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 import uuid
@@ -20,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from cluster import __version__
+from cluster import submit
 from cluster.config import Config, parse
 from cluster.errors import JobFailed
 from cluster.registry import Registry
@@ -85,12 +84,8 @@ def job_id() -> str:
 
 
 def code_revision() -> str:
-    """The commit of the code that runs, or the package's version where it is no checkout (as in a job's uploaded folder)."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return f"springtide {__version__}"
+    """The commit of the code that runs, as who submitted the job saw it; an uploaded folder has no ``.git`` of its own."""
+    return os.environ.get("CODE_REVISION") or submit.revision()
 
 
 def print_result(manifest: Manifest, move: Generation | None) -> None:

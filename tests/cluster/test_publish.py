@@ -71,7 +71,8 @@ def test_train_publish_and_roll_back_under_load(pool: Running) -> None:
     before = text(ask(pool))
     with traffic(pool) as samples:
         time.sleep(1)
-        job = submit.submit(pool.config, "finetune", "--data", str(TIDE), "--base", "seedling", "--name", "seedling", "--publish")
+        arguments = ("--data", str(TIDE), "--base", "seedling", "--name", "seedling", "--epochs", "30", "--publish")
+        job = submit.submit(pool.config, "finetune", *arguments)
         *_, (_, log) = submit.watch(pool.config, job)
         after = text(ask(pool))
         time.sleep(1)
