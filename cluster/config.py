@@ -71,6 +71,8 @@ class Fleet(Section):
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
     """Size of the KV cache. None lets vLLM take `gpu_memory_utilization` of the accelerator."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    cpu_threads: int = Field(default=1, ge=1)
+    """Threads for the engine's arithmetic where there is no GPU."""
     enforce_eager: bool = False
     """Skip compilation: a faster start and slower tokens."""
     max_loras: int = Field(default=4, ge=1)
