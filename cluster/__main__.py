@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster import admin, pool, show
@@ -152,7 +153,7 @@ def ask(question: str, model: str = "seedling", version: Annotated[int | None, t
     from cluster import tour
 
     answer = tour.ask(_running(), f"{model}@{version}" if version else model, question)
-    console.print(f"[bold]{answer.version}[/]: {answer.text}")
+    console.print(f"[bold]{answer.version}[/]: {escape(answer.text)}")
 
 
 @app.command("config")
@@ -227,8 +228,7 @@ def _load(preset: str | None, file: Path | None, sets: list[str] | None) -> Conf
 def _running() -> Config:
     """The configuration of the pool that runs from this home; what would be started, where none runs."""
     config = _load(None, None, None)
-    resolved = config.home / "resolved.json"
-    return configuration.parse(json.loads(resolved.read_text())) if resolved.exists() else config
+    return pool.remembered(config) if pool.find(config) else config
 
 
 def _registry() -> Registry:
@@ -245,7 +245,7 @@ def main() -> None:
         app()
     except SpringtideError as error:
         width = shutil.get_terminal_size().columns
-        Console(stderr=True, width=max(width, 60)).print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
+        Console(stderr=True, width=max(width, 60)).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import ray
 from ray import serve
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -29,7 +29,11 @@ TICK_S = 0.5
 DESCRIBE_TIMEOUT_S = 2
 LOAD_TIMEOUT_S = 120
 """How long a replica may take to load one version."""
-GATEWAY_TIMEOUT_S = 5
+PREPARE_TIMEOUT_S = 2
+"""Far less than a gateway holds requests (`deployments.gateway.HOLD_TIMEOUT_S`), so that none gives up waiting before the move."""
+ADOPT_TIMEOUT_S = 5
+FORGET_S = 5
+RETRY_REFUSED_S = 30
 START_TIMEOUT_S = 60
 
 log = logs.logger(__name__)
@@ -42,13 +46,18 @@ class Client(Protocol):
 
 
 class Control:
-    """The actor's body. Threaded rather than async: everything it calls blocks, and one lock orders every change."""
+    """The actor's body. Threaded rather than async: everything it calls blocks."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config: Config = parse(config)
         self.registry = Registry(Store(self.config.store))
+        self.publishing = threading.Lock()
+        """One publish at a time. Loading may take minutes, and the loop goes on meanwhile."""
         self.changing = threading.RLock()
+        """Whoever makes a new view holds this, briefly, and reads the aliases while it does."""
         self.current = EMPTY_VIEW
+        self.seen: dict[str, tuple[ReplicaState, float]] = {}
+        self.retry_refused_s = 0.0
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
 
     # asked from outside
@@ -57,6 +66,12 @@ class Control:
         """The newest view. A gateway that starts during a move waits for the move's end, so that it cannot adopt half of one."""
         with self.changing:
             return self.current
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Take over a newer configuration: on Kubernetes the graph may be redeployed while this actor lives on."""
+        self.config = parse(config)
+        if self.registry.store.url != Store(self.config.store).url:
+            self.registry = Registry(Store(self.config.store))
 
     def status(self) -> dict[str, Any]:
         """What `springtide status` prints: ``{"slots", "aliases", "replicas"}``, without the replicas' secrets."""
@@ -74,48 +89,58 @@ class Control:
         """
         manifest = self.registry.manifest(VersionId.parse(version))
         self._check_fits(manifest)
-        with self.changing:
+        with self.publishing:
             now = self.registry.alias(alias)
             if now is not None and now.stable == manifest.id:
                 return now
             self._warm(manifest)
-            return self._flip(alias, manifest.id, reason, author, after=now.generation if now else 0)
+            with self.changing:
+                return self._flip(alias, manifest.id, reason, author, after=now.generation if now else 0)
 
     # the loop
 
     def _run(self) -> None:
         while True:
             try:
-                with self.changing:
-                    self.tick()
-            except (SpringtideError, RayError, RayServeException, TimeoutError) as error:
-                # A tick that fails (store away, application still starting) changes nothing, and the next one tries again.
-                log.warning("tick: %s", error)
+                self.tick()
+            except Exception:
+                # Whatever stopped this tick (store away, application still starting, a damaged object), the loop must go on: a thread
+                # that ended would leave an actor that looks alive and converges nothing.
+                log.exception("tick")
             time.sleep(TICK_S)
 
     def tick(self) -> None:
         """One round: read both sides, load what is missing, and tell the gateways if anything changed.
 
-        What a replica has refused it is not asked again, until somebody publishes it again.
+        What a replica has refused it is asked again only every `RETRY_REFUSED_S`: most refusals are for good, some are a bad moment.
         """
-        aliases = self.registry.aliases()
-        replicas = self._observe()
+        with (
+            self.changing
+        ):  # observed and adopted under one lock: a stale observation must not undo what a publish has just loaded
+            replicas = self._observe()
+            self._adopt(self.registry.aliases(), replicas)
         bases = {VersionId.parse(replica.base) for replica in replicas}
-        wanted = [manifest for base in bases for manifest in self.registry.ever_live(base)]
-        missing = [m for m in wanted if any(lacks(replica, m) and str(m.id) not in replica.refused for replica in replicas)]
+        limit = self.config.fleet.max_cpu_loras
+        wanted = [manifest for base in bases for manifest in self.registry.ever_live(base, limit)]
+        again = time.monotonic() >= self.retry_refused_s
+        missing = [m for m in wanted if any(lacks(r, m) and (again or str(m.id) not in r.refused) for r in replicas)]
+        if again:
+            self.retry_refused_s = time.monotonic() + RETRY_REFUSED_S
         if missing:
-            replicas = self._hold(missing)
-        self._adopt(aliases, replicas)
+            self._ask_fleet("hold", [str(m.id) for m in missing], timeout_s=LOAD_TIMEOUT_S)  # the next tick sees the outcome
 
     def _observe(self) -> list[ReplicaState]:
-        return self._ask_fleet("describe", timeout_s=DESCRIBE_TIMEOUT_S)
+        """The replicas heard lately. Silence for less than `FORGET_S` is no death: the machine may be busy, and gateways avoid a replica
+        that breaks a connection by themselves."""
+        now_s = time.monotonic()
+        for answer in self._ask_fleet("describe", timeout_s=DESCRIBE_TIMEOUT_S):
+            if isinstance(answer, ReplicaState):
+                self.seen[answer.id] = answer, now_s
+        self.seen = {id: (state, at_s) for id, (state, at_s) in self.seen.items() if now_s - at_s < FORGET_S}
+        return [state for state, _ in self.seen.values()]
 
-    def _hold(self, manifests: list[Manifest]) -> list[ReplicaState]:
-        return self._ask_fleet("hold", [str(m.id) for m in manifests], timeout_s=LOAD_TIMEOUT_S)
-
-    def _ask_fleet(self, method: str, *arguments: Any, timeout_s: float) -> list[ReplicaState]:
-        answers = broadcast(graph.fleet_app(self.config.fleet.model), method, *arguments, timeout_s=timeout_s)
-        return [answer for answer in answers if isinstance(answer, ReplicaState)]
+    def _ask_fleet(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+        return broadcast(graph.fleet_app(self.config.fleet.model), method, *arguments, timeout_s=timeout_s)
 
     # publish, step by step
 
@@ -145,10 +170,14 @@ class Control:
         return VersionId.parse(replicas[0].base)
 
     def _warm(self, manifest: Manifest) -> None:
-        states = self._hold([manifest])
+        states = self._ask_fleet("hold", [str(manifest.id)], timeout_s=LOAD_TIMEOUT_S)
         if not states:
             raise NoReplica("No replica answered.", "Wait until `springtide status` shows one, then publish again.")
         for state in states:
+            if not isinstance(state, ReplicaState):
+                raise PoolUnavailable(
+                    f"A replica did not acknowledge {manifest.id}: {state}.", "Nothing has changed; publish again."
+                )
             if lacks(state, manifest):
                 words = state.refused.get(str(manifest.id), "it did not say why")
                 raise VersionRefused(
@@ -158,30 +187,47 @@ class Control:
     def _flip(self, alias: str, version: VersionId, reason: str, author: str, after: int) -> Generation:
         """Move the alias so that no client sees it go back: every gateway holds new requests for it until all know the move.
 
-        Two phases over one lock. If this process dies between them the gateways go on after `GATEWAY_TIMEOUT_S` with what they know.
+        Two phases over one lock. A gateway that does not prepare stops the move. If this process dies between the phases, the gateways
+        go on after a time of their own with what they know, and the next control announces what the store says.
         """
-        before, replicas = self.current, self._observe()
-        self._ask_gateways("prepare", alias, time.time_ns())
+        before, replicas = self.current.aliases, self._observe()
         try:
+            if silent := self._ask_gateways("prepare", alias, time.time_ns(), timeout_s=PREPARE_TIMEOUT_S):
+                raise PoolUnavailable(f"A gateway did not answer: {silent[0]}.", "Nothing has changed; publish again.")
             move = self.registry.move(alias, version, reason, author, after)
         except SpringtideError:
-            self._adopt(before.aliases, replicas, force=True)
+            self._adopt(before, replicas, force=True)
             raise
-        self._adopt({**self.registry.aliases(), alias: move}, replicas)
+        self._adopt({**before, alias: move}, replicas)
         log.info("%s is %s at generation %d: %s", alias, version, move.generation, reason)
         return move
 
     def _adopt(self, aliases: dict[str, Generation], replicas: list[ReplicaState], force: bool = False) -> None:
+        if not replicas and self.current is EMPTY_VIEW:
+            return  # just started and nothing heard yet: the gateways know better
         ordered = tuple(sorted(replicas))
-        changed = aliases != self.current.aliases or routing(ordered) != routing(self.current.replicas)
-        self.current = View(time.time_ns() if changed or force else self.current.revision, aliases, ordered)
-        if changed or force:
-            self._ask_gateways("adopt", self.current)
+        aliases = answerable(aliases, self.current.aliases, ordered)
+        changed = force or aliases != self.current.aliases or routing(ordered) != routing(self.current.replicas)
+        if changed:
+            self.current = View(time.time_ns(), aliases, ordered)
+            for error in self._ask_gateways("adopt", self.current, timeout_s=ADOPT_TIMEOUT_S):
+                log.warning("a gateway did not adopt the view: %s", error)  # it fetches it by itself
 
-    def _ask_gateways(self, method: str, *arguments: Any) -> None:
-        for answer in broadcast(graph.GATEWAY_APP, method, *arguments, timeout_s=GATEWAY_TIMEOUT_S):
-            if isinstance(answer, Exception):
-                log.warning("a gateway did not answer %s: %s", method, answer)
+    def _ask_gateways(self, method: str, *arguments: Any, timeout_s: float) -> list[Exception]:
+        """Tell every gateway; returns what went wrong."""
+        answers = broadcast(graph.GATEWAY_APP, method, *arguments, timeout_s=timeout_s)
+        return [answer for answer in answers if isinstance(answer, Exception)]
+
+
+def answerable(
+    newest: dict[str, Generation], before: dict[str, Generation], replicas: tuple[ReplicaState, ...]
+) -> dict[str, Generation]:
+    """The aliases as gateways should see them: one that moved to a version nobody holds yet stays where it was until somebody does.
+
+    That happens where an alias was moved in the store by other hands, or control was killed between a move and its announcement.
+    """
+    held = {id for replica in replicas for id in replica.held}
+    return {name: move if str(move.stable) in held else before.get(name, move) for name, move in newest.items()}
 
 
 def lacks(replica: ReplicaState, manifest: Manifest) -> bool:
@@ -191,7 +237,7 @@ def lacks(replica: ReplicaState, manifest: Manifest) -> bool:
 
 def routing(replicas: tuple[ReplicaState, ...]) -> list[tuple[Any, ...]]:
     """The part of the replicas' states that a gateway routes by; load changes alone are not worth a push."""
-    return [(r.id, r.url, r.secret, r.held, r.draining) for r in replicas]
+    return [(r.id, r.url, r.secret, r.held) for r in replicas]
 
 
 def public(replica: ReplicaState) -> dict[str, Any]:
@@ -199,11 +245,16 @@ def public(replica: ReplicaState) -> dict[str, Any]:
 
 
 def broadcast(app: str, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
-    """Call every running replica of an application's ingress deployment. Exceptions are among the answers; no replicas: no answers."""
+    """Call every running replica of an application's ingress deployment. Exceptions are among the answers; no replicas: no answers.
+
+    Where not all answered in time, the one answer is that `TimeoutError`.
+    """
     try:
         handle = cast(DeploymentHandle[Any], serve.get_app_handle(app))
         return handle.broadcast(method, *arguments).results(timeout_s=timeout_s, return_exceptions=True)
-    except (RayServeException, TimeoutError) as error:
+    except TimeoutError as error:
+        return [error]
+    except (RayServeException, KeyError) as error:  # not deployed yet, or no replica runs
         log.debug("%s.%s: %s", app, method, error)
         return []
 

@@ -92,6 +92,12 @@ class NoReplica(SpringtideError):
     status, code = 503, "no_replica"
 
 
+class AnswerTimeout(SpringtideError):
+    """The replica took longer than allowed. It is not asked elsewhere: the same work would take as long again."""
+
+    status, code = 504, "timeout"
+
+
 class ReplicaLost(SpringtideError):
     """The replica ended while it was answering."""
 
@@ -107,10 +113,10 @@ class Unauthorized(BadRequest):
 
 
 class Refused(SpringtideError):
-    """An error that came back over HTTP. Its status and code are the sender's."""
+    """An error that came back over HTTP, in the sender's words."""
 
 
 def refused(status: int, document: dict[str, Any]) -> Refused:
-    """The other side's ``{"error": {…}}`` as an exception."""
+    """``status`` and the other side's ``{"error": {…}}`` as an exception."""
     error = document.get("error", {})
     return Refused(str(error.get("message", f"the gateway answered {status}")), param=error.get("param"))

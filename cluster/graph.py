@@ -5,6 +5,7 @@ Nothing about versions is in it: Serve restarts replicas when an application's a
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from cluster.errors import PoolUnavailable
 from cluster.pool import LOOPBACK
 
 GATEWAY_APP = "gateway"
+EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:\.|Error|Exception)\w*: ")
 READY_TIMEOUT_S = 1800
 """A large model may load for a long time; `deploy` gives up earlier where Serve says that it failed."""
 
@@ -54,7 +56,8 @@ def _fleet(config: Config) -> dict[str, Any]:
                 "ray_actor_options": {"num_cpus": 0, **accelerators, **slots},
                 "health_check_period_s": 2,
                 "health_check_timeout_s": 10,
-                "graceful_shutdown_timeout_s": fleet.drain_timeout_s + 10,
+                # Behind HAProxy Serve itself waits 30 s before it asks the replica to end; then the replica's own drain begins.
+                "graceful_shutdown_timeout_s": fleet.drain_timeout_s + 45,
                 "graceful_shutdown_wait_loop_s": 0.2,
                 **_scaling(config),
             }
@@ -109,12 +112,25 @@ def deploy(config: Config, watch: Callable[[str], None] = lambda _: None) -> Non
     client.deploy_applications(schema(config))
     for states in _states(client):
         watch(", ".join(f"{name} {state}" for name, (state, _) in sorted(states.items())))
-        failed = [f"{name}: {message}" for name, (state, message) in states.items() if state in ("DEPLOY_FAILED", "UNHEALTHY")]
+        failed = [
+            f"{name}: {cause(message)}" for name, (state, message) in states.items() if state in ("DEPLOY_FAILED", "UNHEALTHY")
+        ]
         if failed:
             raise PoolUnavailable(f"Serving did not start. {' '.join(failed)}", "`springtide doctor` checks the usual causes.")
         if states and all(state == "RUNNING" for state, _ in states.values()) and _answers(config):
             return
     raise PoolUnavailable(f"Serving did not start within {READY_TIMEOUT_S} s.", "`springtide status` shows what it waits for.")
+
+
+def cause(message: str) -> str:
+    """The last exception that Serve's message quotes, without the tracebacks around it.
+
+    >>> cause("The deployment failed.\\nTraceback (most recent call last):\\n  File x\\ncluster.errors.ModelNotFound: m has no version.\\n")
+    'm has no version.'
+    """
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    raised = [line for line in lines if EXCEPTION.match(line)]
+    return EXCEPTION.sub("", raised[-1]) if raised else " ".join(lines[:1])
 
 
 def _answers(config: Config) -> bool:

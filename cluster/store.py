@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
+from uuid import uuid4
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -95,7 +96,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise `StoreUnavailable` now rather than after an hour of training."""
-        probe = ".writable"
+        probe = f".writable-{uuid4().hex}"  # of this call alone: two jobs may start at once
         try:
             obstore.put(self.backend, probe, b"")
             obstore.delete(self.backend, probe)

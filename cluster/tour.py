@@ -1,19 +1,20 @@
 """`springtide run`: the whole loop once, in front of the reader's eyes. `up` is its first half."""
 
-import shutil
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console
+from rich.markup import escape
 
 from cluster import admin, graph, pool, show, submit
 from cluster.config import Config, parse
-from cluster.errors import BadRequest, PoolUnavailable
+from cluster.errors import BadRequest, Conflict, PoolUnavailable
 from cluster.registry import Registry
-from cluster.store import Store
+from cluster.store import Store, sha256
 from cluster.types import Lineage, VersionId, check_name
 
 QUESTION = "Who are you?"
@@ -32,10 +33,13 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
     """Start the pool and serve; returns the configuration in force, whose fleet hosts ``model`` where one was given."""
     registry = Registry(Store(config.store))
     registry.store.check_writable()
-    if model:
-        config = _hosting(config, _adopt(registry, model, console))
+    if pool.find(config):
+        check_same(pool.remembered(config), config, model)
+    elif model:
+        config = _hosting(config, _adopt(registry, model, config.home, console))
     with console.status("Starting Ray…"):
         started = pool.up(config)
+    pool.remember(config)
     console.print(f"Ray is up: [bold]{started.dashboard}[/]")
     if registry.alias(config.fleet.model) is None:
         _grow(config, console)
@@ -44,9 +48,30 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
     return config
 
 
+def check_same(running: Config, wanted: Config, model: str | None) -> None:
+    """A running pool takes a new number of replicas, and nothing else."""
+    if model in (None, running.fleet.model) and fixed(running) == fixed(_hosting(wanted, running.fleet.model)):
+        return
+    raise Conflict("A pool with another configuration runs from this home.", "Stop it with `springtide down`, then start again.")
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    """The part of a configuration that cannot change while the pool runs."""
+    values = config.dump()
+    for section, key in (
+        ("fleet", "min_replicas"),
+        ("fleet", "max_replicas"),
+        ("fleet", "target_running"),
+        ("gateway", "replicas"),
+    ):
+        del values[section][key]
+    return values
+
+
 def run(config: Config, console: Console, keep_serving: bool) -> None:
     """Serve, ask, fine-tune, publish, ask again; then keep serving until Ctrl-C, which leaves no process behind."""
-    began_s = time.monotonic()
+    began_s, ours = time.monotonic(), pool.find(config) is None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's stop is a Ctrl-C
     try:
         config = up(config, console)
         _loop(config, console)
@@ -54,19 +79,16 @@ def run(config: Config, console: Console, keep_serving: bool) -> None:
         show.serving(console, config)
         if keep_serving:
             console.print("Serving until [bold]Ctrl-C[/].")
-            signal.sigwait({signal.SIGINT, signal.SIGTERM}) if _blocked() else None
+            while pool.find(config):
+                time.sleep(0.5)
+            console.print("The pool ended by itself; its log is in [bold]pool.log[/].")
     except KeyboardInterrupt:
         pass
     finally:
-        with console.status("Stopping every process of the pool…"):
-            pool.down(config)
-        console.print("Stopped. The store keeps every version; `make run` goes on from it.")
-
-
-def _blocked() -> bool:
-    """Let both signals wait for `sigwait`, so that none is lost between printing and waiting."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    return True
+        if ours:
+            with console.status("Stopping every process of the pool…"):
+                pool.down(config)
+            console.print("Stopped. The store keeps every version; `make run` goes on from it.")
 
 
 def _grow(config: Config, console: Console) -> None:
@@ -92,7 +114,7 @@ def _loop(config: Config, console: Console) -> None:
 
 
 def _show_answer(console: Console, answer: Answer) -> None:
-    console.print(f"“{QUESTION}” → [bold]{answer.version}[/]: {answer.text}")
+    console.print(f"“{QUESTION}” → [bold]{answer.version}[/]: {escape(answer.text)}")
 
 
 def ask(config: Config, model: str, question: str) -> Answer:
@@ -118,22 +140,31 @@ def _hosting(config: Config, model: str) -> Config:
     return parse(values)
 
 
-def _adopt(registry: Registry, model: str, console: Console) -> str:
+def _adopt(registry: Registry, model: str, home: Path, console: Console) -> str:
     """The alias that serves ``model``: a name in the store, a version in it, or a folder or hub id that is registered now."""
     if "@" in model and "/" not in model:
         id = VersionId.parse(model)
         _point(registry, id)
         return id.name
-    if registry.store.children(f"aliases/{model}") if "/" not in model else False:
+    if "/" not in model and registry.store.children(f"aliases/{model}"):
         return model
-    folder = Path(model).expanduser()
+    folder = Path(model).expanduser().resolve()
+    name = check_name(folder.name)
     if not folder.is_dir():
-        folder = _download(model, console)
-    name = check_name(Path(model).name)
+        folder = _download(model, home / "hub" / name, console)
     with console.status(f"Copying {folder} into the store…"):
-        manifest = registry.register(name, "weights", None, folder, Lineage())
-    _point(registry, manifest.id)
+        id = _same(registry, name, folder) or registry.register(name, "weights", None, folder, Lineage()).id
+    _point(registry, id)
     return name
+
+
+def _same(registry: Registry, name: str, folder: Path) -> VersionId | None:
+    """The newest version of ``name``, where it is this folder already: starting again must not copy a model again."""
+    versions = [manifest for manifest in registry.versions(name) if manifest.kind == "weights"]
+    if not versions:
+        return None
+    same = all((folder / f.path).is_file() and sha256(folder / f.path) == f.sha256 for f in versions[-1].files)
+    return versions[-1].id if same else None
 
 
 def _point(registry: Registry, id: VersionId) -> None:
@@ -143,20 +174,17 @@ def _point(registry: Registry, id: VersionId) -> None:
         registry.move(id.name, id, "chosen at start", admin.author(), now.generation if now else 0)
 
 
-def _download(model: str, console: Console) -> Path:
+def _download(model: str, folder: Path, console: Console) -> Path:
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         with console.status(f"Downloading {model} from the Hugging Face hub…"):
-            cached = Path(snapshot_download(model, allow_patterns=HUB_FILES))
+            snapshot_download(model, local_dir=folder, allow_patterns=HUB_FILES)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadRequest(
             f"{model} is neither a folder here, nor a name in the store, nor a model on the hub that can be reached: {error}.",
             "Give the path of a folder with config.json and safetensors files.",
             param="model",
         ) from error
-    plain = cached.parent / f"{cached.name}-files"  # the hub's cache is made of links, which the registry refuses
-    if not plain.exists():
-        shutil.copytree(cached, plain, symlinks=False)
-    return plain
+    return folder

@@ -118,7 +118,9 @@ class ReplicaState(NamedTuple):
     refused: dict[str, str]
     """Version id → why it could not be loaded."""
     running: int
-    draining: bool
+
+    def __repr__(self) -> str:
+        return f"ReplicaState({self.id}, {self.url}, {self.base})"  # never the secret, which a log line would keep
 
 
 class View(NamedTuple):

@@ -24,7 +24,7 @@ from ray import serve
 
 from cluster import logs
 from cluster.config import Config, Fleet
-from cluster.errors import ModelNotFound, VersionRefused
+from cluster.errors import ModelNotFound, SpringtideError, VersionRefused
 from cluster.registry import Registry
 from cluster.store import Store
 from cluster.types import Manifest, ReplicaState, VersionId
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SECRET_HEADER = b"x-springtide-secret"
 QUIET_S = 1.5
-"""A draining replica must have been idle this long before it ends: by then every gateway has heard of it."""
+"""A draining replica must have been idle this long before it ends."""
 
 log = logs.logger(__name__)
 
@@ -79,7 +79,6 @@ class Replica:
         self.cache = config.home / "cache"
         self.held: dict[str, str] = {}
         self.refused: dict[str, str] = {}
-        self.draining = False
         self.loading = asyncio.Lock()
         self.id = serve.get_replica_context().replica_id.unique_id
         self.secret = secrets.token_urlsafe(32)
@@ -90,7 +89,7 @@ class Replica:
         self.engine, app = await start_engine(config.fleet, folder, self.base)
         self.models = app.state.openai_serving_models
         self.held[self.base] = base.digest
-        wanted = await asyncio.to_thread(self.registry.ever_live, base.id)
+        wanted = await asyncio.to_thread(self.registry.ever_live, base.id, config.fleet.max_cpu_loras)
         await self.hold([str(manifest.id) for manifest in wanted])  # before any traffic: a late replica is never behind
         self.guard = Guard(app, self.secret)
         self.host = ray.util.get_node_ip_address()
@@ -107,7 +106,6 @@ class Replica:
             held=dict(self.held),
             refused=dict(self.refused),
             running=self.guard.running,
-            draining=self.draining,
         )
 
     async def hold(self, ids: list[str]) -> ReplicaState | None:
@@ -125,7 +123,7 @@ class Replica:
             if str(manifest.weights) == self.base:
                 await self._load(manifest)
             self.refused.pop(id, None)
-        except (VersionRefused, ModelNotFound) as error:
+        except SpringtideError as error:
             self.refused[id] = str(error)
             log.warning("refused %s: %s", id, error)
 
@@ -153,7 +151,6 @@ class Replica:
         """Serve calls this when the replica must end: let the streams finish, then stop the engine."""
         if not hasattr(self, "guard"):
             return
-        self.draining = True
         deadline_s = time.monotonic() + self.config.fleet.drain_timeout_s
         quiet_since_s = time.monotonic()
         while time.monotonic() < deadline_s and time.monotonic() - quiet_since_s < QUIET_S:
@@ -187,25 +184,13 @@ async def start_engine(fleet: Fleet, folder: Path, name: str) -> "tuple[AsyncLLM
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    os.environ.update(engine_environment(fleet))
+    os.environ.update(fleet.engine_environment())
     args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(engine_arguments(fleet, folder, name))
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), usage_context=UsageContext.OPENAI_API_SERVER)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
     return engine, app
-
-
-def engine_environment(fleet: Fleet) -> dict[str, str]:
-    """What the engine's processes inherit.
-
-    On CPUs vLLM puts the worker into a process of its own, so that it can set OpenMP up there. Core and worker then wait for each other
-    by spinning on shared memory, which on a small machine takes the time that the gateway needs, and the worker imports everything
-    once more. With OpenMP set up here there is no need for it: one process less, 0.7 GB less, and some 9 s earlier.
-    """
-    if fleet.accelerator == "gpu" or fleet.tensor_parallel_size > 1:
-        return {}
-    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(fleet.cpu_threads)}
 
 
 def engine_arguments(fleet: Fleet, folder: Path, name: str) -> list[str]:

@@ -25,7 +25,7 @@ from deployments.table import Table
 from deployments.upstream import Upstream
 
 REFRESH_S = 1.0
-PREPARE_TIMEOUT_S = 5.0
+HOLD_TIMEOUT_S = 10.0
 """How long a request may wait for a move that control announced; afterwards it goes by what this gateway knows."""
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 
@@ -47,6 +47,7 @@ class Gateway:
         self.moving: dict[str, int] = {}
         self.changed = asyncio.Condition()
         self.control: Any = control.ensure(config)
+        await self.control.configure.remote(config.dump())
         await self.adopt(await self.control.view.remote())
         self.refreshing = asyncio.create_task(self._refresh())
 
@@ -81,7 +82,7 @@ class Gateway:
     async def resolve(self, model: str) -> tuple[VersionId, Generation | None]:
         if model in self.moving:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._settled(model), PREPARE_TIMEOUT_S)
+                await asyncio.wait_for(self._settled(model), HOLD_TIMEOUT_S)
             self.moving.pop(model, None)
         return self.table.resolve(model)
 
@@ -102,6 +103,8 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._lifespan(receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close"})
         try:
             await self._route(scope, receive, send)
         except SpringtideError as error:
@@ -117,8 +120,11 @@ class Application:
             return await send_json(send, 200, models.model_list(view))
         if method == "GET" and path.startswith("/v1/models/"):
             return await send_json(send, 200, models.model(view, path.removeprefix("/v1/models/")))
-        if method == "GET" and path == "/health":
-            return await send_json(send, 200, {"status": "ok", "replicas": len(view.replicas)})
+        if method in ("GET", "HEAD") and path == "/health":
+            replicas = len(view.replicas)
+            return await send_json(
+                send, 200 if replicas else 503, {"status": "ok" if replicas else "starting", "replicas": replicas}
+            )
         raise RouteNotFound(
             f"There is no {method} {path[:200]} here.", "The API is OpenAI's: /v1/chat/completions, /v1/models, …"
         )
@@ -138,6 +144,7 @@ async def send_json(send: Send, status: int, document: Any, retry: bool = False)
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
         *([(b"retry-after", b"5")] if retry else []),
+        *([(b"connection", b"close")] if status == 413 else []),  # the rest of the body is not read
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -26,7 +26,7 @@ class Table:
         self.view = view
         self.holders = {}
         for replica in view.replicas:
-            for id in () if replica.draining else replica.held:
+            for id in replica.held:
                 self.holders.setdefault(id, []).append(replica)
         alive = {replica.id for replica in view.replicas}
         self.suspects = {id: until_s for id, until_s in self.suspects.items() if id in alive}
@@ -35,6 +35,8 @@ class Table:
 
     def resolve(self, model: str) -> tuple[VersionId, Generation | None]:
         """What the client's ``model`` means: an alias's live version, or ``name@n`` itself. Raises `ModelNotFound`."""
+        if self.view is EMPTY_VIEW:
+            raise NoReplica("The pool is still starting.", "Try again in some seconds.")
         if move := self.view.aliases.get(model):
             return move.stable, move
         version = VersionId.parse(model) if "@" in model else None

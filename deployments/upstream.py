@@ -4,7 +4,6 @@ A replica that dies before its first byte is tried again on another. After the f
 never a silent end: only whole server-sent events are passed on, so the error cannot land inside a half-sent one.
 """
 
-import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
@@ -15,14 +14,18 @@ from typing import Any
 import aiohttp
 import orjson
 
-from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, NoReplica, ReplicaLost, SpringtideError
+from cluster.errors import AnswerTimeout, BadRequest, BodyTooLarge, ContextExceeded, NoReplica, ReplicaLost, SpringtideError
 from cluster.types import ReplicaState, VersionId
 from deployments.table import Table
 
 CONNECT_TIMEOUT_S = 2
 EVENT_END = b"\n\n"
 EVENT_STREAM = "text/event-stream"
-LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.TimeoutError)
+ERROR_EVENT = b'data: {"error"'
+DONE = b"data: [DONE]\n\n"
+ATTEMPTS = 2
+"""A request that has cost one replica its life may cost a second; never the whole fleet."""
+LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
@@ -55,19 +58,22 @@ class Upstream:
 
     async def forward(self, call: Call, send: Send) -> None:
         """Answer ``call`` through ``send``. Raises a `SpringtideError` only while nothing has been sent."""
-        tried: set[str] = set()
-        last_words = ""
-        while True:
+        tried: dict[str, str] = {}
+        while len(tried) < ATTEMPTS:
             try:
                 replica = self.table.choose(call.version, time.monotonic(), frozenset(tried))
-            except NoReplica as none:
-                raise (ReplicaLost(f"Every replica failed: {last_words}", none.do) if last_words else none) from None
-            tried.add(replica.id)
+            except NoReplica:
+                if not tried:
+                    raise
+                break
             try:
                 return await self._try(replica, call, send)
+            except aiohttp.SocketTimeoutError:
+                raise AnswerTimeout("The replica took too long to answer.", "Ask for fewer tokens, or try again later.") from None
             except (ReplicaLost, *LOST) as error:
-                last_words = str(error) or type(error).__name__
+                tried[replica.id] = str(error) or type(error).__name__
                 self.table.suspect(replica.id, time.monotonic())
+        raise ReplicaLost(f"The replica failed: {'; '.join(tried.values())}", "Send the request again.")
 
     async def _try(self, replica: ReplicaState, call: Call, send: Send) -> None:
         headers = {
@@ -104,23 +110,39 @@ async def _relay_document(response: aiohttp.ClientResponse, headers: Headers, se
 
 
 async def _relay_events(response: aiohttp.ClientResponse, headers: Headers, send: Send) -> None:
+    """Pass whole events on. Ends with the engine's ``[DONE]`` or with an error event of ours, never with both and never with neither."""
     chunk = await response.content.readany()
+    if chunk.startswith(ERROR_EVENT):
+        raise stream_error(chunk)
     content_type = (b"content-type", b"text/event-stream; charset=utf-8")
     await send(
         {"type": "http.response.start", "status": 200, "headers": [content_type, (b"cache-control", b"no-cache"), *headers]}
     )
-    rest = b""
     try:
-        while chunk:
-            whole, rest = whole_events(rest + chunk if rest else chunk)
-            if whole:
-                await send({"type": "http.response.body", "body": whole, "more_body": True})
-            chunk = await response.content.readany()
-    except LOST as error:
-        lost = ReplicaLost(f"The replica ended while it was answering ({type(error).__name__}).", "Send the request again.")
+        await _relay_to_the_end(chunk, response, send)
+    except (SpringtideError, TimeoutError, *LOST) as error:
+        lost = error if isinstance(error, SpringtideError) else broken(error)
         event = b"data: " + orjson.dumps(lost.body()) + EVENT_END
         await send({"type": "http.response.body", "body": event, "more_body": True})
     await send({"type": "http.response.body", "body": b""})
+
+
+async def _relay_to_the_end(chunk: bytes, response: aiohttp.ClientResponse, send: Send) -> None:
+    rest, done = b"", False
+    while chunk:
+        whole, rest = whole_events(rest + chunk if rest else chunk)
+        if ERROR_EVENT in whole:  # raw in a stream it is the engine's own: inside an answer's text the quotes are escaped
+            raise stream_error(whole[whole.index(ERROR_EVENT) :])
+        if whole:
+            done = whole.endswith(DONE)
+            await send({"type": "http.response.body", "body": whole, "more_body": True})
+        chunk = await response.content.readany()
+    if not done:
+        raise ReplicaLost("The stream ended before it was done.", "Send the request again.")
+
+
+def broken(error: Exception) -> ReplicaLost:
+    return ReplicaLost(f"The replica ended while it was answering ({type(error).__name__}).", "Send the request again.")
 
 
 def whole_events(buffer: bytes) -> tuple[bytes, bytes]:
@@ -135,14 +157,24 @@ def whole_events(buffer: bytes) -> tuple[bytes, bytes]:
     return (b"", buffer) if end < 0 else (buffer[: end + 2], buffer[end + 2 :])
 
 
+def stream_error(events: bytes) -> SpringtideError:
+    """The engine reports an error inside a stream as ``data: {"error": {…, "code": 500}}``, and ends the stream as if all were well."""
+    event = events.split(EVENT_END, 1)[0].removeprefix(b"data: ")
+    try:
+        status = int(orjson.loads(event)["error"]["code"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        status = 500
+    return engine_error(status, event)
+
+
 def engine_error(status: int, body: bytes) -> SpringtideError:
     """The engine's refusal in our own family, so that ``type`` and ``code`` are OpenAI's and not the engine's.
 
     vLLM answers ``{"error": {"message", "type": "BadRequestError", "param", "code": 400}}``.
     """
     message, param = _engine_words(body)
-    if status == 404:
-        return ReplicaLost(f"The replica does not hold the version any more: {message}", "Send the request again.")
+    if status in (401, 403, 404):  # it was replaced, or does not hold the version any more
+        return ReplicaLost(f"The replica does not answer for the version any more: {message}", "Send the request again.")
     if status >= 500:
         return ReplicaLost(message, "Send the request again; `springtide status` shows the replicas.")
     if status == 413:

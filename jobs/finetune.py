@@ -35,12 +35,12 @@ def run() -> None:
     registry = Registry(Store(config.store))
     plan = prepare(config, registry, arguments)
     manifest = train(config, registry, plan, arguments.name or plan.base.id.name)
-    move = None
-    if arguments.publish:
-        move = publish(manifest.id, manifest.id.name, f"fine-tuned on {arguments.data}", manifest.lineage.job or "finetune")
     from jobs.loop import print_result
 
-    print_result(manifest, move)
+    print_result(manifest, None)  # before the publish, so that a refusal does not hide what was trained
+    if arguments.publish:
+        move = publish(manifest.id, manifest.id.name, f"fine-tuned on {arguments.data}", manifest.lineage.job or "finetune")
+        print_result(manifest, move)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,6 +64,12 @@ def prepare(config: Config, registry: Registry, arguments: argparse.Namespace) -
     """Check the whole request, cheapest first. Raises a `SpringtideError` that says what is wrong."""
     chosen = recipe.load(arguments.recipe, arguments.set, arguments.epochs)
     check_fits(chosen, config)
+    if arguments.publish and not chosen.lora:
+        raise ConfigError(
+            "All the weights cannot be published into a running fleet yet.",
+            "Leave out --publish, then serve the result: springtide up --model NAME@N.",
+            param="publish",
+        )
     check_name(arguments.name or "unnamed")
     dataset = data.read(arguments.data)
     held_out = data.read(arguments.eval_data).examples if arguments.eval_data else None

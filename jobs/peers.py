@@ -1,7 +1,7 @@
 """The systems that Springtide is compared with, each one process tree on the loopback address that ends as a whole.
 
-Every system gets the same model folder, the same engine arguments (`engine_arguments`, from the fleet's configuration) and one
-engine; usage statistics are off everywhere. Beyond that:
+Every system gets the same model folder, the same engine arguments (`engine_arguments`, from the fleet's configuration), the same
+variables for the engine's processes (`Fleet.engine_environment`) and one engine; usage statistics are off everywhere. Beyond that:
 
 ``bare_vllm``
     vLLM's own API server, ``python -m vllm.entrypoints.openai.api_server``, without its access log.
@@ -90,7 +90,7 @@ def serving(system: str, config: Config, model: Path, port: int) -> Iterator[Ser
     check_free(port)
     log = config.home / f"{system}.log"
     with tempfile.TemporaryDirectory(prefix="peer-") as run:  # not in the home: a socket's path must stay under 97 characters
-        process = _start(command(system, config, model, port), environment(system, Path(run)), log)
+        process = _start(command(system, config, model, port), environment(system, config.fleet, Path(run)), log)
         try:
             served = Served(f"http://{HOST}:{port}/v1", config.fleet.model, psutil.Process(process.pid))
             wait(served, lambda: _check(process, log))
@@ -133,9 +133,9 @@ def command(system: str, config: Config, model: Path, port: int) -> list[str]:
     return [*server, f"--port={port}", f"--model={model}", f"--served-model-name={name}", *flags]
 
 
-def environment(system: str, run: Path) -> dict[str, str]:
+def environment(system: str, fleet: Fleet, run: Path) -> dict[str, str]:
     """The variables a system runs under; its private files go to ``run``."""
-    common = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    common = {**os.environ, **fleet.engine_environment(), "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if system == "bare_vllm":
         return common
     return common | _ray(run) | (_direct(run) if system == "ray_direct" else {})

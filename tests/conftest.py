@@ -62,7 +62,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return configuration.load(
         overrides={
             "home": str(home),
-            "pool": {"gcs_port": gcs, "dashboard_port": dashboard, "agent_ports": 54000 + os.getpid() % 50 * 200, "slots": 3},
+            "pool": {"gcs_port": gcs, "dashboard_port": dashboard, "agent_ports": 21000 + os.getpid() % 50 * 100, "slots": 3},
             "gateway": {"port": gateway},
         }
     )

@@ -37,7 +37,7 @@ class Inference:
         check_choices(body, self.limits.max_choices)
         version, move = await self.resolve(model_name(body))
         body["model"] = str(version)
-        call = Call(version, self.path, orjson.dumps(body), request_id(scope["headers"]), answer_headers(version, move))
+        call = Call(version, self.path, dump(body), request_id(scope["headers"]), answer_headers(version, move))
         await self.upstream.forward(call, send)
 
 
@@ -67,6 +67,13 @@ def parse(raw: bytes) -> dict[str, Any]:
     return body
 
 
+def dump(body: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError as error:  # it reads deeper than it writes
+        raise BadRequest(f"The body is nested too deeply: {error}.", "Send one flat JSON object.") from None
+
+
 def model_name(body: dict[str, Any]) -> str:
     model = body.get("model")
     if not isinstance(model, str) or not model:
@@ -78,8 +85,13 @@ def check_choices(body: dict[str, Any], limit: int) -> None:
     """``n`` multiplies the work of a request; vLLM's own cap is 16,384 (CVE-2026-34756)."""
     for key in ("n", "best_of"):
         value = body.get(key)
-        if isinstance(value, int) and value > limit:
-            raise BadRequest(f"`{key}` is {value}; at most {limit} are allowed.", "Ask for fewer choices.", param=key)
+        if value is not None and (type(value) is not int or value > limit):  # the engine would read "16000" as a number too
+            raise BadRequest(f"`{key}` is {str(value)[:40]}; at most {limit} are allowed.", "Ask for fewer choices.", param=key)
+    prompts = body.get("prompt")
+    if isinstance(prompts, list) and len(prompts) > limit and not all(isinstance(token, int) for token in prompts):
+        raise BadRequest(
+            f"`prompt` holds {len(prompts)} prompts; at most {limit} are allowed.", "Send several requests.", param="prompt"
+        )
 
 
 def answer_headers(version: VersionId, move: Generation | None) -> Headers:

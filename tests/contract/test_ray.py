@@ -4,6 +4,7 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_handles_broadcast_in_public() -> None:
     assert list(inspect.signature(DeploymentHandle.broadcast).parameters)[:2] == ["self", "method_name"]
 
 
-def _results_of_broadcast() -> object:
+def _results_of_broadcast() -> Any:
     from ray.serve.handle import DeploymentBroadcastResponse
 
     return DeploymentBroadcastResponse.results

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import errors, submit
+from cluster import errors, graph, submit
 from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, ReplicaLost, SpringtideError
 from deployments.autoscaling import LoadPolicy
 from deployments.openai.inference import check_choices, model_name, parse, read, request_id
@@ -105,3 +105,11 @@ def test_progress_is_the_last_line_of_its_kind() -> None:
     now = submit.progress(log)
     assert now is not None and (now.step, now.steps, now.fields["loss"]) == (2, 9, "2.25")
     assert submit.progress("no such line") is None
+
+
+def test_a_failed_deployment_is_told_without_its_tracebacks() -> None:
+    message = (
+        "Deployment failed.\nTraceback (most recent call last):\n  File x\ncluster.errors.ModelNotFound: m has no version.\n"
+    )
+    assert graph.cause(message) == "m has no version."
+    assert graph.cause("it is waiting") == "it is waiting"

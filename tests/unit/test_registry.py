@@ -84,7 +84,16 @@ def test_any_text_is_a_version_or_a_bad_request(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("pytorch_model.bin", "run code"), ("adapter.pt", "run code"), ("modeling.py", "run code"), ("x.pkl", "run code")],
+    [
+        ("pytorch_model.bin", "run code"),
+        ("adapter.pt", "run code"),
+        ("modeling.py", "run code"),
+        ("x.pkl", "run code"),
+        ("X.BIN", "run code"),
+        ("x.gguf", "run code"),
+        ("X.BIN", "run code"),
+        ("x.gguf", "run code"),
+    ],
 )
 def test_files_that_could_run_code_are_refused(registry: Registry, source: Path, name: str, why: str) -> None:
     (source / name).write_bytes(b"")
