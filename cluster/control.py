@@ -56,6 +56,7 @@ class Control:
         self.changing = threading.RLock()
         """Whoever makes a new view holds this, briefly, and reads the aliases while it does."""
         self.current = EMPTY_VIEW
+        self.histories: dict[str, list[Generation]] = {}
         self.seen: dict[str, tuple[ReplicaState, float]] = {}
         self.retry_refused_s = 0.0
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
@@ -118,7 +119,8 @@ class Control:
             self.changing
         ):  # observed and adopted under one lock: a stale observation must not undo what a publish has just loaded
             replicas = self._observe()
-            self._adopt(self.registry.aliases(), replicas)
+            self.histories = self.registry.histories()
+            self._adopt(replicas)
         bases = {VersionId.parse(replica.base) for replica in replicas}
         limit = self.config.fleet.max_cpu_loras
         wanted = [manifest for base in bases for manifest in self.registry.ever_live(base, limit)]
@@ -190,23 +192,24 @@ class Control:
         Two phases over one lock. A gateway that does not prepare stops the move. If this process dies between the phases, the gateways
         go on after a time of their own with what they know, and the next control announces what the store says.
         """
-        before, replicas = self.current.aliases, self._observe()
+        replicas = self._observe()
         try:
             if silent := self._ask_gateways("prepare", alias, time.time_ns(), timeout_s=PREPARE_TIMEOUT_S):
                 raise PoolUnavailable(f"A gateway did not answer: {silent[0]}.", "Nothing has changed; publish again.")
             move = self.registry.move(alias, version, reason, author, after)
         except SpringtideError:
-            self._adopt(before, replicas, force=True)
+            self._adopt(replicas, force=True)
             raise
-        self._adopt({**before, alias: move}, replicas)
+        self.histories[alias] = [*self.histories.get(alias, []), move]
+        self._adopt(replicas)
         log.info("%s is %s at generation %d: %s", alias, version, move.generation, reason)
         return move
 
-    def _adopt(self, aliases: dict[str, Generation], replicas: list[ReplicaState], force: bool = False) -> None:
+    def _adopt(self, replicas: list[ReplicaState], force: bool = False) -> None:
         if not replicas and self.current is EMPTY_VIEW:
             return  # just started and nothing heard yet: the gateways know better
         ordered = tuple(sorted(replicas))
-        aliases = answerable(aliases, self.current.aliases, ordered)
+        aliases = {name: answerable(history, ordered) for name, history in self.histories.items()}
         changed = force or aliases != self.current.aliases or routing(ordered) != routing(self.current.replicas)
         if changed:
             self.current = View(time.time_ns(), aliases, ordered)
@@ -219,15 +222,14 @@ class Control:
         return [answer for answer in answers if isinstance(answer, Exception)]
 
 
-def answerable(
-    newest: dict[str, Generation], before: dict[str, Generation], replicas: tuple[ReplicaState, ...]
-) -> dict[str, Generation]:
-    """The aliases as gateways should see them: one that moved to a version nobody holds yet stays where it was until somebody does.
+def answerable(history: list[Generation], replicas: tuple[ReplicaState, ...]) -> Generation:
+    """The generation that gateways should follow: the newest whose version somebody holds; the newest of all where nobody holds any.
 
-    That happens where an alias was moved in the store by other hands, or control was killed between a move and its announcement.
+    They differ where an alias was moved in the store by other hands, or control was killed between a move and its announcement: until a
+    replica has loaded the version, requests go on being answered by the one before.
     """
     held = {id for replica in replicas for id in replica.held}
-    return {name: move if str(move.stable) in held else before.get(name, move) for name, move in newest.items()}
+    return next((move for move in reversed(history) if str(move.stable) in held), history[-1])
 
 
 def lacks(replica: ReplicaState, manifest: Manifest) -> bool:

@@ -266,7 +266,7 @@ def supervise(config: Config, resolved: Path) -> int:
         signal.signal(number, lambda _number, _frame: stopping.set())
     ray = subprocess.Popen(ray_command(config), env=ray_environment(config, resolved, run))
     while ray.poll() is None and not stopping.wait(0.2):
-        pass
+        _reap(keep=ray.pid)
     while left := psutil.Process().children(recursive=True):  # a process that ends may leave others to us
         _end(left, grace_s=STOP_TIMEOUT_S)
         _reap()
@@ -274,11 +274,11 @@ def supervise(config: Config, resolved: Path) -> int:
     return ray.returncode or 0
 
 
-def _reap() -> None:
-    """Collect every ended child, so that none is left as a zombie where init does not do it (as in many containers)."""
+def _reap(keep: int = 0) -> None:
+    """Collect every ended child but ``keep``: orphans become ours, and would stay as zombies."""
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != keep:
+            os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 def _end(processes: list[psutil.Process], grace_s: float) -> None:

@@ -134,6 +134,10 @@ class Registry:
         numbers = self._generations(name)
         return self._generation(name, numbers[-1]) if numbers else None
 
+    def histories(self) -> dict[str, list[Generation]]:
+        """Every alias with all its generations, oldest first."""
+        return {name: moves for name in self.store.children("aliases") if (moves := self.history(name))}
+
     def history(self, name: str) -> list[Generation]:
         """Every generation of an alias, oldest first."""
         return [self._generation(name, number) for number in self._generations(name)]
@@ -164,8 +168,9 @@ class Registry:
 
         Older ones stay addressable as ``name@n``; a version that never went live is nobody's to call.
         """
-        live = [move.stable for move in self.aliases().values()]
-        past = [move.stable for alias in self.store.children("aliases") for move in self.history(alias)]
+        histories = self.histories().values()
+        live = [moves[-1].stable for moves in histories]
+        past = [move.stable for moves in histories for move in moves]
         ordered = dict.fromkeys([*(id for id in past if id not in live), *live])
         known = (manifest for id in ordered if (manifest := self._read(id)))
         return [manifest for manifest in known if manifest.weights == weights][-limit:]

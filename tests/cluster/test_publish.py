@@ -59,7 +59,11 @@ def ask(pool: Running, model: str = "seedling") -> httpx.Response:
 
 def named(pool: Running, prefix: str) -> list[psutil.Process]:
     """The pool's processes whose name (at most 15 characters of it) starts with ``prefix``."""
-    return [p for p in pool.pool.descendants() if p.is_running() and p.name().startswith(prefix)]
+    return [
+        p
+        for p in pool.pool.descendants()
+        if p.is_running() and p.status() != psutil.STATUS_ZOMBIE and p.name().startswith(prefix)
+    ]
 
 
 def text(answer: httpx.Response) -> str:

@@ -49,7 +49,7 @@ def test_completions_answer_too(client: openai.OpenAI) -> None:
 
 def test_every_answer_names_its_version_and_request(pool: Running) -> None:
     body = {"model": "seedling", "messages": QUESTION, "max_tokens": 2}
-    answer = httpx.post(f"{pool.url}/v1/chat/completions", json=body, headers={"x-request-id": "mine-1"})
+    answer = httpx.post(f"{pool.url}/v1/chat/completions", json=body, headers={"x-request-id": "mine-1"}, timeout=30)
     assert answer.headers["x-model-version"] == "seedling@1"
     assert answer.headers["x-model-generation"] == "1"
     assert answer.headers["x-request-id"] == "mine-1"
