@@ -19,6 +19,8 @@ from cluster.errors import PoolUnavailable
 from cluster.pool import LOOPBACK
 
 GATEWAY_APP = "gateway"
+SCALING = (("fleet", "min_replicas"), ("fleet", "max_replicas"), ("fleet", "target_running"), ("gateway", "replicas"))
+"""What may change while the pool runs."""
 EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:\.|Error|Exception)\w*: ")
 READY_TIMEOUT_S = 1800
 """A large model may load for a long time; `deploy` gives up earlier where Serve says that it failed."""
@@ -37,11 +39,16 @@ def schema(config: Config) -> dict[str, Any]:
     }
 
 
+def _arguments(config: Config) -> dict[str, Any]:
+    """The configuration without how many replicas there are: that is an option of the deployments, so changing it restarts nothing."""
+    values = config.dump()
+    for section, key in SCALING:
+        del values[section][key]
+    return values
+
+
 def _fleet(config: Config) -> dict[str, Any]:
-    """How many replicas there are is an option of the deployment, not an argument: changing it restarts nothing."""
-    arguments = config.model_dump(mode="json", include={"store", "home", "fleet"})
-    for scaling in ("min_replicas", "max_replicas", "target_running"):
-        del arguments["fleet"][scaling]
+    arguments = {key: value for key, value in _arguments(config).items() if key in ("store", "home", "fleet")}
     fleet = config.fleet
     accelerators = {"num_gpus": fleet.tensor_parallel_size} if fleet.accelerator == "gpu" else {}
     slots = {"resources": {"slot": fleet.tensor_parallel_size}} if fleet.accelerator == "slot" else {}
@@ -91,7 +98,7 @@ def _gateway(config: Config) -> dict[str, Any]:
         "name": GATEWAY_APP,
         "route_prefix": "/",
         "import_path": "deployments.app:build_gateway",
-        "args": config.dump(),
+        "args": _arguments(config),
         "deployments": [
             {
                 "name": "Gateway",

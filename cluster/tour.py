@@ -58,12 +58,7 @@ def check_same(running: Config, wanted: Config, model: str | None) -> None:
 def fixed(config: Config) -> dict[str, Any]:
     """The part of a configuration that cannot change while the pool runs."""
     values = config.dump()
-    for section, key in (
-        ("fleet", "min_replicas"),
-        ("fleet", "max_replicas"),
-        ("fleet", "target_running"),
-        ("gateway", "replicas"),
-    ):
+    for section, key in graph.SCALING:
         del values[section][key]
     return values
 

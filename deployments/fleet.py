@@ -157,6 +157,7 @@ class Replica:
             await asyncio.sleep(0.1)
             if self.guard.running or self.guard.busy_until_s > quiet_since_s:
                 quiet_since_s = time.monotonic()
+        log.info("replica %s ends", self.id)
         self.server.should_exit = True
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.serving, 5)
