@@ -35,8 +35,6 @@ SERVING_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # its port is open to all; see deployments/seal.py
-    # An engine's core outlives a replica that is killed, and keeps its memory: let the raylet end what its workers leave behind.
-    "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "true",
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }

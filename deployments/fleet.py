@@ -159,9 +159,11 @@ class Replica:
                 quiet_since_s = time.monotonic()
         log.info("replica %s ends", self.id)
         self.server.should_exit = True
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.serving, 5)
-        self.engine.shutdown()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.serving, 5)
+        finally:
+            self.engine.shutdown()
 
 
 def base_weights(registry: Registry, model: str) -> Manifest:
