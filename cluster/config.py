@@ -96,7 +96,7 @@ class Fleet(Section):
 
         On CPUs vLLM puts the worker into a process of its own, so that it can set OpenMP up there. Core and worker then wait for each
         other by spinning on shared memory, which on a small machine takes the time that everything else needs, and the worker imports
-        everything once more. With OpenMP set up here there is no need: one process and 0.7 GB less.
+        everything once more. With OpenMP set up here there is no need: one process and half a gigabyte less.
         """
         if self.accelerator == "gpu" or self.tensor_parallel_size > 1:
             return {}

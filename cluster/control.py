@@ -115,9 +115,8 @@ class Control:
 
         What a replica has refused it is asked again only every `RETRY_REFUSED_S`: most refusals are for good, some are a bad moment.
         """
-        with (
-            self.changing
-        ):  # observed and adopted under one lock: a stale observation must not undo what a publish has just loaded
+        # Observed and adopted under one lock: a stale observation must not undo what a publish has just loaded.
+        with self.changing:
             replicas = self._observe()
             self.histories = self.registry.histories()
             self._adopt(replicas)
