@@ -15,7 +15,7 @@ import pytest
 from cluster import admin, graph, submit
 from cluster.errors import Refused
 from cluster.types import Lineage, Manifest, VersionId
-from jobs import load
+from jobs.bench import load
 from tests.adapters import make_adapter
 from tests.conftest import ROOT, Running
 
@@ -178,6 +178,7 @@ def test_a_replica_that_starts_later_comes_up_with_what_is_live(pool: Running, t
         time.sleep(1)
         graph.deploy(pool.config)
         wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 1, timeout_s=90)
+    wait_until(lambda: len(named(pool, "VLLM::EngineCor")) == 1, timeout_s=10)  # the engine goes with its replica
     assert [s.error for s in samples if not s.ok] == [], "neither the new replica nor its end cost a request"
     assert {s.version for s in samples} == {str(made.id)}
 

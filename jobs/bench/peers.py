@@ -13,7 +13,7 @@ variables for the engine's processes (`Fleet.engine_environment`) and one engine
     ``RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1``) with ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1``.
 
 Both Ray systems also get ``RAY_worker_niceness=0`` (15 by default), token authentication and a 200 MiB object store, as
-Springtide's pool has, so that what differs is the architecture. They run in a process of their own (``python -m jobs.peers``),
+Springtide's pool has, so that what differs is the architecture. They run in a process of their own (``python -m jobs.bench.peers``),
 because Ray reads these variables when it is imported.
 """
 
@@ -117,7 +117,7 @@ def command(system: str, config: Config, model: Path, port: int) -> list[str]:
         return [
             sys.executable,
             "-m",
-            "jobs.peers",
+            "jobs.bench.peers",
             system,
             f"--model={model}",
             f"--name={name}",

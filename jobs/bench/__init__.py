@@ -1,0 +1,1 @@
+"""Measure Springtide beside its peers: ``python -m jobs.bench``."""

@@ -1,0 +1,53 @@
+"""``python -m jobs.bench serving`` and ``memory``: measure, print, and write what the README shows."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from jobs import main
+from jobs.bench.memory import memory
+from jobs.bench.report import SYSTEMS
+from jobs.bench.serving import serving
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(sorted(int(word) for word in text.split(",")))
+
+
+def known_systems(text: str) -> tuple[str, ...]:
+    unknown = set(text.split(",")) - set(SYSTEMS)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(SYSTEMS)}")
+    return tuple(text.split(","))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("jobs.bench", description="Measure Springtide beside its peers.")
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("serving", help=serving.__doc__)
+    verb.set_defaults(run=serving)
+    verb.add_argument("--rounds", type=int, default=3)
+    verb.add_argument("--streams", type=numbers, default=(1, 8, 32), metavar="N,N,…", help="concurrent requests")
+    verb.add_argument("--requests", type=int, default=480, help="at the most streams; fewer streams send fewer")
+    verb.add_argument("--tokens", type=int, default=32, help="length of every answer")
+    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
+    verb.add_argument("--systems", type=known_systems, default=SYSTEMS, metavar="NAME,…", help=", ".join(SYSTEMS))
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write one row per system and case")
+    verb.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for a README")
+    verb.add_argument("--png", type=Path, metavar="FILE", help="write the chart")
+    verb = verbs.add_parser("memory", help=memory.__doc__)
+    verb.set_defaults(run=memory)
+    verb.add_argument("--requests", type=int, default=10_000)
+    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
+    return parser.parse_args()
+
+
+def run() -> None:
+    options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what runs is ended on the way out
+    options.run(options)
+
+
+if __name__ == "__main__":
+    main(run)
