@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,8 @@ console = Console()
 Preset = Annotated[str | None, typer.Option(help="Start from cluster/presets/NAME.yaml: laptop or gpu.")]
 File = Annotated[Path | None, typer.Option("--config", help="A YAML file; springtide.yaml here by default.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: --set fleet.max_replicas=2. Repeatable.")]
+PATHS = ("--data", "--eval-data", "--recipe")
+PATHS_JOINED = tuple(f"{option}=" for option in PATHS)
 Model = Annotated[str | None, typer.Option(help="A folder in Hugging Face layout, a hub id, or a name in the store.")]
 
 
@@ -103,9 +106,7 @@ def train(
     from cluster import submit
 
     config = _running()
-    local = Path(data).expanduser()
-    source = str(local.resolve()) if "://" not in data else data
-    job = submit.submit(config, "finetune", "--data", source, *context.args)
+    job = submit.submit(config, "finetune", *absolute(["--data", data, *context.args]))
     console.print(f"Job [bold]{job}[/] submitted; `springtide logs {job}` shows its log.")
     if wait:
         console.print_json(json.dumps(show.follow(console, config, job, "Fine-tuning")))
@@ -118,7 +119,7 @@ def jobs() -> None:
 
     config = _running()
     listed = submit.jobs(config)[:20]
-    show.jobs(console, listed, [submit.client(config).get_job_logs(job.submission_id or "") for job in listed])
+    show.jobs(console, listed, [submit.log(config, job.submission_id or "") for job in listed])
 
 
 @app.command()
@@ -126,7 +127,7 @@ def logs(job: str) -> None:
     """A job's whole log."""
     from cluster import submit
 
-    print(submit.client(_running()).get_job_logs(job))
+    print(submit.log(_running(), job))
 
 
 @app.command()
@@ -223,6 +224,21 @@ def _load(preset: str | None, file: Path | None, sets: list[str] | None) -> Conf
     if file is not None and not file.is_file():
         raise BadRequest(f"There is no file {file}.", "Check the path given with --config.", param="config")
     return configuration.load(preset, file, configuration.from_pairs(pairs))
+
+
+def absolute(arguments: list[str]) -> list[str]:
+    """A job's arguments with the paths among them made absolute, because a job runs in a folder of its own.
+
+    >>> absolute(["--data", "/x.jsonl", "--eval-data=https://host/y.jsonl", "--recipe", "lora"])
+    ['--data', '/x.jsonl', '--eval-data', 'https://host/y.jsonl', '--recipe', 'lora']
+    """
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith(PATHS_JOINED) else [word])]
+    return [_absolute(word) if before in PATHS else word for before, word in pairwise(["", *words])]
+
+
+def _absolute(text: str) -> str:
+    path = Path(text).expanduser()
+    return text if "://" in text or not path.suffix else str(path.resolve())  # a recipe may also be a bare name
 
 
 def _running() -> Config:

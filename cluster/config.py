@@ -91,6 +91,23 @@ class Fleet(Section):
             raise ValueError(f"max_cpu_loras {self.max_cpu_loras} is below max_loras {self.max_loras}; raise it")
         return self
 
+    def engine_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of vLLM's engine. What is None is left to vLLM."""
+        values = {
+            "dtype": self.dtype,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "kv_cache_memory_bytes": self.kv_cache_bytes,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "enforce_eager": self.enforce_eager,
+            "enable_lora": True,
+            "max_loras": self.max_loras,
+            "max_cpu_loras": self.max_cpu_loras,
+            "max_lora_rank": self.max_lora_rank,
+        }
+        return {key: value for key, value in values.items() if value is not None}
+
     def engine_environment(self) -> dict[str, str]:
         """Variables for the engine's processes.
 

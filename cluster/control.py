@@ -179,6 +179,7 @@ class Control:
                 raise PoolUnavailable(
                     f"A replica did not acknowledge {manifest.id}: {state}.", "Nothing has changed; publish again."
                 )
+            self.seen[state.id] = state, time.monotonic()  # newer than what the last round heard
             if lacks(state, manifest):
                 words = state.refused.get(str(manifest.id), "it did not say why")
                 raise VersionRefused(

@@ -48,8 +48,16 @@ class RouteNotFound(BadRequest):
     status, code = 404, "unknown_url"
 
 
+class MethodNotAllowed(BadRequest):
+    status, code = 405, "method_not_allowed"
+
+
 class ModelNotFound(BadRequest):
     status, code = 404, "model_not_found"
+
+
+class JobNotFound(BadRequest):
+    status, code = 404, "job_not_found"
 
 
 class ConfigError(BadRequest):

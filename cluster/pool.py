@@ -221,6 +221,8 @@ def ray_command(config: Config) -> list[str]:
         "dashboard-port": pool.dashboard_port,
         "dashboard-agent-listen-port": pool.agent_ports,
         "ray-client-server-port": pool.agent_ports + 1,
+        "min-worker-port": 0,  # any free one: Ray's own range starts at the same port for every pool of the machine
+        "max-worker-port": 0,
         "object-store-memory": pool.object_store_bytes,
         **slots,
     }

@@ -13,7 +13,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster import __version__, pool
 from cluster.config import Config
-from cluster.errors import JobFailed
+from cluster.errors import JobFailed, JobNotFound
 
 PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 """The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""
@@ -55,6 +55,14 @@ def jobs(config: Config) -> list[JobDetails]:
     """Every submitted job, newest first."""
     listed = [job for job in client(config).list_jobs() if job.submission_id]
     return sorted(listed, key=lambda job: job.start_time or 0, reverse=True)
+
+
+def log(config: Config, submission_id: str) -> str:
+    """Everything a job has printed. Raises `JobNotFound`."""
+    try:
+        return client(config).get_job_logs(submission_id)
+    except RuntimeError as error:  # what Ray's client raises for every answer that is not 200
+        raise JobNotFound(f"There is no job {submission_id[:80]!r}.", "`springtide jobs` lists them.") from error
 
 
 def progress(log: str) -> Progress | None:

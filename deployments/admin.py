@@ -1,7 +1,6 @@
 """``/admin``: what an operator may ask, for whoever holds the pool's token. `cluster.admin` is its client."""
 
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,11 +8,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster import pool
 from cluster.errors import BadRequest, PoolUnavailable, RouteNotFound, SpringtideError, Unauthorized
+from deployments.asgi import Headers, Receive, Scope
 from deployments.openai.inference import parse, read
 
 MAX_BODY_BYTES = 64 << 10
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class Publish(BaseModel):
@@ -32,7 +30,7 @@ class Admin:
         self.control = control
         self.token = pool.token().encode()
 
-    async def answer(self, method: str, path: str, scope: MutableMapping[str, Any], receive: Receive) -> dict[str, Any]:
+    async def answer(self, method: str, path: str, scope: Scope, receive: Receive) -> dict[str, Any]:
         self._check_token(scope["headers"])
         if (method, path) == ("GET", "/admin/status"):
             return await self._ask(self.control.status.remote())
@@ -42,7 +40,7 @@ class Admin:
             return move.model_dump(mode="json")
         raise RouteNotFound(f"There is no {method} {path[:200]} here.", "GET /admin/status and POST /admin/publish are.")
 
-    def _check_token(self, headers: list[tuple[bytes, bytes]]) -> None:
+    def _check_token(self, headers: Headers) -> None:
         offered = next((value for name, value in headers if name == b"authorization"), b"")
         if not hmac.compare_digest(offered, b"Bearer " + self.token):
             raise Unauthorized(

@@ -14,7 +14,6 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from cluster.errors import ModelNotFound, SpringtideError, VersionRefused
 from cluster.registry import Registry
 from cluster.store import Store
 from cluster.types import Manifest, ReplicaState, VersionId
+from deployments.asgi import Receive, Scope, Send
 from deployments.seal import seal
 
 if TYPE_CHECKING:
@@ -38,10 +38,6 @@ QUIET_S = 1.5
 """A draining replica must have been idle this long before it ends."""
 
 log = logs.logger(__name__)
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Guard:
@@ -188,7 +184,8 @@ async def start_engine(fleet: Fleet, folder: Path, name: str) -> "tuple[AsyncLLM
     from vllm.v1.engine.async_llm import AsyncLLM
 
     os.environ.update(fleet.engine_environment())
-    args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(engine_arguments(fleet, folder, name))
+    values = {**fleet.engine_arguments(), "model": folder, "served_model_name": name, "disable_fastapi_docs": True}
+    args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(values))
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), usage_context=UsageContext.OPENAI_API_SERVER)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
@@ -196,23 +193,10 @@ async def start_engine(fleet: Fleet, folder: Path, name: str) -> "tuple[AsyncLLM
     return engine, app
 
 
-def engine_arguments(fleet: Fleet, folder: Path, name: str) -> list[str]:
-    """`Fleet` as vLLM's command line."""
-    values = {
-        "model": folder,
-        "served-model-name": name,
-        "dtype": fleet.dtype,
-        "tensor-parallel-size": fleet.tensor_parallel_size,
-        "max-num-seqs": fleet.max_num_seqs,
-        "max-loras": fleet.max_loras,
-        "max-cpu-loras": fleet.max_cpu_loras,
-        "max-lora-rank": fleet.max_lora_rank,
-        "gpu-memory-utilization": fleet.gpu_memory_utilization,
-        "max-model-len": fleet.max_model_len,
-        "kv-cache-memory-bytes": fleet.kv_cache_bytes,
-    }
-    flags = [f"--{key}={value}" for key, value in values.items() if value is not None]
-    return [*flags, "--enable-lora", "--disable-fastapi-docs", *(["--enforce-eager"] if fleet.enforce_eager else [])]
+def command_line(arguments: dict[str, Any]) -> list[str]:
+    """``{"max_loras": 4, "enable_lora": True}`` → ``["--max-loras=4", "--enable-lora"]``."""
+    flags = {f"--{key.replace('_', '-')}": value for key, value in arguments.items() if value is not False}
+    return [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]
 
 
 def serve_http(app: Any, host: str) -> "tuple[int, uvicorn.Server, asyncio.Task[None]]":

@@ -6,18 +6,17 @@ an alias because control moves it in two phases (`prepare`, then `adopt`), so no
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-import orjson
 from ray import serve
 from ray.exceptions import RayError
 
 from cluster import control, logs
 from cluster.config import Config
-from cluster.errors import RouteNotFound, SpringtideError
+from cluster.errors import MethodNotAllowed, RouteNotFound, SpringtideError
 from cluster.types import Generation, VersionId, View
 from deployments.admin import Admin
+from deployments.asgi import Receive, Scope, Send, send_error, send_json
 from deployments.openai import models
 from deployments.openai.inference import Inference
 from deployments.seal import seal
@@ -30,10 +29,6 @@ HOLD_TIMEOUT_S = 10.0
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 
 log = logs.logger(__name__)
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 @serve.deployment
@@ -108,7 +103,7 @@ class Application:
         try:
             await self._route(scope, receive, send)
         except SpringtideError as error:
-            await send_json(send, error.status, error.body(), retry=error.status == 503)
+            await send_error(send, error)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method, view = scope["path"], scope["method"], self.gateway.table.view
@@ -125,6 +120,8 @@ class Application:
             return await send_json(
                 send, 200 if replicas else 503, {"status": "ok" if replicas else "starting", "replicas": replicas}
             )
+        if path in self.generating or path == "/health" or path.startswith("/v1/models"):
+            raise MethodNotAllowed(f"{method} is not what {path[:200]} takes.", "Generation is POST, everything else GET.")
         raise RouteNotFound(
             f"There is no {method} {path[:200]} here.", "The API is OpenAI's: /v1/chat/completions, /v1/models, …"
         )
@@ -136,15 +133,3 @@ class Application:
             if message["type"] == "lifespan.shutdown":
                 self.gateway.refreshing.cancel()
                 return await self.gateway.upstream.close()
-
-
-async def send_json(send: Send, status: int, document: Any, retry: bool = False) -> None:
-    body = orjson.dumps(document)
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        *([(b"retry-after", b"5")] if retry else []),
-        *([(b"connection", b"close")] if status == 413 else []),  # the rest of the body is not read
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -6,16 +6,16 @@ never a silent end: only whole server-sent events are passed on, so the error ca
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import aiohttp
 import orjson
 
 from cluster.errors import AnswerTimeout, BadRequest, BodyTooLarge, ContextExceeded, NoReplica, ReplicaLost, SpringtideError
 from cluster.types import ReplicaState, VersionId
+from deployments.asgi import Headers, Send
 from deployments.table import Table
 
 CONNECT_TIMEOUT_S = 2
@@ -26,9 +26,6 @@ DONE = b"data: [DONE]\n\n"
 ATTEMPTS = 2
 """A request that has cost one replica its life may cost a second; never the whole fleet."""
 LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
-
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(frozen=True)

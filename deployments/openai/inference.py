@@ -5,18 +5,17 @@ immutable version, and to stop what would cost an engine more than any answer is
 """
 
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
 
 from cluster.config import Gateway
-from cluster.errors import BadRequest, BodyTooLarge
+from cluster.errors import BadRequest, BodyTooLarge, SpringtideError
 from cluster.types import Generation, VersionId
-from deployments.upstream import Call, Headers, Upstream
+from deployments.asgi import Headers, Receive, Scope, Send, send_error
+from deployments.upstream import Call, Upstream
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Resolve = Callable[[str], Awaitable[tuple[VersionId, Generation | None]]]
 
 MAX_ID_CHARACTERS = 64
@@ -32,16 +31,19 @@ class Inference:
         self.resolve = resolve
         self.upstream = upstream
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = parse(await read(scope, receive, self.limits.max_body_bytes))
         check_choices(body, self.limits.max_choices)
         version, move = await self.resolve(model_name(body))
         body["model"] = str(version)
         call = Call(version, self.path, dump(body), request_id(scope["headers"]), answer_headers(version, move))
-        await self.upstream.forward(call, send)
+        try:
+            await self.upstream.forward(call, send)
+        except SpringtideError as error:  # nothing was sent yet; an error too says which version it came from
+            await send_error(send, error, call.headers)
 
 
-async def read(scope: MutableMapping[str, Any], receive: Receive, limit_bytes: int) -> bytes:
+async def read(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     """The request's body. Raises `BodyTooLarge` before more than ``limit_bytes`` are held."""
     announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     parts: list[bytes] = []

@@ -12,7 +12,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -22,6 +22,7 @@ PAUSE_AFTER_FAILURE_S = 0.05
 """A refused connection fails within microseconds; without a pause a client would spin."""
 
 USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
+MODEL = re.compile(rb'"model":\s*"([^"]*)"')
 SUBJECTS = ("the sea", "a lighthouse", "the moon", "a tide pool", "salt", "a boat", "the wind", "a harbour", "sand", "a whale")
 QUESTIONS = (
     "What is {}?",
@@ -53,6 +54,8 @@ class Sample:
     """Empty, or why the request failed."""
     version: str | None
     """The header ``x-model-version``."""
+    generation: int | None = None
+    """The header ``x-model-generation``: which move of the alias this answer belongs to."""
     text: str | None = None
     """The whole answer, where `run` was asked to keep it."""
 
@@ -133,18 +136,20 @@ def _request(model: str, prompt: str, streaming: bool, tokens: int) -> bytes:
 
 async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, streaming: bool, client: int, keep_text: bool) -> Sample:
     chunks: list[tuple[float, bytes]] = []
-    status, version, error = 0, None, ""
+    status, error = 0, ""
+    said: Mapping[str, str] = {}
     start_s = time.monotonic()
     try:
         async with session.post(url, data=body) as response:
-            status, version = response.status, response.headers.get("x-model-version")
+            status, said = response.status, response.headers
             async for chunk in response.content.iter_any():
                 chunks.append((time.monotonic(), chunk))
     except (aiohttp.ClientError, TimeoutError) as problem:
         error = f"{type(problem).__name__}: {problem}"
     end_s = time.monotonic()
     whole = b"".join(chunk for _, chunk in chunks)
-    error = error or problem_in(status, whole, streaming)
+    version, generation = said.get("x-model-version"), said.get("x-model-generation")
+    error = error or problem_in(status, whole, streaming) or mislabelled(version, whole)
     return Sample(
         client=client,
         start_s=start_s,
@@ -154,6 +159,7 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: bytes, streaming:
         gaps_s=gaps(chunks) if streaming else (),
         error=error,
         version=version,
+        generation=int(generation) if generation else None,
         text=text_of(whole, streaming) if keep_text and not error else None,
     )
 
@@ -170,6 +176,18 @@ def problem_in(status: int, body: bytes, streaming: bool) -> str:
     if generated(body) == 0:
         return f"no tokens: …{body[-200:].decode(errors='replace')}"
     return ""
+
+
+def mislabelled(version: str | None, body: bytes) -> str:
+    """Empty where every ``model`` in the answer is the version that the header names; nothing to compare where there is no header.
+
+    >>> mislabelled("m@1", b'data: {"model": "m@1"} data: {"model": "m@2"}')
+    'the header says m@1, the body m@1, m@2'
+    """
+    named = {name.decode() for name in MODEL.findall(body)}
+    if version is None or named == {version}:
+        return ""
+    return f"the header says {version}, the body {', '.join(sorted(named)) or 'nothing'}"
 
 
 def generated(body: bytes) -> int:

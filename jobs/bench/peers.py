@@ -1,6 +1,6 @@
 """The systems that Springtide is compared with, each one process tree on the loopback address that ends as a whole.
 
-Every system gets the same model folder, the same engine arguments (`engine_arguments`, from the fleet's configuration), the same
+Every system gets the same model folder, the same engine arguments (`Fleet.engine_arguments`), the same
 variables for the engine's processes (`Fleet.engine_environment`) and one engine; usage statistics are off everywhere. Beyond that:
 
 ``bare_vllm``
@@ -63,24 +63,6 @@ class Served:
     """The whole system is this process and its descendants."""
 
 
-def engine_arguments(fleet: Fleet) -> dict[str, Any]:
-    """The fleet's settings as keyword arguments of vLLM's engine, what is None left to vLLM."""
-    values = {
-        "dtype": fleet.dtype,
-        "max_model_len": fleet.max_model_len,
-        "max_num_seqs": fleet.max_num_seqs,
-        "kv_cache_memory_bytes": fleet.kv_cache_bytes,
-        "gpu_memory_utilization": fleet.gpu_memory_utilization,
-        "tensor_parallel_size": fleet.tensor_parallel_size,
-        "enforce_eager": fleet.enforce_eager,
-        "enable_lora": True,
-        "max_loras": fleet.max_loras,
-        "max_cpu_loras": fleet.max_cpu_loras,
-        "max_lora_rank": fleet.max_lora_rank,
-    }
-    return {key: value for key, value in values.items() if value is not None}
-
-
 @contextmanager
 def serving(system: str, config: Config, model: Path, port: int) -> Iterator[Served]:
     """Run one of `SYSTEMS` with ``model`` (Hugging Face layout) until the block ends, then end every process of it.
@@ -112,7 +94,7 @@ def _start(command: list[str], environment: dict[str, str], log: Path) -> "subpr
 
 
 def command(system: str, config: Config, model: Path, port: int) -> list[str]:
-    name, engine = config.fleet.model, engine_arguments(config.fleet)
+    name, engine = config.fleet.model, config.fleet.engine_arguments()
     if system != "bare_vllm":
         return [
             sys.executable,

@@ -81,6 +81,20 @@ def test_bad_requests_get_openais_error_and_say_what_to_do(pool: Running, case: 
     assert words in error["message"] and "Traceback" not in error["message"]
 
 
+def test_an_error_of_the_engine_names_its_version_too(pool: Running) -> None:
+    body = {"model": "seedling", "messages": QUESTION, "temperature": -1}
+    answer = httpx.post(f"{pool.url}/v1/chat/completions", json=body, timeout=30)
+    assert (answer.status_code, answer.headers["x-model-version"]) == (400, "seedling@1")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/v1/chat/completions"), ("DELETE", "/v1/models/seedling"), ("POST", "/health")]
+)
+def test_a_known_route_with_another_method_says_so(pool: Running, method: str, path: str) -> None:
+    answer = httpx.request(method, pool.url + path)
+    assert answer.status_code == 405 and answer.json()["error"]["code"] == "method_not_allowed"
+
+
 @pytest.mark.parametrize("raw", [b"{", b"[]", b"\xff\xfe\x00", b"[" * 100_000, b'{"model": "seedling", "messages": NaN}'])
 def test_bodies_that_are_not_json_are_refused(pool: Running, raw: bytes) -> None:
     answer = httpx.post(f"{pool.url}/v1/chat/completions", content=raw)
@@ -94,12 +108,10 @@ def test_an_oversized_body_is_refused_with_or_without_its_length(pool: Running) 
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v1", "/docs", "/metrics", "/v1/load_lora_adapter", "/collective_rpc", "/v1/models/../../etc", "/%2e%2e/x"]
-)
+@pytest.mark.parametrize("path", ["/", "/v1", "/docs", "/metrics", "/v1/load_lora_adapter", "/collective_rpc", "/%2e%2e/x"])
 def test_only_the_routes_of_the_api_exist(pool: Running, path: str) -> None:
     answer = httpx.post(pool.url + path, json={})
-    assert answer.status_code == 404 and answer.json()["error"]["code"] in ("unknown_url", "model_not_found")
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "unknown_url"
 
 
 def test_bad_input_has_killed_nothing(pool: Running) -> None:
@@ -171,6 +183,7 @@ def test_the_command_reads_like_a_conversation(pool: Running) -> None:
         (["up", "--set", "gateway.prot=1"], "gateway.prot"),
         (["up", "--set", "store=/proc/nowhere"], "writable"),
         (["train", "--data", "/nowhere.jsonl"], "nowhere.jsonl"),
+        (["logs", "nope"], "no job 'nope'"),
     ],
 )
 def test_a_wrong_command_gets_one_message_and_no_traceback(pool: Running, arguments: list[str], words: str) -> None:

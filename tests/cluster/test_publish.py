@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from cluster import admin, graph, submit
+from cluster.config import Config
 from cluster.errors import Refused
 from cluster.types import Lineage, Manifest, VersionId
 from jobs.bench import load
@@ -87,7 +88,7 @@ def test_train_publish_and_roll_back_under_load(pool: Running) -> None:
     assert failures == [] and len(samples) > 100
     history = [str(move.stable) for move in pool.registry.history("seedling")]
     assert history == ["seedling@1", "seedling@2", "seedling@1"]
-    assert {s.version for s in samples} == {"seedling@1", "seedling@2"}
+    assert {(s.generation, s.version) for s in samples} == {(1, "seedling@1"), (2, "seedling@2"), (3, "seedling@1")}
     for client in range(8):
         assert versions_seen(samples, client) == history, "each client saw each generation once, in order"
     assert before != after and text(ask(pool)) == before
@@ -168,19 +169,36 @@ def test_control_converges_after_it_was_killed(pool: Running, tmp_path: Path) ->
 
 
 def test_a_replica_that_starts_later_comes_up_with_what_is_live(pool: Running, tmp_path: Path) -> None:
-    made = adapter(pool, tmp_path, seed=5)
+    """And with two gateways and two replicas no client sees a move of the alias go back."""
+    made, next_one = adapter(pool, tmp_path, seed=5), adapter(pool, tmp_path, seed=6)
     admin.publish(pool.config, made.id, "seedling", "before the second replica")
-    two = pool.config.model_copy(update={"fleet": pool.config.fleet.model_copy(update={"min_replicas": 2, "max_replicas": 2})})
-    with traffic(pool, streams=4) as samples:
-        graph.deploy(two)
+    with traffic(pool, streams=8) as samples:
+        graph.deploy(doubled(pool.config))
         wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 2, timeout_s=120)
         assert all(replica["held"].get(str(made.id)) == made.digest for replica in admin.status(pool.config)["replicas"])
+        wait_until(lambda: len(gateways(pool)) == 2, timeout_s=60)
         time.sleep(1)
+        for version in (next_one, made) * 2:
+            admin.publish(pool.config, version.id, "seedling", "moved under two gateways")
+            time.sleep(1)
         graph.deploy(pool.config)
         wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 1, timeout_s=90)
     wait_until(lambda: len(named(pool, "VLLM::EngineCor")) == 1, timeout_s=10)  # the engine goes with its replica
     assert [s.error for s in samples if not s.ok] == [], "neither the new replica nor its end cost a request"
-    assert {s.version for s in samples} == {str(made.id)}
+    assert [s.generation for s in samples if s.generation is None] == []
+    for client in range(8):
+        own = [s.generation for s in sorted((s for s in samples if s.client == client), key=lambda s: s.start_s)]
+        assert own == sorted(own, key=int), "no client saw a generation come back"
+
+
+def doubled(config: Config) -> Config:
+    """The same with two replicas and two gateways."""
+    fleet = config.fleet.model_copy(update={"min_replicas": 2, "max_replicas": 2})
+    return config.model_copy(update={"fleet": fleet, "gateway": config.gateway.model_copy(update={"replicas": 2})})
+
+
+def gateways(pool: Running) -> list[psutil.Process]:
+    return [p for p in named(pool, "ray::ServeRepli") if "Gateway" in "".join(p.cmdline())]
 
 
 @pytest.mark.chaos

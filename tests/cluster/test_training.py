@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ import pytest
 
 from cluster import submit
 from cluster.types import Manifest, VersionId
-from jobs.data import read
-from tests.conftest import ROOT, Running
+from jobs.data import convert, read
+from tests.conftest import ROOT, SHARED, Running
 
 TIDE = "jobs/seedling/tide.jsonl"
 
@@ -120,6 +121,28 @@ def test_full_weights_have_the_bases_shape_and_tokenizer(pool: Running, trained:
 def test_the_runs_own_files_are_gone(pool: Running, trained: dict[str, Trained]) -> None:
     runs = pool.registry.store.local_root
     assert runs and not [path for path in (runs / "runs").rglob("*") if path.is_file()]
+
+
+# real data, which a user's machine may not have
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("source", "shape", "examples"), [("gsm8k_train.jsonl", "gsm8k", 2000), ("sst2_train.tsv", "sst2", 6920)]
+)
+def test_real_data_is_learnt(pool: Running, tmp_path: Path, source: str, shape: str, examples: int) -> None:
+    file = SHARED / "data" / source
+    if not file.exists():
+        pytest.skip(f"{file} is not here")
+    chat = tmp_path / f"{shape}.jsonl"
+    lines = islice(convert(str(file), ["negative", "positive"]), examples)
+    chat.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    job = submit.submit(pool.config, "finetune", "--data", str(chat), "--base", "seedling@1", "--name", shape, "--epochs", "1")
+    metrics = finish(pool, job).manifest.lineage.metrics
+    print(f"{shape}: held-out loss {metrics['eval_loss_before']:.2f} -> {metrics['eval_loss']:.2f} in {metrics['seconds']:.0f} s")
+    assert metrics["examples"] > examples * 0.8
+    assert metrics["eval_loss"] < metrics["eval_loss_before"] / 1.5
 
 
 # bad requests: one line, status 2, before any training

@@ -1,0 +1,84 @@
+"""The gate judges by numbers that it states."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.gate import GatePolicy, Golden, Scores, Verdict, judge, latest, paired_bootstrap
+from cluster.types import VersionId
+
+POLICY = GatePolicy()
+ONE, TWO, THREE = VersionId("m", 1), VersionId("m", 2), VersionId("m", 3)
+RANDOM = np.random.default_rng(1)
+HARD = tuple(float(x) for x in RANDOM.gamma(2, 1, 200))
+"""Losses that differ far more between examples than between versions."""
+
+
+def shifted(by: float, noise: float = 0.1) -> tuple[float, ...]:
+    return tuple(loss + by + float(e) for loss, e in zip(HARD, RANDOM.normal(0, noise, len(HARD)), strict=True))
+
+
+def passed(candidate: Scores, incumbent: Scores | None = None, golden: tuple[Golden, ...] = ()) -> bool:
+    return all(check.passed for check in judge(POLICY, candidate, incumbent, golden))
+
+
+def test_what_chance_explains_passes_and_what_it_does_not_fails() -> None:
+    assert passed(Scores(shifted(0)), Scores(HARD))
+    assert passed(Scores(shifted(-0.5)), Scores(HARD))
+    assert not passed(Scores(shifted(0.1)), Scores(HARD)), "pairing shows a rise far below the spread between examples"
+
+
+def test_a_loss_that_is_no_number_fails_even_without_an_incumbent() -> None:
+    assert passed(Scores(HARD))
+    for bad in (math.nan, math.inf):
+        assert not passed(Scores((*HARD, bad)))
+
+
+def test_a_fall_in_accuracy_fails() -> None:
+    right = Scores(correct=(True,) * 95 + (False,) * 5)
+    assert passed(right, right)
+    assert not passed(Scores(correct=(True,) * 60 + (False,) * 40), right)
+
+
+def test_golden_prompts_must_hold_and_the_first_broken_one_is_shown() -> None:
+    (check,) = judge(
+        POLICY, Scores(), None, (Golden("hi", "contain 'hello'", "hello", True), Golden("2+2", "equal '4'", "5", False))
+    )
+    assert not check.passed and "'2+2' should equal '4', got '5'" in check.words
+
+
+def test_the_bootstrap_is_paired_and_repeatable() -> None:
+    with pytest.raises(ValueError, match="same ones"):
+        paired_bootstrap([1.0], [1.0, 2.0], 0.95)
+    again = shifted(0.2)
+    assert paired_bootstrap(again, HARD, 0.95) == paired_bootstrap(again, HARD, 0.95)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    trials = 200
+    covered = 0
+    for _ in range(trials):
+        sample = random.normal(0.3, 1, 40)
+        interval = paired_bootstrap([float(x) for x in sample], [0.0] * 40, 0.9, resamples=400)
+        covered += interval.low <= 0.3 <= interval.high
+    assert 0.8 < covered / trials < 0.97
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=30))
+def test_the_mean_lies_within_its_interval(values: list[float]) -> None:
+    interval = paired_bootstrap(values, [0.0] * len(values), 0.95, resamples=50)
+    assert (
+        interval.low - 1e-9 <= max(interval.mean, interval.low)
+        and min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
+    )
+
+
+def test_a_verdict_counts_only_against_the_version_that_is_live() -> None:
+    old = Verdict(version=THREE, against=ONE, checks=(), job=None, time_s=0)
+    new = Verdict(version=THREE, against=TWO, checks=(), job=None, time_s=1)
+    assert latest([old, new], TWO) == new and latest([new, old], TWO) == new
+    assert latest([old], TWO) is None

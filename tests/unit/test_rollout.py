@@ -1,0 +1,162 @@
+"""The rollout: total, monotone, and the same whenever it is read again."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.canary import Comparison, Tally
+from cluster.rollout import DIRECT, ENDED, WARM_TIMEOUT_S, Facts, Order, Policy, Rollout, Warmth, begin, decide, wanted
+from cluster.types import VersionId
+
+ONE, TWO, THREE = VersionId("m", 1), VersionId("m", 2), VersionId("m", 3)
+WARM = Facts(warmth=Warmth(2, 2), passed=True)
+GOOD = Tally(requests=100, ttft_s=(0.01,) * 50, itl_s=(0.001,) * 50, finish={"stop": 100})
+FAILING = Tally(requests=100, errors=30, finish={"stop": 70})
+
+
+def start(policy: Policy | None = None, incumbent: VersionId | None = ONE) -> Rollout:
+    return begin("m", 1, TWO, incumbent, policy or Policy(), "better", "me", now_s=0)
+
+
+def run(rollout: Rollout, *facts: Facts, step_s: float = 100) -> list[Rollout]:
+    """Every record, deciding until nothing changes for each of ``facts`` in turn."""
+    records, now_s = [rollout], 0.0
+    for one in facts:
+        while (after := decide(records[-1], one, now_s := now_s + step_s)) is not None:
+            records.append(after)
+    return records
+
+
+def seen(canary: Tally = GOOD, stable: Tally = GOOD) -> Facts:
+    return WARM._replace(comparison=Comparison(canary, stable))
+
+
+def stages(records: list[Rollout]) -> list[tuple[str, int]]:
+    return [(record.stage, record.percent) for record in records]
+
+
+def test_a_good_version_goes_live_step_by_step() -> None:
+    records = run(start(), WARM, seen())
+    assert stages(records) == [("registered", 0), ("warming", 0), ("canary", 5), ("canary", 25), ("live", 0)]
+    assert [record.n for record in records] == [1, 2, 3, 4, 5]
+    assert [wanted(record) for record in records[1:4]] == [(ONE, None, 0), (ONE, TWO, 5), (ONE, TWO, 25)]
+    assert wanted(records[-1]) == (TWO, None, 0)
+
+
+def test_direct_goes_live_when_every_replica_holds_it() -> None:
+    assert stages(run(start(DIRECT), Facts(warmth=Warmth(2, 1)), Facts(warmth=Warmth(2, 2)))) == [
+        ("registered", 0),
+        ("warming", 0),
+        ("live", 0),
+    ]
+
+
+def test_the_first_version_of_an_alias_needs_no_canary() -> None:
+    assert stages(run(start(incumbent=None), WARM))[-1] == ("live", 0)
+
+
+def test_without_a_verdict_nothing_is_touched() -> None:
+    assert run(start(), Facts(warmth=Warmth(2, 2))) == [start()]
+
+
+def test_the_gates_no_ends_it_with_the_gates_words() -> None:
+    last = run(start(), Facts(passed=False, verdict="held-out loss: too high"))[-1]
+    assert last.stage == "rolled_back" and "too high" in last.reason
+
+
+def test_a_replicas_refusal_ends_it_with_the_replicas_words() -> None:
+    last = run(start(), WARM._replace(warmth=Warmth(2, 1, "rank 64 is above 16")))[-1]
+    assert last.stage == "rolled_back" and last.reason == "rank 64 is above 16"
+
+
+def test_a_worse_canary_is_rolled_back_with_the_numbers() -> None:
+    last = run(start(), WARM, seen(canary=FAILING))[-1]
+    assert last.stage == "rolled_back" and "30.0%" in last.reason and wanted(last) == (ONE, None, 0)
+
+
+@pytest.mark.parametrize("requests", [0, 49])
+def test_a_step_needs_its_requests(requests: int) -> None:
+    assert run(start(), WARM, seen(canary=Tally(requests=requests)))[-1].percent == 5
+
+
+def test_a_step_needs_its_time() -> None:
+    canary = run(start(), WARM)[-1]
+    assert decide(canary, seen(), canary.since_s + 59) is None
+    assert decide(canary, seen(), canary.since_s + 60) is not None
+
+
+def test_orders_are_obeyed_between_warming_and_live() -> None:
+    canary = run(start(), WARM)[-1]
+    promoted = decide(canary, WARM._replace(order=Order("promote", "ann", "looks good")), 200)
+    aborted = decide(canary, WARM._replace(order=Order("abort", "ann", "looks bad")), 200)
+    assert promoted and promoted.stage == "live" and "ann: looks good" in promoted.reason
+    assert aborted and aborted.stage == "rolled_back" and "ann: looks bad" in aborted.reason
+
+
+def test_a_version_that_never_warms_is_given_up() -> None:
+    warming = run(start(), WARM._replace(warmth=Warmth(2, 1)), step_s=1)[-1]
+    late = decide(warming, Facts(warmth=Warmth(2, 1)), warming.since_s + WARM_TIMEOUT_S + 1)
+    assert late and late.stage == "rolled_back" and "1 of 2" in late.reason
+
+
+@pytest.mark.parametrize(("successor", "stage"), [(THREE, "retired"), (ONE, "rolled_back")])
+def test_a_live_version_ends_when_it_is_replaced(successor: VersionId, stage: str) -> None:
+    live = run(start(DIRECT), WARM)[-1]
+    assert run(live, Facts(replaced_by=successor))[-1].stage == stage
+
+
+@pytest.mark.parametrize("steps", [(), (0, 100), (5, 5, 100), (50, 25, 100), (5, 50)])
+def test_steps_that_do_not_rise_to_100_are_refused(steps: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="must rise"):
+        Policy(steps=steps)
+
+
+TALLIES = st.builds(
+    Tally,
+    requests=st.integers(0, 200),
+    errors=st.integers(0, 200),
+    ttft_s=st.lists(st.floats(0, 5), max_size=30).map(tuple),
+    itl_s=st.lists(st.floats(0, 5), max_size=30).map(tuple),
+    finish=st.dictionaries(st.sampled_from(["stop", "length"]), st.integers(0, 100)),
+)
+FACTS = st.builds(
+    Facts,
+    warmth=st.none() | st.builds(Warmth, st.integers(0, 4), st.integers(0, 4), st.sampled_from(["", "no"])),
+    passed=st.none() | st.booleans(),
+    comparison=st.none() | st.builds(Comparison, TALLIES, TALLIES),
+    order=st.none() | st.builds(Order, st.sampled_from(["promote", "abort"]), st.just("ann"), st.just("why")),
+    replaced_by=st.sampled_from([None, ONE, THREE]),
+)
+ORDER = ["registered", "warming", "canary", "live", "retired", "rolled_back"]
+
+
+@given(
+    st.sampled_from([Policy(), DIRECT, Policy(gate=False, min_requests=0)]),
+    st.sampled_from([None, ONE]),
+    st.lists(FACTS),
+    st.data(),
+)
+def test_any_facts_in_any_order_move_a_rollout_forward_only(
+    policy: Policy, incumbent: Any, facts: list[Facts], data: Any
+) -> None:
+    rollout, now_s = start(policy, incumbent), 0.0
+    for one in facts:
+        now_s += data.draw(st.floats(0, 1000))
+        after = decide(rollout, one, now_s)
+        if after is None:
+            continue
+        assert rollout.stage not in ENDED and after.n == rollout.n + 1 and after.since_s == now_s and after.reason
+        assert (ORDER.index(after.stage), after.percent) > (ORDER.index(rollout.stage), rollout.percent) or after.stage in (
+            "live",
+            *ENDED,
+        )
+        assert ORDER.index(after.stage) >= ORDER.index(rollout.stage)
+        assert after.percent in (0, *policy.steps) and (after.percent > 0) == (after.stage == "canary")
+        rollout = after
+    meant = wanted(rollout)
+    assert meant is None or meant.stable in (ONE, TWO)
+    if rollout.stage == "rolled_back":
+        assert meant is None or (meant.stable == incumbent and meant.canary is None)
+    assert Rollout.model_validate_json(rollout.model_dump_json()) == rollout
