@@ -19,7 +19,7 @@ def event(payload: object) -> bytes:
 
 
 def delta(**fields: str) -> bytes:
-    return event({"choices": [{"delta": fields}]})
+    return event({"model": "seedling@1", "choices": [{"delta": fields}]})
 
 
 STREAM = [
@@ -165,3 +165,9 @@ def test_failures_are_samples_and_never_raised() -> None:
     assert all(s.error == "status 503: no" for s in drive(web.Response(status=503), requests=4))
     refused = asyncio.run(load.run("http://127.0.0.1:9/v1", "m", 2, requests=2))
     assert len(refused) == 2 and not any(s.ok for s in refused)
+
+
+def test_a_body_that_names_another_version_than_the_header_is_a_failure() -> None:
+    assert load.mislabelled("seedling@1", WHOLE) == "" and load.mislabelled(None, WHOLE) == ""
+    assert load.mislabelled("seedling@2", WHOLE) == "the header says seedling@2, the body seedling@1"
+    assert load.mislabelled("seedling@1", b"{}") == "the header says seedling@1, the body nothing"
