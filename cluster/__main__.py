@@ -229,16 +229,17 @@ def _load(preset: str | None, file: Path | None, sets: list[str] | None) -> Conf
 def absolute(arguments: list[str]) -> list[str]:
     """A job's arguments with the paths among them made absolute, because a job runs in a folder of its own.
 
-    >>> absolute(["--data", "/x.jsonl", "--eval-data=https://host/y.jsonl", "--recipe", "lora"])
-    ['--data', '/x.jsonl', '--eval-data', 'https://host/y.jsonl', '--recipe', 'lora']
+    >>> absolute(["--data", "/x.jsonl", "--eval-data=https://host/y.jsonl", "--recipe", "lora.v2"])
+    ['--data', '/x.jsonl', '--eval-data', 'https://host/y.jsonl', '--recipe', 'lora.v2']
     """
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith(PATHS_JOINED) else [word])]
-    return [_absolute(word) if before in PATHS else word for before, word in pairwise(["", *words])]
+    return [_absolute(before, word) if before in PATHS else word for before, word in pairwise(["", *words])]
 
 
-def _absolute(text: str) -> str:
+def _absolute(option: str, text: str) -> str:
     path = Path(text).expanduser()
-    return text if "://" in text or not path.suffix else str(path.resolve())  # a recipe may also be a bare name
+    named = option == "--recipe" and path.suffix not in (".yaml", ".yml")  # one of those that ship with Springtide
+    return text if "://" in text or named else str(path.resolve())
 
 
 def _running() -> Config:

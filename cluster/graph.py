@@ -103,7 +103,7 @@ def _gateway(config: Config) -> dict[str, Any]:
             {
                 "name": "Gateway",
                 "num_replicas": config.gateway.replicas,
-                "max_ongoing_requests": 10_000,  # admission is per replica and, later, per tenant; not per gateway
+                "max_ongoing_requests": 10_000,  # the engine queues by itself; limits per tenant come with tenants
                 "ray_actor_options": {"num_cpus": 0},
             }
         ],

@@ -26,7 +26,7 @@ import psutil
 from cluster.config import ENV_PREFIX, Config, parse
 from cluster.errors import PoolUnavailable
 
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 3
@@ -266,7 +266,7 @@ def supervise(config: Config, resolved: Path) -> int:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stopping.set())
-    ray = subprocess.Popen(ray_command(config), env=ray_environment(config, resolved, run))
+    ray = subprocess.Popen(ray_command(config), env=ray_environment(config, resolved, run), preexec_fn=_end_with_parent)
     while ray.poll() is None and not stopping.wait(0.2):
         _reap(keep=ray.pid)
     while left := psutil.Process().children(recursive=True):  # a process that ends may leave others to us
@@ -274,6 +274,11 @@ def supervise(config: Config, resolved: Path) -> int:
         _reap()
     shutil.rmtree(run, ignore_errors=True)
     return ray.returncode or 0
+
+
+def _end_with_parent() -> None:
+    """In `ray start`: SIGTERM, which ends Ray in order, when the supervisor dies without having had the time to."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _reap(keep: int = 0) -> None:

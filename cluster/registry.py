@@ -13,7 +13,7 @@ A publisher that dies between claim and manifest leaves a number that nobody use
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 from cluster.errors import Conflict, DigestMismatch, ModelNotFound, StoreUnavailable, VersionRefused
@@ -55,7 +55,7 @@ class Registry:
         root = f"versions/{name}/{version.n}"
         files = tuple(File(path=p, sha256=sha256(folder / p), size_bytes=(folder / p).stat().st_size) for p in paths)
         for file in files:
-            self.store.put_new(f"{root}/files/{file.path}", folder / file.path)
+            self.store.upload(f"{root}/files/{file.path}", folder / file.path)
         manifest = Manifest(id=version, kind=kind, base=base, files=files, lineage=lineage, created_s=time.time())
         self.store.put_new(f"{root}/manifest.json", manifest.model_dump_json(indent=1).encode())
         return manifest
@@ -92,7 +92,10 @@ class Registry:
             raw = self.store.get(f"versions/{id.name}/{id.n}/manifest.json")
             if raw is None:
                 return None
-            self._manifests[id] = Manifest.model_validate_json(raw)
+            try:
+                self._manifests[id] = Manifest.model_validate_json(raw)
+            except ValueError as error:
+                raise VersionRefused(f"The manifest of {id} is damaged: {error}.", "Restore it, or register it again.") from error
         return self._manifests[id]
 
     def fetch(self, manifest: Manifest, cache: Path) -> Path:
@@ -172,19 +175,32 @@ class Registry:
         live = [moves[-1].stable for moves in histories]
         past = [move.stable for moves in histories for move in moves]
         ordered = dict.fromkeys([*(id for id in past if id not in live), *live])
-        known = (manifest for id in ordered if (manifest := self._read(id)))
+        known = (manifest for id in ordered if (manifest := self._readable(id)))
         return [manifest for manifest in known if manifest.weights == weights][-limit:]
 
+    def _readable(self, id: VersionId) -> Manifest | None:
+        """A version of the past that was damaged since must not keep a replica from starting."""
+        try:
+            return self._read(id)
+        except VersionRefused:
+            return None
+
     def previous(self, alias: str) -> VersionId:
-        """The version to roll back to: the newest stable version that differs from the live one."""
+        """The version to roll back to: what was live before the live one was first published.
+
+        A move back takes everything after it away, so rolling back twice goes back two versions, and never forward to a bad one.
+        """
         history = self.history(alias)
         if not history:
             raise ModelNotFound(f"There is no alias {alias}.", "See `springtide models` for the ones that exist.", param="model")
-        live = history[-1].stable
-        for move in reversed(history):
-            if move.stable != live:
-                return move.stable
-        raise Conflict(f"{alias} has only ever served {live}.", "There is nothing to roll back to.")
+        stack: list[VersionId] = []
+        for move in history:
+            stack = [*stack[: stack.index(move.stable)], move.stable] if move.stable in stack else [*stack, move.stable]
+        if len(stack) < 2:
+            raise Conflict(
+                f"{alias} served nothing before {stack[0]}; there is nothing to roll back to.", "Name a version with --to NAME@N."
+            )
+        return stack[-2]
 
 
 def check_layout(folder: Path, kind: Kind) -> list[str]:
@@ -192,7 +208,7 @@ def check_layout(folder: Path, kind: Kind) -> list[str]:
     config_name, tensors = LAYOUT[kind]
     if not (folder / config_name).is_file():
         raise VersionRefused(f"{folder} has no {config_name}.", f"A version of kind {kind} is a folder in Hugging Face layout.")
-    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and not path.name.startswith("."))
+    paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and not _hidden(path.relative_to(folder)))
     for path in paths:
         _check_file(path)
     names = [str(path.relative_to(folder)) for path in paths]
@@ -204,22 +220,35 @@ def check_layout(folder: Path, kind: Kind) -> list[str]:
     return names
 
 
+def _hidden(path: Path) -> bool:
+    """Whether any part of it is: a folder that a hub's downloader filled keeps its notes in ``.cache``."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def _check_file(path: Path) -> None:
     if path.is_symlink():
-        raise VersionRefused(f"{path} is a symbolic link.", "Copy the file itself into the folder.")
+        raise VersionRefused(
+            f"{path} is a symbolic link.", f"Give a folder with the files themselves: cp -rL {path.parent} COPY."
+        )
     if path.suffix not in ENDINGS and path.name not in ("LICENSE", "NOTICE"):
         raise VersionRefused(f"{path} could run code when it is read.", f"Accepted are files ending in {', '.join(ENDINGS)}.")
 
 
 def _config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        found: Any = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise VersionRefused(f"{path} is not valid JSON: {error}.", "Save the model again.") from error
+    if not isinstance(found, dict):
+        raise VersionRefused(f"{path} holds no JSON object.", "Save the model again.")
+    return cast(dict[str, Any], found)
 
 
 def adapter_rank(folder: Path) -> int:
     """The LoRA rank of a PEFT folder: the largest of ``r`` and ``rank_pattern``."""
     config = _config(folder / "adapter_config.json")
-    pattern: dict[str, int] = config.get("rank_pattern") or {}
-    return max(int(config["r"]), *pattern.values(), 0)
+    try:
+        pattern = cast(dict[str, Any], config.get("rank_pattern") or {})
+        return max(int(config["r"]), *(int(rank) for rank in pattern.values()), 0)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VersionRefused(f"{folder.name}/adapter_config.json states no rank.", "Save the adapter with peft.") from error

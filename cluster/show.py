@@ -82,7 +82,7 @@ def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
         aliases.add_row(name, move["stable"], str(move["generation"]), ago(move["time_s"]), escape(move["reason"]))
     replicas = Table("replica", "base", "holds", "running", "state")
     for r in document["replicas"]:
-        state = "; ".join(f"refused {id}: {why}" for id, why in r["refused"].items()) or "ready"
+        state = escape("; ".join(f"refused {id}: {why}" for id, why in r["refused"].items())) or "ready"
         replicas.add_row(r["id"], r["base"], ", ".join(r["held"]), str(r["running"]), state)
     console.print(aliases, replicas)
 
@@ -120,7 +120,12 @@ def jobs(console: Console, listed: list[JobDetails], logs: list[str]) -> None:
     for job, log in zip(listed, logs, strict=True):
         verb = (job.metadata or {}).get("springtide_verb") or job.entrypoint
         table.add_row(
-            job.submission_id, verb, str(job.status.value), ago((job.start_time or 0) / 1000), _bar(log), _words(job, log)
+            job.submission_id,
+            escape(verb),
+            str(job.status.value),
+            ago((job.start_time or 0) / 1000),
+            _bar(log),
+            escape(_words(job, log)),
         )
     console.print(table)
 

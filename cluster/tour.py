@@ -1,5 +1,6 @@
 """`springtide run`: the whole loop once, in front of the reader's eyes. `up` is its first half."""
 
+import json
 import signal
 import time
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
     registry = Registry(Store(config.store))
     registry.store.check_writable()
     if pool.find(config):
-        check_same(pool.remembered(config), config, model)
+        running = pool.remembered(config)
+        check_same(running, config, model)
+        config = _hosting(config, running.fleet.model)
     elif model:
         config = _hosting(config, _adopt(registry, model, config.home, console))
     with console.status("Starting Ray…"):
@@ -66,7 +69,8 @@ def fixed(config: Config) -> dict[str, Any]:
 def run(config: Config, console: Console, keep_serving: bool) -> None:
     """Serve, ask, fine-tune, publish, ask again; then keep serving until Ctrl-C, which leaves no process behind."""
     began_s, ours = time.monotonic(), pool.find(config) is None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's stop is a Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager's stop and a closed terminal are a Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         config = up(config, console)
         _loop(config, console)
@@ -95,8 +99,9 @@ def _grow(config: Config, console: Console) -> None:
 
 def _loop(config: Config, console: Console) -> None:
     model, registry = config.fleet.model, Registry(Store(config.store))
-    first = registry.versions(model)[0].id
-    if len(registry.history(model)) > 1:
+    history = registry.history(model)
+    first = history[0].stable
+    if len(history) > 1:
         console.print("This store has been through the loop already; here is what each of its versions answers.")
     else:
         _show_answer(console, ask(config, model, QUESTION))
@@ -182,4 +187,13 @@ def _download(model: str, folder: Path, console: Console) -> Path:
             "Give the path of a folder with config.json and safetensors files.",
             param="model",
         ) from error
+    _forget_remote_code(folder)
     return folder
+
+
+def _forget_remote_code(folder: Path) -> None:
+    """A hub's configuration may name code to run beside an architecture that vLLM knows by itself. Our copy names none."""
+    for path in folder.glob("*config.json"):
+        values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if values.pop("auto_map", None) is not None:
+            path.write_text(json.dumps(values, indent=2))

@@ -50,8 +50,8 @@ class Guard:
         self.busy_until_s = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+        if scope["type"] != "http":  # nothing here speaks anything else
+            return await send({"type": "websocket.close"})
         offered = next((value for name, value in scope["headers"] if name == SECRET_HEADER), b"")
         if not hmac.compare_digest(offered, self.secret):
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})

@@ -64,7 +64,7 @@ class Gateway:
         return self.table.view.revision
 
     async def _refresh(self) -> None:
-        """Catch up on pushes that were missed, and bring control back where nobody else has."""
+        """Catch up on pushes that were missed."""
         while True:
             await asyncio.sleep(REFRESH_S)
             try:
@@ -104,6 +104,13 @@ class Application:
             await self._route(scope, receive, send)
         except SpringtideError as error:
             await send_error(send, error)
+        except Exception:
+            # A bug. The client gets OpenAI's form of it where nothing has been sent yet; the server then logs it and closes.
+            with contextlib.suppress(Exception):
+                await send_error(
+                    send, SpringtideError("Something went wrong here.", "Send the request again; the log has the reason.")
+                )
+            raise
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method, view = scope["path"], scope["method"], self.gateway.table.view

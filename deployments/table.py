@@ -7,7 +7,7 @@ from cluster.errors import ModelNotFound, NoReplica
 from cluster.types import EMPTY_VIEW, Generation, ReplicaState, VersionId, View
 
 SUSPECT_S = 2.0
-"""How long a replica that broke a connection is not chosen. By then control has seen whether it lives."""
+"""How long a replica that broke a connection is chosen last."""
 
 
 class Table:

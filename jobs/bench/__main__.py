@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     verb.add_argument("--systems", type=known_systems, default=SYSTEMS, metavar="NAME,…", help=", ".join(SYSTEMS))
     verb.add_argument("--json", type=Path, metavar="FILE", help="write one row per system and case")
     verb.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for a README")
-    verb.add_argument("--png", type=Path, metavar="FILE", help="write the chart")
+    verb.add_argument("--png", type=Path, default=Path("serving.png"), metavar="FILE", help="where the chart goes")
     verb = verbs.add_parser("memory", help=memory.__doc__)
     verb.set_defaults(run=memory)
     verb.add_argument("--requests", type=int, default=10_000)

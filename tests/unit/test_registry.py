@@ -144,6 +144,8 @@ def test_an_alias_moves_forward_and_rollback_is_a_new_generation(registry: Regis
     registry.move("m", two, "better", "me", after=1)
     assert registry.previous("m") == one
     registry.move("m", one, "back", "me", after=2)
+    with pytest.raises(Conflict, match="nothing to roll back to"):
+        registry.previous("m")
     assert [str(move.stable) for move in registry.history("m")] == ["m@1", "m@2", "m@1"]
     assert registry.aliases()["m"].generation == 3
 
@@ -200,3 +202,38 @@ class Aliases(RuleBasedStateMachine):
 
 TestAliases = Aliases.TestCase
 TestAliases.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+
+
+def test_rolling_back_twice_goes_back_two_versions(registry: Registry, source: Path) -> None:
+    one, two, three = (registry.register("m", "weights", None, source, Lineage()).id for _ in range(3))
+    for after, id in enumerate((one, two, three, two)):
+        registry.move("m", id, "", "me", after)
+    assert registry.previous("m") == one
+    registry.move("m", three, "again", "me", after=4)
+    assert registry.previous("m") == two
+
+
+def test_what_a_downloader_noted_in_hidden_folders_is_left_out(registry: Registry, source: Path) -> None:
+    notes = source / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    (notes / "model.safetensors.lock").write_bytes(b"")
+    made = registry.register("m", "weights", None, source, Lineage())
+    assert {file.path for file in made.files} == {"config.json", "model.safetensors"}
+
+
+def test_a_damaged_manifest_is_refused_with_words_and_keeps_no_replica_from_starting(registry: Registry, source: Path) -> None:
+    made = registry.register("m", "weights", None, source, Lineage())
+    registry.move("m", made.id, "", "me", after=0)
+    assert registry.store.local_root
+    (registry.store.local_root / "versions/m/1/manifest.json").write_text("{")
+    fresh = Registry(registry.store)
+    with pytest.raises(VersionRefused, match="damaged"):
+        fresh.manifest(made.id)
+    assert fresh.ever_live(made.id, 4) == []
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"r": null}', '{"r": 8, "rank_pattern": {"q": "many"}}'])
+def test_an_adapter_configuration_without_a_rank_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(VersionRefused):
+        adapter_rank(tmp_path)

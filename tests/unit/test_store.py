@@ -34,7 +34,7 @@ def test_children_are_folders_and_objects_sorted(store: Store) -> None:
 def test_a_file_survives_the_way_there_and_back(store: Store, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(100_000))
-    store.put_new("big", source)
+    store.upload("big", source)
     store.download("big", tmp_path / "copies" / "target")
     assert sha256(tmp_path / "copies" / "target") == sha256(source)
 
