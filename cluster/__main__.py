@@ -18,8 +18,9 @@ from cluster import config as configuration
 from cluster.config import Config
 from cluster.errors import BadRequest, SpringtideError
 from cluster.registry import Registry
+from cluster.rollout import UNDER_WAY
 from cluster.store import Store
-from cluster.types import Generation, VersionId
+from cluster.types import VersionId
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +35,7 @@ console = Console()
 Preset = Annotated[str | None, typer.Option(help="Start from cluster/presets/NAME.yaml: laptop or gpu.")]
 File = Annotated[Path | None, typer.Option("--config", help="A YAML file; springtide.yaml here by default.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: --set fleet.max_replicas=2. Repeatable.")]
-PATHS = ("--data", "--eval-data", "--recipe")
+PATHS = ("--data", "--eval-data", "--recipe", "--held-out", "--tasks", "--golden")
 PATHS_JOINED = tuple(f"{option}=" for option in PATHS)
 Model = Annotated[str | None, typer.Option(help="A folder in Hugging Face layout, a hub id, or a name in the store.")]
 
@@ -85,15 +86,16 @@ def models(name: Annotated[str | None, typer.Argument(help="A model, or one vers
     """Every version in the store, with its kind, lineage and measurements; the live one marked."""
     registry = _registry()
     if name and "@" in name:
-        show.manifest(console, registry.manifest(VersionId.parse(name)))
+        show.manifest(console, registry.manifest(VersionId.parse(name)), registry.verdicts(VersionId.parse(name)))
     else:
         show.models(console, registry, [name] if name else registry.names())
 
 
 @app.command()
 def history(alias: str) -> None:
-    """Every move of an alias: when, to what, by whom and why."""
-    show.history(console, _registry().history(alias))
+    """Every move of an alias and every step of its rollouts: when, to what, by whom and why."""
+    registry = _registry()
+    show.history(console, registry.history(alias), registry.rollouts(alias))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -102,14 +104,28 @@ def train(
     data: Annotated[str, typer.Option(help="JSONL in OpenAI's chat format or prompt/completion: a path or URL.")],
     wait: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
 ) -> None:
-    """Fine-tune on the pool, as `ray job submit -- python -m jobs.finetune` does. Further options go to the job: --name, --full, --publish."""
+    """Fine-tune on the pool, as `ray job submit -- python -m jobs.finetune` does.
+
+    Further options go to the job: --base NAME[@N], --name NAME, --epochs N, --full (all weights instead of an adapter), --recipe FILE,
+    --set KEY=VALUE, --eval-data FILE, --publish. `python -m jobs.finetune --help` explains them.
+    """
     from cluster import submit
 
     config = _running()
+    if "://" not in data and not Path(data).expanduser().is_file():
+        raise BadRequest(f"There is no file {data}.", "Give the path or URL of JSON lines.", param="data")
     job = submit.submit(config, "finetune", *absolute(["--data", data, *context.args]))
     console.print(f"Job [bold]{job}[/] submitted; `springtide logs {job}` shows its log.")
-    if wait:
-        console.print_json(json.dumps(show.follow(console, config, job, "Fine-tuning")))
+    if not wait:
+        return
+    try:
+        made = show.follow(console, config, job, "Fine-tuning")
+    except KeyboardInterrupt:
+        console.print(f"The job goes on: springtide logs {job} · springtide cancel {job}")
+        return
+    loss = f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}"
+    following = "it is published" if made.get("stage") else f"next: springtide publish {made['version']}"
+    console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {loss}; {following}")
 
 
 @app.command()
@@ -120,6 +136,15 @@ def jobs() -> None:
     config = _running()
     listed = submit.jobs(config)[:20]
     show.jobs(console, listed, [submit.log(config, job.submission_id or "") for job in listed])
+
+
+@app.command()
+def cancel(job: str) -> None:
+    """Stop a job. What it has registered stays; an unfinished run leaves nothing."""
+    from cluster import submit
+
+    submit.cancel(_running(), job)
+    console.print(f"{job} is stopped.")
 
 
 @app.command()
@@ -135,17 +160,52 @@ def publish(
     version: Annotated[str, typer.Argument(help="NAME@N")],
     alias: Annotated[str | None, typer.Option(help="The alias to move; the version's own name by default.")] = None,
     reason: str = "published by hand",
+    canary: Annotated[bool, typer.Option("--canary", help="Go by the policy's steps, compared with the live version.")] = False,
+    steps: Annotated[str | None, typer.Option(help="Shares for --canary, for example 5,25,100.")] = None,
+    gate: Annotated[bool | None, typer.Option(help="Whether a verdict is needed; the policy's own choice by default.")] = None,
+    wait: Annotated[bool, typer.Option(help="Watch until it is live or rolled back.")] = True,
 ) -> None:
-    """Load a version on every replica, then move the live model name to it. No request fails."""
-    id = VersionId.parse(version)
-    _moved(admin.publish(_running(), id, alias or id.name, reason))
+    """Bring a version to the live model name. No request fails, and what was live stays live until the new one has shown itself."""
+    from cluster import submit, tour
+
+    id, config = VersionId.parse(version), _running()
+    policy = tour.policy(config.publishing.policy, canary, steps, gate)
+    rollout = admin.publish(config, id, alias or id.name, reason, policy)
+    if rollout.stage == "registered" and not _registry().verdicts(id):
+        console.print("It needs a verdict first; measuring it now.")
+        show.follow(console, config, submit.submit(config, "evaluate", str(id), "--alias", rollout.alias), f"Evaluating {id}")
+    if wait and rollout.stage in UNDER_WAY:
+        rollout = tour.watch(config, console, rollout)
+    show.rollout(console, rollout)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(context: typer.Context, version: Annotated[str, typer.Argument(help="NAME@N")]) -> None:
+    """Measure a version against the live one and store the gate's verdict. Options go to the job: --held-out, --tasks, --golden, --against."""
+    from cluster import submit
+
+    config, id = _running(), VersionId.parse(version)
+    job = submit.submit(config, "evaluate", str(id), *absolute(list(context.args)))
+    show.follow(console, config, job, f"Evaluating {id}")
+    show.verdict(console, _registry().verdicts(id)[-1])
+
+
+@app.command()
+def promote(alias: str, reason: str = "promoted by hand") -> None:
+    """Make the alias's canary live now, for everybody."""
+    show.rollout(console, admin.step(_running(), "promote", alias, reason))
+
+
+@app.command()
+def abort(alias: str, reason: str = "aborted by hand") -> None:
+    """End the alias's rollout; every session gets the stable version again."""
+    show.rollout(console, admin.step(_running(), "abort", alias, reason))
 
 
 @app.command()
 def rollback(alias: str, to: Annotated[str | None, typer.Option(help="A version; the previous one by default.")] = None) -> None:
-    """Move an alias back to what it served before. A rollback is a new generation; nothing is deleted."""
-    target = VersionId.parse(to) if to else _registry().previous(alias)
-    _moved(admin.publish(_running(), target, alias, "rolled back by hand"))
+    """End the rollout under way, or else move the alias back to what it served before. Nothing is deleted."""
+    show.rollout(console, admin.rollback(_running(), alias, VersionId.parse(to) if to else None, "rolled back by hand"))
 
 
 @app.command()
@@ -250,10 +310,6 @@ def _running() -> Config:
 
 def _registry() -> Registry:
     return Registry(Store(_running().store))
-
-
-def _moved(move: Generation) -> None:
-    console.print(f"[bold]{move.alias}[/] is [bold green]{move.stable}[/] now (generation {move.generation}).")
 
 
 def main() -> None:

@@ -1,16 +1,17 @@
 """The operator's side of the gateway's ``/admin`` routes. Plain HTTP, so a command needs neither Ray nor a second to start."""
 
 import getpass
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
 from cluster import pool
 from cluster.config import Config
 from cluster.errors import PoolUnavailable, refused
-from cluster.types import Generation, VersionId
+from cluster.rollout import Policy, Rollout
+from cluster.types import VersionId
 
-TIMEOUT_S = 180
+TIMEOUT_S = 660
 """Longer than a replica may take to load a version."""
 
 
@@ -23,10 +24,22 @@ def status(config: Config) -> dict[str, Any]:
     return _call(config, "GET", "/admin/status")
 
 
-def publish(config: Config, version: VersionId, alias: str, reason: str) -> Generation:
-    """Ask control to publish; see `cluster.control.Control.publish` for what can be refused."""
+def publish(config: Config, version: VersionId, alias: str, reason: str, policy: Policy | None = None) -> Rollout:
+    """Ask control to begin a rollout; see `cluster.control.Control.publish` for what can be refused."""
     order = {"version": str(version), "alias": alias, "reason": reason, "author": author()}
-    return Generation.model_validate(_call(config, "POST", "/admin/publish", order))
+    asked = {"policy": policy.model_dump(mode="json")} if policy else {}
+    return Rollout.model_validate(_call(config, "POST", "/admin/publish", order | asked))
+
+
+def step(config: Config, what: Literal["promote", "abort"], alias: str, reason: str) -> Rollout:
+    """Bring the alias's rollout to 100 % now, or end it."""
+    return Rollout.model_validate(_call(config, "POST", f"/admin/{what}", {"alias": alias, "reason": reason, "author": author()}))
+
+
+def rollback(config: Config, alias: str, to: VersionId | None, reason: str) -> Rollout:
+    """Make the alias mean what it meant before, or ``to``."""
+    order = {"alias": alias, "to": str(to) if to else None, "reason": reason, "author": author()}
+    return Rollout.model_validate(_call(config, "POST", "/admin/rollback", order))
 
 
 def _call(config: Config, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

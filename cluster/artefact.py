@@ -41,6 +41,10 @@ EXPONENTS = {
     "F64": (np.uint64, 0x7FF << 52),
 }
 """Dtype → how to read its bits, and the bits of its exponent: all set means NaN or infinite (IEEE 754)."""
+READ_ONCE = (".json", ".txt", ".model", ".jinja")
+"""Endings of what an engine reads when it starts: tokenizer, chat template, sampling defaults."""
+REREAD = ("config.json", "model.safetensors.index.json")
+WRITERS_MARKS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 
@@ -65,6 +69,26 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Tensor name → shape, of every tensor in a folder's safetensors files."""
     files = sorted(folder.rglob("*.safetensors"))
     return {name: tensor.shape for path in files for name, tensor in header(path).items()}
+
+
+def difference(new: Path, old: Path) -> str:
+    """What keeps ``new`` from replacing ``old`` inside a running engine, which rereads tensors and nothing else; empty where nothing does."""
+    if shapes(new) != shapes(old):
+        return "shape"
+    if settings(new) != settings(old):
+        return "config.json"
+    changed = (path.name for path in sorted(old.iterdir()) if path.suffix in READ_ONCE and path.name not in REREAD)
+    return next((name for name in changed if not same(new / name, old / name)), "")
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """The model's configuration without what only tells who wrote it."""
+    values = cast(dict[str, Any], json.loads((folder / "config.json").read_text("utf-8")))
+    return {key: value for key, value in values.items() if key not in WRITERS_MARKS}
+
+
+def same(one: Path, other: Path) -> bool:
+    return one.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def header(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from cluster import pool
-from cluster.config import Config
+from cluster.config import ENV_PREFIX, Config
 from cluster.errors import StoreUnavailable
 from cluster.store import Store
 
@@ -113,7 +113,8 @@ def ports(config: Config, running: bool) -> Iterator[Finding]:
 def port(key: str, numbers: list[int], busy: list[int], running: bool) -> Finding:
     if busy:
         taken = ", ".join(map(str, busy))
-        return Finding(False, key, f"Another program listens on {taken}. Stop it, or choose another with --set {key}=NUMBER.")
+        variable = f"{ENV_PREFIX}{key.upper().replace('.', '__')}"
+        return Finding(False, key, f"Another program listens on {taken} ({key}). Stop it, or choose another: {variable}=NUMBER.")
     first = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
     return Finding(True, key, f"{first}: {'used by this pool' if running else 'free'}")
 

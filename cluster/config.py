@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.errors import BadRequest, ConfigError
+from cluster.gate import GatePolicy
+from cluster.rollout import Policy
 from cluster.types import check_name
 
 PRESETS = Path(__file__).parent / "presets"
@@ -47,6 +49,8 @@ class Gateway(Section):
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_choices: int = Field(default=16, ge=1)
     """The largest ``n`` or ``best_of`` a request may ask for; vLLM itself would try 16,384."""
+    hold_timeout_s: float = Field(default=30, ge=0)
+    """How long a request may wait for a replica that holds its version."""
     first_byte_timeout_s: float = Field(default=300, gt=0)
     """How long a request may wait for a replica's first byte before the client gets an error."""
 
@@ -79,7 +83,12 @@ class Fleet(Section):
     """Adapters in one batch."""
     max_cpu_loras: int = Field(default=16, ge=1)
     """Adapters resident in one replica."""
+    when_full: Literal["evict", "refuse"] = "evict"
+    """What a new adapter does where all places are taken: push out the one that was idle the longest, or fail. Live ones always stay."""
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
+    swap: Literal["wait", "keep"] = "wait"
+    """What streams do while weights are swapped in place: they end first, or they stand still and go on with the new weights, under the
+    name of the version they began with."""
     drain_timeout_s: float = Field(default=60, ge=0)
     """How long an ending replica waits for its own streams."""
 
@@ -115,9 +124,11 @@ class Fleet(Section):
         other by spinning on shared memory, which on a small machine takes the time that everything else needs, and the worker imports
         everything once more. With OpenMP set up here there is no need: one process and half a gigabyte less.
         """
+        # vLLM compiles its sampler even in eager mode: the first request with a temperature would wait 6 to 29 s on two cores.
+        eager = {"TORCH_COMPILE_DISABLE": "1"} if self.enforce_eager else {}
         if self.accelerator == "gpu" or self.tensor_parallel_size > 1:
-            return {}
-        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(self.cpu_threads)}
+            return eager
+        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(self.cpu_threads), **eager}
 
     @field_validator("model")
     @classmethod
@@ -126,6 +137,19 @@ class Fleet(Section):
             return check_name(model)
         except BadRequest as error:
             raise ValueError(str(error)) from error
+
+
+class Publishing(Section):
+    """How a version goes live."""
+
+    policy: Policy = Policy()
+    gate: GatePolicy = GatePolicy()
+    held_out: str = ""
+    """Path or URL of examples (as for fine-tuning) on which a version's loss is compared with the incumbent's."""
+    tasks: str = ""
+    """Path or URL of examples whose answers must be met exactly; the share that is met is compared."""
+    golden: str = ""
+    """Path or URL of prompts with assertions; `jobs.evaluate` has the format."""
 
 
 class Training(Section):
@@ -143,6 +167,7 @@ class Config(Section):
     pool: Pool = Pool()
     gateway: Gateway = Gateway()
     fleet: Fleet = Fleet()
+    publishing: Publishing = Publishing()
     training: Training = Training()
 
     @model_validator(mode="after")
@@ -179,7 +204,10 @@ def parse(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}" for e in error.errors()]
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {'there is no such key' if e['type'] == 'extra_forbidden' else e['msg']}"
+            for e in error.errors()
+        ]
         raise ConfigError(
             f"The configuration is not valid: {'; '.join(problems)}.",
             "`springtide config` prints every key with its value.",

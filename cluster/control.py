@@ -2,6 +2,9 @@
 
 One named, detached, restartable Ray actor. It holds nothing that it could not read again: desired state comes from the store, actual
 state from the replicas. Killed at any point, Ray starts it again and the next tick goes on from there.
+
+The order of its acts makes that true. A rollout's record is written before anything follows from it; an alias moves in the store before
+any gateway hears of it; a gateway hears of a version only when a replica holds it.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -9,32 +12,39 @@ state from the replicas. Killed at any point, Ray starts it again and the next t
 import logging
 import threading
 import time
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
 
 import ray
-from ray import serve
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 
-from cluster import graph, logs
+from cluster import artefact, carry, graph, logs, placement, rollout
+from cluster.canary import Comparison, Tally
 from cluster.config import Config, parse
-from cluster.errors import NoReplica, PoolUnavailable, SpringtideError, VersionRefused
-from cluster.registry import Registry, adapter_rank
+from cluster.errors import Conflict, NoReplica, PoolUnavailable, SpringtideError, VersionRefused
+from cluster.gate import Verdict, latest
+from cluster.gateways import Gateways
+from cluster.registry import Registry, adapter_rank, check_layout
+from cluster.replicas import LOAD_TIMEOUT_S, Replicas
+from cluster.rollout import DIRECT, Facts, Order, Policy, Rollout
 from cluster.store import Store
-from cluster.types import EMPTY_VIEW, Generation, Manifest, ReplicaState, VersionId, View
+from cluster.types import Manifest, ReplicaState, VersionId, View, check_name
 
 ACTOR, NAMESPACE = "springtide-control", "springtide"
 TICK_S = 0.5
-DESCRIBE_TIMEOUT_S = 2
-LOAD_TIMEOUT_S = 120
-"""How long a replica may take to load one version."""
-PREPARE_TIMEOUT_S = 2
-"""Far less than a gateway holds requests (`deployments.gateway.HOLD_TIMEOUT_S`), so that none gives up waiting before the move."""
-ADOPT_TIMEOUT_S = 5
-FORGET_S = 5
 RETRY_REFUSED_S = 30
+ORDER_TIMEOUT_S = 30
 START_TIMEOUT_S = 60
+OPTIONS: dict[str, Any] = {
+    "name": ACTOR,
+    "namespace": NAMESPACE,
+    "lifetime": "detached",
+    "max_restarts": -1,
+    "max_concurrency": 8,
+    "num_cpus": 0,
+    "runtime_env": {"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}},  # this actor has no event loop to route in
+}
 
 log = logs.logger(__name__)
 
@@ -42,22 +52,27 @@ log = logs.logger(__name__)
 class Client(Protocol):
     """What callers outside the actor may ask. `SpringtideError`s arrive as themselves."""
 
-    def publish(self, version: str, alias: str, reason: str, author: str) -> Generation: ...
+    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout: ...
 
 
 class Control:
-    """The actor's body. Threaded rather than async: everything it calls blocks."""
+    """The actor's body. Threaded rather than async: everything it calls blocks. One loop acts; whoever asks waits for it."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config: Config = parse(config)
         self.registry = Registry(Store(self.config.store))
-        self.publishing = threading.Lock()
-        """One publish at a time. Loading may take minutes, and the loop goes on meanwhile."""
-        self.changing = threading.RLock()
-        """Whoever makes a new view holds this, briefly, and reads the aliases while it does."""
-        self.current = EMPTY_VIEW
-        self.histories: dict[str, list[Generation]] = {}
-        self.seen: dict[str, tuple[ReplicaState, float]] = {}
+        self.wake = threading.Event()
+        self.replicas = Replicas(graph.fleet_app(self.config.fleet.model), self.wake.set)
+        self.gateways = Gateways()
+        self.acting = threading.RLock()
+        """Held for each tick, and by whoever starts a rollout."""
+        self.ticked = threading.Condition()
+        self.rollouts: dict[str, Rollout] = {}
+        """The newest rollout of each alias at its newest record, as far as this process has read or written."""
+        self.facts: dict[str, Facts] = {}
+        self.orders: dict[str, Order] = {}
+        self.steered = ""
+        """The replica that gateways are steered around while it takes other weights over."""
         self.retry_refused_s = 0.0
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
 
@@ -65,8 +80,8 @@ class Control:
 
     def view(self) -> View:
         """The newest view. A gateway that starts during a move waits for the move's end, so that it cannot adopt half of one."""
-        with self.changing:
-            return self.current
+        with self.acting:
+            return self.gateways.current
 
     def configure(self, config: dict[str, Any]) -> None:
         """Take over a newer configuration: on Kubernetes the graph may be redeployed while this actor lives on."""
@@ -75,28 +90,150 @@ class Control:
             self.registry = Registry(Store(self.config.store))
 
     def status(self) -> dict[str, Any]:
-        """What `springtide status` prints: ``{"slots", "aliases", "replicas"}``, without the replicas' secrets."""
+        """What `springtide status` prints: ``{"slots", "aliases", "replicas", "rollouts"}``, without the replicas' secrets."""
         return {
             "slots": slots(),
-            "aliases": {name: move.model_dump(mode="json") for name, move in self.current.aliases.items()},
-            "replicas": [public(replica) for replica in self._observe()],
+            "aliases": {name: move.model_dump(mode="json") for name, move in self.gateways.current.aliases.items()},
+            "replicas": [public(replica) for replica in self.replicas.observe()],
+            "rollouts": [self._describe(one) for one in self.rollouts.values()],
         }
 
-    def publish(self, version: str, alias: str, reason: str, author: str) -> Generation:
-        """Make ``version`` the one that ``alias`` means, on every replica and gateway, and return the new generation.
+    def _describe(self, one: Rollout) -> dict[str, Any]:
+        facts = self.facts.get(one.alias, Facts())
+        waiting = rollout.waiting_for(one, facts, time.time())
+        compared = {side: summary(tally) for side, tally in (facts.comparison or Comparison(Tally(), Tally()))._asdict().items()}
+        return {**one.model_dump(mode="json"), "waiting_for": waiting, **(compared if facts.comparison else {})}
 
-        Every replica has acknowledged the version's digest before the alias moves. Raises `VersionRefused` with the replica's words
-        where one cannot load it, and then nothing has changed; `Conflict` where another publisher was faster.
+    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout:
+        """Begin a rollout of ``version`` on ``alias``, and return it once it waits for something: its verdict, the canary's requests,
+        or nothing any more, because it is live.
+
+        Raises `VersionRefused` with the reason where it did not get that far, and then the alias means what it meant before; `Conflict`
+        where another rollout of the alias is under way.
         """
         manifest = self.registry.manifest(VersionId.parse(version))
-        self._check_fits(manifest)
-        with self.publishing:
-            now = self.registry.alias(alias)
-            if now is not None and now.stable == manifest.id:
-                return now
-            self._warm(manifest)
-            with self.changing:
-                return self._flip(alias, manifest.id, reason, author, after=now.generation if now else 0)
+        self._check_fits(manifest, check_name(alias))
+        with self.acting:
+            begun = self._begin(manifest, alias, policy or self.config.publishing.policy, reason, author)
+        return self._until(begun, lambda one: self._waits(one), LOAD_TIMEOUT_S)
+
+    def order(self, alias: str, what: str, reason: str, author: str) -> Rollout:
+        """``promote`` the alias's rollout to 100 %, or ``abort`` it. Returns it when that is done."""
+        with self.acting:
+            now = self._newest(alias)
+            if now is None or now.stage not in rollout.UNDER_WAY or what not in ("promote", "abort"):
+                raise Conflict(f"No rollout of {alias} is under way.", "See `springtide history`.")
+            if what == "promote" and now.stage != "canary":
+                raise Conflict(f"The rollout of {now.version} is still {now.stage}.", "Promote it when it is a canary.")
+            self.orders[alias] = Order(what, author, reason)
+        goal = "live" if what == "promote" else "rolled_back"
+        return self._until(now, lambda one: one.stage == goal and self._carried_out(one), ORDER_TIMEOUT_S)
+
+    def rollback(self, alias: str, to: str | None, reason: str, author: str) -> Rollout:
+        """Make ``alias`` mean ``to`` at once; by default abort the rollout under way, or else go back to the version before."""
+        now = self._newest(alias)
+        if to is None and now is not None and now.stage in rollout.UNDER_WAY:
+            return self.order(alias, "abort", reason, author)
+        target = VersionId.parse(to) if to else self.registry.previous(alias)
+        return self.publish(str(target), alias, reason, author, DIRECT)
+
+    # publishing
+
+    def _begin(self, manifest: Manifest, alias: str, policy: Policy, reason: str, author: str) -> Rollout:
+        now, live = self._newest(alias), self.registry.alias(alias)
+        if now is not None and now.stage in rollout.UNDER_WAY:
+            raise Conflict(
+                f"A rollout of {now.version} on {alias} is under way ({now.stage} {now.percent} %).",
+                f"Wait for it, or end it: springtide promote {alias}, springtide abort {alias}.",
+            )
+        number, incumbent = (now.number + 1 if now else 1), live.stable if live else None
+        begun = rollout.begin(alias, number, manifest.id, incumbent, policy, reason, author, time.time())
+        if incumbent == manifest.id:
+            return begun.next("live", "it is live already", time.time())
+        self.rollouts[alias] = self.registry.record(begun)
+        self.facts[alias] = Facts()
+        self.orders.pop(alias, None)
+        self.wake.set()
+        return begun
+
+    def _until(self, begun: Rollout, done: Callable[[Rollout], bool], timeout_s: float) -> Rollout:
+        """Wait for the loop to bring the rollout there. A rollback that nobody ordered is raised with its reason."""
+        deadline_s = time.monotonic() + timeout_s
+        self.wake.set()
+        with self.ticked:
+            while not done(now := self._current(begun)) and (now.stage != "rolled_back" or not self._carried_out(now)):
+                if not self.ticked.wait(deadline_s - time.monotonic()):
+                    raise PoolUnavailable(f"{now.version} is still {now.stage} after {timeout_s} s.", "See `springtide status`.")
+        if now.stage == "rolled_back" and not done(now):
+            raise VersionRefused(now.reason, "The live version is untouched.")
+        return now
+
+    def _current(self, begun: Rollout) -> Rollout:
+        """The rollout as it is now; as it was given where it was never recorded, or another has followed."""
+        now = self.rollouts.get(begun.alias)
+        return now if now is not None and now.number == begun.number else begun
+
+    def _waits(self, one: Rollout) -> bool:
+        if one.stage == "registered":
+            return one.policy.gate and self._verdict(one) is None
+        return self._carried_out(one) and (one.stage == "live" or (one.stage == "canary" and one.percent < 100))
+
+    def _carried_out(self, one: Rollout) -> bool:
+        """Whether every gateway routes by what the rollout's record says."""
+        move, meant = self.gateways.current.aliases.get(one.alias), rollout.wanted(one)
+        return meant is None or (move is not None and (move.stable, move.canary, move.percent) == meant)
+
+    def _newest(self, alias: str) -> Rollout | None:
+        if alias not in self.rollouts and (known := self.registry.rollout(alias)):
+            self.rollouts[alias] = known
+        return self.rollouts.get(alias)
+
+    def _check_fits(self, manifest: Manifest, alias: str) -> None:
+        """Refuse what the engine would choke on, before any replica sees it."""
+        cache = self.config.home / "cache"
+        folder = self.registry.fetch(manifest, cache)
+        check_layout(folder, manifest.kind)
+        hosted = self._hosted()
+        if manifest.weights != hosted:
+            self._check_replaces(manifest, hosted, alias, cache)
+        base = self.registry.fetch(self.registry.manifest(manifest.base), cache) if manifest.base else None
+        artefact.inspect(folder, base)
+        rank, limit = adapter_rank(folder) if manifest.kind == "adapter" else 0, self.config.fleet.max_lora_rank
+        if rank > limit:
+            raise VersionRefused(
+                f"{manifest.id} has rank {rank}, but the engine takes at most {limit}.",
+                f"Train with a smaller r, or start the pool with fleet.max_lora_rank={rank} or more.",
+                param="fleet.max_lora_rank",
+            )
+
+    def _check_replaces(self, manifest: Manifest, hosted: VersionId, alias: str, cache: Path) -> None:
+        """Other weights than the fleet's take their place; they must be of the same shape, and nobody else may need the old ones."""
+        others = [
+            name for name, move in self.registry.aliases().items() if name != alias and self._weights(move.stable) == hosted
+        ]
+        if alias != self.config.fleet.model or others:
+            raise VersionRefused(
+                f"{manifest.id} needs {manifest.weights}, but the fleet hosts {hosted} for {', '.join(others) or self.config.fleet.model}.",
+                f"Train it on {hosted}, or serve its base: springtide up --model {manifest.weights}.",
+                param="base",
+            )
+        new, old = (self.registry.fetch(self.registry.manifest(id), cache) for id in (manifest.weights, hosted))
+        if other := artefact.difference(new, old):
+            raise VersionRefused(
+                f"{manifest.weights} cannot take the place of {hosted} in a running engine: another {other}.",
+                f"Serve it by itself: springtide up --model {manifest.weights}.",
+                param="base",
+            )
+
+    def _hosted(self) -> VersionId:
+        replicas = self.replicas.states or self.replicas.observe()
+        if not replicas:
+            raise NoReplica("No replica is running yet.", "Wait until `springtide status` shows one, then publish again.")
+        live = self.registry.alias(self.config.fleet.model)
+        return self._weights(live.stable) if live else VersionId.parse(replicas[0].base)
+
+    def _weights(self, id: VersionId) -> VersionId:
+        return self.registry.manifest(id).weights
 
     # the loop
 
@@ -108,157 +245,151 @@ class Control:
                 # Whatever stopped this tick (store away, application still starting, a damaged object), the loop must go on: a thread
                 # that ended would leave an actor that looks alive and converges nothing.
                 log.exception("tick")
-            time.sleep(TICK_S)
+            with self.ticked:
+                self.ticked.notify_all()
+            self.wake.wait(TICK_S)
+            self.wake.clear()
 
     def tick(self) -> None:
-        """One round: read both sides, load what is missing, and tell the gateways if anything changed.
+        """One round: read both sides, take each rollout's next steps, tell the gateways, load what is missing, swap one set of weights."""
+        with self.acting:
+            replicas = self.replicas.observe()
+            for alias in self.registry.store.children("rollouts"):
+                self._advance(alias, replicas)
+            target = self._choose_swap(replicas)
+            told = self._announce(replicas)
+        self._load(replicas)
+        if target and told:  # not before the gateways know, or requests would arrive at a replica that is neither
+            known = {replica.base: replica.fingerprint for replica in replicas}
+            self.replicas.become(self.steered, str(target), known.get(str(target), ""))
 
-        What a replica has refused it is asked again only every `RETRY_REFUSED_S`: most refusals are for good, some are a bad moment.
-        """
-        # Observed and adopted under one lock: a stale observation must not undo what a publish has just loaded.
-        with self.changing:
-            replicas = self._observe()
-            self.histories = self.registry.histories()
-            self._adopt(replicas)
-        bases = {VersionId.parse(replica.base) for replica in replicas}
+    def _advance(self, alias: str, replicas: tuple[ReplicaState, ...]) -> None:
+        """Let the rollout go as far as the facts take it, each record written before it is acted on."""
+        now = self._newest(alias)
+        while now is not None:
+            self._move(now)
+            self.facts[alias] = self._facts(now, replicas)
+            after = rollout.decide(now, self.facts[alias], time.time())
+            if after is None:
+                return
+            now = self._write(after)
+
+    def _write(self, after: Rollout) -> Rollout:
+        try:
+            self.registry.record(after)
+        except Conflict:  # another control, older or younger than this one, was faster: follow its record
+            del self.rollouts[after.alias]
+            return self._newest(after.alias) or after
+        self.rollouts[after.alias] = after
+        self.orders.pop(after.alias, None)
+        log.info("%s of %s: %s %d %%: %s", after.version, after.alias, after.stage, after.percent, after.reason)
+        if after.stage == "live":
+            self._retire(after)
+        return after
+
+    def _retire(self, live: Rollout) -> None:
+        """Close the rollouts that this one has replaced."""
+        for records in self.registry.rollouts(live.alias):
+            ended = records[-1].number < live.number and rollout.decide(records[-1], Facts(replaced_by=live.version), time.time())
+            if ended and records[-1].stage == "live":
+                self.registry.record(ended)
+
+    def _move(self, one: Rollout) -> None:
+        """Write the alias's move that the rollout's record asks for, unless it was written, or somebody moved on by hand since."""
+        meant, history = rollout.wanted(one), self.registry.history(one.alias)
+        done = max(((move.rollout or 0, move.record) for move in history), default=(0, 0))
+        if meant is None or done >= (one.number, one.n):
+            return
+        newest = history[-1] if history else None
+        if newest is not None and (newest.stable, newest.canary, newest.percent) == meant:
+            return
+        shadow = one.policy.shadow_percent if meant.canary else 0
+        self.registry.move(
+            one.alias,
+            meant.stable,
+            one.reason,
+            one.author,
+            newest.generation if newest else 0,
+            canary=meant.canary,
+            percent=meant.percent,
+            shadow_percent=shadow,
+            rollout=one.number,
+            record=one.n,
+        )
+
+    def _facts(self, one: Rollout, replicas: tuple[ReplicaState, ...]) -> Facts:
+        if one.stage not in rollout.UNDER_WAY:
+            return Facts()
+        manifest, order = self.registry.manifest(one.version), self.orders.get(one.alias)
+        if one.stage == "registered":
+            verdict = self._verdict(one)
+            return Facts(passed=verdict.passed if verdict else None, verdict=verdict.words if verdict else "", order=order)
+        divisible = len(replicas) > 1 or one.incumbent is None or self._weights(one.incumbent) == manifest.weights
+        if one.stage == "warming":
+            weights = self.registry.manifest(manifest.weights)
+            new = [manifest] if manifest.id == weights.id or weights.id == self._hosted() else [weights, manifest]
+            asked = self.replicas.hold([str(manifest.id)], lambda: carry.load(self.registry, new))
+            ready = placement.warmth(replicas if not asked else self.replicas.states, manifest)
+            return Facts(warmth=ready if asked or not ready.refused else None, order=order, divisible=divisible)
+        move = self.registry.alias(one.alias)
+        hosts = placement.bases(replicas, move, self._weights) if move else {}
+        comparison = None
+        if one.percent < 100 and one.incumbent:
+            seen = self.gateways.measured(one.alias, one.number)
+            comparison = Comparison(seen.get(str(one.version), Tally()), seen.get(str(one.incumbent), Tally()))
+        warmth = placement.settled(replicas, manifest, hosts)
+        return Facts(warmth=warmth, comparison=comparison, order=order, divisible=divisible)
+
+    def _verdict(self, one: Rollout) -> Verdict | None:
+        return latest(self.registry.verdicts(one.version), one.incumbent)
+
+    def _announce(self, replicas: tuple[ReplicaState, ...]) -> bool:
+        open_ = tuple(replica._replace(held={}) if replica.id == self.steered else replica for replica in replicas)
+        announced = self.gateways.current.aliases
+        histories = self.registry.histories()
+        aliases = {name: placement.answerable(history, open_, announced.get(name)) for name, history in histories.items()}
+        return self.gateways.announce(aliases, open_)
+
+    def _load(self, replicas: tuple[ReplicaState, ...]) -> None:
+        """Ask for what should be held and is not. What a replica has refused it is asked again only every `RETRY_REFUSED_S`."""
         limit = self.config.fleet.max_cpu_loras
-        wanted = [manifest for base in bases for manifest in self.registry.ever_live(base, limit)]
+        hosted = {VersionId.parse(replica.base) for replica in replicas}
+        coming = [self.registry.manifest(one.version) for one in self.rollouts.values() if one.stage in ("warming", "canary")]
+        wanted = [manifest for base in hosted for manifest in [*self.registry.ever_live(base, limit), *coming][-limit:]]
         again = time.monotonic() >= self.retry_refused_s
-        missing = [m for m in wanted if any(lacks(r, m) and (again or str(m.id) not in r.refused) for r in replicas)]
         if again:
             self.retry_refused_s = time.monotonic() + RETRY_REFUSED_S
+        missing = [m for m in wanted if any(placement.lacks(r, m) and (again or str(m.id) not in r.refused) for r in replicas)]
         if missing:
-            self._ask_fleet("hold", [str(m.id) for m in missing], timeout_s=LOAD_TIMEOUT_S)  # the next tick sees the outcome
+            self.replicas.hold([str(manifest.id) for manifest in missing])
 
-    def _observe(self) -> list[ReplicaState]:
-        """The replicas heard lately. Silence for less than `FORGET_S` is no death: the machine may be busy, and gateways avoid a replica
-        that breaks a connection by themselves."""
-        now_s = time.monotonic()
-        for answer in self._ask_fleet("describe", timeout_s=DESCRIBE_TIMEOUT_S):
-            if isinstance(answer, ReplicaState):
-                self.seen[answer.id] = answer, now_s
-        self.seen = {id: (state, at_s) for id, (state, at_s) in self.seen.items() if now_s - at_s < FORGET_S}
-        return [state for state, _ in self.seen.values()]
-
-    def _ask_fleet(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
-        return broadcast(graph.fleet_app(self.config.fleet.model), method, *arguments, timeout_s=timeout_s)
-
-    # publish, step by step
-
-    def _check_fits(self, manifest: Manifest) -> None:
-        """Refuse what the engine would choke on, before it sees it."""
-        base = self._base()
-        if manifest.weights != base:
-            raise VersionRefused(
-                f"{manifest.id} needs {manifest.weights}, but the fleet hosts {base}.",
-                f"Train it on {base}, or serve its base: springtide up --model {manifest.weights}.",
-                param="base",
-            )
-        if manifest.kind == "adapter":
-            rank = adapter_rank(self.registry.fetch(manifest, self.config.home / "cache"))
-            limit = self.config.fleet.max_lora_rank
-            if rank > limit:
-                raise VersionRefused(
-                    f"{manifest.id} has rank {rank}, but the engine takes at most {limit}.",
-                    f"Train with a smaller r, or start the pool with fleet.max_lora_rank={rank} or more.",
-                    param="fleet.max_lora_rank",
-                )
-
-    def _base(self) -> VersionId:
-        replicas = self.current.replicas or tuple(self._observe())
-        if not replicas:
-            raise NoReplica("No replica is running yet.", "Wait until `springtide status` shows one, then publish again.")
-        return VersionId.parse(replicas[0].base)
-
-    def _warm(self, manifest: Manifest) -> None:
-        states = self._ask_fleet("hold", [str(manifest.id)], timeout_s=LOAD_TIMEOUT_S)
-        if not states:
-            raise NoReplica("No replica answered.", "Wait until `springtide status` shows one, then publish again.")
-        for state in states:
-            if not isinstance(state, ReplicaState):
-                raise PoolUnavailable(
-                    f"A replica did not acknowledge {manifest.id}: {state}.", "Nothing has changed; publish again."
-                )
-            self.seen[state.id] = state, time.monotonic()  # newer than what the last round heard
-            if lacks(state, manifest):
-                words = state.refused.get(str(manifest.id), "it did not say why")
-                raise VersionRefused(
-                    f"Replica {state.id} could not load {manifest.id}: {words}", "The live version is untouched."
-                )
-
-    def _flip(self, alias: str, version: VersionId, reason: str, author: str, after: int) -> Generation:
-        """Move the alias so that no client sees it go back: every gateway holds new requests for it until all know the move.
-
-        Two phases over one lock. A gateway that does not prepare stops the move. If this process dies between the phases, the gateways
-        go on after a time of their own with what they know, and the next control announces what the store says.
-        """
-        replicas = self._observe()
-        try:
-            if silent := self._ask_gateways("prepare", alias, time.time_ns(), timeout_s=PREPARE_TIMEOUT_S):
-                raise PoolUnavailable(f"A gateway did not answer: {silent[0]}.", "Nothing has changed; publish again.")
-            move = self.registry.move(alias, version, reason, author, after)
-        except SpringtideError:
-            self._adopt(replicas, force=True)
-            raise
-        self.histories[alias] = [*self.histories.get(alias, []), move]
-        self._adopt(replicas)
-        log.info("%s is %s at generation %d: %s", alias, version, move.generation, reason)
-        return move
-
-    def _adopt(self, replicas: list[ReplicaState], force: bool = False) -> None:
-        if not replicas and self.current is EMPTY_VIEW:
-            return  # just started and nothing heard yet: the gateways know better
-        ordered = tuple(sorted(replicas))
-        aliases = {name: answerable(history, ordered) for name, history in self.histories.items()}
-        changed = force or aliases != self.current.aliases or routing(ordered) != routing(self.current.replicas)
-        if changed:
-            self.current = View(time.time_ns(), aliases, ordered)
-            for error in self._ask_gateways("adopt", self.current, timeout_s=ADOPT_TIMEOUT_S):
-                log.warning("a gateway did not adopt the view: %s", error)  # it fetches it by itself
-
-    def _ask_gateways(self, method: str, *arguments: Any, timeout_s: float) -> list[Exception]:
-        """Tell every gateway; returns what went wrong."""
-        answers = broadcast(graph.GATEWAY_APP, method, *arguments, timeout_s=timeout_s)
-        return [answer for answer in answers if isinstance(answer, Exception)]
-
-
-def answerable(history: list[Generation], replicas: tuple[ReplicaState, ...]) -> Generation:
-    """The generation that gateways should follow: the newest whose version somebody holds; the newest of all where nobody holds any.
-
-    They differ where an alias was moved in the store by other hands, or control was killed between a move and its announcement: until a
-    replica has loaded the version, requests go on being answered by the one before.
-    """
-    held = {id for replica in replicas for id in replica.held}
-    return next((move for move in reversed(history) if str(move.stable) in held), history[-1])
-
-
-def lacks(replica: ReplicaState, manifest: Manifest) -> bool:
-    """Whether this replica should hold the version and does not, by digest."""
-    return replica.base == str(manifest.weights) and replica.held.get(str(manifest.id)) != manifest.digest
-
-
-def routing(replicas: tuple[ReplicaState, ...]) -> list[tuple[Any, ...]]:
-    """The part of the replicas' states that a gateway routes by; load changes alone are not worth a push."""
-    return [(r.id, r.url, r.secret, r.held) for r in replicas]
+    def _choose_swap(self, replicas: tuple[ReplicaState, ...]) -> VersionId | None:
+        """The weights that one replica should take over now, None where every replica hosts what it should. One at a time."""
+        move = self.registry.alias(self.config.fleet.model)
+        hosts = placement.bases(replicas, move, self._weights) if move else {}
+        wrong = [r for r in replicas if r.id in hosts and r.base != str(hosts[r.id]) and str(hosts[r.id]) not in r.refused]
+        chosen = next((replica for replica in wrong if replica.id == self.steered), wrong[0] if wrong else None)
+        self.steered = chosen.id if chosen else ""
+        return hosts[chosen.id] if chosen else None
 
 
 def public(replica: ReplicaState) -> dict[str, Any]:
     return {key: value for key, value in replica._asdict().items() if key != "secret"}
 
 
-def broadcast(app: str, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
-    """Call every running replica of an application's ingress deployment. Exceptions are among the answers; no replicas: no answers.
+def summary(tally: Tally) -> dict[str, Any]:
+    """A tally in few words, for `springtide status`."""
+    from statistics import median
 
-    Where not all answered in time, the one answer is that `TimeoutError`.
-    """
-    try:
-        handle = cast(DeploymentHandle[Any], serve.get_app_handle(app))
-        return handle.broadcast(method, *arguments).results(timeout_s=timeout_s, return_exceptions=True)
-    except TimeoutError as error:
-        return [error]
-    except (RayServeException, KeyError) as error:  # not deployed yet, or no replica runs
-        log.debug("%s.%s: %s", app, method, error)
-        return []
+    return {
+        "requests": tally.requests,
+        "errors": tally.errors,
+        "ttft_p50_ms": round(median(tally.ttft_s) * 1000, 1) if tally.ttft_s else None,
+        "itl_p50_ms": round(median(tally.itl_s) * 1000, 2) if tally.itl_s else None,
+        "finish": tally.finish,
+        "shadowed": tally.shadowed,
+        "disagreed": tally.disagreed,
+    }
 
 
 # outside the actor
@@ -270,8 +401,8 @@ class _Remote:
     def __init__(self, actor: Any) -> None:
         self.actor = actor
 
-    def publish(self, version: str, alias: str, reason: str, author: str) -> Generation:
-        return self._call("publish", LOAD_TIMEOUT_S + START_TIMEOUT_S, version, alias, reason, author)
+    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout:
+        return self._call("publish", LOAD_TIMEOUT_S + START_TIMEOUT_S, version, alias, reason, author, policy)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         try:
@@ -286,17 +417,7 @@ class _Remote:
 
 def ensure(config: Config) -> Any:
     """The control actor's handle, started if there is none. Anyone on the pool may call this: the first one wins."""
-    actor = ray.remote(Control).options(
-        name=ACTOR,
-        namespace=NAMESPACE,
-        lifetime="detached",
-        get_if_exists=True,
-        max_restarts=-1,
-        max_concurrency=8,
-        num_cpus=0,
-        runtime_env={"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}},  # this actor has no event loop to route in
-    )
-    return actor.remote(config.dump())
+    return ray.remote(Control).options(**OPTIONS, get_if_exists=True).remote(config.dump())
 
 
 def connect() -> Client:

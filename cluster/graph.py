@@ -119,9 +119,7 @@ def deploy(config: Config, watch: Callable[[str], None] = lambda _: None) -> Non
     client.deploy_applications(schema(config))
     for states in _states(client):
         watch(", ".join(f"{name} {state}" for name, (state, _) in sorted(states.items())))
-        failed = [
-            f"{name}: {cause(message)}" for name, (state, message) in states.items() if state in ("DEPLOY_FAILED", "UNHEALTHY")
-        ]
+        failed = [f"{name}: {cause(message)}" for name, (state, message) in states.items() if state == "DEPLOY_FAILED"]
         if failed:
             raise PoolUnavailable(f"Serving did not start. {' '.join(failed)}", "`springtide doctor` checks the usual causes.")
         if states and all(state == "RUNNING" for state, _ in states.values()) and _answers(config):

@@ -153,13 +153,14 @@ def environment(config: Config) -> dict[str, str]:
     (``ray/_private/services.py::get_node_ip_address``).
     """
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if config.pool.host == LOOPBACK else {}
-    direct = [os.environ.get("NO_PROXY", ""), "127.0.0.1", "localhost", config.pool.host, config.gateway.host]
+    direct = [*os.environ.get("NO_PROXY", "").split(","), "127.0.0.1", "localhost", config.pool.host, config.gateway.host]
     return {**loopback, "NO_PROXY": ",".join(dict.fromkeys(filter(None, direct))), **_token(config)}
 
 
 def _token(config: Config) -> dict[str, str]:
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return {"RAY_AUTH_MODE": "token"}
+    given = {key: os.environ[key] for key in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if key in os.environ}
+    if given:
+        return {"RAY_AUTH_MODE": "token", **given}
     path = config.home / "ray_token"
     if not path.exists():
         config.home.mkdir(parents=True, exist_ok=True)
@@ -170,8 +171,8 @@ def _token(config: Config) -> dict[str, str]:
 
 
 def client_environment(config: Config) -> dict[str, str]:
-    """What a shell needs for `ray job submit`, `ray status` and other Ray commands on this pool."""
-    return {"RAY_ADDRESS": dashboard(config), **environment(config)}
+    """What a shell needs for `ray job submit` (which looks at the first), `ray status` and other Ray commands on this pool."""
+    return {"RAY_API_SERVER_ADDRESS": dashboard(config), "RAY_ADDRESS": address(config), **environment(config)}
 
 
 def _answers(pool: Pool) -> bool:

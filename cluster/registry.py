@@ -5,7 +5,9 @@
     versions/<name>/<n>/claim             taken first, create-only: n belongs to one publisher
     versions/<name>/<n>/files/…           Hugging Face or PEFT layout, safetensors only
     versions/<name>/<n>/manifest.json     written last: its presence = complete
+    versions/<name>/<n>/verdicts/<k>.json append-only; the highest k counts
     aliases/<alias>/<generation>.json     append-only; the highest generation wins
+    rollouts/<alias>/<number>/<n>.json    append-only; the highest n of the highest number is where the alias is now
 
 A publisher that dies between claim and manifest leaves a number that nobody uses; readers never see it.
 """
@@ -13,10 +15,13 @@ A publisher that dies between claim and manifest leaves a number that nobody use
 import json
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 from uuid import uuid4
 
 from cluster.errors import Conflict, DigestMismatch, ModelNotFound, StoreUnavailable, VersionRefused
+from cluster.gate import Verdict
+from cluster.journal import Journal
+from cluster.rollout import Rollout
 from cluster.store import Store, sha256
 from cluster.types import File, Generation, Kind, Lineage, Manifest, VersionId, check_name
 
@@ -30,13 +35,25 @@ ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
 """What a version may be made of. Everything else is refused: many formats run code when they are read."""
 
 
+class Canary(TypedDict, total=False):
+    """What a move says beside the stable version; see `Generation`."""
+
+    canary: VersionId | None
+    percent: int
+    shadow_percent: int
+    rollout: int | None
+    record: int
+
+
 class Registry:
     """Versions and aliases over one `Store`. Manifests and generations never change, so each is read once."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._manifests: dict[VersionId, Manifest] = {}
-        self._moves: dict[tuple[str, int], Generation] = {}
+        self._moves = Journal(store, Generation)
+        self._rollouts = Journal(store, Rollout)
+        self._verdicts = Journal(store, Verdict)
 
     # versions
 
@@ -54,10 +71,14 @@ class Registry:
         version = self._claim(name)
         root = f"versions/{name}/{version.n}"
         files = tuple(File(path=p, sha256=sha256(folder / p), size_bytes=(folder / p).stat().st_size) for p in paths)
-        for file in files:
-            self.store.upload(f"{root}/files/{file.path}", folder / file.path)
         manifest = Manifest(id=version, kind=kind, base=base, files=files, lineage=lineage, created_s=time.time())
-        self.store.put_new(f"{root}/manifest.json", manifest.model_dump_json(indent=1).encode())
+        try:
+            for file in files:
+                self.store.upload(f"{root}/files/{file.path}", folder / file.path)
+            self.store.put_new(f"{root}/manifest.json", manifest.model_dump_json(indent=1).encode())
+        except StoreUnavailable:
+            self.store.remove(f"{root}/files")  # a full disk must not stay full of half a version; the number stays taken
+            raise
         return manifest
 
     def _claim(self, name: str) -> VersionId:
@@ -134,8 +155,7 @@ class Registry:
         return {name: newest for name in names if (newest := self.alias(name))}
 
     def alias(self, name: str) -> Generation | None:
-        numbers = self._generations(name)
-        return self._generation(name, numbers[-1]) if numbers else None
+        return self._moves.last(f"aliases/{check_name(name)}")
 
     def histories(self) -> dict[str, list[Generation]]:
         """Every alias with all its generations, oldest first."""
@@ -143,40 +163,33 @@ class Registry:
 
     def history(self, name: str) -> list[Generation]:
         """Every generation of an alias, oldest first."""
-        return [self._generation(name, number) for number in self._generations(name)]
+        return self._moves.all(f"aliases/{check_name(name)}")
 
-    def _generations(self, name: str) -> list[int]:
-        names = self.store.children(f"aliases/{check_name(name)}")
-        return sorted(int(stem) for n in names if (stem := n.removesuffix(".json")).isdigit())
-
-    def _generation(self, name: str, number: int) -> Generation:
-        if (name, number) not in self._moves:
-            raw = self.store.get(f"aliases/{name}/{number:08d}.json")
-            if raw is None:
-                raise StoreUnavailable(f"Generation {number} of {name} vanished from the store.", "Restore it from a backup.")
-            self._moves[name, number] = Generation.model_validate_json(raw)
-        return self._moves[name, number]
-
-    def move(self, alias: str, stable: VersionId, reason: str, author: str, after: int) -> Generation:
+    def move(self, alias: str, stable: VersionId, reason: str, author: str, after: int, **canary: Unpack[Canary]) -> Generation:
         """Append generation ``after + 1``. Raises `Conflict` where somebody moved the alias since ``after`` was read."""
         self.manifest(stable)
         move = Generation(
-            alias=check_name(alias), generation=after + 1, stable=stable, reason=reason, author=author, time_s=time.time()
+            alias=check_name(alias),
+            generation=after + 1,
+            stable=stable,
+            reason=reason,
+            author=author,
+            time_s=time.time(),
+            **canary,
         )
-        self.store.put_new(f"aliases/{alias}/{move.generation:08d}.json", move.model_dump_json(indent=1).encode())
-        return move
+        return self._moves.append(f"aliases/{alias}", move.generation, move)
 
     def ever_live(self, weights: VersionId, limit: int) -> list[Manifest]:
-        """What replicas with these weights should hold: the last ``limit`` versions that were live on them, the ones live now last.
+        """The adapters that replicas with these weights should hold: the last ``limit`` that were live or canary on them, those of now last.
 
-        Older ones stay addressable as ``name@n``; a version that never went live is nobody's to call.
+        Older ones stay in the store; a version that never went live is nobody's to call.
         """
         histories = self.histories().values()
-        live = [moves[-1].stable for moves in histories]
-        past = [move.stable for moves in histories for move in moves]
+        live = [version for moves in histories for version in reversed(moves[-1].versions)]
+        past = [version for moves in histories for move in moves for version in move.versions]
         ordered = dict.fromkeys([*(id for id in past if id not in live), *live])
         known = (manifest for id in ordered if (manifest := self._readable(id)))
-        return [manifest for manifest in known if manifest.weights == weights][-limit:]
+        return [manifest for manifest in known if manifest.base == weights][-limit:]
 
     def _readable(self, id: VersionId) -> Manifest | None:
         """A version of the past that was damaged since must not keep a replica from starting."""
@@ -201,6 +214,32 @@ class Registry:
                 f"{alias} served nothing before {stack[0]}; there is nothing to roll back to.", "Name a version with --to NAME@N."
             )
         return stack[-2]
+
+    # rollouts and verdicts
+
+    def rollout(self, alias: str) -> Rollout | None:
+        """The newest record of the alias's newest rollout."""
+        numbers = self._numbers(f"rollouts/{check_name(alias)}")
+        return self._rollouts.last(f"rollouts/{alias}/{numbers[-1]}") if numbers else None
+
+    def rollouts(self, alias: str) -> list[list[Rollout]]:
+        """Every rollout of the alias, oldest first, each with all its records."""
+        return [self._rollouts.all(f"rollouts/{alias}/{number}") for number in self._numbers(f"rollouts/{check_name(alias)}")]
+
+    def record(self, rollout: Rollout) -> Rollout:
+        """Append a record. Raises `Conflict` where another control, or another publish, was faster."""
+        self.manifest(rollout.version)
+        return self._rollouts.append(f"rollouts/{check_name(rollout.alias)}/{rollout.number}", rollout.n, rollout)
+
+    def verdicts(self, id: VersionId) -> list[Verdict]:
+        """Every verdict on a version, oldest first."""
+        return self._verdicts.all(f"versions/{id.name}/{id.n}/verdicts")
+
+    def judge(self, verdict: Verdict) -> Verdict:
+        """Store a verdict with its version."""
+        self.manifest(verdict.version)
+        prefix = f"versions/{verdict.version.name}/{verdict.version.n}/verdicts"
+        return self._verdicts.append(prefix, max(self._verdicts.numbers(prefix), default=0) + 1, verdict)
 
 
 def check_layout(folder: Path, kind: Kind) -> list[str]:

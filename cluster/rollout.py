@@ -2,8 +2,8 @@
 
 ::
 
-    REGISTERED ──verdict──▶ WARMING ──every replica holds it──▶ CANARY(p %) ─ … ─▶ LIVE ──replaced──▶ RETIRED
-         └───────────────────────┴──────────────────────────────────┴──────────────┴──▶ ROLLED_BACK, with its reason
+    REGISTERED ──verdict──▶ WARMING ──every replica is ready──▶ CANARY(5 %) ─ … ─▶ CANARY(100 %) ──all hold it──▶ LIVE ──▶ RETIRED
+         └───────────────────────┴──────────────────────────────────┴───────────────────┴──────────────────────────┴──▶ ROLLED_BACK
 
 `decide` looks at what is known and says the next record, or None to stay. It reads no clock and does no I/O: control passes the time
 in, writes the record to the store (create-only, so that two controls cannot both), and only then acts on it. Whoever reads the last
@@ -29,7 +29,7 @@ class Policy(Durable):
     """How carefully a version goes live."""
 
     steps: tuple[int, ...] = (5, 25, 100)
-    """Per cent of sessions that get the new version, step by step; 100 is live."""
+    """Per cent of sessions that get the new version, step by step; at 100 it is live once every replica holds it."""
     min_requests: int = Field(default=50, ge=0)
     """Answers by the canary before the next step."""
     min_step_s: float = Field(default=60, ge=0)
@@ -88,10 +88,10 @@ class Order(NamedTuple):
 
 
 class Warmth(NamedTuple):
-    """How far the replicas are with loading the version."""
+    """How far the replicas are with what this stage asks of them: to be ready for the version, or to hold it."""
 
     replicas: int
-    holding: int
+    ready: int
     refused: str = ""
     """A replica's own words, empty where none refused."""
 
@@ -105,6 +105,8 @@ class Facts(NamedTuple):
     verdict: str = ""
     comparison: Comparison | None = None
     order: Order | None = None
+    divisible: bool = True
+    """Whether the replicas can hold both versions at once. One replica cannot have two sets of weights."""
     replaced_by: VersionId | None = None
     """The version that another rollout has made live on this alias since."""
 
@@ -158,24 +160,32 @@ def _decide_registered(rollout: Rollout, facts: Facts, now_s: float) -> Rollout 
 
 def _decide_warming(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
     warmth = facts.warmth
-    if warmth is not None and 0 < warmth.replicas <= warmth.holding:
-        return _step(rollout, f"{warmth.holding} replicas hold it", now_s)
-    if now_s - rollout.since_s > WARM_TIMEOUT_S:
-        holding = f"{warmth.holding} of {warmth.replicas}" if warmth else "no"
-        return rollout.next("rolled_back", f"after {WARM_TIMEOUT_S} s {holding} replicas held it", now_s)
-    return None
+    if warmth is not None and 0 < warmth.replicas <= warmth.ready:
+        return _step(rollout, facts, f"{warmth.ready} replicas are ready", now_s)
+    return _late(rollout, warmth, now_s)
+
+
+def _late(rollout: Rollout, warmth: Warmth | None, now_s: float) -> Rollout | None:
+    if now_s - rollout.since_s <= WARM_TIMEOUT_S:
+        return None
+    ready = f"{warmth.ready} of {warmth.replicas}" if warmth else "no"
+    return rollout.next("rolled_back", f"after {WARM_TIMEOUT_S} s {ready} replicas were ready", now_s)
 
 
 def _decide_canary(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
+    if rollout.percent == 100:
+        if facts.warmth is not None and 0 < facts.warmth.replicas <= facts.warmth.ready:
+            return rollout.next("live", f"{facts.warmth.ready} replicas hold it", now_s)
+        return _late(rollout, facts.warmth, now_s)
     if facts.order is not None:
-        return rollout.next("live", f"promoted by {facts.order.author}: {facts.order.reason}", now_s)
+        return rollout.next("canary", f"promoted by {facts.order.author}: {facts.order.reason}", now_s, 100)
     if facts.comparison is None:
         return None
     if worse := facts.comparison.worse(rollout.policy.margins):
         return rollout.next("rolled_back", f"the canary is worse: {worse}", now_s)
     policy, requests = rollout.policy, facts.comparison.canary.requests
     if requests >= policy.min_requests and now_s - rollout.since_s >= policy.min_step_s:
-        return _step(rollout, f"no worse over {requests} requests", now_s)
+        return _step(rollout, facts, f"no worse over {requests} requests", now_s)
     return None
 
 
@@ -187,12 +197,11 @@ def _decide_live(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None
     return rollout.next("retired", f"replaced by {facts.replaced_by}", now_s)
 
 
-def _step(rollout: Rollout, reason: str, now_s: float) -> Rollout:
-    """The next share of the policy. An alias's first version has nobody to be compared with, and goes live."""
+def _step(rollout: Rollout, facts: Facts, reason: str, now_s: float) -> Rollout:
+    """The next share of the policy; all at once where there is nobody to compare with, or no room for both."""
     percent = next((step for step in rollout.policy.steps if step > rollout.percent), 100)
-    if percent == 100 or rollout.incumbent is None:
-        return rollout.next("live", reason, now_s)
-    return rollout.next("canary", reason, now_s, percent)
+    alone = rollout.incumbent is None or not facts.divisible
+    return rollout.next("canary", reason, now_s, 100 if alone else percent)
 
 
 class Wanted(NamedTuple):
@@ -205,7 +214,7 @@ class Wanted(NamedTuple):
 
 def wanted(rollout: Rollout) -> Wanted | None:
     """What the alias must mean while this is its newest rollout; None where the rollout leaves it alone."""
-    if rollout.stage in ("live", "retired"):
+    if rollout.stage in ("live", "retired") or rollout.percent == 100:
         return Wanted(rollout.version)
     if rollout.incumbent is None:
         return None
@@ -220,7 +229,7 @@ def waiting_for(rollout: Rollout, facts: Facts, now_s: float) -> str:
     if rollout.stage == "registered":
         return "its verdict: springtide evaluate" if policy.gate else "control"
     if rollout.stage == "warming":
-        return f"replicas: {facts.warmth.holding} of {facts.warmth.replicas} hold it" if facts.warmth else "replicas"
+        return f"replicas: {facts.warmth.ready} of {facts.warmth.replicas} are ready" if facts.warmth else "replicas"
     if rollout.stage == "canary":
         left = [
             f"{max(0.0, policy.min_step_s - (now_s - rollout.since_s)):.0f} s",

@@ -1,6 +1,8 @@
 """What people see: tables, bars and words. No decisions here."""
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -9,12 +11,14 @@ from ray.job_submission import JobDetails
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster import submit
 from cluster.config import Config
+from cluster.gate import Verdict
 from cluster.pool import Pool
 from cluster.registry import Registry
+from cluster.rollout import Rollout
 from cluster.types import Generation, Manifest
 
 
@@ -27,7 +31,8 @@ class Answered(Protocol):
 
 def serving(console: Console, config: Config) -> None:
     url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
-    example = f'{{"model": "{config.fleet.model}", "messages": [{{"role": "user", "content": "Who are you?"}}]}}'
+    question = '[{"role": "user", "content": "Who are you?"}]'
+    example = f'{{"model": "{config.fleet.model}", "messages": {question}, "temperature": 0}}'
     console.print(f"\nThe OpenAI API is at [bold]{url}[/]. Try:\n")
     console.print(
         f"  curl {url}/chat/completions -H 'content-type: application/json' -d '{example}'", soft_wrap=True, highlight=False
@@ -35,6 +40,8 @@ def serving(console: Console, config: Config) -> None:
     console.print(
         '  eval "$(springtide env)"   # then `ray job submit`, `ray status` … work on this pool', highlight=False, soft_wrap=True
     )
+    if shutil.which("springtide") is None:
+        console.print(f"  . {sys.prefix}/bin/activate   # puts springtide and ray on your path", highlight=False, soft_wrap=True)
     console.print("  springtide status · models · jobs · train · publish · rollback · down\n", highlight=False)
 
 
@@ -79,7 +86,8 @@ def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
     console.print(f"Pool [bold]{running.dashboard}[/], process {running.pid}, up {ago(running.created_s)}; {used}")
     aliases = Table("model", "version", "generation", "since", "reason")
     for name, move in sorted(document["aliases"].items()):
-        aliases.add_row(name, move["stable"], str(move["generation"]), ago(move["time_s"]), escape(move["reason"]))
+        canary = f" · {move['canary']} {move['percent']} %" if move["canary"] else ""
+        aliases.add_row(name, move["stable"] + canary, str(move["generation"]), ago(move["time_s"]), escape(move["reason"]))
     replicas = Table("replica", "base", "holds", "running", "state")
     for r in document["replicas"]:
         state = escape("; ".join(f"refused {id}: {why}" for id, why in r["refused"].items())) or "ready"
@@ -94,7 +102,9 @@ def models(console: Console, registry: Registry, names: list[str]) -> None:
         for m in registry.versions(name):
             live = ", ".join(alias for alias, move in aliases.items() if move.stable == m.id)
             table.add_row(str(m.id), m.kind, str(m.base or ""), live, ago(m.created_s), m.lineage.job or "", _metrics(m))
-    console.print(table)
+    console.print(
+        table if table.row_count else f"The store {registry.store.url} holds no {' or '.join(names) or 'versions'} yet."
+    )
 
 
 def _metrics(manifest: Manifest) -> str:
@@ -102,21 +112,72 @@ def _metrics(manifest: Manifest) -> str:
     return " ".join(f"{key}={manifest.lineage.metrics[key]:.4g}" for key in kept if key in manifest.lineage.metrics)
 
 
-def manifest(console: Console, manifest: Manifest) -> None:
+def manifest(console: Console, manifest: Manifest, verdicts: Sequence[Verdict]) -> None:
     console.print_json(manifest.model_dump_json())
     console.print(f"digest {manifest.digest}", highlight=False)
+    for one in verdicts:
+        verdict(console, one)
 
 
-def history(console: Console, moves: list[Generation]) -> None:
-    table = Table("generation", "version", "when", "by", "reason")
-    for move in moves:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(move.time_s))
-        table.add_row(str(move.generation), str(move.stable), when, escape(move.author), escape(move.reason))
+def verdict(console: Console, one: Verdict) -> None:
+    against = f" against {one.against}" if one.against else ""
+    table = Table("check", "", "found", title=f"verdict on {one.version}{against}, {clock(one.time_s)}", title_justify="left")
+    for check in one.checks:
+        table.add_row(check.name, "[green]passed[/]" if check.passed else "[red]failed[/]", escape(check.words))
     console.print(table)
 
 
+def history(console: Console, moves: list[Generation], rollouts: list[list[Rollout]]) -> None:
+    table = Table("generation", "version", "canary", "when", "by", "reason", title="moves of the alias", title_justify="left")
+    for move in moves:
+        canary = f"{move.canary} {move.percent} %" if move.canary else ""
+        words = (clock(move.time_s), escape(move.author), escape(move.reason))
+        table.add_row(str(move.generation), str(move.stable), canary, *words)
+    console.print(table)
+    steps = Table("rollout", "version", "stage", "when", "reason", title="rollouts", title_justify="left")
+    for records in rollouts:
+        for one in records:
+            number = str(one.number) if one.n == 1 else ""
+            steps.add_row(number, str(one.version) if number else "", staged(one), clock(one.since_s), escape(one.reason))
+    if rollouts:
+        console.print(steps)
+
+
+def clock(time_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+
+
+COLOURS = {"live": "green", "rolled_back": "red", "canary": "yellow"}
+
+
+def staged(one: Rollout) -> str:
+    words = f"{one.stage.replace('_', ' ')}{f' {one.percent} %' if one.percent else ''}"
+    return f"[{COLOURS[one.stage]}]{words}[/]" if one.stage in COLOURS else words
+
+
+def rollout(console: Console, one: Rollout) -> None:
+    """Where a rollout stands, in a line."""
+    console.print(f"[bold]{one.version}[/] on [bold]{one.alias}[/]: {staged(one)}, {escape(one.reason)}")
+
+
+def progress(one: Rollout, seen: dict[str, Any]) -> Table:
+    """A rollout that is watched: canary and stable side by side. ``seen``: its entry in `springtide status`."""
+    waiting = seen.get("waiting_for") or "control"
+    title = f"{one.version} on {one.alias}: {staged(one)}, waiting for {waiting}"
+    table = Table("", "requests", "failed", "first token", "between tokens", "answers end", title=title, title_justify="left")
+    for side, version in (("canary", one.version), ("stable", one.incumbent)):
+        tally = seen.get(side)
+        if tally is None:
+            table.add_row(f"{side} {version}", *[""] * 5)
+            continue
+        ends = " ".join(f"{reason} {count}" for reason, count in sorted(tally["finish"].items()))
+        times = (f"{tally['ttft_p50_ms'] or '–'} ms", f"{tally['itl_p50_ms'] or '–'} ms")
+        table.add_row(f"{side} {version}", str(tally["requests"]), str(tally["errors"]), *times, ends)
+    return table
+
+
 def jobs(console: Console, listed: list[JobDetails], logs: list[str]) -> None:
-    table = Table("job", "does", "status", "started", "progress", "last words")
+    table = Table(Column("job", no_wrap=True), "does", "status", "started", "progress", "last words")
     for job, log in zip(listed, logs, strict=True):
         verb = (job.metadata or {}).get("springtide_verb") or job.entrypoint
         table.add_row(
@@ -124,16 +185,16 @@ def jobs(console: Console, listed: list[JobDetails], logs: list[str]) -> None:
             escape(verb),
             str(job.status.value),
             ago((job.start_time or 0) / 1000),
-            _bar(log),
+            _bar(job, log),
             escape(_words(job, log)),
         )
     console.print(table)
 
 
-def _bar(log: str) -> str:
+def _bar(job: JobDetails, log: str) -> str:
     now = submit.progress(log)
     if now is None:
-        return ""
+        return "starting, or waiting for a slot" if job.status.value == "RUNNING" else ""
     filled = round(12 * now.step / now.steps) if now.steps else 0
     fields = " ".join(f"{key} {value}" for key, value in now.fields.items() if key != "stage")
     return f"{'━' * filled}{'╌' * (12 - filled)} {now.step}/{now.steps} {fields}"

@@ -5,6 +5,7 @@ Everything is written create-only, so the highest number wins and compare-and-sw
 exist on local ones.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from functools import cached_property
@@ -101,6 +102,12 @@ class Store:
             raise self._unavailable(error) from error
         objects = (entry["path"] for entry in listed["objects"])
         return sorted(path.rsplit("/", 1)[-1] for path in (*listed["common_prefixes"], *objects))
+
+    def remove(self, prefix: str) -> None:
+        """Delete everything under ``prefix``, as far as the store still answers."""
+        with contextlib.suppress(BaseError, OSError):
+            found: Any = obstore.list(self.backend, prefix).collect()  # pyright: ignore[reportUnknownMemberType]
+            obstore.delete(self.backend, [entry["path"] for entry in found])
 
     def check_writable(self) -> None:
         """Raise `StoreUnavailable` now rather than after an hour of training."""

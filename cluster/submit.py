@@ -29,7 +29,11 @@ class Progress(NamedTuple):
 
 def client(config: Config) -> JobSubmissionClient:
     made = JobSubmissionClient(pool.require(config).dashboard)
-    logging.getLogger("ray").setLevel(logging.ERROR)  # what it leaves out of the upload, and that it uploads, is no news
+    for name in (
+        "ray",
+        "ray.dashboard.modules.dashboard_sdk",
+    ):  # what it leaves out of the upload, and that it uploads, is no news
+        logging.getLogger(name).setLevel(logging.ERROR)
     return made
 
 
@@ -63,6 +67,12 @@ def log(config: Config, submission_id: str) -> str:
         return client(config).get_job_logs(submission_id)
     except RuntimeError as error:  # what Ray's client raises for every answer that is not 200
         raise JobNotFound(f"There is no job {submission_id[:80]!r}.", "`springtide jobs` lists them.") from error
+
+
+def cancel(config: Config, submission_id: str) -> None:
+    """Stop a job. Raises `JobNotFound`."""
+    log(config, submission_id)
+    client(config).stop_job(submission_id)
 
 
 def progress(log: str) -> Progress | None:

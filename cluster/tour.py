@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import ValidationError
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 
-from cluster import admin, graph, pool, show, submit
+from cluster import admin, checkup, graph, pool, show, submit
 from cluster.config import Config, parse
 from cluster.errors import BadRequest, Conflict, PoolUnavailable
 from cluster.registry import Registry
+from cluster.rollout import UNDER_WAY, Policy, Rollout
 from cluster.store import Store, sha256
 from cluster.types import Lineage, VersionId, check_name
 
@@ -38,8 +41,10 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
         running = pool.remembered(config)
         check_same(running, config, model)
         config = _hosting(config, running.fleet.model)
-    elif model:
-        config = _hosting(config, _adopt(registry, model, config.home, console))
+        console.print("The pool runs already; this uses it.")
+    else:
+        check_ports(config)
+        config = _hosting(config, _adopt(registry, model, config.home, console)) if model else config
     with console.status("Starting Ray…"):
         started = pool.up(config)
     pool.remember(config)
@@ -49,6 +54,13 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
     with console.status("Starting the gateway and the engine…") as line:
         graph.deploy(config, lambda states: line.update(f"Starting the gateway and the engine: {states}"))
     return config
+
+
+def check_ports(config: Config) -> None:
+    """Raise `PoolUnavailable` now rather than with the log of whoever finds its port taken."""
+    taken = [finding.words for finding in checkup.ports(config, running=False) if not finding.ok]
+    if taken:
+        raise PoolUnavailable(" ".join(taken))
 
 
 def check_same(running: Config, wanted: Config, model: str | None) -> None:
@@ -80,14 +92,21 @@ def run(config: Config, console: Console, keep_serving: bool) -> None:
             console.print("Serving until [bold]Ctrl-C[/].")
             while pool.find(config):
                 time.sleep(0.5)
-            console.print("The pool ended by itself; its log is in [bold]pool.log[/].")
     except KeyboardInterrupt:
         pass
     finally:
-        if ours:
-            with console.status("Stopping every process of the pool…"):
-                pool.down(config)
-            console.print("Stopped. The store keeps every version; `make run` goes on from it.")
+        _stop(config, console, ours)
+
+
+def _stop(config: Config, console: Console, ours: bool) -> None:
+    if pool.find(config) is None:
+        console.print(f"The pool has been stopped, or ended by itself; its log is {config.home / 'pool.log'}.")
+    elif ours:
+        with console.status("Stopping every process of the pool…"):
+            pool.down(config)
+        console.print("Stopped. The store keeps every version; `make run` goes on from it.")
+    else:
+        console.print("The pool goes on without this command; `springtide down` stops it.")
 
 
 def _grow(config: Config, console: Console) -> None:
@@ -132,6 +151,33 @@ def ask(config: Config, model: str, question: str) -> Answer:
         )
     text = response.json()["choices"][0]["message"]["content"]
     return Answer(text.strip(), response.headers["x-model-version"], time.monotonic() - began_s)
+
+
+def policy(pools: Policy, canary: bool, steps: str | None, gate: bool | None) -> Policy | None:
+    """The policy that a command asks for; None for the pool's own."""
+    if not canary and steps is None and gate is None:
+        return None
+    values = (Policy() if canary and len(pools.steps) == 1 else pools).model_dump()
+    shares = {"steps": [int(share) for share in steps.split(",") if share.isdigit()]} if steps else {}
+    try:
+        return Policy.model_validate(values | shares | ({} if gate is None else {"gate": gate}))
+    except ValidationError as error:
+        raise BadRequest(str(error.errors()[0]["msg"]), "Write --steps as 5,25,100.", param="steps") from error
+
+
+def watch(config: Config, console: Console, rollout: Rollout) -> Rollout:
+    """Draw the rollout until it ends or goes live. Ctrl-C leaves it to control."""
+    registry = Registry(Store(config.store))
+    try:
+        with Live(show.progress(rollout, {}), console=console, refresh_per_second=4) as live:
+            while rollout.stage in UNDER_WAY:
+                time.sleep(0.5)
+                rollout = registry.rollouts(rollout.alias)[rollout.number - 1][-1]
+                seen = {one["alias"]: one for one in admin.status(config)["rollouts"]}
+                live.update(show.progress(rollout, seen.get(rollout.alias, {})))
+    except KeyboardInterrupt:
+        console.print(f"The rollout goes on by itself; springtide promote {rollout.alias} · abort {rollout.alias} · history.")
+    return rollout
 
 
 def _hosting(config: Config, model: str) -> Config:

@@ -101,9 +101,23 @@ class Generation(Durable):
     alias: str
     generation: int
     stable: Version
+    canary: Version | None = None
+    percent: int = 0
+    """Share of sessions that get ``canary``."""
+    shadow_percent: int = 0
+    """Share of the stable version's requests that ``canary`` answers too, for comparison only."""
     reason: str
     author: str
     time_s: float
+    rollout: int | None = None
+    """Number of the rollout that made this move; None where somebody moved the alias by hand."""
+    record: int = 0
+    """The rollout's record that this move carries out."""
+
+    @property
+    def versions(self) -> tuple[VersionId, ...]:
+        """Every version that a client of the alias may get."""
+        return (self.stable,) if self.canary is None else (self.stable, self.canary)
 
 
 class ReplicaState(NamedTuple):
@@ -118,6 +132,14 @@ class ReplicaState(NamedTuple):
     refused: dict[str, str]
     """Version id → why it could not be loaded."""
     running: int
+    staged: dict[str, str] = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
+    """Version id → digest of what lies ready on this machine for another base: this replica can become it within a moment."""
+    revision: int = 0
+    """Grows with every change of what it holds, so that an answer which was overtaken on its way is known as such."""
+    pause_s: float = 0.0
+    """How long the last change of weights kept this replica from answering, draining included."""
+    fingerprint: str = ""
+    """Checksum of the weights in the accelerator's memory; equal on all replicas of one base."""
 
     def __repr__(self) -> str:
         return f"ReplicaState({self.id}, {self.url}, {self.base})"  # never the secret, which a log line would keep

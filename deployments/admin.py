@@ -1,44 +1,72 @@
 """``/admin``: what an operator may ask, for whoever holds the pool's token. `cluster.admin` is its client."""
 
 import hmac
+from collections.abc import Callable
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import pool
 from cluster.errors import BadRequest, PoolUnavailable, RouteNotFound, SpringtideError, Unauthorized
+from cluster.rollout import Policy
+from cluster.types import Durable
 from deployments.asgi import Headers, Receive, Scope
 from deployments.openai.inference import parse, read
 
 MAX_BODY_BYTES = 64 << 10
 
 
-class Publish(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Publish(Durable):
+    """``POST /admin/publish``"""
 
     version: str
     alias: str
     reason: str
     author: str
+    policy: Policy | None = None
+    """None: the pool's own (``publishing.policy``)."""
+
+
+class Step(Durable):
+    """``POST /admin/promote`` and ``/admin/abort``"""
+
+    alias: str
+    reason: str
+    author: str
+
+
+class Rollback(Step):
+    """``POST /admin/rollback``"""
+
+    to: str | None = None
 
 
 class Admin:
     """Checks the token and hands the request to the control actor, whose refusals come back as themselves."""
 
-    def __init__(self, control: Any) -> None:
+    def __init__(self, control: Callable[[], Any]) -> None:
         self.control = control
         self.token = pool.token().encode()
 
     async def answer(self, method: str, path: str, scope: Scope, receive: Receive) -> dict[str, Any]:
         self._check_token(scope["headers"])
         if (method, path) == ("GET", "/admin/status"):
-            return await self._ask(self.control.status.remote())
-        if (method, path) == ("POST", "/admin/publish"):
-            order = publish_order(parse(await read(scope, receive, MAX_BODY_BYTES)))
-            move = await self._ask(self.control.publish.remote(order.version, order.alias, order.reason, order.author))
-            return move.model_dump(mode="json")
-        raise RouteNotFound(f"There is no {method} {path[:200]} here.", "GET /admin/status and POST /admin/publish are.")
+            return await self._ask(self.control().status.remote())
+        if method != "POST" or path not in ORDERS:
+            raise RouteNotFound(
+                f"There is no {method} {path[:200]} here.", f"GET /admin/status and POST {', '.join(ORDERS)} are."
+            )
+        order: Any = parse_order(ORDERS[path], parse(await read(scope, receive, MAX_BODY_BYTES)))
+        rollout = await self._ask(self._call(path, order))
+        return rollout.model_dump(mode="json")
+
+    def _call(self, path: str, order: Any) -> Any:
+        if isinstance(order, Publish):
+            return self.control().publish.remote(order.version, order.alias, order.reason, order.author, order.policy)
+        if isinstance(order, Rollback):
+            return self.control().rollback.remote(order.alias, order.to, order.reason, order.author)
+        return self.control().order.remote(order.alias, path.rpartition("/")[2], order.reason, order.author)
 
     def _check_token(self, headers: Headers) -> None:
         offered = next((value for name, value in headers if name == b"authorization"), b"")
@@ -60,11 +88,18 @@ class Admin:
             ) from error
 
 
-def publish_order(body: dict[str, Any]) -> Publish:
+ORDERS: dict[str, type[Durable]] = {
+    "/admin/publish": Publish,
+    "/admin/promote": Step,
+    "/admin/abort": Step,
+    "/admin/rollback": Rollback,
+}
+
+
+def parse_order(kind: type[Durable], body: dict[str, Any]) -> Durable:
     try:
-        return Publish.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadRequest(
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}.", "Send version, alias, reason and author."
-        ) from None
+        where, wanted = ".".join(map(str, first["loc"])), ", ".join(kind.model_fields)
+        raise BadRequest(f"{where}: {first['msg']}.", f"Send {wanted}.") from None

@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ import ray
 import uvicorn
 from ray import serve
 
-from cluster import logs
+from cluster import carry, logs
 from cluster.config import Config, Fleet
 from cluster.errors import ModelNotFound, SpringtideError, VersionRefused
 from cluster.registry import Registry
@@ -29,11 +30,13 @@ from cluster.store import Store
 from cluster.types import Manifest, ReplicaState, VersionId
 from deployments.asgi import Receive, Scope, Send
 from deployments.seal import seal
+from deployments.upstream import CLOSED
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 SECRET_HEADER = b"x-springtide-secret"
+VERSION_HEADER = b"x-springtide-version"
 QUIET_S = 1.5
 """A draining replica must have been idle this long before it ends."""
 
@@ -47,21 +50,37 @@ class Guard:
         self.app = app
         self.secret = secret.encode()
         self.running = 0
+        self.closed = False
+        """While the replica takes other weights over: whoever comes is sent away, and comes back by the gateway's newer view."""
         self.busy_until_s = 0.0
+        self.answering: Counter[str] = Counter()
+        """Version id → requests in flight."""
+        self.used_s: dict[str, float] = {}
+        """Version id → when it was last asked for."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # nothing here speaks anything else
             return await send({"type": "websocket.close"})
         offered = next((value for name, value in scope["headers"] if name == SECRET_HEADER), b"")
         if not hmac.compare_digest(offered, self.secret):
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
-            return await send({"type": "http.response.body"})
+            return await _refuse(send, 403)
+        if self.closed:
+            return await _refuse(send, CLOSED)
+        version = next((value for name, value in scope["headers"] if name == VERSION_HEADER), b"").decode("latin-1")
         self.running += 1
+        self.answering[version] += 1
+        self.used_s[version] = time.monotonic()
         try:
             await self.app(scope, receive, send)
         finally:
             self.running -= 1
+            self.answering[version] -= 1
             self.busy_until_s = time.monotonic()
+
+
+async def _refuse(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body"})
 
 
 @serve.deployment
@@ -75,6 +94,10 @@ class Replica:
         self.cache = config.home / "cache"
         self.held: dict[str, str] = {}
         self.refused: dict[str, str] = {}
+        self.staged: dict[str, str] = {}
+        self.pause_s = 0.0
+        self.revision = 0
+        self.broken = False
         self.loading = asyncio.Lock()
         self.id = serve.get_replica_context().replica_id.unique_id
         self.secret = secrets.token_urlsafe(32)
@@ -84,10 +107,10 @@ class Replica:
         self.base = str(base.id)
         self.engine, app = await start_engine(config.fleet, folder, self.base)
         self.models = app.state.openai_serving_models
+        self.fingerprint = await self._fingerprint()
         self.held[self.base] = base.digest
-        wanted = await asyncio.to_thread(self.registry.ever_live, base.id, config.fleet.max_cpu_loras)
-        await self.hold([str(manifest.id) for manifest in wanted])  # before any traffic: a late replica is never behind
         self.guard = Guard(app, self.secret)
+        await self._catch_up()  # before any traffic: a late replica is never behind
         self.host = ray.util.get_node_ip_address()
         self.port, self.server, self.serving = serve_http(self.guard, self.host)
         loop = type(asyncio.get_running_loop()).__module__
@@ -102,40 +125,167 @@ class Replica:
             held=dict(self.held),
             refused=dict(self.refused),
             running=self.guard.running,
+            staged=dict(self.staged),
+            revision=self.revision,
+            pause_s=self.pause_s,
+            fingerprint=self.fingerprint,
         )
 
-    async def hold(self, ids: list[str]) -> ReplicaState | None:
-        """Load every version of ``ids`` that is not held yet. Never raises for a bad version: the answer says what was refused and why."""
+    async def _catch_up(self) -> None:
+        """Load every version that was live on these weights."""
+        limit = self.config.fleet.max_cpu_loras
+        wanted = await asyncio.to_thread(self.registry.ever_live, VersionId.parse(self.base), limit)
+        for manifest in wanted:
+            await self._hold_one(str(manifest.id))
+
+    async def hold(self, ids: list[str], carried: carry.Carried) -> ReplicaState | None:
+        """Load every version of ``ids`` that is not held yet; lay ready on this machine what sits on other weights.
+
+        Never raises for a bad version: the answer says what was refused and why. ``carried``: files that came with the order.
+        """
         async with self.loading:
+            await asyncio.to_thread(carry.unpack, carried, self.cache)
             for id in ids:
                 await self._hold_one(id)
-        return await self.describe() if hasattr(self, "guard") else None
+        return await self.describe() if hasattr(self, "port") else None
 
     async def _hold_one(self, id: str) -> None:
         if id in self.held:
             return
         try:
             manifest = await asyncio.to_thread(self.registry.manifest, VersionId.parse(id))
-            if str(manifest.weights) == self.base:
-                await self._load(manifest)
+            await (self._load if str(manifest.weights) == self.base else self._stage)(manifest)
             self.refused.pop(id, None)
         except SpringtideError as error:
             self.refused[id] = str(error)
             log.warning("refused %s: %s", id, error)
+        self.revision += 1
+
+    async def _stage(self, manifest: Manifest) -> None:
+        """Every byte of the version and of its weights on this machine, its digest checked."""
+        for one in {manifest.id, manifest.weights}:
+            await asyncio.to_thread(self.registry.fetch, self.registry.manifest(one), self.cache)
+        self.staged[str(manifest.id)] = manifest.digest
 
     async def _load(self, manifest: Manifest) -> None:
         from vllm.entrypoints.serve.engine.protocol import ErrorResponse
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
         folder = await asyncio.to_thread(self.registry.fetch, manifest, self.cache)
+        await self._make_room(manifest.id)
         request = LoadLoRAAdapterRequest(lora_name=str(manifest.id), lora_path=str(folder))
         answer = await self.models.load_lora_adapter(request)
         if isinstance(answer, ErrorResponse):
             raise VersionRefused(f"the engine says: {answer.error.message}", "Check the adapter's target modules and shapes.")
         self.held[str(manifest.id)] = manifest.digest
 
+    async def _make_room(self, coming: VersionId) -> None:
+        """Give up the adapter that was not asked for the longest, where all places are taken. What is live, or answering, stays."""
+        adapters = [id for id in self.held if id != self.base]
+        if len(adapters) < self.config.fleet.max_cpu_loras:
+            return
+        aliases = await asyncio.to_thread(self.registry.aliases)
+        live = {str(id) for move in aliases.values() for id in move.versions}
+        idle = [id for id in adapters if id not in live and not self.guard.answering[id]]
+        if not idle or self.config.fleet.when_full == "refuse":
+            raise VersionRefused(
+                f"All {len(adapters)} places for adapters are taken, so {coming} has none.",
+                "Raise fleet.max_cpu_loras, or set fleet.when_full=evict to give up the one that was idle the longest.",
+                param="fleet.max_cpu_loras",
+            )
+        await self._unload(min(idle, key=lambda id: self.guard.used_s.get(id, 0.0)))
+
+    async def _unload(self, id: str) -> None:
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        request = self.models.lora_requests.get(id)
+        del self.held[id]
+        await self.models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=id))
+        if request is not None:
+            await self.engine.remove_lora(request.lora_int_id)
+        log.info("gave up %s", id)
+
+    async def become(self, replica: str, id: str, fingerprint: str) -> ReplicaState | None:
+        """Host the weights ``id`` from now on, in place: let the streams end, load, verify, answer again.
+
+        Asked of all replicas, obeyed by the one that is meant. ``fingerprint`` is what another replica computed over these weights,
+        empty where none hosts them. Whatever fails, the replica goes back to the weights it had, and its state says why.
+        """
+        if replica != self.id:
+            return None
+        async with self.loading:
+            if id != self.base:
+                await self._swap(self.registry.manifest(VersionId.parse(id)), fingerprint)
+        return await self.describe()
+
+    async def _swap(self, manifest: Manifest, expected: str) -> None:
+        before = self.registry.manifest(VersionId.parse(self.base))
+        began_s = time.monotonic()
+        try:
+            folder = await asyncio.to_thread(self.registry.fetch, manifest, self.cache)
+            began_s = time.monotonic()
+            self.guard.closed = True
+            await self._drained()
+            drained_s = time.monotonic()
+            await self._reload(manifest, folder, expected)
+            self.refused.pop(str(manifest.id), None)
+            log.info("became %s: drained %.3f s, swapped %.3f s", manifest.id, drained_s - began_s, time.monotonic() - drained_s)
+        except Exception as error:
+            # Whatever the engine raised over the new weights, the old ones must answer again; the rollout ends with these words.
+            self.refused[str(manifest.id)] = str(error)
+            log.exception("%s stays %s", self.id, before.id)
+            if not self.held:
+                await self._revert(before)
+        finally:
+            self.guard.closed = False
+            self.pause_s = time.monotonic() - began_s
+            self.revision += 1
+
+    async def _revert(self, before: Manifest) -> None:
+        self.broken = True  # until the old weights are back: Serve replaces a replica that stays so
+        await self._reload(before, await asyncio.to_thread(self.registry.fetch, before, self.cache), self.fingerprint)
+        self.broken = False
+
+    async def _drained(self) -> None:
+        deadline_s = time.monotonic() + self.config.fleet.drain_timeout_s
+        kept = self.base if self.config.fleet.swap == "keep" else None
+        while running := sum(count for id, count in self.guard.answering.items() if id != kept):
+            if time.monotonic() > deadline_s:
+                raise VersionRefused(f"{running} streams still ran after {self.config.fleet.drain_timeout_s} s.")
+            await asyncio.sleep(0.005)
+
+    async def _reload(self, manifest: Manifest, folder: Path, expected: str) -> None:
+        """Replace the weights in the engine and everything that followed from the old ones: adapters, prefix cache, the model's name."""
+        from vllm.entrypoints.openai.models.protocol import BaseModelPath
+
+        for id in [id for id in self.held if id != self.base]:
+            await self._unload(id)
+        self.held.clear()
+        keep = self.config.fleet.swap == "keep"
+        await self.engine.pause_generation(mode="keep" if keep else "wait", clear_cache=not keep)
+        try:
+            await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            if keep:
+                await self.engine.reset_prefix_cache(reset_running_requests=True)
+            found = await self._fingerprint()
+        finally:
+            await self.engine.resume_generation()
+        if expected and found != expected:
+            raise VersionRefused(f"the weights in memory have checksum {found[:12]}…, another replica's {expected[:12]}…")
+        self.base, self.fingerprint = str(manifest.id), found
+        self.models.base_model_paths[:] = [BaseModelPath(name=self.base, model_path=str(folder))]
+        self.held[self.base] = manifest.digest
+        self.staged.pop(self.base, None)
+        await self._catch_up()
+
+    async def _fingerprint(self) -> str:
+        (found, *others) = await self.engine.collective_rpc("fingerprint")
+        return ":".join([found, *others])
+
     async def check_health(self) -> None:
         await self.engine.check_health()
+        if self.broken:
+            raise RuntimeError("the replica could not go back to the weights it had")
         if self.serving.done():
             raise RuntimeError("the replica's HTTP server ended")
 
@@ -145,7 +295,7 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve calls this when the replica must end: let the streams finish, then stop the engine."""
-        if not hasattr(self, "guard"):
+        if not hasattr(self, "port"):
             return
         deadline_s = time.monotonic() + self.config.fleet.drain_timeout_s
         quiet_since_s = time.monotonic()
@@ -185,6 +335,7 @@ async def start_engine(fleet: Fleet, folder: Path, name: str) -> "tuple[AsyncLLM
 
     os.environ.update(fleet.engine_environment())
     values = {**fleet.engine_arguments(), "model": folder, "served_model_name": name, "disable_fastapi_docs": True}
+    values["worker_extension_cls"] = "deployments.fingerprint.Fingerprint"
     args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(values))
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), usage_context=UsageContext.OPENAI_API_SERVER)
     tasks = await engine.get_supported_tasks()

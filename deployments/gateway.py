@@ -12,14 +12,17 @@ from ray import serve
 from ray.exceptions import RayError
 
 from cluster import control, logs
+from cluster.canary import Tally
 from cluster.config import Config
 from cluster.errors import MethodNotAllowed, RouteNotFound, SpringtideError
 from cluster.types import Generation, VersionId, View
 from deployments.admin import Admin
 from deployments.asgi import Receive, Scope, Send, send_error, send_json
+from deployments.measure import Recorder
 from deployments.openai import models
 from deployments.openai.inference import Inference
 from deployments.seal import seal
+from deployments.shadow import Shadow
 from deployments.table import Table
 from deployments.upstream import Upstream
 
@@ -39,6 +42,8 @@ class Gateway:
         self.config = config
         self.table = Table()
         self.upstream = Upstream(self.table, config.gateway.first_byte_timeout_s)
+        self.recorder = Recorder()
+        self.shadow = Shadow(self.upstream, self.recorder)
         self.moving: dict[str, int] = {}
         self.changed = asyncio.Condition()
         self.control: Any = control.ensure(config)
@@ -51,9 +56,13 @@ class Gateway:
 
     # told by control
 
-    async def prepare(self, alias: str, revision: int) -> None:
-        """Hold new requests for ``alias`` until a view at least as new as ``revision`` (nanoseconds) arrives."""
-        self.moving[alias] = revision
+    async def prepare(self, aliases: list[str], revision: int) -> None:
+        """Hold new requests for ``aliases`` until a view at least as new as ``revision`` (nanoseconds) arrives."""
+        self.moving.update(dict.fromkeys(aliases, revision))
+
+    async def measured(self, alias: str, rollout: int) -> dict[str, Tally]:
+        """Version id → what this gateway saw of it during ``rollout`` of ``alias``."""
+        return self.recorder.measured(alias, rollout)
 
     async def adopt(self, view: View) -> int:
         """Route by ``view`` from now on; returns the revision in force."""
@@ -69,17 +78,25 @@ class Gateway:
             await asyncio.sleep(REFRESH_S)
             try:
                 await self.adopt(await self.control.view.remote())
-            except RayError as error:  # control is being restarted: the known view still routes
+            except RayError as error:  # control is being restarted, or was ended for good: the known view still routes
                 log.warning("control does not answer: %s", error)
+                self.control = control.ensure(self.config)
 
     # asked by requests
 
-    async def resolve(self, model: str) -> tuple[VersionId, Generation | None]:
+    async def resolve(self, model: str, session: str) -> tuple[VersionId, Generation | None]:
         if model in self.moving:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._settled(model), HOLD_TIMEOUT_S)
             self.moving.pop(model, None)
-        return self.table.resolve(model)
+        return self.table.resolve(model, session)
+
+    async def change(self, timeout_s: float) -> None:
+        """Wait for a newer view than the one in force, but not longer than this."""
+        revision = self.table.view.revision
+        async with self.changed:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.changed.wait_for(lambda: self.table.view.revision > revision), timeout_s)
 
     async def _settled(self, alias: str) -> None:
         async with self.changed:
@@ -91,9 +108,9 @@ class Application:
 
     def __init__(self, gateway: Any) -> None:
         self.gateway = gateway
-        limits, upstream = gateway.config.gateway, gateway.upstream
-        self.admin = Admin(gateway.control)
-        self.generating = {path: Inference(path, limits, gateway.resolve, upstream) for path in GENERATING}
+        limits = gateway.config.gateway
+        self.admin = Admin(lambda: gateway.control)
+        self.generating = {path: Inference(path, limits, gateway) for path in GENERATING}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

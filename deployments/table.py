@@ -1,8 +1,10 @@
 """The gateway's routing table: which version an alias means now, and which replica answers. No I/O; time is passed in."""
 
 import random
+import secrets
 from collections import Counter
 
+from cluster.canary import takes_canary
 from cluster.errors import ModelNotFound, NoReplica
 from cluster.types import EMPTY_VIEW, Generation, ReplicaState, VersionId, View
 
@@ -33,16 +35,27 @@ class Table:
         self.in_flight = Counter({id: n for id, n in self.in_flight.items() if n})
         return True
 
-    def resolve(self, model: str) -> tuple[VersionId, Generation | None]:
-        """What the client's ``model`` means: an alias's live version, or ``name@n`` itself. Raises `ModelNotFound`."""
+    def resolve(self, model: str, session: str = "") -> tuple[VersionId, Generation | None]:
+        """What the client's ``model`` means to this ``session``: an alias's stable or canary version, or ``name@n`` itself.
+
+        A request without a session is a session of its own. Raises `ModelNotFound`.
+        """
         if self.view is EMPTY_VIEW:
             raise NoReplica("The pool is still starting.", "Try again in some seconds.")
         if move := self.view.aliases.get(model):
-            return move.stable, move
+            session = session or secrets.token_hex(8)
+            taken = move.canary is not None and takes_canary(move.alias, move.canary, move.percent, session)
+            return (move.canary if taken and move.canary else move.stable), move
         version = VersionId.parse(model) if "@" in model else None
         if version is not None and (str(version) in self.holders or not self.view.replicas):
             return version, None  # with no replica at all it is too early to say that a version does not exist
         known = ", ".join([*sorted(self.view.aliases), *sorted(self.holders)]) or "none yet"
+        if version is not None:
+            raise ModelNotFound(
+                f"No replica holds {version}; held are {known}.",
+                f"If it exists, springtide publish {version} loads it.",
+                param="model",
+            )
         raise ModelNotFound(f"The model {model[:80]!r} does not exist.", f"Models served here: {known}.", param="model")
 
     def choose(self, version: VersionId, now_s: float, tried: frozenset[str] = frozenset()) -> ReplicaState:

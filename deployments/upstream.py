@@ -16,6 +16,7 @@ import orjson
 from cluster.errors import AnswerTimeout, BadRequest, BodyTooLarge, ContextExceeded, NoReplica, ReplicaLost, SpringtideError
 from cluster.types import ReplicaState, VersionId
 from deployments.asgi import Headers, Send
+from deployments.measure import Trace
 from deployments.table import Table
 
 CONNECT_TIMEOUT_S = 2
@@ -23,6 +24,8 @@ EVENT_END = b"\n\n"
 EVENT_STREAM = "text/event-stream"
 ERROR_EVENT = b'data: {"error"'
 DONE = b"data: [DONE]\n\n"
+CLOSED = 503
+"""A replica's own answer, without a body, while it takes other weights over (`deployments.fleet.Guard`)."""
 ATTEMPTS = 2
 """A request that has cost one replica its life may cost a second; never the whole fleet."""
 LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
@@ -30,13 +33,37 @@ LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
 
 @dataclass(frozen=True)
 class Call:
-    """One request to the engine: ``body`` is the JSON to post, ``headers`` what the answer to the client must carry."""
+    """One request to the engine: ``body`` is the JSON to post."""
 
     version: VersionId
     path: str
     body: bytes
     request_id: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where the answer goes: to the client, under ``headers``, and past the ``trace`` where one is kept."""
+
+    send: Send
     headers: Headers
+    trace: Trace | None
+
+    async def start(self, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
+        lines = [(b"content-type", content_type), *headers, *self.headers]
+        await self.send({"type": "http.response.start", "status": 200, "headers": lines})
+
+    async def pass_on(self, chunk: bytes, more: bool) -> None:
+        if self.trace is not None:
+            self.trace.saw(chunk)
+        await self.send({"type": "http.response.body", "body": chunk, "more_body": more})
+
+    async def fail(self, error: SpringtideError) -> None:
+        """End a stream that has begun with a well-formed error event."""
+        if self.trace is not None:
+            self.trace.failed = True
+        event = b"data: " + orjson.dumps(error.body()) + EVENT_END
+        await self.send({"type": "http.response.body", "body": event, "more_body": True})
 
 
 class Upstream:
@@ -53,8 +80,8 @@ class Upstream:
     async def close(self) -> None:
         await self.session.close()
 
-    async def forward(self, call: Call, send: Send) -> None:
-        """Answer ``call`` through ``send``. Raises a `SpringtideError` only while nothing has been sent."""
+    async def forward(self, call: Call, answer: Answer) -> None:
+        """Answer ``call``. Raises a `SpringtideError` only while nothing has been sent; `NoReplica` where a newer view may help."""
         tried: dict[str, str] = {}
         while len(tried) < ATTEMPTS:
             try:
@@ -64,7 +91,7 @@ class Upstream:
                     raise
                 break
             try:
-                return await self._try(replica, call, send)
+                return await self._try(replica, call, answer)
             except aiohttp.SocketTimeoutError:
                 raise AnswerTimeout("The replica took too long to answer.", "Ask for fewer tokens, or try again later.") from None
             except (ReplicaLost, *LOST) as error:
@@ -72,20 +99,23 @@ class Upstream:
                 self.table.suspect(replica.id, time.monotonic())
         raise ReplicaLost(f"The replica failed: {'; '.join(tried.values())}", "Send the request again.")
 
-    async def _try(self, replica: ReplicaState, call: Call, send: Send) -> None:
+    async def _try(self, replica: ReplicaState, call: Call, answer: Answer) -> None:
         headers = {
             "content-type": "application/json",
             "x-springtide-secret": replica.secret,
+            "x-springtide-version": str(call.version),
             "x-request-id": f"{call.request_id}-{secrets.token_hex(4)}",  # the engine refuses an id that is in flight already
         }
         with self._counted(replica):
             async with self.session.post(replica.url + call.path, data=call.body, headers=headers) as response:
+                if response.status == CLOSED and not response.content_length:
+                    raise NoReplica(f"The replica is leaving {call.version}.", "Send the request again.")
                 if response.status != 200:
                     raise engine_error(response.status, await response.read())
                 if response.content_type == EVENT_STREAM:
-                    await _relay_events(response, call.headers, send)
+                    await _relay_events(response, answer)
                 else:
-                    await _relay_document(response, call.headers, send)
+                    await _relay_document(response, answer)
 
     @contextmanager
     def _counted(self, replica: ReplicaState) -> Iterator[None]:
@@ -96,35 +126,27 @@ class Upstream:
             self.table.in_flight[replica.id] -= 1
 
 
-async def _relay_document(response: aiohttp.ClientResponse, headers: Headers, send: Send) -> None:
+async def _relay_document(response: aiohttp.ClientResponse, answer: Answer) -> None:
     """A whole JSON answer, read to its end first: until then another replica can still be tried."""
     body = await response.read()
-    length = (b"content-length", str(len(body)).encode())
-    await send(
-        {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json"), length, *headers]}
-    )
-    await send({"type": "http.response.body", "body": body})
+    await answer.start(b"application/json", (b"content-length", str(len(body)).encode()))
+    await answer.pass_on(body, more=False)
 
 
-async def _relay_events(response: aiohttp.ClientResponse, headers: Headers, send: Send) -> None:
+async def _relay_events(response: aiohttp.ClientResponse, answer: Answer) -> None:
     """Pass whole events on. Ends with the engine's ``[DONE]`` or with an error event of ours, never with both and never with neither."""
     chunk = await response.content.readany()
     if chunk.startswith(ERROR_EVENT):
         raise stream_error(chunk)
-    content_type = (b"content-type", b"text/event-stream; charset=utf-8")
-    await send(
-        {"type": "http.response.start", "status": 200, "headers": [content_type, (b"cache-control", b"no-cache"), *headers]}
-    )
+    await answer.start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
     try:
-        await _relay_to_the_end(chunk, response, send)
+        await _relay_to_the_end(chunk, response, answer)
     except (SpringtideError, TimeoutError, *LOST) as error:
-        lost = error if isinstance(error, SpringtideError) else broken(error)
-        event = b"data: " + orjson.dumps(lost.body()) + EVENT_END
-        await send({"type": "http.response.body", "body": event, "more_body": True})
-    await send({"type": "http.response.body", "body": b""})
+        await answer.fail(error if isinstance(error, SpringtideError) else broken(error))
+    await answer.send({"type": "http.response.body", "body": b""})
 
 
-async def _relay_to_the_end(chunk: bytes, response: aiohttp.ClientResponse, send: Send) -> None:
+async def _relay_to_the_end(chunk: bytes, response: aiohttp.ClientResponse, answer: Answer) -> None:
     rest, done = b"", False
     while chunk:
         whole, rest = whole_events(rest + chunk if rest else chunk)
@@ -132,7 +154,7 @@ async def _relay_to_the_end(chunk: bytes, response: aiohttp.ClientResponse, send
             raise stream_error(whole[whole.index(ERROR_EVENT) :])
         if whole:
             done = whole.endswith(DONE)
-            await send({"type": "http.response.body", "body": whole, "more_body": True})
+            await answer.pass_on(whole, more=True)
         chunk = await response.content.readany()
     if not done:
         raise ReplicaLost("The stream ended before it was done.", "Send the request again.")

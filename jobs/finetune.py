@@ -39,8 +39,8 @@ def run() -> None:
 
     print_result(manifest, None)  # before the publish, so that a refusal does not hide what was trained
     if arguments.publish:
-        move = publish(manifest.id, manifest.id.name, f"fine-tuned on {arguments.data}", manifest.lineage.job or "finetune")
-        print_result(manifest, move)
+        rollout = publish(manifest.id, manifest.id.name, f"fine-tuned on {arguments.data}", manifest.lineage.job or "finetune")
+        print_result(manifest, rollout.stage)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -64,12 +64,6 @@ def prepare(config: Config, registry: Registry, arguments: argparse.Namespace) -
     """Check the whole request, cheapest first. Raises a `SpringtideError` that says what is wrong."""
     chosen = recipe.load(arguments.recipe, arguments.set, arguments.epochs)
     check_fits(chosen, config)
-    if arguments.publish and not chosen.lora:
-        raise ConfigError(
-            "All the weights cannot be published into a running fleet yet.",
-            "Leave out --publish, then serve the result: springtide up --model NAME@N.",
-            param="publish",
-        )
     check_name(arguments.name or "unnamed")
     dataset = data.read(arguments.data)
     held_out = data.read(arguments.eval_data).examples if arguments.eval_data else None
@@ -94,12 +88,20 @@ def check_fits(chosen: recipe.Recipe, config: Config) -> None:
 def resolve(registry: Registry, base: str) -> Manifest:
     """The weights to train on. An alias or version that is an adapter stands for the weights beneath it."""
     if "@" in base:
-        return registry.manifest(registry.manifest(VersionId.parse(base)).weights)
+        return weights_under(registry, VersionId.parse(base))
     alias = registry.alias(base)
     if alias is None:
         known = ", ".join(registry.aliases()) or "none"
         raise ModelNotFound(f"There is no model {base!r}.", f"Models: {known}. A version is written NAME@NUMBER.", param="base")
-    return registry.manifest(registry.manifest(alias.stable).weights)
+    return weights_under(registry, alias.stable)
+
+
+def weights_under(registry: Registry, id: VersionId) -> Manifest:
+    """The weights of a version; an adapter's are those it sits on, which the log then says."""
+    found = registry.manifest(id)
+    if found.kind == "adapter":
+        print(f"{id} is an adapter; training starts from its base {found.weights}")
+    return registry.manifest(found.weights)
 
 
 def tokenized(

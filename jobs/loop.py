@@ -24,7 +24,7 @@ from cluster.config import Config, parse
 from cluster.errors import JobFailed
 from cluster.registry import Registry
 from cluster.store import Store
-from cluster.types import Generation, Kind, Lineage, Manifest, VersionId
+from cluster.types import Kind, Lineage, Manifest, VersionId
 from jobs.data import Row
 from jobs.recipe import Recipe
 
@@ -88,11 +88,10 @@ def code_revision() -> str:
     return os.environ.get("CODE_REVISION") or submit.revision()
 
 
-def print_result(manifest: Manifest, move: Generation | None) -> None:
-    """The run's last line: one JSON object that says what came out of it."""
+def print_result(manifest: Manifest, stage: str | None) -> None:
+    """The run's last line: one JSON object that says what came out of it. ``stage``: of its rollout, None where it is not published."""
     shown = {key: manifest.lineage.metrics.get(key) for key in ("eval_loss_before", "eval_loss", "exact_match")}
-    generation = move.generation if move else None
-    print("result", json.dumps({"version": str(manifest.id), "kind": manifest.kind, **shown, "published_generation": generation}))
+    print("result", json.dumps({"version": str(manifest.id), "kind": manifest.kind, **shown, "stage": stage}))
 
 
 # the workers' side

@@ -64,7 +64,7 @@ def run() -> None:
     )
     manifest = loop.register(registry, result, arguments.name, "weights", None, lineage)
     move = go_live(registry, manifest, arguments.live)
-    loop.print_result(manifest, move)
+    loop.print_result(manifest, "live" if move else None)
 
 
 def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Generation | None:

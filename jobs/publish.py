@@ -7,11 +7,12 @@ import argparse
 import getpass
 
 from cluster.config import load
-from cluster.types import Generation, VersionId
+from cluster.rollout import Rollout
+from cluster.types import VersionId
 from jobs import main, reach
 
 
-def publish(version: VersionId, alias: str, reason: str, author: str) -> Generation:
+def publish(version: VersionId, alias: str, reason: str, author: str) -> Rollout:
     """Ask the running pool's control. A refusal arrives as itself (`VersionRefused`, `Conflict`, …), and nothing has changed."""
     from cluster import control  # imports Ray, which a wrong command line need not wait for
 
@@ -26,8 +27,8 @@ def run() -> None:
     arguments = parser.parse_args()
     reach(load())
     version = VersionId.parse(arguments.version)
-    move = publish(version, arguments.alias or version.name, arguments.reason, getpass.getuser())
-    print(f"{move.alias} is {move.stable} at generation {move.generation}")
+    rollout = publish(version, arguments.alias or version.name, arguments.reason, getpass.getuser())
+    print(f"{rollout.version} on {rollout.alias}: {rollout.stage} ({rollout.reason})")
 
 
 if __name__ == "__main__":

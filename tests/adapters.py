@@ -1,10 +1,11 @@
 """Adapters made here: real PEFT folders with random tensors, for tests that are not about training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 
 def make_adapter(folder: Path, base: Path, rank: int = 8, seed: int = 0, scale: float = 0.5) -> Path:
@@ -23,4 +24,26 @@ def make_adapter(folder: Path, base: Path, rank: int = 8, seed: int = 0, scale: 
     lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "v_proj"]}
     settings = {**lora, "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": str(base), "inference_mode": True}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def make_weights(folder: Path, base: Path, seed: int = 0, noise: float = 0.01) -> Path:
+    """The model in ``base`` with noise on every matrix: same shape, other answers. With much ``noise`` it is garbage."""
+    random = np.random.default_rng(seed)
+    shutil.copytree(base, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    noisy = {n: (t + random.normal(0, noise, t.shape).astype(t.dtype)) if t.ndim == 2 else t for n, t in tensors.items()}
+    path.unlink()
+    save_file(noisy, path, metadata={"format": "pt"})
+    return folder
+
+
+def spoil(folder: Path) -> Path:
+    """One NaN in a folder's first tensor."""
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    tensors[first].flat[0] = np.nan
+    save_file(tensors, path)
     return folder

@@ -5,42 +5,88 @@ immutable version, and to stop what would cost an engine more than any answer is
 """
 
 import re
-from collections.abc import Awaitable, Callable
-from typing import Any
+import time
+from typing import Any, Protocol
 
 import orjson
 
 from cluster.config import Gateway
-from cluster.errors import BadRequest, BodyTooLarge, SpringtideError
+from cluster.errors import BadRequest, BodyTooLarge, NoReplica, SpringtideError
 from cluster.types import Generation, VersionId
 from deployments.asgi import Headers, Receive, Scope, Send, send_error
-from deployments.upstream import Call, Upstream
+from deployments.measure import Recorder
+from deployments.shadow import Shadow
+from deployments.upstream import Answer, Call, Upstream
 
-Resolve = Callable[[str], Awaitable[tuple[VersionId, Generation | None]]]
-
+ASK_AGAIN_S = 0.2
+"""How long a request without a replica waits for a newer view before it looks again."""
 MAX_ID_CHARACTERS = 64
 UNSAFE = re.compile(r"[^A-Za-z0-9._:-]")
 
 
-class Inference:
-    """An ASGI application for one generating route. ``resolve`` turns the client's model name into a version."""
+class Router(Protocol):
+    """What a generating route needs of its gateway."""
 
-    def __init__(self, path: str, limits: Gateway, resolve: Resolve, upstream: Upstream) -> None:
+    upstream: Upstream
+    recorder: Recorder
+    shadow: Shadow
+
+    async def resolve(self, model: str, session: str) -> tuple[VersionId, Generation | None]: ...
+    async def change(self, timeout_s: float) -> None: ...
+
+
+class Inference:
+    """An ASGI application for one generating route."""
+
+    def __init__(self, path: str, limits: Gateway, router: Router) -> None:
         self.path = path
         self.limits = limits
-        self.resolve = resolve
-        self.upstream = upstream
+        self.router = router
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = parse(await read(scope, receive, self.limits.max_body_bytes))
         check_choices(body, self.limits.max_choices)
-        version, move = await self.resolve(model_name(body))
-        body["model"] = str(version)
-        call = Call(version, self.path, dump(body), request_id(scope["headers"]), answer_headers(version, move))
+        model, session = model_name(body), session_of(scope["headers"], body)
+        deadline_s = time.monotonic() + self.limits.hold_timeout_s
+        while True:
+            version, move = await self.router.resolve(model, session)
+            call = Call(version, self.path, dump({**body, "model": str(version)}), request_id(scope["headers"]))
+            try:
+                return await self._forward(call, body, move, send)
+            except NoReplica as error:
+                # Its holder is taking other weights over, or starting: what comes next may be another version, so ask again what
+                # the model means. Nothing has been sent yet.
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    return await send_error(send, error, answer_headers(version, move))
+                await self.router.change(min(left_s, ASK_AGAIN_S))
+
+    async def _forward(self, call: Call, body: dict[str, Any], move: Generation | None, send: Send) -> None:
+        shadowed = self.router.shadow.chosen(call.version, move)
+        trace = self.router.recorder.trace(move, keep_text=shadowed)
         try:
-            await self.upstream.forward(call, send)
+            await self.router.upstream.forward(call, Answer(send, answer_headers(call.version, move), trace))
+        except NoReplica:
+            raise
         except SpringtideError as error:  # nothing was sent yet; an error too says which version it came from
-            await send_error(send, error, call.headers)
+            if trace is not None:
+                trace.failed = error.status >= 500
+            await send_error(send, error, answer_headers(call.version, move))
+        if trace is not None and move is not None:
+            self.router.recorder.record(move, call.version, trace)
+            if shadowed and move.canary is not None:
+                self.router.shadow.ask(call, body, move, move.canary, trace)
+
+
+def session_of(headers: Headers, body: dict[str, Any]) -> str:
+    """What keeps a client on one side of a canary: ``x-session-id``, the user that the body names, or the API key; else nothing."""
+    named = dict(headers)
+    user = body.get("safety_identifier") or body.get("user")
+    return (
+        named.get(b"x-session-id", b"").decode("latin-1")
+        or (user if isinstance(user, str) else "")
+        or named.get(b"authorization", b"").decode("latin-1")
+    )
 
 
 async def read(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:

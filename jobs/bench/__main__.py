@@ -1,4 +1,4 @@
-"""``python -m jobs.bench serving`` and ``memory``: measure, print, and write what the README shows."""
+"""``python -m jobs.bench serving``, ``memory`` and ``publish``: measure, print, and write what the README shows."""
 
 import argparse
 import signal
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs import main
 from jobs.bench.memory import memory
+from jobs.bench.publish import publish
 from jobs.bench.report import SYSTEMS
 from jobs.bench.serving import serving
 
@@ -40,6 +41,14 @@ def arguments() -> argparse.Namespace:
     verb.set_defaults(run=memory)
     verb.add_argument("--requests", type=int, default=10_000)
     verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
+    verb = verbs.add_parser("publish", help=publish.__doc__)
+    verb.set_defaults(run=publish)
+    verb.add_argument("--adapters", type=int, default=30)
+    verb.add_argument("--weights", type=int, default=10)
+    verb.add_argument("--swap", choices=("wait", "keep"), default="wait", help="what streams do while weights are swapped")
+    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write one object with the figures")
+    verb.add_argument("--png", type=Path, metavar="FILE", help="write the chart")
     return parser.parse_args()
 
 

@@ -99,16 +99,19 @@ def test_train_publish_and_roll_back_under_load(pool: Running) -> None:
 
 def test_an_adapter_is_acknowledged_by_digest_before_it_is_live(pool: Running, tmp_path: Path) -> None:
     made = adapter(pool, tmp_path, seed=1)
-    move = admin.publish(pool.config, made.id, "other-name", "test")
-    assert (move.alias, move.generation) == ("other-name", 1)
+    live = pool.registry.aliases()["seedling"].stable
+    rollout = admin.publish(pool.config, made.id, "seedling", "test")
+    assert (rollout.alias, rollout.stage) == ("seedling", "live")
     for replica in admin.status(pool.config)["replicas"]:
         assert replica["held"][str(made.id)] == made.digest
-    assert ask(pool, "other-name").headers["x-model-version"] == str(made.id)
+    assert ask(pool).headers["x-model-version"] == str(made.id)
+    admin.publish(pool.config, live, "seedling", "clean up")
 
 
 def test_publishing_what_is_live_already_changes_nothing(pool: Running) -> None:
     live = pool.registry.aliases()["seedling"]
-    assert admin.publish(pool.config, live.stable, "seedling", "again") == live
+    assert admin.publish(pool.config, live.stable, "seedling", "again").stage == "live"
+    assert pool.registry.aliases()["seedling"] == live
 
 
 def test_a_damaged_adapter_is_refused_and_traffic_does_not_notice(pool: Running, tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_an_adapter_that_the_engine_cannot_load_is_refused(pool: Running, tmp_pa
     folder = make_adapter(tmp_path / "adapter", base)
     (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 64)
     made = pool.registry.register("seedling", "adapter", ONE, folder, Lineage())
-    assert_refused_under_traffic(pool, made, "could not load")
+    assert_refused_under_traffic(pool, made, "not a whole safetensors file")
 
 
 def assert_refused_under_traffic(pool: Running, made: Manifest, words: str) -> None:

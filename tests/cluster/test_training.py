@@ -41,7 +41,7 @@ def finish(pool: Running, job: str) -> Trained:
     manifest = pool.registry.manifest(VersionId.parse(result["version"]))
     assert manifest.lineage.job == job
     assert result["eval_loss"] == manifest.lineage.metrics["eval_loss"]
-    assert result["published_generation"] is None
+    assert result["stage"] is None
     return Trained(manifest, pool.registry.fetch(manifest, pool.config.home / "cache"), log)
 
 

@@ -81,8 +81,8 @@ def test_a_taken_port_is_named_with_its_key(config: Config) -> None:
         taken = parse({**config.dump(), "gateway": {"port": number}})
         finding = next(f for f in checkup.ports(taken, running=False) if f.subject == "gateway.port")
         assert not finding.ok
-        assert f"listens on {number}." in finding.words
-        assert "--set gateway.port=" in finding.words
+        assert f"listens on {number} (" in finding.words
+        assert "SPRINGTIDE_GATEWAY__PORT=" in finding.words
         assert all(f.ok for f in checkup.ports(taken, running=True)), "our own running pool uses its ports"
     assert next(f for f in checkup.ports(taken, running=False) if f.subject == "gateway.port").ok
 

@@ -1,6 +1,8 @@
 """Control's decisions, without Ray."""
 
-from cluster.control import answerable, lacks, public, routing
+from cluster.control import public
+from cluster.gateways import routing
+from cluster.placement import answerable, lacks
 from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId
 
 ONE, TWO = VersionId("m", 1), VersionId("m", 2)

@@ -1,6 +1,7 @@
 """Versions and aliases: what is written is complete, immutable and checked; concurrent writers never share a number."""
 
 import json
+import resource
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from cluster.errors import BadRequest, Conflict, DigestMismatch, ModelNotFound, VersionRefused
+from cluster.errors import BadRequest, Conflict, DigestMismatch, ModelNotFound, StoreUnavailable, VersionRefused
 from cluster.registry import Registry, adapter_rank
 from cluster.store import Store
 from cluster.types import Lineage, VersionId
@@ -237,3 +238,20 @@ def test_an_adapter_configuration_without_a_rank_is_refused(tmp_path: Path, text
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(VersionRefused):
         adapter_rank(tmp_path)
+
+
+def test_a_disk_that_fills_up_in_the_middle_leaves_no_files_and_no_version(registry: Registry, source: Path) -> None:
+    """P14, on a disk that really refuses: no file of this process may grow beyond the limit for a moment."""
+    before = registry.register("m", "weights", None, source, Lineage())
+    (source / "model.safetensors").write_bytes(b"x" * 3_000_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(StoreUnavailable, match="cannot be used"):
+            registry.register("m", "weights", None, source, Lineage())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert registry.store.local_root
+    left = [path for path in (registry.store.local_root / "versions/m/2").rglob("*") if path.is_file() and path.name != "claim"]
+    assert left == [] and [manifest.id for manifest in registry.versions("m")] == [before.id]
+    assert registry.register("m", "weights", None, source, Lineage()).id.n == 3

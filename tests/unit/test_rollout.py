@@ -39,18 +39,27 @@ def stages(records: list[Rollout]) -> list[tuple[str, int]]:
 
 def test_a_good_version_goes_live_step_by_step() -> None:
     records = run(start(), WARM, seen())
-    assert stages(records) == [("registered", 0), ("warming", 0), ("canary", 5), ("canary", 25), ("live", 0)]
-    assert [record.n for record in records] == [1, 2, 3, 4, 5]
+    assert stages(records) == [("registered", 0), ("warming", 0), ("canary", 5), ("canary", 25), ("canary", 100), ("live", 0)]
+    assert [record.n for record in records] == [1, 2, 3, 4, 5, 6]
     assert [wanted(record) for record in records[1:4]] == [(ONE, None, 0), (ONE, TWO, 5), (ONE, TWO, 25)]
     assert wanted(records[-1]) == (TWO, None, 0)
 
 
 def test_direct_goes_live_when_every_replica_holds_it() -> None:
-    assert stages(run(start(DIRECT), Facts(warmth=Warmth(2, 1)), Facts(warmth=Warmth(2, 2)))) == [
-        ("registered", 0),
-        ("warming", 0),
-        ("live", 0),
-    ]
+    half = run(start(DIRECT), Facts(warmth=Warmth(2, 1)))
+    assert stages(half) == [("registered", 0), ("warming", 0)]
+    assert stages(run(half[-1], Facts(warmth=Warmth(2, 2)))) == [("warming", 0), ("canary", 100), ("live", 0)]
+
+
+def test_two_versions_that_cannot_be_held_at_once_change_places_at_once() -> None:
+    assert stages(run(start(), WARM._replace(divisible=False)))[2:] == [("canary", 100), ("live", 0)]
+
+
+def test_a_swap_that_fails_on_one_replica_goes_back_on_all() -> None:
+    moved = start(DIRECT).next("canary", "ready", 0, percent=100)
+    assert wanted(moved) == (TWO, None, 0)
+    last = run(moved, Facts(warmth=Warmth(2, 1, "out of memory")))[-1]
+    assert last.stage == "rolled_back" and last.reason == "out of memory" and wanted(last) == (ONE, None, 0)
 
 
 def test_the_first_version_of_an_alias_needs_no_canary() -> None:
@@ -91,7 +100,7 @@ def test_orders_are_obeyed_between_warming_and_live() -> None:
     canary = run(start(), WARM)[-1]
     promoted = decide(canary, WARM._replace(order=Order("promote", "ann", "looks good")), 200)
     aborted = decide(canary, WARM._replace(order=Order("abort", "ann", "looks bad")), 200)
-    assert promoted and promoted.stage == "live" and "ann: looks good" in promoted.reason
+    assert promoted and promoted.percent == 100 and "ann: looks good" in promoted.reason
     assert aborted and aborted.stage == "rolled_back" and "ann: looks bad" in aborted.reason
 
 

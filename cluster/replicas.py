@@ -1,0 +1,80 @@
+"""Control's side of the replicas: their states as last heard, and what they were asked to load or to become."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from cluster import logs
+from cluster.broadcast import broadcast
+from cluster.carry import Carried
+from cluster.types import ReplicaState
+
+DESCRIBE_TIMEOUT_S = 2
+LOAD_TIMEOUT_S = 600
+"""How long a replica may take to load a version, or to become one."""
+FORGET_S = 5
+THREADS = 8
+
+log = logs.logger(__name__)
+
+
+class Replicas:
+    """The replicas of one fleet. Loading may take minutes, so it is asked for and heard of later; ``changed`` is called then."""
+
+    def __init__(self, app: str, changed: Callable[[], None]) -> None:
+        self.app = app
+        self.changed = changed
+        self.seen: dict[str, tuple[ReplicaState, float]] = {}
+        self.asked: dict[str, Future[None]] = {}
+        """What was asked for and whether it was answered: `_ask`'s key."""
+        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ask-replicas")
+
+    def observe(self) -> tuple[ReplicaState, ...]:
+        """The replicas heard lately. Silence for less than `FORGET_S` is no death: the machine may be busy, and gateways avoid a replica
+        that breaks a connection by themselves."""
+        self._hear(broadcast(self.app, "describe", timeout_s=DESCRIBE_TIMEOUT_S))
+        now_s = time.monotonic()
+        self.seen = {id: (state, at_s) for id, (state, at_s) in self.seen.items() if now_s - at_s < FORGET_S}
+        return self.states
+
+    @property
+    def states(self) -> tuple[ReplicaState, ...]:
+        return tuple(sorted(state for state, _ in self.seen.values()))
+
+    def hold(self, ids: list[str], carried: Callable[[], Carried] = dict) -> bool:
+        """Ask every replica to load these versions, or to lay them ready; True once they have answered since this was first asked.
+
+        Asked again afterwards, it is asked anew. ``carried`` is called where they are asked, for what travels with the order.
+        """
+        return self._ask(f"hold {ids}", lambda: ("hold", ids, carried()))
+
+    def become(self, replica: str, id: str, fingerprint: str) -> bool:
+        """Ask one replica to host other weights; True once it has answered. Its state says whether it worked."""
+        return self._ask(f"{replica} become {id}", lambda: ("become", replica, id, fingerprint))
+
+    def _ask(self, key: str, order: Callable[[], tuple[Any, ...]]) -> bool:
+        asked = self.asked.get(key)
+        if asked is None:
+            self.asked[key] = self.threads.submit(self._call, order)
+            return False
+        if not asked.done():
+            return False
+        del self.asked[key]
+        return asked.exception() is None
+
+    def _call(self, order: Callable[[], tuple[Any, ...]]) -> None:
+        try:
+            self._hear(broadcast(self.app, *order(), timeout_s=LOAD_TIMEOUT_S))
+        finally:
+            self.changed()
+
+    def _hear(self, answers: list[Any]) -> None:
+        now_s = time.monotonic()
+        for answer in answers:
+            if isinstance(answer, ReplicaState):
+                known = self.seen.get(answer.id, (answer, now_s))[0]
+                newest = max(known, answer, key=lambda state: state.revision)
+                self.seen = {**self.seen, answer.id: (newest, now_s)}
+            elif isinstance(answer, Exception):
+                log.warning("a replica: %s", answer)

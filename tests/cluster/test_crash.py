@@ -1,0 +1,189 @@
+"""P11, P2, P3 and the history under killed processes: whatever dies and whenever, versions are fully old or fully new."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import admin, graph
+from cluster.errors import PoolUnavailable, Refused
+from cluster.rollout import Policy
+from cluster.types import Lineage, Manifest
+from tests.adapters import make_weights
+from tests.cluster.test_publish import ONE, adapter, ask, doubled, named, wait_until
+from tests.cluster.test_rollout import ANY
+from tests.conftest import ROOT, Running
+from tests.history import expected_of, problems, recording
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+STEPS = Policy(steps=(50, 100), min_requests=5, min_step_s=0.5, gate=False, margins=ANY)
+
+
+@pytest.fixture(scope="module")
+def crashing(pool: Running) -> Iterator[Path]:
+    """The pool with a control that dies where ``crash.json`` says; yields the pool's home."""
+    home = pool.config.home
+    environment = {**os.environ, "SPRINGTIDE_HOME": str(home)}
+    subprocess.run([sys.executable, "-m", "tests.crashing"], cwd=ROOT, env=environment, check=True, timeout=120)
+    wait_until(lambda: ready(pool), timeout_s=60)
+    yield home
+    (home / "crash.json").unlink(missing_ok=True)
+
+
+def ready(pool: Running) -> bool:
+    try:
+        return len(admin.status(pool.config)["replicas"]) > 0
+    except (Refused, PoolUnavailable):
+        return False
+
+
+def settle(pool: Running, made: Manifest) -> str:
+    """Wait until the rollout has ended by itself; the stage it ended in."""
+    wait_until(lambda: (now := pool.registry.rollout("seedling")) is None or now.stage in ("live", "rolled_back"), timeout_s=120)
+    now = pool.registry.rollout("seedling")
+    assert now is not None
+    live = (
+        made.id if (now.version, now.stage) == (made.id, "live") else now.incumbent if now.stage == "rolled_back" else now.version
+    )
+    wait_until(lambda: ask(pool).headers.get("x-model-version") == str(live), timeout_s=60)
+    return now.stage
+
+
+def back_to_one(pool: Running) -> None:
+    wait_until(lambda: ready(pool), timeout_s=60)
+    if pool.registry.aliases()["seedling"].stable != ONE:
+        admin.rollback(pool.config, "seedling", ONE, "again from the start")
+
+
+def crash_points(pool: Running, home: Path, made: Manifest) -> int:
+    """How many acts a whole rollout of ``made`` takes, from a run in which nothing dies."""
+    (home / "acts.log").unlink(missing_ok=True)
+    (home / "crash.json").write_text(json.dumps({"run": f"count {made.id}", "at": 0}))
+    with recording(pool.url, "seedling", 6, pause_s=0.1):
+        admin.publish(pool.config, made.id, "seedling", "undisturbed", STEPS)
+        assert settle(pool, made) == "live"
+    (home / "crash.json").unlink()
+    acts = (home / "acts.log").read_text().splitlines()
+    print("\n".join(acts))
+    back_to_one(pool)
+    return len(acts)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "weights"])
+def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: Path, tmp_path: Path, kind: str) -> None:
+    made = adapter(pool, tmp_path, seed=40) if kind == "adapter" else other_weights(pool, tmp_path, 41)
+    count = crash_points(pool, crashing, made)
+    assert count >= 8
+    with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
+        for at in range(1, count + 1):
+            began_s = time.monotonic()
+            back_to_one(pool)
+            (crashing / "crash.json").write_text(json.dumps({"run": f"{made.id} {at}", "at": at}))
+            with contextlib.suppress(Refused, PoolUnavailable):  # its answer dies with it; the rollout goes on, or never began
+                admin.publish(pool.config, made.id, "seedling", f"dies before act {at}", STEPS)
+            wait_until(lambda: ready(pool), timeout_s=60)
+            stage = settle(pool, made)
+            assert not (crashing / "crash.json").exists(), "it did die"
+            print(f"{kind}: died before act {at} of {count}: {stage} after {time.monotonic() - began_s:.1f} s")
+        back_to_one(pool)
+    assert problems(events, {}) == []
+
+
+def other_weights(pool: Running, tmp_path: Path, seed: int) -> Manifest:
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    return pool.registry.register("seedling", "weights", None, make_weights(tmp_path / f"w{seed}", base, seed, 0.02), Lineage())
+
+
+def test_replicas_killed_added_and_removed_under_publishes(pool: Running, tmp_path: Path) -> None:
+    """Only streams that a killed process was answering end early, each with an error event; nothing else fails, nothing is mixed."""
+    made = [adapter(pool, tmp_path, seed=seed) for seed in (42, 43)]
+    graph.deploy(doubled(pool.config))
+    wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 2, timeout_s=150)
+    killed_s: list[float] = []
+    with recording(pool.url, "seedling", 8, pause_s=0.1) as events:
+        for turn, victim in enumerate(("ray::ServeRepli", "VLLM::EngineCor")):
+            admin.publish(pool.config, made[turn].id, "seedling", f"before {victim} dies", STEPS)
+            before = ids(pool)
+            process = next(p for p in named(pool, victim) if "Gateway" not in "".join(p.cmdline()))
+            process.kill()
+            killed_s.append(time.monotonic())
+            wait_until(lambda: len(ids(pool)) == 2 and ids(pool) != before, timeout_s=150)  # noqa: B023 (called at once)
+            settle(pool, made[turn])
+        graph.deploy(pool.config)
+        wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 1, timeout_s=150)
+        time.sleep(1)
+    expected = expected_of(pool.url, [str(ONE), *(str(one.id) for one in made)])
+    lost = [event for event in events if event.error]
+    assert all(any(event.start_s <= at_s + 2 and event.end_s >= at_s - 0.5 for at_s in killed_s) for event in lost), lost
+    assert all("replica_lost" in event.error or "no_replica" in event.error for event in lost), lost
+    print(f"{len(events)} requests, {len(lost)} ended with an error event when their replica was killed")
+    assert problems([event for event in events if not event.error], expected) == []
+    back_to_one(pool)
+
+
+def a_canary_of_weights_takes_its_share_of_the_replicas(pool: Running, made: Manifest) -> None:
+    with recording(pool.url, "seedling", 8, pause_s=0.1) as events:
+        half = Policy(steps=(50, 100), min_requests=10_000, gate=False, margins=ANY)
+        assert admin.publish(pool.config, made.id, "seedling", "half of it", half).stage == "canary"
+        wait_until(lambda: {e.version for e in events[-16:]} == {str(ONE), str(made.id)}, timeout_s=30)
+        assert sorted(r["base"] for r in admin.status(pool.config)["replicas"]) == sorted([str(ONE), str(made.id)])
+        assert admin.step(pool.config, "promote", "seedling", "test").stage == "live"
+        time.sleep(0.5)
+    assert {r["base"] for r in admin.status(pool.config)["replicas"]} == {str(made.id)}
+    assert problems(events, {}) == []
+
+
+def ids(pool: Running) -> set[str]:
+    return {replica["id"] for replica in admin.status(pool.config)["replicas"]}
+
+
+def test_a_late_replica_has_the_same_bits_as_one_that_was_swapped(pool: Running, tmp_path: Path) -> None:
+    """P3 for weights: what was loaded in place is what a fresh engine loads."""
+    made = other_weights(pool, tmp_path, 44)
+    admin.publish(pool.config, made.id, "seedling", "before the second replica")
+    graph.deploy(doubled(pool.config))
+    wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 2, timeout_s=150)
+    replicas = admin.status(pool.config)["replicas"]
+    assert {replica["base"] for replica in replicas} == {str(made.id)}
+    assert len({replica["fingerprint"] for replica in replicas}) == 1
+    back_to_one(pool)
+    wait_until(lambda: {r["base"] for r in admin.status(pool.config)["replicas"]} == {str(ONE)}, timeout_s=30)
+    a_canary_of_weights_takes_its_share_of_the_replicas(pool, made)
+    back_to_one(pool)
+    wait_until(lambda: {r["base"] for r in admin.status(pool.config)["replicas"]} == {str(ONE)}, timeout_s=30)
+    graph.deploy(pool.config)
+    wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 1, timeout_s=150)
+
+
+def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_ones(pool: Running, tmp_path: Path) -> None:
+    """P2: between "half loaded" and "committed" nothing was served; the new process starts with what the store says."""
+    made = other_weights(pool, tmp_path, 45)
+    publishing = threading.Thread(target=lambda: attempt(pool, made))
+    with recording(pool.url, "seedling", 4, pause_s=0.05) as events:
+        time.sleep(1)
+        publishing.start()
+        wait_until(lambda: (now := pool.registry.rollout("seedling")) is not None and now.percent == 100, timeout_s=30)
+        (replica,) = [p for p in named(pool, "ray::ServeRepli") if "Gateway" not in "".join(p.cmdline())]
+        replica.kill()
+        wait_until(lambda: ask(pool).status_code == 200, timeout_s=150)
+        publishing.join()
+        settle(pool, made)
+    seen = {event.version for event in events if not event.error}
+    assert seen <= {str(ONE), str(made.id)}
+    expected = expected_of(pool.url, [str(made.id)])
+    assert problems([event for event in events if not event.error], expected) == []
+    (state,) = admin.status(pool.config)["replicas"]
+    assert state["base"] == str(made.id)
+    back_to_one(pool)
+
+
+def attempt(pool: Running, made: Manifest) -> None:
+    with contextlib.suppress(Refused, PoolUnavailable):
+        admin.publish(pool.config, made.id, "seedling", "its replica dies")

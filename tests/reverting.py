@@ -1,0 +1,27 @@
+"""``python -m tests.reverting VERSION``: let a replica take weights over that turn out not to be what another replica has.
+
+Prints the replica's state afterwards.
+"""
+
+import json
+import sys
+
+import ray
+
+from cluster import config as configuration
+from cluster import graph, pool
+from cluster.broadcast import broadcast
+from cluster.control import public
+
+
+def run(id: str) -> None:
+    config = pool.remembered(configuration.load())
+    ray.init(address=pool.require(config).address, log_to_driver=False)
+    app = graph.fleet_app(config.fleet.model)
+    (before,) = broadcast(app, "hold", [id], {}, timeout_s=60)
+    (after,) = broadcast(app, "become", before.id, id, "0" * 64, timeout_s=60)
+    print(json.dumps(public(after)))
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

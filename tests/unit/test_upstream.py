@@ -1,0 +1,173 @@
+"""The way of a request to a replica and back, against replicas that fail in every way a peer can. The peers are faked; the sockets are not."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+import orjson
+import pytest
+from aiohttp import web
+
+from cluster.errors import BadRequest, NoReplica, ReplicaLost
+from cluster.types import Generation, ReplicaState, VersionId, View
+from deployments.measure import Trace
+from deployments.table import Table
+from deployments.upstream import Answer, Call, Upstream
+
+ONE = VersionId("m", 1)
+EVENTS = [b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', b'data: {"choices": [{"finish_reason": "stop"}]}\n\n']
+DONE = b"data: [DONE]\n\n"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Told(NamedTuple):
+    """What the client got, and what the trace saw."""
+
+    status: int
+    body: bytes
+    trace: Trace
+    asked: list[int]
+    """Which replicas were asked, in order."""
+
+
+def stream(*parts: bytes, status: int = 200, abort: bool = False) -> Handler:
+    """A replica that sends ``parts`` one by one, and then ends well, or cuts the connection."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=status, headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for part in parts:
+            await response.write(part)
+            await asyncio.sleep(0.01)
+        if abort and request.transport is not None:
+            request.transport.abort()
+        return response
+
+    return handle
+
+
+async def dies(request: web.Request) -> web.StreamResponse:
+    """Before its first byte."""
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+async def whole(_: web.Request) -> web.StreamResponse:
+    return web.json_response({"choices": [{"finish_reason": "length"}]})
+
+
+def refuses(status: int, body: Any = None) -> Handler:
+    async def handle(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=status) if body is None else web.json_response(body, status=status)
+
+    return handle
+
+
+def forward(*handlers: Handler) -> Told:
+    """Send one call to a table of these replicas, tried in this order."""
+
+    async def run() -> Told:
+        asked: list[int] = []
+        servers = [await serve(handler, number, asked) for number, handler in enumerate(handlers)]
+        table = Table()
+        states = tuple(
+            ReplicaState(str(n), f"http://127.0.0.1:{port}", "s", "m@1", {"m@1": "d"}, {}, 0)
+            for n, (_, port) in enumerate(servers)
+        )
+        move = Generation(alias="m", generation=1, stable=ONE, reason="", author="", time_s=0)
+        table.adopt(View(1, {"m": move}, states))
+        for number in range(len(handlers)):
+            table.in_flight[str(number)] = number  # the least busy is asked first
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        upstream, trace = Upstream(table, first_byte_timeout_s=5), Trace()
+        try:
+            await upstream.forward(Call(ONE, "/v1/x", b"{}", "id"), Answer(send, [(b"x-model-version", b"m@1")], trace))
+        finally:
+            await upstream.close()
+            for runner, _ in servers:
+                await runner.cleanup()
+        assert (b"x-model-version", b"m@1") in sent[0]["headers"] and not sent[-1].get("more_body")
+        return Told(sent[0]["status"], b"".join(message["body"] for message in sent[1:]), trace, asked)
+
+    return asyncio.run(run())
+
+
+async def serve(handler: Handler, number: int, asked: list[int]) -> tuple[web.AppRunner, int]:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        asked.append(number)
+        return await handler(request)
+
+    app = web.Application()
+    app.router.add_post("/v1/x", handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    return runner, runner.addresses[0][1]
+
+
+def last_event(body: bytes) -> dict[str, Any]:
+    return orjson.loads(body.rstrip().rpartition(b"data: ")[2])
+
+
+def test_a_stream_is_passed_on_byte_for_byte() -> None:
+    told = forward(stream(*EVENTS, DONE))
+    assert (told.status, told.body) == (200, b"".join(EVENTS) + DONE)
+    assert (told.trace.events, told.trace.finish, told.trace.failed) == (3, "stop", False)
+
+
+def test_events_that_arrive_in_halves_are_passed_on_whole() -> None:
+    joined = b"".join(EVENTS) + DONE
+    told = forward(stream(*(joined[i : i + 7] for i in range(0, len(joined), 7))))
+    assert told.body == joined
+
+
+def test_a_replica_that_dies_before_its_first_byte_is_replaced_by_another() -> None:
+    told = forward(dies, stream(*EVENTS, DONE))
+    assert told.asked == [0, 1] and told.body.endswith(DONE) and not told.trace.failed
+
+
+def test_a_whole_answer_that_never_comes_is_asked_for_elsewhere() -> None:
+    assert forward(dies, whole).trace.finish == "length"
+
+
+def test_a_request_costs_two_replicas_at_most() -> None:
+    with pytest.raises(ReplicaLost):
+        forward(dies, dies, stream(*EVENTS, DONE))
+
+
+@pytest.mark.parametrize("parts", [EVENTS[:1], [EVENTS[0], EVENTS[1][:9]]])
+def test_a_replica_that_dies_in_the_middle_ends_the_stream_with_an_error_event(parts: list[bytes]) -> None:
+    told = forward(stream(*parts, abort=True), stream(*EVENTS, DONE))
+    assert told.asked == [0] and told.trace.failed, "what was half answered is never answered again by somebody else"
+    assert told.body.startswith(EVENTS[0]) and last_event(told.body)["error"]["code"] == "replica_lost"
+    assert DONE not in told.body and all(event.startswith(b"data: ") for event in told.body.strip().split(b"\n\n"))
+
+
+def test_a_stream_that_ends_without_its_end_is_an_error() -> None:
+    assert last_event(forward(stream(*EVENTS)).body)["error"]["code"] == "replica_lost"
+
+
+def test_the_engines_error_inside_a_stream_is_said_in_openais_form() -> None:
+    event = b'data: {"error": {"message": "out of memory", "type": "InternalServerError", "code": 500}}\n\n'
+    error = last_event(forward(stream(EVENTS[0], event, DONE)).body)["error"]
+    assert "out of memory" in error["message"] and error["type"] == "server_error"
+
+
+def test_a_replica_that_takes_other_weights_over_sends_the_request_back_to_be_resolved_again() -> None:
+    with pytest.raises(NoReplica):
+        forward(refuses(503))
+
+
+def test_the_engines_own_503_is_tried_elsewhere() -> None:
+    told = forward(refuses(503, {"error": {"message": "overloaded"}}), stream(*EVENTS, DONE))
+    assert told.asked == [0, 1]
+
+
+def test_a_bad_request_is_not_tried_again() -> None:
+    with pytest.raises(BadRequest, match="temperature"):
+        forward(refuses(400, {"error": {"message": "temperature must be positive", "code": 400}}), whole)
