@@ -29,7 +29,7 @@ from cluster.registry import Registry, adapter_rank, check_layout
 from cluster.replicas import LOAD_TIMEOUT_S, Replicas
 from cluster.rollout import DIRECT, Facts, Order, Policy, Rollout
 from cluster.store import Store
-from cluster.types import Manifest, ReplicaState, VersionId, View, check_name
+from cluster.types import Generation, Manifest, ReplicaState, VersionId, View, check_name
 
 ACTOR, NAMESPACE = "springtide-control", "springtide"
 TICK_S = 0.5
@@ -69,6 +69,8 @@ class Control:
         self.ticked = threading.Condition()
         self.rollouts: dict[str, Rollout] = {}
         """The newest rollout of each alias at its newest record, as far as this process has read or written."""
+        self.histories: dict[str, list[Generation]] = {}
+        """Every alias's moves as this tick read them: the store is listed once a tick, however many ask."""
         self.facts: dict[str, Facts] = {}
         self.orders: dict[str, Order] = {}
         self.steered = ""
@@ -254,6 +256,7 @@ class Control:
         """One round: read both sides, take each rollout's next steps, tell the gateways, load what is missing, swap one set of weights."""
         with self.acting:
             replicas = self.replicas.observe()
+            self.histories = self.registry.histories()
             for alias in self.registry.store.children("rollouts"):
                 self._advance(alias, replicas)
             target = self._choose_swap(replicas)
@@ -296,7 +299,7 @@ class Control:
 
     def _move(self, one: Rollout) -> None:
         """Write the alias's move that the rollout's record asks for, unless it was written, or somebody moved on by hand since."""
-        meant, history = rollout.wanted(one), self.registry.history(one.alias)
+        meant, history = rollout.wanted(one), self.histories.setdefault(one.alias, [])
         done = max(((move.rollout or 0, move.record) for move in history), default=(0, 0))
         if meant is None or done >= (one.number, one.n):
             return
@@ -304,7 +307,7 @@ class Control:
         if newest is not None and (newest.stable, newest.canary, newest.percent) == meant:
             return
         shadow = one.policy.shadow_percent if meant.canary else 0
-        self.registry.move(
+        move = self.registry.move(
             one.alias,
             meant.stable,
             one.reason,
@@ -316,6 +319,7 @@ class Control:
             rollout=one.number,
             record=one.n,
         )
+        history.append(move)
 
     def _facts(self, one: Rollout, replicas: tuple[ReplicaState, ...]) -> Facts:
         if one.stage not in rollout.UNDER_WAY:
@@ -331,7 +335,7 @@ class Control:
             asked = self.replicas.hold([str(manifest.id)], lambda: carry.load(self.registry, new))
             ready = placement.warmth(replicas if not asked else self.replicas.states, manifest)
             return Facts(warmth=ready if asked or not ready.refused else None, order=order, divisible=divisible)
-        move = self.registry.alias(one.alias)
+        move = self._means(one.alias)
         hosts = placement.bases(replicas, move, self._weights) if move else {}
         comparison = None
         if one.percent < 100 and one.incumbent:
@@ -340,14 +344,18 @@ class Control:
         warmth = placement.settled(replicas, manifest, hosts)
         return Facts(warmth=warmth, comparison=comparison, order=order, divisible=divisible)
 
+    def _means(self, alias: str) -> Generation | None:
+        """The alias's newest move, as this tick has read the store."""
+        return next(reversed(self.histories.get(alias, [])), None)
+
     def _verdict(self, one: Rollout) -> Verdict | None:
         return latest(self.registry.verdicts(one.version), one.incumbent)
 
     def _announce(self, replicas: tuple[ReplicaState, ...]) -> bool:
         open_ = tuple(replica._replace(held={}) if replica.id == self.steered else replica for replica in replicas)
         announced = self.gateways.current.aliases
-        histories = self.registry.histories()
-        aliases = {name: placement.answerable(history, open_, announced.get(name)) for name, history in histories.items()}
+        moved = {name: history for name, history in self.histories.items() if history}
+        aliases = {name: placement.answerable(history, open_, announced.get(name)) for name, history in moved.items()}
         return self.gateways.announce(aliases, open_)
 
     def _load(self, replicas: tuple[ReplicaState, ...]) -> None:
@@ -355,7 +363,8 @@ class Control:
         limit = self.config.fleet.max_cpu_loras
         hosted = {VersionId.parse(replica.base) for replica in replicas}
         coming = [self.registry.manifest(one.version) for one in self.rollouts.values() if one.stage in ("warming", "canary")]
-        wanted = [manifest for base in hosted for manifest in [*self.registry.ever_live(base, limit), *coming][-limit:]]
+        held = self.registry.ever_live
+        wanted = [m for base in hosted for m in [*held(base, limit, self.histories), *coming][-limit:]]
         again = time.monotonic() >= self.retry_refused_s
         if again:
             self.retry_refused_s = time.monotonic() + RETRY_REFUSED_S
@@ -365,7 +374,7 @@ class Control:
 
     def _choose_swap(self, replicas: tuple[ReplicaState, ...]) -> VersionId | None:
         """The weights that one replica should take over now, None where every replica hosts what it should. One at a time."""
-        move = self.registry.alias(self.config.fleet.model)
+        move = self._means(self.config.fleet.model)
         hosts = placement.bases(replicas, move, self._weights) if move else {}
         wrong = [r for r in replicas if r.id in hosts and r.base != str(hosts[r.id]) and str(hosts[r.id]) not in r.refused]
         chosen = next((replica for replica in wrong if replica.id == self.steered), wrong[0] if wrong else None)
