@@ -163,7 +163,7 @@ class Control:
         deadline_s = time.monotonic() + timeout_s
         self.wake.set()
         with self.ticked:
-            while not done(now := self._current(begun)) and (now.stage != "rolled_back" or not self._carried_out(now)):
+            while not done(now := self._current(begun)) and (now.stage != "rolled_back" or not self._over(now)):
                 if not self.ticked.wait(deadline_s - time.monotonic()):
                     raise PoolUnavailable(f"{now.version} is still {now.stage} after {timeout_s} s.", "See `springtide status`.")
         if now.stage == "rolled_back" and not done(now):
@@ -171,14 +171,26 @@ class Control:
         return now
 
     def _current(self, begun: Rollout) -> Rollout:
-        """The rollout as it is now; as it was given where it was never recorded, or another has followed."""
+        """The rollout as it is now. Where another has followed already: as it went live, if it did, or else how it ended."""
         now = self.rollouts.get(begun.alias)
-        return now if now is not None and now.number == begun.number else begun
+        if now is None or now.number < begun.number:
+            return begun  # never recorded: it was live already
+        if now.number == begun.number:
+            return now
+        records = self.registry.records(begun.alias, begun.number)
+        return next((record for record in records if record.stage == "live"), records[-1])
 
     def _waits(self, one: Rollout) -> bool:
+        newest = self.rollouts.get(one.alias)
+        if newest is not None and newest.number > one.number:
+            return one.stage == "live"
         if one.stage == "registered":
             return one.policy.gate and self._verdict(one) is None
         return self._carried_out(one) and (one.stage == "live" or (one.stage == "canary" and one.percent < 100))
+
+    def _over(self, one: Rollout) -> bool:
+        """Whether a rollback has reached the gateways, or is history."""
+        return self._carried_out(one) or self.rollouts[one.alias].number > one.number
 
     def _carried_out(self, one: Rollout) -> bool:
         """Whether every gateway routes by what the rollout's record says."""
@@ -213,7 +225,7 @@ class Control:
         others = [
             name for name, move in self.registry.aliases().items() if name != alias and self._weights(move.stable) == hosted
         ]
-        if alias != self.config.fleet.model or others:
+        if alias != self.config.fleet.model or others or manifest.weights.name != hosted.name:
             raise VersionRefused(
                 f"{manifest.id} needs {manifest.weights}, but the fleet hosts {hosted} for {', '.join(others) or self.config.fleet.model}.",
                 f"Train it on {hosted}, or serve its base: springtide up --model {manifest.weights}.",
@@ -300,8 +312,10 @@ class Control:
     def _move(self, one: Rollout) -> None:
         """Write the alias's move that the rollout's record asks for, unless it was written, or somebody moved on by hand since."""
         meant, history = rollout.wanted(one), self.histories.setdefault(one.alias, [])
-        done = max(((move.rollout or 0, move.record) for move in history), default=(0, 0))
-        if meant is None or done >= (one.number, one.n):
+        own = [move.record for move in history if move.rollout == one.number]
+        untouched = one.stage in ("registered", "warming") or (one.stage == "rolled_back" and not own)
+        # A live rollout has moved the alias already, at 100 %; whatever moved it since was somebody's will.
+        if meant is None or untouched or one.stage in ("live", "retired") or max(own, default=0) >= one.n:
             return
         newest = history[-1] if history else None
         if newest is not None and (newest.stable, newest.canary, newest.percent) == meant:
@@ -359,12 +373,13 @@ class Control:
         return self.gateways.announce(aliases, open_)
 
     def _load(self, replicas: tuple[ReplicaState, ...]) -> None:
-        """Ask for what should be held and is not. What a replica has refused it is asked again only every `RETRY_REFUSED_S`."""
-        limit = self.config.fleet.max_cpu_loras
-        hosted = {VersionId.parse(replica.base) for replica in replicas}
-        coming = [self.registry.manifest(one.version) for one in self.rollouts.values() if one.stage in ("warming", "canary")]
-        held = self.registry.ever_live
-        wanted = [m for base in hosted for m in [*held(base, limit, self.histories), *coming][-limit:]]
+        """Ask for what clients may get and is not held. What a replica has refused it is asked again only every `RETRY_REFUSED_S`.
+
+        What was live before stays where it is held, and is not asked for again where it had to make room.
+        """
+        live = [id for history in self.histories.values() if history for id in history[-1].versions]
+        coming = [one.version for one in self.rollouts.values() if one.stage in ("warming", "canary")]
+        wanted = [self.registry.manifest(id) for id in dict.fromkeys([*live, *coming])]
         again = time.monotonic() >= self.retry_refused_s
         if again:
             self.retry_refused_s = time.monotonic() + RETRY_REFUSED_S

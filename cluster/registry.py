@@ -179,14 +179,14 @@ class Registry:
         )
         return self._moves.append(f"aliases/{alias}", move.generation, move)
 
-    def ever_live(self, weights: VersionId, limit: int, histories: dict[str, list[Generation]] | None = None) -> list[Manifest]:
+    def ever_live(self, weights: VersionId, limit: int) -> list[Manifest]:
         """The adapters that replicas with these weights should hold: the last ``limit`` that were live or canary on them, those of now last.
 
-        Older ones stay in the store; a version that never went live is nobody's to call. ``histories``: as read already.
+        Older ones stay in the store; a version that never went live is nobody's to call.
         """
-        known_moves = [moves for moves in (self.histories() if histories is None else histories).values() if moves]
-        live = [version for moves in known_moves for version in reversed(moves[-1].versions)]
-        past = [version for moves in known_moves for move in moves for version in move.versions]
+        histories = self.histories().values()
+        live = [version for moves in histories for version in reversed(moves[-1].versions)]
+        past = [version for moves in histories for move in moves for version in move.versions]
         ordered = dict.fromkeys([*(id for id in past if id not in live), *live])
         known = (manifest for id in ordered if (manifest := self._readable(id)))
         return [manifest for manifest in known if manifest.base == weights][-limit:]
@@ -224,7 +224,11 @@ class Registry:
 
     def rollouts(self, alias: str) -> list[list[Rollout]]:
         """Every rollout of the alias, oldest first, each with all its records."""
-        return [self._rollouts.all(f"rollouts/{alias}/{number}") for number in self._numbers(f"rollouts/{check_name(alias)}")]
+        return [self.records(alias, number) for number in self._numbers(f"rollouts/{check_name(alias)}")]
+
+    def records(self, alias: str, number: int) -> list[Rollout]:
+        """One rollout's records, oldest first."""
+        return self._rollouts.all(f"rollouts/{check_name(alias)}/{number}")
 
     def record(self, rollout: Rollout) -> Rollout:
         """Append a record. Raises `Conflict` where another control, or another publish, was faster."""

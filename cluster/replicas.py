@@ -74,7 +74,6 @@ class Replicas:
         for answer in answers:
             if isinstance(answer, ReplicaState):
                 known = self.seen.get(answer.id, (answer, now_s))[0]
-                newest = max(known, answer, key=lambda state: state.revision)
-                self.seen = {**self.seen, answer.id: (newest, now_s)}
+                self.seen = {**self.seen, answer.id: (known if known.revision > answer.revision else answer, now_s)}
             elif isinstance(answer, Exception):
                 log.warning("a replica: %s", answer)

@@ -34,7 +34,12 @@ SESSIONS = 12
 @pytest.fixture(autouse=True)
 def seedling_one_is_live(pool: Running) -> Iterator[None]:
     """Each test starts from the first version, and leaves no rollout behind."""
+    clean_up(pool)
     yield
+    clean_up(pool)
+
+
+def clean_up(pool: Running) -> None:
     now = pool.registry.rollout("seedling")
     if now is not None and now.stage in ("registered", "warming", "canary"):
         admin.step(pool.config, "abort", "seedling", "the test is over")
