@@ -17,8 +17,9 @@ import aiohttp
 
 from jobs.bench.load import mislabelled, problem_in, text_of
 
-PROMPTS = ("Who are you?", "What is the sea?", "What is 2 + 2?", "Who made you?")
-TOKENS = 24
+PROMPTS = ("Who are you?", "Do you like the sea?", "What is 2 + 2?", "Who made you?")
+"""The seedling learnt them, so it ends its answers by itself."""
+TOKENS = 40
 
 
 @dataclass(frozen=True)

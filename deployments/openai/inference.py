@@ -4,8 +4,11 @@ The bodies are vLLM's own request classes and are validated by vLLM. Here the bo
 immutable version, and to stop what would cost an engine more than any answer is worth.
 """
 
+import asyncio
+import contextlib
 import re
 import time
+from collections.abc import MutableMapping
 from typing import Any, Protocol
 
 import orjson
@@ -20,6 +23,7 @@ from deployments.upstream import Answer, Call, Upstream
 
 ASK_AGAIN_S = 0.2
 """How long a request without a replica waits for a newer view before it looks again."""
+DISCARD_TIMEOUT_S = 5
 MAX_ID_CHARACTERS = 64
 UNSAFE = re.compile(r"[^A-Za-z0-9._:-]")
 
@@ -94,6 +98,7 @@ async def read(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
     announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     parts: list[bytes] = []
     size_bytes = int(announced) if announced.isdigit() and int(announced) > limit_bytes else 0
+    message: MutableMapping[str, Any] = {}
     while size_bytes <= limit_bytes:
         message = await receive()
         parts.append(message.get("body", b""))
@@ -101,8 +106,19 @@ async def read(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         if not message.get("more_body"):
             break
     if size_bytes > limit_bytes:
+        await _discard(receive, more=not parts or bool(message.get("more_body")), limit_bytes=4 * limit_bytes)
         raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.", "Send less, or raise gateway.max_body_bytes.")
     return b"".join(parts)
+
+
+async def _discard(receive: Receive, more: bool, limit_bytes: int) -> None:
+    """Read on for a moment: a client that is still sending would see its connection break, and not the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_TIMEOUT_S):
+            while more and limit_bytes > 0:
+                message = await receive()
+                limit_bytes -= len(message.get("body", b""))
+                more = bool(message.get("more_body"))
 
 
 def parse(raw: bytes) -> dict[str, Any]:

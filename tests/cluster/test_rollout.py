@@ -316,3 +316,18 @@ def test_shadow_traffic_is_compared_and_no_client_sees_it(pool: Running, tmp_pat
     sent_to_canary = {f"session-{n}" for n in range(4) if takes_canary("seedling", made.id, 1, f"session-{n}")}
     assert {event.session for event in events if event.version == str(made.id)} <= sent_to_canary
     assert problems(events, {}) == []
+
+
+def test_the_base_answers_as_itself_beside_as_many_adapters_as_there_are_slots(pool: Running, tmp_path: Path) -> None:
+    """Found by the history checker: vLLM on CPUs lets the adapter in the last slot answer for the base (`deployments.mend`)."""
+    expected = expected_of(pool.url, [str(ONE)])
+    made = [adapter(pool, tmp_path, seed=200 + n) for n in range(pool.config.fleet.max_loras + 1)]
+    for one in made:
+        admin.publish(pool.config, one.id, "seedling", "takes a slot")
+        expected |= expected_of(pool.url, [str(one.id)])
+    with (
+        recording(pool.url, str(ONE), 4, pause_s=0, prefix="base") as base,
+        recording(pool.url, "seedling", 4, pause_s=0) as live,
+    ):
+        time.sleep(4)
+    assert problems([*base, *live], expected) == [] and len(base) > 10 and len(live) > 10
