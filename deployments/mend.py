@@ -30,4 +30,4 @@ def keep_base_rows_free_of_adapters() -> None:
 
     bgmv_shrink.mended = True  # pyright: ignore[reportFunctionMemberAccess]
     lora_ops.bgmv_shrink = bgmv_shrink
-    punica_cpu.bgmv_shrink = bgmv_shrink
+    punica_cpu.bgmv_shrink = bgmv_shrink  # pyright: ignore[reportPrivateImportUsage]
