@@ -124,7 +124,7 @@ def train(
         console.print(f"The job goes on: springtide logs {job} · springtide cancel {job}")
         return
     loss = f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}"
-    following = "it is published" if made.get("stage") else f"next: springtide publish {made['version']}"
+    following = f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
     console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {loss}; {following}")
 
 

@@ -41,7 +41,7 @@ OPTIONS: dict[str, Any] = {
     "namespace": NAMESPACE,
     "lifetime": "detached",
     "max_restarts": -1,
-    "max_concurrency": 8,
+    "max_concurrency": 64,  # a publish waits in its thread for minutes where loading takes that long, and gateways must be heard beside it
     "num_cpus": 0,
     "runtime_env": {"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}},  # this actor has no event loop to route in
 }

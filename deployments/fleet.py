@@ -237,7 +237,7 @@ class Replica:
             if not self.held:
                 await self._revert(before)
         finally:
-            self.guard.closed = False
+            self.guard.closed = self.broken  # what is in memory then has no name to answer under
             self.pause_s = time.monotonic() - began_s
             self.revision += 1
 
