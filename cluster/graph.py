@@ -49,26 +49,27 @@ def _arguments(config: Config) -> dict[str, Any]:
 
 def _fleet(config: Config) -> dict[str, Any]:
     arguments = {key: value for key, value in _arguments(config).items() if key in ("store", "home", "fleet")}
+    return {
+        "name": fleet_app(config.fleet.model),
+        "route_prefix": None,  # reached through the gateway only
+        "import_path": "deployments.app:build_fleet",
+        "args": arguments,
+        "deployments": [{"name": "Replica", **replica_options(config), **_scaling(config)}],
+    }
+
+
+def replica_options(config: Config) -> dict[str, Any]:
+    """Serve's options for one replica: its slots, its health, how long it may take to end."""
     fleet = config.fleet
     accelerators = {"num_gpus": fleet.tensor_parallel_size} if fleet.accelerator == "gpu" else {}
     slots = {"resources": {"slot": fleet.tensor_parallel_size}} if fleet.accelerator == "slot" else {}
     return {
-        "name": fleet_app(fleet.model),
-        "route_prefix": None,  # reached through the gateway only
-        "import_path": "deployments.app:build_fleet",
-        "args": arguments,
-        "deployments": [
-            {
-                "name": "Replica",
-                "ray_actor_options": {"num_cpus": 0, **accelerators, **slots},
-                "health_check_period_s": 2,
-                "health_check_timeout_s": 10,
-                # Behind HAProxy Serve itself waits 30 s before it asks the replica to end; then the replica's own drain begins.
-                "graceful_shutdown_timeout_s": fleet.drain_timeout_s + 45,
-                "graceful_shutdown_wait_loop_s": 0.2,
-                **_scaling(config),
-            }
-        ],
+        "ray_actor_options": {"num_cpus": 0, **accelerators, **slots},
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 10,
+        # Behind HAProxy Serve itself waits 30 s before it asks the replica to end; then the replica's own drain begins.
+        "graceful_shutdown_timeout_s": fleet.drain_timeout_s + 45,
+        "graceful_shutdown_wait_loop_s": 0.2,
     }
 
 

@@ -10,16 +10,18 @@ Weights = Callable[[VersionId], VersionId]
 """Version → the weights version it is, or sits on."""
 
 
-def bases(replicas: Sequence[ReplicaState], move: Generation, weights: Weights) -> dict[str, VersionId]:
+def bases(
+    replicas: Sequence[ReplicaState], move: Generation, weights: Weights, apart: VersionId | None = None
+) -> dict[str, VersionId]:
     """Replica id → the weights it should host for an alias at ``move``.
 
     A canary on other weights gets its share of the replicas: at least one, and never the last. Those that host it already come
-    first, so that a new step moves as few as possible.
+    first, so that a new step moves as few as possible. One whose weights a second fleet hosts (``apart``) needs none of these.
     """
     stable = weights(move.stable)
     canary = weights(move.canary) if move.canary else stable
     wanted = {replica.id: stable for replica in replicas}
-    if canary != stable and len(replicas) > 1:
+    if canary not in (stable, apart) and len(replicas) > 1:
         count = min(len(replicas) - 1, ceil(move.percent * len(replicas) / 100))
         ordered = sorted(replicas, key=lambda replica: (replica.base != str(canary), replica.id))
         wanted.update({replica.id: canary for replica in ordered[:count]})
@@ -54,12 +56,13 @@ def answerable(
 
     They differ from the newest of all where a replica is about to take other weights over, where an alias was moved in the store by
     other hands, or where control was killed between a move and its announcement: until a replica holds the version, the one before
-    is the answer, or, while nobody holds that either, requests wait.
+    is the answer. While nobody holds that either, requests wait, and then for the newest: gateways that know of a move before it can
+    be answered need not be told twice when it can.
     """
     held = {id for replica in replicas for id in replica.held}
     since = announced.generation if announced else 0
     fitting = (move for move in reversed(history) if move.generation >= since and all(str(id) in held for id in move.versions))
-    return next(fitting, announced or history[-1])
+    return next(fitting, history[-1])
 
 
 def _refusal(replicas: Sequence[ReplicaState], manifest: Manifest) -> str:

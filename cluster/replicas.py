@@ -14,17 +14,19 @@ DESCRIBE_TIMEOUT_S = 2
 LOAD_TIMEOUT_S = 600
 """How long a replica may take to load a version, or to become one."""
 FORGET_S = 5
+OBSERVE_S = 0.4
 THREADS = 8
 
 log = logs.logger(__name__)
 
 
 class Replicas:
-    """The replicas of one fleet. Loading may take minutes, so it is asked for and heard of later; ``changed`` is called then."""
+    """The replicas of the fleet's applications. Loading may take minutes, so it is asked for and heard of later; ``changed`` is called then."""
 
     def __init__(self, app: str, changed: Callable[[], None]) -> None:
-        self.app = app
+        self.apps: tuple[str, ...] = (app,)
         self.changed = changed
+        self.observed_s = 0.0
         self.seen: dict[str, tuple[ReplicaState, float]] = {}
         self.asked: dict[str, Future[None]] = {}
         """What was asked for and whether it was answered: `_ask`'s key."""
@@ -32,9 +34,13 @@ class Replicas:
 
     def observe(self) -> tuple[ReplicaState, ...]:
         """The replicas heard lately. Silence for less than `FORGET_S` is no death: the machine may be busy, and gateways avoid a replica
-        that breaks a connection by themselves."""
-        self._hear(broadcast(self.app, "describe", timeout_s=DESCRIBE_TIMEOUT_S))
+        that breaks a connection by themselves. Asked again only after `OBSERVE_S`: what they were ordered to do they report unasked."""
         now_s = time.monotonic()
+        if now_s - self.observed_s < OBSERVE_S:
+            return self.states
+        for app in self.apps:
+            self._hear(broadcast(app, "describe", timeout_s=DESCRIBE_TIMEOUT_S))
+        self.observed_s = now_s = time.monotonic()
         self.seen = {id: (state, at_s) for id, (state, at_s) in self.seen.items() if now_s - at_s < FORGET_S}
         return self.states
 
@@ -42,12 +48,14 @@ class Replicas:
     def states(self) -> tuple[ReplicaState, ...]:
         return tuple(sorted(state for state, _ in self.seen.values()))
 
-    def hold(self, ids: list[str], carried: Callable[[], Carried] = dict) -> bool:
+    def hold(self, ids: list[str], carried: Callable[[], Carried] = dict, missing: bool = True) -> bool:
         """Ask every replica to load these versions, or to lay them ready; True once they have answered since this was first asked.
 
-        Asked again afterwards, it is asked anew. ``carried`` is called where they are asked, for what travels with the order.
+        Asked again afterwards, it is asked anew, unless nothing is ``missing``. ``carried`` is called where they are asked, for what
+        travels with the order.
         """
-        return self._ask(f"hold {ids}", lambda: ("hold", ids, carried()))
+        key = f"hold {ids}"
+        return (not missing and key not in self.asked) or self._ask(key, lambda: ("hold", ids, carried()))
 
     def become(self, replica: str, id: str, fingerprint: str) -> bool:
         """Ask one replica to host other weights; True once it has answered. Its state says whether it worked."""
@@ -65,7 +73,9 @@ class Replicas:
 
     def _call(self, order: Callable[[], tuple[Any, ...]]) -> None:
         try:
-            self._hear(broadcast(self.app, *order(), timeout_s=LOAD_TIMEOUT_S))
+            method, *arguments = order()
+            for app in self.apps:
+                self._hear(broadcast(app, method, *arguments, timeout_s=LOAD_TIMEOUT_S))
         finally:
             self.changed()
 

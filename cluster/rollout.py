@@ -94,6 +94,12 @@ class Warmth(NamedTuple):
     ready: int
     refused: str = ""
     """A replica's own words, empty where none refused."""
+    waits: str = ""
+    """What they wait for, where that needs words."""
+
+    @property
+    def complete(self) -> bool:
+        return 0 < self.replicas <= self.ready
 
 
 class Facts(NamedTuple):
@@ -160,7 +166,7 @@ def _decide_registered(rollout: Rollout, facts: Facts, now_s: float) -> Rollout 
 
 def _decide_warming(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
     warmth = facts.warmth
-    if warmth is not None and 0 < warmth.replicas <= warmth.ready:
+    if warmth is not None and warmth.complete:
         return _step(rollout, facts, f"{warmth.ready} replicas are ready", now_s)
     return _late(rollout, warmth, now_s)
 
@@ -174,7 +180,7 @@ def _late(rollout: Rollout, warmth: Warmth | None, now_s: float) -> Rollout | No
 
 def _decide_canary(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
     if rollout.percent == 100:
-        if facts.warmth is not None and 0 < facts.warmth.replicas <= facts.warmth.ready:
+        if facts.warmth is not None and facts.warmth.complete:
             return rollout.next("live", f"{facts.warmth.ready} replicas hold it", now_s)
         return _late(rollout, facts.warmth, now_s)
     if facts.order is not None:
@@ -229,7 +235,8 @@ def waiting_for(rollout: Rollout, facts: Facts, now_s: float) -> str:
     if rollout.stage == "registered":
         return "its verdict: springtide evaluate" if policy.gate else "control"
     if rollout.stage == "warming":
-        return f"replicas: {facts.warmth.ready} of {facts.warmth.replicas} are ready" if facts.warmth else "replicas"
+        ready = f"{facts.warmth.ready} of {facts.warmth.replicas} replicas are ready" if facts.warmth else "replicas"
+        return facts.warmth.waits if facts.warmth and facts.warmth.waits else ready
     if rollout.stage == "canary":
         left = [
             f"{max(0.0, policy.min_step_s - (now_s - rollout.since_s)):.0f} s",

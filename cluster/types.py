@@ -140,6 +140,8 @@ class ReplicaState(NamedTuple):
     """How long the last change of weights kept this replica from answering, draining included."""
     fingerprint: str = ""
     """Checksum of the weights in the accelerator's memory; equal on all replicas of one base."""
+    app: str = ""
+    """The Serve application that it belongs to: the fleet, or a second one while another shape takes over (`cluster.surge`)."""
 
     def __repr__(self) -> str:
         return f"ReplicaState({self.id}, {self.url}, {self.base})"  # never the secret, which a log line would keep

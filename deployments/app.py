@@ -3,15 +3,23 @@
 Imports nothing heavy: Serve runs these builders in a process of their own before the first replica starts.
 """
 
+from typing import Any
+
 from ray.serve import Application
 
 from cluster.config import Config
+from cluster.types import VersionId
 from deployments.fleet import Replica
 from deployments.gateway import Gateway
 
 
 def build_fleet(args: Config) -> Application:
     return Replica.bind(args)  # pyright: ignore[reportFunctionMemberAccess] (the decorator's annotation is lost)
+
+
+def build_surge(config: Config, weights: VersionId, options: dict[str, Any]) -> Application:
+    """A second fleet, for ``weights`` whatever is live; deployed by `cluster.surge` and not by the declared graph."""
+    return Replica.options(**options).bind(config, weights)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def build_gateway(args: Config) -> Application:

@@ -22,7 +22,7 @@ import ray
 import uvicorn
 from ray import serve
 
-from cluster import carry, logs
+from cluster import artefact, carry, logs
 from cluster.config import Config, Fleet
 from cluster.errors import ModelNotFound, SpringtideError, VersionRefused
 from cluster.registry import Registry
@@ -87,7 +87,8 @@ async def _refuse(send: Send, status: int) -> None:
 class Replica:
     """One engine that hosts one weights version, and any adapters on it."""
 
-    async def __init__(self, config: Config) -> None:
+    async def __init__(self, config: Config, weights: VersionId | None = None) -> None:
+        """``weights``: what a replica of a second fleet hosts (`cluster.surge`); by default what is live, or sits under it."""
         seal()
         self.config = config
         self.registry = Registry(Store(config.store))
@@ -97,15 +98,19 @@ class Replica:
         self.staged: dict[str, str] = {}
         self.pause_s = 0.0
         self.revision = 0
+        self.starting = False
+        """Whether this replica is between two engines."""
         self.broken = False
         self.loading = asyncio.Lock()
-        self.id = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self.id, self.application = context.replica_id.unique_id, context.app_name
         self.secret = secrets.token_urlsafe(32)
 
-        base = await asyncio.to_thread(base_weights, self.registry, config.fleet.model)
-        folder = await asyncio.to_thread(self.registry.fetch, base, self.cache)
+        id = weights or await asyncio.to_thread(live_weights, self.registry, config.fleet.model)
+        base = self.registry.manifest(id)
+        self.folder = await asyncio.to_thread(self.registry.fetch, base, self.cache)
         self.base = str(base.id)
-        self.engine, app = await start_engine(config.fleet, folder, self.base)
+        self.engine, app = await start_engine(config.fleet, self.folder, self.base)
         self.models = app.state.openai_serving_models
         self.fingerprint = await self._fingerprint()
         self.held[self.base] = base.digest
@@ -129,6 +134,7 @@ class Replica:
             revision=self.revision,
             pause_s=self.pause_s,
             fingerprint=self.fingerprint,
+            app=self.application,
         )
 
     async def _catch_up(self) -> None:
@@ -150,7 +156,7 @@ class Replica:
         return await self.describe() if hasattr(self, "port") else None
 
     async def _hold_one(self, id: str) -> None:
-        if id in self.held:
+        if id in self.held or id in self.staged:
             return
         try:
             manifest = await asyncio.to_thread(self.registry.manifest, VersionId.parse(id))
@@ -223,11 +229,12 @@ class Replica:
         began_s = time.monotonic()
         try:
             folder = await asyncio.to_thread(self.registry.fetch, manifest, self.cache)
+            fits = await self._fits(folder)
             began_s = time.monotonic()
             self.guard.closed = True
-            await self._drained()
+            await self._drained(keeping=fits and self.config.fleet.swap == "keep")
             drained_s = time.monotonic()
-            await self._reload(manifest, folder, expected)
+            await self._take_over(manifest, folder, expected, fits)
             self.refused.pop(str(manifest.id), None)
             log.info("became %s: drained %.3f s, swapped %.3f s", manifest.id, drained_s - began_s, time.monotonic() - drained_s)
         except Exception as error:
@@ -242,22 +249,40 @@ class Replica:
             self.revision += 1
 
     async def _revert(self, before: Manifest) -> None:
-        self.broken = True  # until the old weights are back: Serve replaces a replica that stays so
-        await self._reload(before, await asyncio.to_thread(self.registry.fetch, before, self.cache), self.fingerprint)
-        self.broken = False
+        try:
+            folder = await asyncio.to_thread(self.registry.fetch, before, self.cache)
+            await self._take_over(before, folder, self.fingerprint, await self._fits(folder))
+        except Exception:
+            self.broken = True  # a replica that can host nothing is replaced by Serve
+            raise
 
-    async def _drained(self) -> None:
+    async def _take_over(self, manifest: Manifest, folder: Path, expected: str, fits: bool) -> None:
+        """Replace the weights and everything that followed from the old ones: adapters, prefix cache, the model's name."""
+        from vllm.entrypoints.openai.models.protocol import BaseModelPath
+
+        found = await (self._reload(folder) if fits else self._restart(folder, str(manifest.id)))
+        if expected and found != expected:
+            raise VersionRefused(f"the weights in memory have checksum {found[:12]}…, another replica's {expected[:12]}…")
+        self.base, self.folder, self.fingerprint = str(manifest.id), folder, found
+        self.models.base_model_paths[:] = [BaseModelPath(name=self.base, model_path=str(folder))]
+        self.held[self.base] = manifest.digest
+        self.staged.clear()
+        await self._catch_up()
+
+    async def _fits(self, folder: Path) -> bool:
+        """Whether the running engine can read these weights in; otherwise it takes another engine."""
+        return not self.starting and not await asyncio.to_thread(artefact.difference, folder, self.folder)
+
+    async def _drained(self, keeping: bool) -> None:
         deadline_s = time.monotonic() + self.config.fleet.drain_timeout_s
-        kept = self.base if self.config.fleet.swap == "keep" else None
+        kept = self.base if keeping else None
         while running := sum(count for id, count in self.guard.answering.items() if id != kept):
             if time.monotonic() > deadline_s:
                 raise VersionRefused(f"{running} streams still ran after {self.config.fleet.drain_timeout_s} s.")
             await asyncio.sleep(0.005)
 
-    async def _reload(self, manifest: Manifest, folder: Path, expected: str) -> None:
-        """Replace the weights in the engine and everything that followed from the old ones: adapters, prefix cache, the model's name."""
-        from vllm.entrypoints.openai.models.protocol import BaseModelPath
-
+    async def _reload(self, folder: Path) -> str:
+        """Read other tensors into the running engine; the checksum of what it holds then."""
         for id in [id for id in self.held if id != self.base]:
             await self._unload(id)
         self.held.clear()
@@ -267,23 +292,27 @@ class Replica:
             await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             if keep:
                 await self.engine.reset_prefix_cache(reset_running_requests=True)
-            found = await self._fingerprint()
+            return await self._fingerprint()
         finally:
             await self.engine.resume_generation()
-        if expected and found != expected:
-            raise VersionRefused(f"the weights in memory have checksum {found[:12]}…, another replica's {expected[:12]}…")
-        self.base, self.fingerprint = str(manifest.id), found
-        self.models.base_model_paths[:] = [BaseModelPath(name=self.base, model_path=str(folder))]
-        self.held[self.base] = manifest.digest
-        self.staged.pop(self.base, None)
-        await self._catch_up()
+
+    async def _restart(self, folder: Path, name: str) -> str:
+        """Another engine in the place of this one, for weights of another shape; the checksum of what it holds."""
+        self.starting = True
+        self.held.clear()
+        await asyncio.to_thread(self.engine.shutdown)
+        self.engine, app = await start_engine(self.config.fleet, folder, name)
+        self.guard.app, self.models, self.folder = app, app.state.openai_serving_models, folder
+        self.starting = False
+        return await self._fingerprint()
 
     async def _fingerprint(self) -> str:
         (found, *others) = await self.engine.collective_rpc("fingerprint")
         return ":".join([found, *others])
 
     async def check_health(self) -> None:
-        await self.engine.check_health()
+        if not self.starting:
+            await self.engine.check_health()
         if self.broken:
             raise RuntimeError("the replica could not go back to the weights it had")
         if self.serving.done():
@@ -312,12 +341,12 @@ class Replica:
             self.engine.shutdown()
 
 
-def base_weights(registry: Registry, model: str) -> Manifest:
+def live_weights(registry: Registry, model: str) -> VersionId:
     """The weights version that a fleet for ``model`` hosts: what the alias's live version is, or sits on."""
     live = registry.alias(model)
     if live is None:
         raise ModelNotFound(f"{model} has no version to serve.", "Register one: springtide up --model PATH, or jobs.pretrain.")
-    return registry.manifest(registry.manifest(live.stable).weights)
+    return registry.manifest(live.stable).weights
 
 
 async def start_engine(fleet: Fleet, folder: Path, name: str) -> "tuple[AsyncLLM, Any]":
@@ -337,7 +366,9 @@ async def start_engine(fleet: Fleet, folder: Path, name: str) -> "tuple[AsyncLLM
     values = {**fleet.engine_arguments(), "model": folder, "served_model_name": name, "disable_fastapi_docs": True}
     values["worker_extension_cls"] = "deployments.fingerprint.Fingerprint"
     args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(values))
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args), usage_context=UsageContext.OPENAI_API_SERVER)
+    # In a thread: it returns when the engine is ready, and meanwhile this replica must say how it is.
+    settings = AsyncEngineArgs.from_cli_args(args)
+    engine = await asyncio.to_thread(AsyncLLM.from_engine_args, settings, usage_context=UsageContext.OPENAI_API_SERVER)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)

@@ -39,6 +39,19 @@ def make_weights(folder: Path, base: Path, seed: int = 0, noise: float = 0.01) -
     return folder
 
 
+def make_smaller(folder: Path, base: Path) -> Path:
+    """The model in ``base`` without its last layer: another shape, and an answer to the same questions."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    last = config["num_hidden_layers"] - 1
+    tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if f".layers.{last}." not in n}
+    shorter = {key: value[:last] for key, value in config.items() if key == "layer_types"}
+    (folder / "config.json").write_text(json.dumps({**config, **shorter, "num_hidden_layers": last}))
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def spoil(folder: Path) -> Path:
     """One NaN in a folder's first tensor."""
     path = next(folder.glob("*.safetensors"))

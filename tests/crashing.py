@@ -33,6 +33,10 @@ class CrashingControl(Control):
         self.registry.store.put_new = lambda path, data: self._act(f"write {path}", put, path, data)
         self.gateways._tell = lambda method, *a, **k: self._act(f"tell gateways {method}", tell, method, *a, **k)
         self.replicas._call = lambda order: self._act("tell replicas", call, order)
+        surge = self.state.surge
+        start, end = surge.start, surge.end
+        surge.start = lambda *a: self._act("start a second fleet", start, *a)
+        surge.end = lambda: self._act("end the second fleet", end)
 
     def _act(self, what: str, do: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         plan = self.home / "crash.json"

@@ -18,7 +18,7 @@ from cluster.registry import Registry
 from cluster.rollout import Policy, Rollout
 from cluster.store import Store
 from cluster.types import Lineage, Manifest, VersionId
-from tests.adapters import make_adapter, make_weights, spoil
+from tests.adapters import make_adapter, make_smaller, make_weights, spoil
 from tests.cluster.test_publish import ONE, adapter, ask, wait_until
 from tests.conftest import ROOT, Running
 from tests.history import Event, expected_of, problems, recording
@@ -45,6 +45,12 @@ def clean_up(pool: Running) -> None:
         admin.step(pool.config, "abort", "seedling", "the test is over")
     if pool.registry.aliases()["seedling"].stable != ONE:
         admin.rollback(pool.config, "seedling", ONE, "the test is over")
+        wait_until(lambda: stage(pool) == "live", timeout_s=120)
+
+
+def stage(pool: Running) -> str:
+    now = pool.registry.rollout("seedling")
+    return now.stage if now else ""
 
 
 def canary(pool: Running, made: Manifest, policy: Policy = HALF) -> Rollout:
@@ -190,16 +196,30 @@ def test_weights_of_the_same_shape_are_swapped_in_place(pool: Running, tmp_path:
     print(f"{len(events)} requests, the longest took {longest_s:.2f} s")
 
 
-def test_weights_of_another_shape_are_refused_with_words(pool: Running, tmp_path: Path) -> None:
+def test_weights_of_another_shape_go_live_through_a_second_fleet(pool: Running, tmp_path: Path) -> None:
+    """Its own replicas answer for the new shape while the fleet's change their engines; then they go, and nothing has failed."""
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
-    folder = make_weights(tmp_path / "w", base, 29)
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    save_file({n: t[:-1] if "mlp.down" in n else t for n, t in tensors.items()}, folder / "model.safetensors")
-    made = pool.registry.register("seedling", "weights", None, folder, Lineage())
-    with pytest.raises(Refused, match="another shape"):
-        admin.publish(pool.config, made.id, "seedling", "does not fit")
+    made = pool.registry.register("seedling", "weights", None, make_smaller(tmp_path / "w", base), Lineage())
+    (before,) = admin.status(pool.config)["replicas"]
+    with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
+        time.sleep(1)
+        began_s = time.monotonic()
+        assert canary(pool, made).stage in ("registered", "warming")
+        wait_until(lambda: str(made.id) in gone(events), timeout_s=120)
+        print(f"the second fleet answers after {time.monotonic() - began_s:.1f} s")
+        assert admin.step(pool.config, "promote", "seedling", "test").stage == "live"
+        print(f"live after {time.monotonic() - began_s:.1f} s")
+        wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 1, timeout_s=60)
+        time.sleep(1)
+        began_s, _ = time.monotonic(), admin.rollback(pool.config, "seedling", None, "and back")
+        wait_until(lambda: stage(pool) == "live", timeout_s=120)
+        print(f"back after {time.monotonic() - began_s:.1f} s")
+        time.sleep(1)
+    after = next(replica for replica in admin.status(pool.config)["replicas"] if replica["id"] == before["id"])
+    assert after["fingerprint"] == before["fingerprint"], "the fleet's own replica, with another engine twice, the same bits"
+    expected = expected_of(pool.url, [str(ONE)])
+    assert problems(events, expected) == [] and gone(events) == {str(ONE), str(made.id)}
+    print(f"{len(events)} requests, the longest took {max(event.end_s - event.start_s for event in events):.2f} s")
 
 
 def test_going_back_names_a_version_and_moves_at_once(pool: Running, tmp_path: Path) -> None:
