@@ -19,6 +19,8 @@ from cluster.config import Config
 from cluster.types import VersionId
 
 PREFIX = "surge-"
+ATTEMPTS = 2
+"""How often an engine may fail to start. Nobody waits for this one, and what it lacks it will lack again."""
 
 log = logs.logger(__name__)
 
@@ -49,9 +51,8 @@ class Surge:
         """Ask Serve for it; returns at once."""
         log.info("a second fleet of %d for %s, which has another shape", replicas, weights)
         build = import_module("deployments.app").build_surge  # the path by which Serve itself finds the applications
-        target = serve.RunTarget(
-            build(config, weights, {**graph.replica_options(config), "num_replicas": replicas}), app_name(weights), None
-        )
+        options = {**graph.replica_options(config), "num_replicas": replicas, "max_constructor_retry_count": ATTEMPTS}
+        target = serve.RunTarget(build(config, weights, options), app_name(weights), None)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         self.weights, self.replicas = weights, replicas
 

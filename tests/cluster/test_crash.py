@@ -16,7 +16,7 @@ from cluster import admin, graph
 from cluster.errors import PoolUnavailable, Refused
 from cluster.rollout import Policy
 from cluster.types import Lineage, Manifest
-from tests.adapters import make_weights
+from tests.adapters import make_smaller, make_weights
 from tests.cluster.test_publish import ONE, adapter, ask, doubled, named, wait_until
 from tests.cluster.test_rollout import ANY
 from tests.conftest import ROOT, Running
@@ -187,3 +187,53 @@ def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_o
 def attempt(pool: Running, made: Manifest) -> None:
     with contextlib.suppress(Refused, PoolUnavailable):
         admin.publish(pool.config, made.id, "seedling", "its replica dies")
+
+
+def test_control_killed_while_a_second_fleet_takes_over(pool: Running, tmp_path: Path) -> None:
+    """P11 for another shape: killed while its fleet starts, while the canary runs and while the fleet's own replica changes engines."""
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    made = pool.registry.register("seedling", "weights", None, make_smaller(tmp_path / "smaller", base), Lineage())
+    (before,) = admin.status(pool.config)["replicas"]
+    with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
+        began_s = time.monotonic()
+        admin.publish(pool.config, made.id, "seedling", "another shape", STEPS)
+        for reached in ("warming 0", "canary 50", "canary 100"):
+            wait_until(lambda: where(pool) == reached, timeout_s=150)  # noqa: B023 (called at once)
+            kill_control(pool)
+        wait_until(lambda: where(pool) == "live 0", timeout_s=150)
+        wait_until(lambda: len(ids(pool)) == 1, timeout_s=60)
+        print(f"another shape, control killed three times: live and alone again after {time.monotonic() - began_s:.0f} s")
+    (after,) = admin.status(pool.config)["replicas"]
+    assert (after["id"], after["base"]) == (before["id"], str(made.id))
+    assert problems(events, expected_of(pool.url, [str(made.id)])) == []
+    back_to_one(pool)
+    wait_until(lambda: where(pool) == "live 0" and len(ids(pool)) == 1, timeout_s=150)
+
+
+def where(pool: Running) -> str:
+    now = pool.registry.rollout("seedling")
+    return f"{now.stage} {now.percent}" if now else ""
+
+
+def kill_control(pool: Running) -> None:
+    for control in [*named(pool, "ray::Control"), *named(pool, "ray::Crashing")]:
+        control.kill()
+    wait_until(lambda: ready(pool), timeout_s=60)
+
+
+def test_a_shape_that_no_engine_can_start_leaves_everything_as_it_was(pool: Running, tmp_path: Path) -> None:
+    """P1b for another shape: its own replicas do not start, the rollout ends with their words, and nobody else notices."""
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    folder = make_smaller(tmp_path / "broken", base)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "intermediate_size": settings["intermediate_size"] + 8}))
+    made = pool.registry.register("seedling", "weights", None, folder, Lineage())
+    with recording(pool.url, "seedling", 4, pause_s=0.2) as events:
+        began_s = time.monotonic()
+        admin.publish(pool.config, made.id, "seedling", "no engine can start it", STEPS)
+        wait_until(lambda: where(pool) == "rolled_back 0", timeout_s=200)
+        print(f"given up after {time.monotonic() - began_s:.0f} s")
+    now = pool.registry.rollout("seedling")
+    assert now is not None and "did not start" in now.reason, now
+    assert problems(events, {}) == [] and {event.version for event in events} == {str(ONE)}
+    wait_until(lambda: admin.status(pool.config)["slots"]["free"] >= 1, timeout_s=90)
