@@ -1,4 +1,4 @@
-"""``python -m jobs.bench serving``, ``memory`` and ``publish``: measure, print, and write what the README shows."""
+"""``python -m jobs.bench serving``, ``memory``, ``publish`` and ``adapters``: measure, print, and write what the README shows."""
 
 import argparse
 import signal
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from jobs import main
+from jobs.bench.adapters import adapters
 from jobs.bench.memory import memory
 from jobs.bench.publish import publish
 from jobs.bench.report import SYSTEMS
@@ -49,6 +50,10 @@ def arguments() -> argparse.Namespace:
     verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write one object with the figures")
     verb.add_argument("--png", type=Path, metavar="FILE", help="write the chart")
+    verb = verbs.add_parser("adapters", help=adapters.__doc__)
+    verb.set_defaults(run=adapters)
+    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write one row per number of adapters")
     return parser.parse_args()
 
 

@@ -78,13 +78,14 @@ def crash_points(pool: Running, home: Path, made: Manifest) -> int:
 
 @pytest.mark.parametrize("kind", ["adapter", "weights"])
 def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: Path, tmp_path: Path, kind: str) -> None:
-    made = adapter(pool, tmp_path, seed=40) if kind == "adapter" else other_weights(pool, tmp_path, 41)
-    count = crash_points(pool, crashing, made)
+    make = adapter_of_its_own if kind == "adapter" else other_weights
+    count = crash_points(pool, crashing, make(pool, tmp_path, 400))
     assert count >= 8
     with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
         for at in range(1, count + 1):
-            began_s = time.monotonic()
             back_to_one(pool)
+            made = make(pool, tmp_path, 400 + at)  # a new one each time: what is held already takes fewer acts
+            began_s = time.monotonic()
             (crashing / "crash.json").write_text(json.dumps({"run": f"{made.id} {at}", "at": at}))
             with contextlib.suppress(Refused, PoolUnavailable):  # its answer dies with it; the rollout goes on, or never began
                 admin.publish(pool.config, made.id, "seedling", f"dies before act {at}", STEPS)
@@ -94,6 +95,10 @@ def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: P
             print(f"{kind}: died before act {at} of {count}: {stage} after {time.monotonic() - began_s:.1f} s")
         back_to_one(pool)
     assert problems(events, {}) == []
+
+
+def adapter_of_its_own(pool: Running, tmp_path: Path, seed: int) -> Manifest:
+    return adapter(pool, tmp_path, seed=seed)
 
 
 def other_weights(pool: Running, tmp_path: Path, seed: int) -> Manifest:
