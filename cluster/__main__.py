@@ -17,6 +17,7 @@ from cluster import admin, pool, show
 from cluster import config as configuration
 from cluster.config import Config
 from cluster.errors import BadRequest, SpringtideError
+from cluster.gate import latest
 from cluster.registry import Registry
 from cluster.rollout import UNDER_WAY
 from cluster.store import Store
@@ -171,7 +172,7 @@ def publish(
     id, config = VersionId.parse(version), _running()
     policy = tour.policy(config.publishing.policy, canary, steps, gate)
     rollout = admin.publish(config, id, alias or id.name, reason, policy)
-    if rollout.stage == "registered" and not _registry().verdicts(id):
+    if rollout.stage == "registered" and latest(_registry().verdicts(id), rollout.incumbent) is None:
         console.print("It needs a verdict first; measuring it now.")
         show.follow(console, config, submit.submit(config, "evaluate", str(id), "--alias", rollout.alias), f"Evaluating {id}")
     if wait and rollout.stage in UNDER_WAY:

@@ -89,6 +89,8 @@ class Fleet(Section):
     swap: Literal["wait", "keep"] = "wait"
     """What streams do while weights are swapped in place: they end first, or they stand still and go on with the new weights, under the
     name of the version they began with."""
+    swap_drain_s: float = Field(default=20, ge=0)
+    """How long streams may take to end before a swap of weights is given up. With one replica everybody else waits meanwhile."""
     drain_timeout_s: float = Field(default=60, ge=0)
     """How long an ending replica waits for its own streams."""
 
@@ -176,6 +178,11 @@ class Config(Section):
         store = self.store or (home / "store").as_uri()
         if "://" not in store:
             store = Path(store).expanduser().resolve().as_uri()
+        if self.gateway.hold_timeout_s <= self.fleet.swap_drain_s:
+            hold, drain = self.gateway.hold_timeout_s, self.fleet.swap_drain_s
+            raise ValueError(
+                f"gateway.hold_timeout_s {hold} must be longer than fleet.swap_drain_s {drain}: requests wait for a swap"
+            )
         object.__setattr__(self, "home", home)
         object.__setattr__(self, "store", store)
         return self

@@ -1,7 +1,8 @@
 """The control actor: asks what is live to become what the store says, twice a second and whenever something happened.
 
-One named, detached, restartable Ray actor. It holds nothing that it could not read again: desired state comes from the store, actual
-state from the replicas. Killed at any point, Ray starts it again and the next round (`cluster.reconcile`) goes on from there.
+One named, detached, restartable Ray actor. Desired state comes from the store, actual state from the replicas; killed at any point, Ray
+starts it again and the next round (`cluster.reconcile`) goes on from there. Only an order to promote or abort that was not carried out
+yet dies with it, and whoever gave it is told.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -18,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from cluster import admission, graph, logs, rollout
 from cluster.canary import Comparison, Tally
 from cluster.config import Config, parse
-from cluster.errors import Conflict, PoolUnavailable, SpringtideError, VersionRefused
+from cluster.errors import Conflict, ModelNotFound, PoolUnavailable, SpringtideError, VersionRefused
 from cluster.gateways import Gateways
 from cluster.reconcile import Reconciler
 from cluster.registry import Registry
@@ -89,22 +90,35 @@ class Control:
             "rollouts": [self._describe(one) for one in self.state.rollouts.values()],
         }
 
+    def history(self, alias: str) -> dict[str, Any]:
+        """``{"moves": […], "rollouts": [[record, …], …]}`` of an alias, oldest first. Raises `ModelNotFound`."""
+        moves = self.registry.history(alias)
+        if not moves:
+            raise ModelNotFound(f"There is no alias {alias}.", "See `springtide models` for the ones that exist.", param="model")
+        rollouts = [[record.model_dump(mode="json") for record in records] for records in self.registry.rollouts(alias)]
+        return {"moves": [move.model_dump(mode="json") for move in moves], "rollouts": rollouts}
+
     def _describe(self, one: Rollout) -> dict[str, Any]:
         facts = self.state.facts.get(one.alias, Facts())
         waiting = rollout.waiting_for(one, facts, time.time())
         compared = {side: summary(tally) for side, tally in (facts.comparison or Comparison(Tally(), Tally()))._asdict().items()}
         return {**one.model_dump(mode="json"), "waiting_for": waiting, **(compared if facts.comparison else {})}
 
-    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout:
+    def publish(
+        self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None, after: int | None = None
+    ) -> Rollout:
         """Begin a rollout of ``version`` on ``alias``, and return it once it waits for something: its verdict, a second fleet for another
         shape, the canary's requests, or nothing any more, because it is live.
 
         Raises `VersionRefused` with the reason where it did not get that far, and then the alias means what it meant before; `Conflict`
-        where another rollout of the alias is under way.
+        where another rollout of the alias is under way, or where the alias is not at generation ``after`` any more.
         """
         manifest = self.registry.manifest(VersionId.parse(version))
         admission.check(self.config, self.registry, manifest, check_name(alias), self.state.hosted())
         with self.acting:
+            moved = self.registry.alias(alias)
+            if after is not None and (moved is None or moved.generation != after):
+                raise Conflict(f"{alias} was moved meanwhile.", "See `springtide history`, then decide again.")
             begun = self._begin(manifest, alias, policy or self.config.publishing.policy, reason, author)
         return self._until(begun, lambda one: self._waits(one), LOAD_TIMEOUT_S)
 
@@ -125,8 +139,9 @@ class Control:
         now = self.state.newest(alias)
         if to is None and now is not None and now.stage in rollout.UNDER_WAY:
             return self.order(alias, "abort", reason, author)
+        live = self.registry.alias(alias)  # read first: what was before it is decided for this generation and no other
         target = VersionId.parse(to) if to else self.registry.previous(alias)
-        return self.publish(str(target), alias, reason, author, DIRECT)
+        return self.publish(str(target), alias, reason, author, DIRECT, None if to or live is None else live.generation)
 
     # publishing
 
@@ -143,6 +158,7 @@ class Control:
             return begun.next("live", "it is live already", time.time())
         self.state.rollouts[alias] = self.registry.record(begun)
         self.state.facts[alias] = Facts()
+        self.replicas.forget(str(manifest.id))
         self.state.orders.pop(alias, None)
         self.wake.set()
         return begun
@@ -175,8 +191,8 @@ class Control:
             return one.stage == "live"
         if one.stage == "registered":
             return one.policy.gate and self.state.verdict(one) is None
-        if self.state.reshapes(one) and one.stage in rollout.UNDER_WAY:
-            return True  # starting engines takes as long as it takes; `springtide publish` shows it
+        if self.state.surges(one) and one.stage in rollout.UNDER_WAY:
+            return True  # engines take as long to start as they take; `springtide publish` shows it
         return self._carried_out(one) and (one.stage == "live" or (one.stage == "canary" and one.percent < 100))
 
     def _over(self, one: Rollout) -> bool:

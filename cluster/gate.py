@@ -163,5 +163,5 @@ def _against(interval: Interval, confidence: float) -> str:
 
 def latest(verdicts: Sequence[Verdict], against: VersionId | None) -> Verdict | None:
     """The verdict that counts: the newest one that compares with the version that is live now, or with nobody where nobody is."""
-    fitting = [verdict for verdict in verdicts if verdict.against in (against, None)]
+    fitting = [verdict for verdict in verdicts if verdict.against == against]
     return fitting[-1] if fitting else None

@@ -37,6 +37,9 @@ class Gateways:
         silent = failures(self._tell("prepare", moved, self._next(), timeout_s=PREPARE_TIMEOUT_S)) if moved else []
         if silent:
             log.warning("a gateway does not answer: %s", silent[0])
+        if silent and self.current is EMPTY_VIEW:
+            return False  # the gateways know more than this process does yet; they go on by themselves
+        if silent:
             self._adopt(self.current._replace(revision=self._next()))  # which releases those that did prepare
         else:
             self._adopt(View(self._next(), aliases, replicas))

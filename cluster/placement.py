@@ -59,12 +59,20 @@ def answerable(
     is the answer. While nobody holds that either, requests wait, and then for the newest: gateways that know of a move before it can
     be answered need not be told twice when it can.
     """
-    held = {id for replica in replicas for id in replica.held}
     since = announced.generation if announced else 0
-    fitting = (move for move in reversed(history) if move.generation >= since and all(str(id) in held for id in move.versions))
-    return next(fitting, history[-1])
+    return next((move for move in reversed(history) if move.generation >= since and _borne(move, replicas)), history[-1])
+
+
+def _borne(move: Generation, replicas: Sequence[ReplicaState]) -> bool:
+    """Whether the replicas can bear the alias's traffic so: every version is held, and what all clients get by half of those that answer.
+
+    Weights are taken over by one replica after another; the first must not get everybody's requests while the others stand idle.
+    """
+    answering = [replica for replica in replicas if replica.held]
+    holders = [sum(str(id) in replica.held for replica in answering) for id in move.versions]
+    return all(holders) and (move.canary is not None or 2 * holders[0] >= len(answering))
 
 
 def _refusal(replicas: Sequence[ReplicaState], manifest: Manifest) -> str:
-    words = ((replica.id, replica.refused.get(str(manifest.id))) for replica in replicas)
-    return next((f"Replica {id} could not load {manifest.id}: {why}" for id, why in words if why), "")
+    words = ((replica.id, id, replica.refused.get(str(id))) for replica in replicas for id in (manifest.id, manifest.weights))
+    return next((f"Replica {replica} could not load {id}: {why}" for replica, id, why in words if why), "")

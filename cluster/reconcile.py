@@ -21,12 +21,14 @@ from cluster.surge import Surge, app_name
 from cluster.types import Generation, Manifest, ReplicaState, VersionId
 
 RETRY_REFUSED_S = 30
+FIND_S = 30
+"""How often to look for a second fleet that nobody knows of."""
 
 log = logs.logger(__name__)
 
 
 class Reconciler:
-    """What control knows between two rounds. All of it could be read again: from the store, the replicas and Serve."""
+    """What control knows between two rounds. All of it but ``orders`` can be read again: from the store, the replicas and Serve."""
 
     def __init__(self, config: Config, registry: Registry, replicas: Replicas, gateways: Gateways) -> None:
         self.config = config
@@ -46,6 +48,9 @@ class Reconciler:
         self.apart: VersionId | None = None
         """The weights that a second fleet should host by now."""
         self.retry_refused_s = 0.0
+        self.retrying = False
+        """Whether this round asks again for what a replica has refused."""
+        self.find_s = 0.0
 
     def newest(self, alias: str) -> Rollout | None:
         if alias not in self.rollouts and (known := self.registry.rollout(alias)):
@@ -54,11 +59,12 @@ class Reconciler:
 
     def tick(self) -> None:
         """One round: read both sides, take each rollout's next steps, tell the gateways, order what is missing."""
+        self._find()
+        self.retrying = time.monotonic() >= self.retry_refused_s
+        self.retry_refused_s = time.monotonic() + RETRY_REFUSED_S if self.retrying else self.retry_refused_s
         replicas = self.replicas.observe()
         if self.histories:
             self._announce(replicas)  # what replicas have said since; what follows may change it, and takes longer
-        else:
-            self.surge.find()
         self.histories = self.registry.histories()
         for alias in self.registry.store.children("rollouts"):
             self._advance(alias, replicas)
@@ -138,7 +144,7 @@ class Reconciler:
             return Facts(passed=verdict.passed if verdict else None, verdict=verdict.words if verdict else "", order=order)
         manifest, own = self.registry.manifest(one.version), self._own(replicas)
         alike = one.incumbent is None or self.weights(one.incumbent) == manifest.weights
-        divisible = len(own) > 1 or alike or bool(self.reshapes(one))
+        divisible = len(own) > 1 or alike or bool(self.surges(one))
         if one.stage == "warming":
             return Facts(warmth=self._warm(one, manifest, replicas), order=order, divisible=divisible)
         comparison = None
@@ -151,13 +157,15 @@ class Reconciler:
     def _warm(self, one: Rollout, manifest: Manifest, replicas: tuple[ReplicaState, ...]) -> Warmth | None:
         """How many replicas are ready; None while what they refused is from an earlier time."""
         weights = self.registry.manifest(manifest.weights)
-        new = [manifest] if manifest.id == weights.id or weights.id == self.hosted() else [weights, manifest]
-        missing = not placement.warmth(self._own(replicas), manifest).complete
+        there = one.incumbent is not None and self.weights(one.incumbent) == weights.id
+        new = [manifest] if manifest.id == weights.id or there else [weights, manifest]
+        seen = placement.warmth(self._own(replicas), manifest)
+        missing = bool(seen.refused) or not seen.complete
         asked = self.replicas.hold([str(manifest.id)], lambda: carry.load(self.registry, new), missing)
         ready = placement.warmth(self._own(self.replicas.states if asked else replicas), manifest)
         if ready.refused:
             return ready if asked else None
-        return self._warm_apart(manifest, replicas) if ready.complete and self.reshapes(one) else ready
+        return self._warm_apart(manifest, replicas) if ready.complete and self.surges(one) else ready
 
     def _warm_apart(self, manifest: Manifest, replicas: tuple[ReplicaState, ...]) -> Warmth:
         """The same of the second fleet's."""
@@ -166,7 +174,7 @@ class Reconciler:
             seen = placement.settled(there, manifest, {replica.id: manifest.weights for replica in there})
             return seen._replace(replicas=max(self.surge.replicas, len(there)))
         free = slots()["free"] >= self.config.fleet.tensor_parallel_size
-        waits = "the second fleet for another shape to start" if free else "a slot for the second fleet: none is free"
+        waits = "a second fleet to start" if free else "a slot for a second fleet: none is free"
         return Warmth(1, 0, self.surge.trouble() if self.surge.weights else "", waits)
 
     def hosted(self) -> VersionId:
@@ -186,6 +194,15 @@ class Reconciler:
             return ""
         new, old = self.weights(one.version), self.weights(one.incumbent)
         return self.shapes.difference(self.registry, self.config.home / "cache", new, old)
+
+    def surges(self, one: Rollout) -> str:
+        """Why the rollout needs a second fleet; empty where it does not."""
+        if shape := self.reshapes(one):
+            return f"another {shape}"
+        if one.incumbent is None or one.alias != self.config.fleet.model or one.policy.steps[0] == 100:
+            return ""
+        lonely = len(self._own(self.replicas.states)) == 1 and self.weights(one.version) != self.weights(one.incumbent)
+        return "one replica cannot host a canary's weights beside its own" if lonely else ""
 
     def _own(self, replicas: tuple[ReplicaState, ...]) -> tuple[ReplicaState, ...]:
         """The fleet's, without those of a second one."""
@@ -219,7 +236,15 @@ class Reconciler:
         held = {id for replica in own for id in replica.held}
         if self.surge.weights and move and not all(str(id) in held for id in move.versions):
             return self.surge.weights
-        if now is None or now.stage not in ("warming", "canary") or not self.reshapes(now):
+        if now is None or now.stage not in ("warming", "canary"):
+            return None
+        if (
+            self.surge.weights == self.weights(now.version)
+            and now.incumbent
+            and self.weights(now.incumbent) != self.surge.weights
+        ):
+            return self.surge.weights
+        if not self.surges(now):
             return None
         ready = now.stage == "canary" or placement.warmth(own, self.registry.manifest(now.version)).complete
         return self.weights(now.version) if ready else None
@@ -233,6 +258,17 @@ class Reconciler:
         if self.apart:
             room = int(slots()["free"] // self.config.fleet.tensor_parallel_size)
             self.surge.start(self.config, self.apart, max(1, min(len(self._own(replicas)), room)))
+        self._watch()
+
+    def _find(self) -> None:
+        """A second fleet that a control before this one has started; one that is not needed any more is ended like any other."""
+        if self.surge.weights is None and time.monotonic() >= self.find_s:
+            self.find_s = time.monotonic() + FIND_S
+            self.surge.find()
+            self.apart = self.surge.weights
+            self._watch()
+
+    def _watch(self) -> None:
         self.replicas.apps = tuple(app for app in (graph.fleet_app(self.config.fleet.model), self.surge.app) if app)
 
     def _load(self, replicas: tuple[ReplicaState, ...]) -> None:
@@ -243,18 +279,23 @@ class Reconciler:
         live = [id for history in self.histories.values() if history for id in history[-1].versions]
         coming = [one.version for one in self.rollouts.values() if one.stage in ("warming", "canary")]
         wanted = [self.registry.manifest(id) for id in dict.fromkeys([*live, *coming])]
-        again = time.monotonic() >= self.retry_refused_s
-        if again:
-            self.retry_refused_s = time.monotonic() + RETRY_REFUSED_S
+        again = self.retrying
         missing = [m for m in wanted if any(placement.lacks(r, m) and (again or str(m.id) not in r.refused) for r in replicas)]
         if missing:
             self.replicas.hold([str(manifest.id) for manifest in missing])
 
     def _choose_swap(self, replicas: tuple[ReplicaState, ...]) -> VersionId | None:
-        """The weights that one replica should take over now, None where every replica hosts what it should. One at a time."""
-        own = self._own(replicas)
+        """The weights that one replica should take over now, None where every replica hosts what it should. One at a time.
+
+        What it has refused it is asked again when no rollout is waiting to hear of it.
+        """
+        own, now = self._own(replicas), self.newest(self.config.fleet.model)
         hosts = self._hosts(own, self.config.fleet.model)
-        wrong = [r for r in own if r.id in hosts and r.base != str(hosts[r.id]) and str(hosts[r.id]) not in r.refused]
+        again = self.retrying and (now is None or now.stage not in rollout.UNDER_WAY)
+        wrong = [r for r in own if r.id in hosts and r.base != str(hosts[r.id]) and self._may_take(r, str(hosts[r.id]), again)]
         chosen = next((replica for replica in wrong if replica.id == self.steered[0]), wrong[0] if wrong else None)
         self.steered = (chosen.id, str(hosts[chosen.id])) if chosen else ("", "")
         return hosts[chosen.id] if chosen else None
+
+    def _may_take(self, replica: ReplicaState, weights: str, again: bool) -> bool:
+        return again or weights not in replica.refused or self.replicas.becoming(replica.id, weights)

@@ -54,6 +54,8 @@ class Registry:
         self._moves = Journal(store, Generation)
         self._rollouts = Journal(store, Rollout)
         self._verdicts = Journal(store, Verdict)
+        self._found: dict[Path, tuple[int, int, str]] = {}
+        """Path → (time of change, size, sha256) of what this process has read: a base is not read again for each adapter on it."""
 
     # versions
 
@@ -137,7 +139,7 @@ class Registry:
         return folder
 
     def _check(self, id: VersionId, file: File, path: Path, cached: bool) -> None:
-        found = sha256(path) if path.is_file() else "nothing"
+        found = self._sha256(path) if path.is_file() else "nothing"
         if found == file.sha256:
             return
         if cached:
@@ -146,6 +148,13 @@ class Registry:
             f"{file.path} of {id} does not match its manifest: expected sha256 {file.sha256[:12]}…, found {found[:12]}….",
             "The stored file was changed or damaged. Register the version again; the live one is untouched.",
         )
+
+    def _sha256(self, path: Path) -> str:
+        now = path.stat()
+        known = self._found.get(path)
+        if known is None or known[:2] != (now.st_mtime_ns, now.st_size):
+            known = self._found[path] = (now.st_mtime_ns, now.st_size, sha256(path))
+        return known[2]
 
     # aliases
 

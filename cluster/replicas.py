@@ -57,9 +57,18 @@ class Replicas:
         key = f"hold {ids}"
         return (not missing and key not in self.asked) or self._ask(key, lambda: ("hold", ids, carried()))
 
+    def forget(self, id: str) -> None:
+        """What was answered about a version and never looked at is about an earlier rollout of it."""
+        self.asked = {key: asked for key, asked in self.asked.items() if not (asked.done() and id in key)}
+
     def become(self, replica: str, id: str, fingerprint: str) -> bool:
         """Ask one replica to host other weights; True once it has answered. Its state says whether it worked."""
         return self._ask(f"{replica} become {id}", lambda: ("become", replica, id, fingerprint))
+
+    def becoming(self, replica: str, id: str) -> bool:
+        """Whether it was asked to become that and has not answered yet."""
+        asked = self.asked.get(f"{replica} become {id}")
+        return asked is not None and not asked.done()
 
     def _ask(self, key: str, order: Callable[[], tuple[Any, ...]]) -> bool:
         asked = self.asked.get(key)

@@ -22,7 +22,7 @@ ENDED: tuple[Stage, ...] = ("retired", "rolled_back")
 UNDER_WAY: tuple[Stage, ...] = ("registered", "warming", "canary")
 
 WARM_TIMEOUT_S = 600
-"""A version that some replica has neither loaded nor refused by then is given up."""
+"""A version that a replica has neither loaded nor refused by then is given up."""
 
 
 class Policy(Durable):
@@ -73,9 +73,11 @@ class Rollout(Durable):
     """Who asked for the version to go live."""
     since_s: float
     """When it entered this stage, in seconds since the epoch."""
+    seen: int = 0
+    """Answers by the canary before it entered this step."""
 
-    def next(self, stage: Stage, reason: str, now_s: float, percent: int = 0) -> "Rollout":
-        change = {"n": self.n + 1, "stage": stage, "reason": reason, "since_s": now_s, "percent": percent}
+    def next(self, stage: Stage, reason: str, now_s: float, percent: int = 0, seen: int = 0) -> "Rollout":
+        change = {"n": self.n + 1, "stage": stage, "reason": reason, "since_s": now_s, "percent": percent, "seen": seen}
         return self.model_copy(update=change)
 
 
@@ -172,10 +174,13 @@ def _decide_warming(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | N
 
 
 def _late(rollout: Rollout, warmth: Warmth | None, now_s: float) -> Rollout | None:
-    if now_s - rollout.since_s <= WARM_TIMEOUT_S:
+    """At 100 % replicas change their weights one after another, so the time is for each."""
+    limit_s = WARM_TIMEOUT_S * (max(1, warmth.replicas) if warmth and rollout.stage == "canary" else 1)
+    if now_s - rollout.since_s <= limit_s:
         return None
     ready = f"{warmth.ready} of {warmth.replicas}" if warmth else "no"
-    return rollout.next("rolled_back", f"after {WARM_TIMEOUT_S} s {ready} replicas were ready", now_s)
+    waits = f", waiting for {warmth.waits}" if warmth and warmth.waits else ""
+    return rollout.next("rolled_back", f"after {limit_s} s {ready} replicas were ready{waits}", now_s)
 
 
 def _decide_canary(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
@@ -189,10 +194,16 @@ def _decide_canary(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | No
         return None
     if worse := facts.comparison.worse(rollout.policy.margins):
         return rollout.next("rolled_back", f"the canary is worse: {worse}", now_s)
-    policy, requests = rollout.policy, facts.comparison.canary.requests
-    if requests >= policy.min_requests and now_s - rollout.since_s >= policy.min_step_s:
+    requests = in_step(rollout, facts.comparison)
+    if requests >= rollout.policy.min_requests and now_s - rollout.since_s >= rollout.policy.min_step_s:
         return _step(rollout, facts, f"no worse over {requests} requests", now_s)
     return None
+
+
+def in_step(rollout: Rollout, comparison: Comparison) -> int:
+    """Answers by the canary since it entered this step. A gateway that was restarted counts from 0 again."""
+    requests = comparison.canary.requests
+    return requests - rollout.seen if requests >= rollout.seen else requests
 
 
 def _decide_live(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
@@ -207,7 +218,8 @@ def _step(rollout: Rollout, facts: Facts, reason: str, now_s: float) -> Rollout:
     """The next share of the policy; all at once where there is nobody to compare with, or no room for both."""
     percent = next((step for step in rollout.policy.steps if step > rollout.percent), 100)
     alone = rollout.incumbent is None or not facts.divisible
-    return rollout.next("canary", reason, now_s, 100 if alone else percent)
+    seen = facts.comparison.canary.requests if facts.comparison else 0
+    return rollout.next("canary", reason, now_s, 100 if alone else percent, seen)
 
 
 class Wanted(NamedTuple):
@@ -234,13 +246,13 @@ def waiting_for(rollout: Rollout, facts: Facts, now_s: float) -> str:
     policy = rollout.policy
     if rollout.stage == "registered":
         return "its verdict: springtide evaluate" if policy.gate else "control"
-    if rollout.stage == "warming":
+    if rollout.stage == "warming" or rollout.percent == 100:
         ready = f"{facts.warmth.ready} of {facts.warmth.replicas} replicas are ready" if facts.warmth else "replicas"
         return facts.warmth.waits if facts.warmth and facts.warmth.waits else ready
     if rollout.stage == "canary":
         left = [
             f"{max(0.0, policy.min_step_s - (now_s - rollout.since_s)):.0f} s",
-            f"{max(0, policy.min_requests - (facts.comparison.canary.requests if facts.comparison else 0))} more requests",
+            f"{max(0, policy.min_requests - (in_step(rollout, facts.comparison) if facts.comparison else 0))} more requests",
         ]
         return f"{' and '.join(left)} at {rollout.percent} %"
     return ""

@@ -1,7 +1,8 @@
-"""A second fleet, there only while weights of another shape take over from the first.
+"""A second fleet, there only while weights take over that the first cannot host beside its own.
 
 An engine reads other weights of its own shape in place. Another architecture, quantization or tokenizer needs another engine, and while
-the fleet's replicas start theirs somebody has to answer: a Serve application of its own, deployed by control beside the declared ones
+the fleet's replicas start theirs somebody has to answer; and a fleet of one replica has none to spare for a canary. So there is a Serve
+application of its own, deployed by control beside the declared ones
 (which a redeployment of those leaves alone: ``ray/serve/_private/application_state.py``, ``apply_app_configs``) and deleted when the
 fleet itself holds what clients may get. Its name says what it hosts, so a control that was restarted finds it again.
 """

@@ -15,6 +15,7 @@ from deployments.asgi import Headers, Receive, Scope
 from deployments.openai.inference import parse, read
 
 MAX_BODY_BYTES = 64 << 10
+HISTORY = "/admin/history/"
 
 
 class Publish(Durable):
@@ -53,9 +54,12 @@ class Admin:
         self._check_token(scope["headers"])
         if (method, path) == ("GET", "/admin/status"):
             return await self._ask(self.control().status.remote())
+        if method == "GET" and path.startswith(HISTORY):
+            return await self._ask(self.control().history.remote(path.removeprefix(HISTORY)))
         if method != "POST" or path not in ORDERS:
             raise RouteNotFound(
-                f"There is no {method} {path[:200]} here.", f"GET /admin/status and POST {', '.join(ORDERS)} are."
+                f"There is no {method} {path[:200]} here.",
+                f"GET /admin/status, GET {HISTORY}ALIAS and POST {', '.join(ORDERS)} are.",
             )
         order: Any = parse_order(ORDERS[path], parse(await read(scope, receive, MAX_BODY_BYTES)))
         rollout = await self._ask(self._call(path, order))

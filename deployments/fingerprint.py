@@ -26,13 +26,17 @@ class Fingerprint:
 
 
 def _sums(parameter: Any) -> tuple[int, int]:
-    """Plain and position-weighted sums over the bytes, on the accelerator, chunk by chunk."""
+    """Plain and position-weighted sums over the bits, read as integers of four bytes where they fit, on the accelerator, chunk by chunk.
+
+    The weighted ones may wrap around, everywhere in the same way.
+    """
     import torch
 
     bytes_ = parameter.detach().contiguous().view(-1).view(torch.uint8)
+    words = bytes_.view(torch.int32) if bytes_.numel() % 4 == 0 else bytes_
     plain, weighted = 0, 0
-    for start in range(0, bytes_.numel(), CHUNK):
-        part = bytes_[start : start + CHUNK].to(torch.int64)
+    for start in range(0, words.numel(), CHUNK):
+        part = words[start : start + CHUNK].to(torch.int64)
         places = torch.arange(start, start + part.numel(), device=part.device) % PRIME + 1
         plain += int(part.sum())
         weighted += int((part * places).sum())

@@ -1,4 +1,4 @@
-"""The replica: start the engine, converge to the wanted versions, drain, report load. The only file that imports vLLM.
+"""The replica: start the engine, converge to the wanted versions, drain, report load. The only file that starts an engine.
 
 A replica is one Serve replica with one vLLM engine. Requests do not pass through Serve's RPC: the replica serves vLLM's own FastAPI
 application on a port of its own, and the gateway streams bytes from it. The port answers only to who knows the replica's secret, which
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 SECRET_HEADER = b"x-springtide-secret"
 VERSION_HEADER = b"x-springtide-version"
+START_TIMEOUT_S = 600
+"""How long a replica may be between two engines before Serve replaces it."""
 QUIET_S = 1.5
 """A draining replica must have been idle this long before it ends."""
 
@@ -98,8 +100,8 @@ class Replica:
         self.staged: dict[str, str] = {}
         self.pause_s = 0.0
         self.revision = 0
-        self.starting = False
-        """Whether this replica is between two engines."""
+        self.starting_s: float | None = None
+        """Since when this replica is between two engines."""
         self.broken = False
         self.loading = asyncio.Lock()
         context = serve.get_replica_context()
@@ -157,6 +159,7 @@ class Replica:
 
     async def _hold_one(self, id: str) -> None:
         if id in self.held or id in self.staged:
+            self.revision += self.refused.pop(id, None) is not None
             return
         try:
             manifest = await asyncio.to_thread(self.registry.manifest, VersionId.parse(id))
@@ -226,6 +229,7 @@ class Replica:
 
     async def _swap(self, manifest: Manifest, expected: str) -> None:
         before = self.registry.manifest(VersionId.parse(self.base))
+        self.revision += self.refused.pop(str(manifest.id), None) is not None
         began_s = time.monotonic()
         try:
             folder = await asyncio.to_thread(self.registry.fetch, manifest, self.cache)
@@ -235,7 +239,6 @@ class Replica:
             await self._drained(keeping=fits and self.config.fleet.swap == "keep")
             drained_s = time.monotonic()
             await self._take_over(manifest, folder, expected, fits)
-            self.refused.pop(str(manifest.id), None)
             log.info("became %s: drained %.3f s, swapped %.3f s", manifest.id, drained_s - began_s, time.monotonic() - drained_s)
         except Exception as error:
             # Whatever the engine raised over the new weights, the old ones must answer again; the rollout ends with these words.
@@ -271,14 +274,17 @@ class Replica:
 
     async def _fits(self, folder: Path) -> bool:
         """Whether the running engine can read these weights in; otherwise it takes another engine."""
-        return not self.starting and not await asyncio.to_thread(artefact.difference, folder, self.folder)
+        return self.starting_s is None and not await asyncio.to_thread(artefact.difference, folder, self.folder)
 
     async def _drained(self, keeping: bool) -> None:
-        deadline_s = time.monotonic() + self.config.fleet.drain_timeout_s
+        deadline_s = time.monotonic() + self.config.fleet.swap_drain_s
         kept = self.base if keeping else None
         while running := sum(count for id, count in self.guard.answering.items() if id != kept):
             if time.monotonic() > deadline_s:
-                raise VersionRefused(f"{running} streams still ran after {self.config.fleet.drain_timeout_s} s.")
+                raise VersionRefused(
+                    f"{running} streams still ran after {self.config.fleet.swap_drain_s} s.",
+                    "Raise fleet.swap_drain_s, or set fleet.swap=keep.",
+                )
             await asyncio.sleep(0.005)
 
     async def _reload(self, folder: Path) -> str:
@@ -298,12 +304,12 @@ class Replica:
 
     async def _restart(self, folder: Path, name: str) -> str:
         """Another engine in the place of this one, for weights of another shape; the checksum of what it holds."""
-        self.starting = True
+        self.starting_s = time.monotonic()
         self.held.clear()
         await asyncio.to_thread(self.engine.shutdown)
         self.engine, app = await start_engine(self.config.fleet, folder, name)
         self.guard.app, self.models, self.folder = app, app.state.openai_serving_models, folder
-        self.starting = False
+        self.starting_s = None
         return await self._fingerprint()
 
     async def _fingerprint(self) -> str:
@@ -311,8 +317,10 @@ class Replica:
         return ":".join([found, *others])
 
     async def check_health(self) -> None:
-        if not self.starting:
+        if self.starting_s is None:
             await self.engine.check_health()
+        elif time.monotonic() - self.starting_s > START_TIMEOUT_S:
+            raise RuntimeError(f"its other engine did not start within {START_TIMEOUT_S} s")
         if self.broken:
             raise RuntimeError("the replica could not go back to the weights it had")
         if self.serving.done():

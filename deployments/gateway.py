@@ -85,10 +85,12 @@ class Gateway:
     # asked by requests
 
     async def resolve(self, model: str, session: str) -> tuple[VersionId, Generation | None]:
-        if model in self.moving:
-            with contextlib.suppress(asyncio.TimeoutError):
+        if awaited := self.moving.get(model):
+            try:
                 await asyncio.wait_for(self._settled(model), HOLD_TIMEOUT_S)
-            self.moving.pop(model, None)
+            except TimeoutError:
+                if self.moving.get(model) == awaited:  # and not a newer move, which has its own time
+                    self.moving.pop(model)
         return self.table.resolve(model, session)
 
     async def change(self, timeout_s: float) -> None:

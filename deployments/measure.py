@@ -92,6 +92,8 @@ class Recorder:
 
     def _of(self, move: Generation, version: VersionId) -> _Sums:
         key = (move.alias, move.rollout)
+        if any(alias == move.alias and (rollout or 0) > (move.rollout or 0) for alias, rollout in self.sums):
+            return _Sums()  # a late answer of a rollout that is over
         if key not in self.sums:  # another rollout of this alias is over
             self.sums = {other: sums for other, sums in self.sums.items() if other[0] != move.alias} | {key: {}}
         return self.sums[key].setdefault(str(version), _Sums())

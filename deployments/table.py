@@ -25,7 +25,9 @@ class Table:
         """Take a newer view; False for an older one, which is ignored."""
         if view.revision <= self.view.revision:
             return False
-        self.view = view
+        known = self.view.aliases
+        newest = {name: max(move, known.get(name, move), key=lambda one: one.generation) for name, move in view.aliases.items()}
+        self.view = view._replace(aliases=newest)  # a control that was just restarted may know less of an alias than this gateway
         self.holders = {}
         for replica in view.replicas:
             for id in replica.held:

@@ -7,7 +7,7 @@ What is measured is what was supplied, on the command line or in the configurati
 - ``--golden``: JSON lines ``{"messages": […], "contains": "…"}``; instead of ``contains`` also ``equals``, ``lacks`` or ``matches`` (a regular
   expression)
 
-The artefact itself (digests, shapes, NaN) is checked first, with or without them. `cluster.gate` judges.
+The artefact itself (digests, shapes, NaN) is checked first. With none of them the verdict is no: nothing was measured. `cluster.gate` judges.
 """
 
 import argparse
@@ -30,6 +30,10 @@ from jobs.data import Example
 
 ANSWER_TOKENS = 128
 BATCH = 8
+NOTHING_SUPPLIED = (
+    "no held-out examples, tasks or golden prompts were supplied, so nothing says that it is no worse; "
+    "set publishing.held_out, .tasks or .golden, or publish with --no-gate"
+)
 ASSERTIONS: dict[str, Callable[[str, str], bool]] = {
     "contains": lambda answer, text: text in answer,
     "equals": lambda answer, text: answer.strip() == text.strip(),
@@ -65,8 +69,7 @@ def run() -> None:
     config = load()
     registry = Registry(Store(config.store))
     manifest = registry.manifest(VersionId.parse(arguments.version))
-    supplied = config.publishing
-    sets = read(arguments.held_out or supplied.held_out, arguments.tasks or supplied.tasks, arguments.golden or supplied.golden)
+    sets = supplied(config, arguments.held_out, arguments.tasks, arguments.golden)
     live = registry.alias(arguments.alias or manifest.id.name)
     incumbent = VersionId.parse(arguments.against) if arguments.against else live.stable if live else None
     verdict = evaluate(config, registry, manifest, incumbent, sets)
@@ -89,7 +92,9 @@ def evaluate(config: Config, registry: Registry, manifest: Manifest, against: Ve
     """Measure on the pool, judge, and store the verdict. What was supplied decides what is measured."""
     checks = [check_artefact(config, registry, manifest)]
     job = None
-    if checks[0].passed and any(sets):
+    if not any(sets):
+        checks.append(Check(name="measurements", passed=False, words=NOTHING_SUPPLIED))
+    elif checks[0].passed:
         reach(config)
         from jobs import loop
 
@@ -115,6 +120,12 @@ def check_artefact(config: Config, registry: Registry, manifest: Manifest) -> Ch
 
 
 # the sets
+
+
+def supplied(config: Config, held_out: str = "", tasks: str = "", golden: str = "") -> Sets:
+    """What was named on the command line, or else in the configuration."""
+    ours = config.publishing
+    return read(held_out or ours.held_out, tasks or ours.tasks, golden or ours.golden)
 
 
 def read(held_out: str, tasks: str, golden: str) -> Sets:

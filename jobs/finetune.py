@@ -40,6 +40,10 @@ def run() -> None:
     print_result(manifest, None)  # before the publish, so that a refusal does not hide what was trained
     if arguments.publish:
         rollout = publish(manifest.id, manifest.id.name, f"fine-tuned on {arguments.data}", manifest.lineage.job or "finetune")
+        if rollout.stage == "registered":
+            from jobs.evaluate import evaluate, supplied
+
+            print(evaluate(config, registry, manifest, rollout.incumbent, supplied(config)).words, flush=True)
         print_result(manifest, rollout.stage)
 
 

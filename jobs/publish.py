@@ -1,6 +1,6 @@
 """Make a version the one that its alias means: ``python -m jobs.publish seedling@2``.
 
-The control actor loads it on every replica, waits until each has acknowledged its digest, and then moves the alias.
+Control takes it through the pool's policy: gate, canary, and where every replica has acknowledged its digest, live.
 """
 
 import argparse

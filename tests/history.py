@@ -48,13 +48,14 @@ def problems(
 ) -> list[str]:
     """Everything that is wrong with a history, in words; empty for a good one.
 
-    ``expected``: (version, prompt) → digest of what that version alone answers. ``withdrawn``: version → when its rollback was
+    ``expected``: (version, prompt) → digest of what that version alone answers, for every version that may answer; empty where texts are
+    not looked at. ``withdrawn``: version → when its rollback was
     acknowledged; what started later must not get it.
     """
     found = [f"{e.session} failed: {e.error}" for e in events if e.error]
     answered = [e for e in events if not e.error]
     for e in answered:
-        if expected.get((e.version, e.prompt), e.text) != e.text:
+        if expected and expected.get((e.version, e.prompt)) != e.text:
             found.append(f"{e.session}: {e.version} does not answer {e.prompt!r} so")
         if (withdrawn or {}).get(e.version, e.start_s) < e.start_s:
             found.append(f"{e.session} got {e.version} {e.start_s - (withdrawn or {})[e.version]:.2f} s after its rollback")

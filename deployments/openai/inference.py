@@ -62,6 +62,7 @@ class Inference:
                 # the model means. Nothing has been sent yet.
                 left_s = deadline_s - time.monotonic()
                 if left_s <= 0:
+                    self._note_failure(version, move)
                     return await send_error(send, error, answer_headers(version, move))
                 await self.router.change(min(left_s, ASK_AGAIN_S))
 
@@ -73,13 +74,19 @@ class Inference:
         except NoReplica:
             raise
         except SpringtideError as error:  # nothing was sent yet; an error too says which version it came from
-            if trace is not None:
-                trace.failed = error.status >= 500
             await send_error(send, error, answer_headers(call.version, move))
+            return self._note_failure(call.version, move) if error.status >= 500 else None
         if trace is not None and move is not None:
             self.router.recorder.record(move, call.version, trace)
             if shadowed and move.canary is not None:
                 self.router.shadow.ask(call, body, move, move.canary, trace)
+
+    def _note_failure(self, version: VersionId, move: Generation | None) -> None:
+        """A request that failed by no fault of its client counts against the version; a refused one counts for nothing."""
+        trace = self.router.recorder.trace(move, keep_text=False)
+        if trace is not None and move is not None:
+            trace.failed = True
+            self.router.recorder.record(move, version, trace)
 
 
 def session_of(headers: Headers, body: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import aiohttp
@@ -111,6 +112,20 @@ async def run(
     async with aiohttp.ClientSession(timeout=timeout, headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*(client(number) for number in range(streams)))
     return samples
+
+
+@contextmanager
+def background(url: str, model: str, streams: int, pause_s: float = 0) -> Iterator[list[Sample]]:
+    """`run` in a thread of its own until the block ends; the list fills while it runs."""
+    stop, samples = threading.Event(), list[Sample]()
+    running = run(url, model, streams, stop=stop, pause_s=pause_s, watch=samples.append)
+    thread = threading.Thread(target=lambda: asyncio.run(running))
+    thread.start()
+    try:
+        yield samples
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _tickets(requests: int | None, duration_s: float | None, stop: threading.Event | None) -> Iterator[int]:

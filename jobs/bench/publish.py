@@ -7,12 +7,9 @@ token is compared with the quiet time before, in the same run.
 """
 
 import argparse
-import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +58,8 @@ def publish(options: argparse.Namespace) -> None:
     with workplace(options.model) as (place, model), springtide(config := swapping(place, options.swap), changes()):
         registry = Registry(Store(config.store))
         base = registry.versions(config.fleet.model)[-1].id
-        with streams(config) as samples:
+        url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
+        with load.background(url, config.fleet.model, STREAMS) as samples:
             time.sleep(QUIET_S)
             quiet_until_s = time.monotonic()
             done = [
@@ -79,21 +77,6 @@ def publish(options: argparse.Namespace) -> None:
 
 def swapping(config: Config, how: str) -> Config:
     return config.model_copy(update={"fleet": config.fleet.model_copy(update={"swap": how})})
-
-
-@contextmanager
-def streams(config: Config) -> Iterator[list[Sample]]:
-    """`STREAMS` streams until the block ends; the list fills while they run."""
-    stop, samples = threading.Event(), list[Sample]()
-    url, model = f"http://{config.gateway.host}:{config.gateway.port}/v1", config.fleet.model
-    running = load.run(url, model, STREAMS, stop=stop, watch=samples.append)
-    thread = threading.Thread(target=lambda: asyncio.run(running))
-    thread.start()
-    try:
-        yield samples
-    finally:
-        stop.set()
-        thread.join()
 
 
 def one(config: Config, made: Manifest) -> Published:

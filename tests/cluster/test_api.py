@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from cluster import admin
+from cluster.pool import bearer
 from tests.conftest import Running
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
@@ -150,6 +151,15 @@ def test_a_replica_answers_only_to_the_gateway(pool: Running) -> None:
     for headers in ({}, {"x-springtide-secret": "guess"}):
         assert httpx.post(f"{replica['url']}/v1/chat/completions", json={}, headers=headers).status_code == 403
         assert httpx.get(f"{replica['url']}/metrics", headers=headers).status_code == 403
+
+
+def test_an_aliass_history_can_be_read_over_http(pool: Running) -> None:
+    def get(name: str) -> httpx.Response:
+        return httpx.get(f"{pool.url}/admin/history/{name}", headers=bearer())
+
+    found = get("seedling").json()
+    assert found["moves"][0]["stable"] == "seedling@1" and found["moves"][0]["generation"] == 1
+    assert (get("nobody").status_code, get("..%2F..").status_code) == (404, 400)
 
 
 def test_admin_and_jobs_need_the_token(pool: Running) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from cluster import admin, graph
+from cluster.canary import takes_canary
 from cluster.errors import PoolUnavailable, Refused
-from cluster.rollout import Policy
+from cluster.rollout import DIRECT, Policy
 from cluster.types import Lineage, Manifest
 from tests.adapters import make_smaller, make_weights
 from tests.cluster.test_publish import ONE, adapter, ask, doubled, named, wait_until
@@ -67,7 +68,7 @@ def crash_points(pool: Running, home: Path, made: Manifest) -> int:
     (home / "acts.log").unlink(missing_ok=True)
     (home / "crash.json").write_text(json.dumps({"run": f"count {made.id}", "at": 0}))
     with recording(pool.url, "seedling", 6, pause_s=0.1):
-        admin.publish(pool.config, made.id, "seedling", "undisturbed", STEPS)
+        admin.publish(pool.config, made.id, "seedling", "undisturbed", policy_of(made))
         assert settle(pool, made) == "live"
     (home / "crash.json").unlink()
     acts = (home / "acts.log").read_text().splitlines()
@@ -81,6 +82,7 @@ def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: P
     make = adapter_of_its_own if kind == "adapter" else other_weights
     count = crash_points(pool, crashing, make(pool, tmp_path, 400))
     assert count >= 8
+    expected = expected_of(pool.url, [str(ONE)])
     with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
         for at in range(1, count + 1):
             back_to_one(pool)
@@ -88,13 +90,20 @@ def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: P
             began_s = time.monotonic()
             (crashing / "crash.json").write_text(json.dumps({"run": f"{made.id} {at}", "at": at}))
             with contextlib.suppress(Refused, PoolUnavailable):  # its answer dies with it; the rollout goes on, or never began
-                admin.publish(pool.config, made.id, "seedling", f"dies before act {at}", STEPS)
+                admin.publish(pool.config, made.id, "seedling", f"dies before act {at}", policy_of(made))
             wait_until(lambda: ready(pool), timeout_s=60)
             stage = settle(pool, made)
             assert not (crashing / "crash.json").exists(), "it did die"
             print(f"{kind}: died before act {at} of {count}: {stage} after {time.monotonic() - began_s:.1f} s")
+            if stage == "live":
+                expected |= expected_of(pool.url, [str(made.id)])
         back_to_one(pool)
-    assert problems(events, {}) == []
+    assert problems(events, expected) == []
+
+
+def policy_of(made: Manifest) -> Policy:
+    """Adapters by steps; weights at once and in place, since a canary of theirs would start a second fleet each time."""
+    return STEPS if made.kind == "adapter" else DIRECT
 
 
 def adapter_of_its_own(pool: Running, tmp_path: Path, seed: int) -> Manifest:
@@ -136,13 +145,14 @@ def test_replicas_killed_added_and_removed_under_publishes(pool: Running, tmp_pa
 def a_canary_of_weights_takes_its_share_of_the_replicas(pool: Running, made: Manifest) -> None:
     with recording(pool.url, "seedling", 8, pause_s=0.1) as events:
         half = Policy(steps=(50, 100), min_requests=10_000, gate=False, margins=ANY)
+        expected = expected_of(pool.url, [str(ONE)])
         assert admin.publish(pool.config, made.id, "seedling", "half of it", half).stage == "canary"
         wait_until(lambda: {e.version for e in events[-16:]} == {str(ONE), str(made.id)}, timeout_s=30)
         assert sorted(r["base"] for r in admin.status(pool.config)["replicas"]) == sorted([str(ONE), str(made.id)])
         assert admin.step(pool.config, "promote", "seedling", "test").stage == "live"
         time.sleep(0.5)
     assert {r["base"] for r in admin.status(pool.config)["replicas"]} == {str(made.id)}
-    assert problems(events, {}) == []
+    assert problems(events, expected | expected_of(pool.url, [str(made.id)])) == []
 
 
 def ids(pool: Running) -> set[str]:
@@ -170,7 +180,7 @@ def test_a_late_replica_has_the_same_bits_as_one_that_was_swapped(pool: Running,
 def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_ones(pool: Running, tmp_path: Path) -> None:
     """P2: between "half loaded" and "committed" nothing was served; the new process starts with what the store says."""
     made = other_weights(pool, tmp_path, 45)
-    publishing = threading.Thread(target=lambda: attempt(pool, made))
+    publishing, expected = threading.Thread(target=lambda: attempt(pool, made)), expected_of(pool.url, [str(ONE)])
     with recording(pool.url, "seedling", 4, pause_s=0.05) as events:
         time.sleep(1)
         publishing.start()
@@ -182,7 +192,7 @@ def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_o
         settle(pool, made)
     seen = {event.version for event in events if not event.error}
     assert seen <= {str(ONE), str(made.id)}
-    expected = expected_of(pool.url, [str(made.id)])
+    expected |= expected_of(pool.url, [str(made.id)])
     assert problems([event for event in events if not event.error], expected) == []
     (state,) = admin.status(pool.config)["replicas"]
     assert state["base"] == str(made.id)
@@ -198,10 +208,11 @@ def test_control_killed_while_a_second_fleet_takes_over(pool: Running, tmp_path:
     """P11 for another shape: killed while its fleet starts, while the canary runs and while the fleet's own replica changes engines."""
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
     made = pool.registry.register("seedling", "weights", None, make_smaller(tmp_path / "smaller", base), Lineage())
-    (before,) = admin.status(pool.config)["replicas"]
+    (before,), expected = admin.status(pool.config)["replicas"], expected_of(pool.url, [str(ONE)])
     with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
         began_s = time.monotonic()
         admin.publish(pool.config, made.id, "seedling", "another shape", STEPS)
+        wait_until(lambda: len(named(pool, "VLLM::EngineCor")) == 2, timeout_s=60)
         for reached in ("warming 0", "canary 50", "canary 100"):
             wait_until(lambda: where(pool) == reached, timeout_s=150)  # noqa: B023 (called at once)
             kill_control(pool)
@@ -210,7 +221,10 @@ def test_control_killed_while_a_second_fleet_takes_over(pool: Running, tmp_path:
         print(f"another shape, control killed three times: live and alone again after {time.monotonic() - began_s:.0f} s")
     (after,) = admin.status(pool.config)["replicas"]
     assert (after["id"], after["base"]) == (before["id"], str(made.id))
-    assert problems(events, expected_of(pool.url, [str(made.id)])) == []
+    assert problems(events, expected | expected_of(pool.url, [str(made.id)])) == []
+    longest_s = max(event.end_s - event.start_s for event in events)
+    assert longest_s < 8, "nobody waited for an engine: control found the second fleet again"
+    print(f"{len(events)} requests, the longest took {longest_s:.1f} s")
     back_to_one(pool)
     wait_until(lambda: where(pool) == "live 0" and len(ids(pool)) == 1, timeout_s=150)
 
@@ -240,5 +254,57 @@ def test_a_shape_that_no_engine_can_start_leaves_everything_as_it_was(pool: Runn
         print(f"given up after {time.monotonic() - began_s:.0f} s")
     now = pool.registry.rollout("seedling")
     assert now is not None and "did not start" in now.reason, now
-    assert problems(events, {}) == [] and {event.version for event in events} == {str(ONE)}
+    assert problems(events, expected_of(pool.url, [str(ONE)])) == []
     wait_until(lambda: admin.status(pool.config)["slots"]["free"] >= 1, timeout_s=90)
+
+
+def test_a_canary_of_weights_on_one_replica_and_a_swap_that_fails_afterwards(pool: Running, tmp_path: Path) -> None:
+    """P1b: a second fleet hosts the canary. Then the file is damaged before the fleet's own replica reads it: the rollout ends with that
+    replica's words, and everybody is back at the old version, in the same process."""
+    made, expected = other_weights(pool, tmp_path, 46), expected_of(pool.url, [str(ONE)])
+    (before,) = admin.status(pool.config)["replicas"]
+    half = Policy(steps=(50, 100), min_requests=10_000, gate=False, margins=ANY)
+    with recording(pool.url, "seedling", 8, pause_s=0.1) as events:
+        admin.publish(pool.config, made.id, "seedling", "half of the sessions", half)
+        wait_until(lambda: {e.version for e in events[-16:]} == {str(ONE), str(made.id)}, timeout_s=120)
+        expected |= expected_of(pool.url, [str(made.id)])
+        root = pool.registry.store.local_root
+        assert root is not None
+        damage(root / f"versions/seedling/{made.id.n}/files/model.safetensors")
+        with pytest.raises(Refused, match=r"could not load seedling@\d+: .*does not match its manifest"):
+            admin.step(pool.config, "promote", "seedling", "to everybody")
+        wait_until(lambda: len(ids(pool)) == 1, timeout_s=60)
+        time.sleep(0.5)
+    assert problems(events, expected) == [] and events[-1].version == str(ONE)
+    (after,) = admin.status(pool.config)["replicas"]
+    assert (after["id"], after["fingerprint"]) == (before["id"], before["fingerprint"])
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_poisoned_weights_are_rolled_back_by_the_canary(pool: Running, tmp_path: Path) -> None:
+    """Point 4 for weights, with the gate off: within 30 s of the first answer, and never more than the canary's share."""
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    folder = make_weights(tmp_path / "poison", base, 47, noise=0.5)
+    made = pool.registry.register("seedling", "weights", None, folder, Lineage())
+    policy = Policy(steps=(25, 100), min_requests=10_000, gate=False)
+    wait_until(lambda: admin.status(pool.config)["slots"]["free"] >= 1, timeout_s=90)
+    with recording(pool.url, "seedling", 32, pause_s=0.1) as events:
+        admin.publish(pool.config, made.id, "seedling", "poisoned", policy)
+        wait_until(lambda: where(pool) == "canary 25", timeout_s=120)
+        began_s = time.monotonic()
+        wait_until(lambda: where(pool) == "rolled_back 0", timeout_s=30)
+        ended_s = time.monotonic()
+        time.sleep(1.5)
+    during = [event for event in events if began_s < event.start_s < ended_s]
+    share = sum(event.version == str(made.id) for event in during) / max(1, len(during))
+    expected = sum(takes_canary("seedling", made.id, 25, f"session-{n}") for n in range(32)) / 32
+    print(
+        f"poisoned weights: rolled back {ended_s - began_s:.1f} s after the canary began, {share:.0%} of the requests meanwhile"
+    )
+    assert problems(events, {}, {str(made.id): ended_s + 0.6}) == [] and share <= expected + 0.1
+    wait_until(lambda: len(ids(pool)) == 1, timeout_s=60)

@@ -1,10 +1,8 @@
 """Publishing into live traffic: nothing fails, every answer has one version, nobody sees versions go back and forth."""
 
-import asyncio
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
 
@@ -26,19 +24,9 @@ THINK_S = 0.4
 ONE = VersionId("seedling", 1)
 
 
-@contextmanager
-def traffic(pool: Running, streams: int = 8) -> Iterator[list[load.Sample]]:
-    """Concurrent streaming clients until the block ends; the list fills when it does."""
-    stop, samples = threading.Event(), list[load.Sample]()
-    thread = threading.Thread(
-        target=lambda: samples.extend(asyncio.run(load.run(f"{pool.url}/v1", "seedling", streams, stop=stop, pause_s=THINK_S)))
-    )
-    thread.start()
-    try:
-        yield samples
-    finally:
-        stop.set()
-        thread.join()
+def traffic(pool: Running, streams: int = 8) -> AbstractContextManager[list[load.Sample]]:
+    """Concurrent streaming clients until the block ends."""
+    return load.background(f"{pool.url}/v1", "seedling", streams, THINK_S)
 
 
 def versions_seen(samples: list[load.Sample], client: int) -> list[str]:

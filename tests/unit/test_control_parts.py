@@ -1,8 +1,10 @@
 """Control's decisions, without Ray."""
 
+from typing import Any
+
 from cluster.control import public
-from cluster.gateways import routing
-from cluster.placement import answerable, lacks
+from cluster.gateways import Gateways, routing
+from cluster.placement import answerable, bases, lacks, warmth
 from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId
 
 ONE, TWO = VersionId("m", 1), VersionId("m", 2)
@@ -24,6 +26,49 @@ def test_an_alias_moves_only_when_somebody_can_answer_for_it() -> None:
     assert answerable(history, (replica({"m@1": "d"}),)).generation == 1
     assert answerable(history, (replica({"m@1": "d", "m@2": "e"}),)).generation == 2
     assert answerable(history, ()).generation == 2
+
+
+def test_everybody_moves_only_when_half_of_the_replicas_can_bear_it() -> None:
+    """Weights are taken over one replica after another; the first must not get everybody's requests."""
+    history, old, new = [move(1, ONE), move(2, TWO)], replica({"m@1": "d"}), replica({"m@2": "e"}, "m@2")
+    assert answerable(history, (new, old, old), history[0]).generation == 1
+    assert answerable(history, (new, old, new, old), history[0]).generation == 2
+    assert answerable(history, (replica({}), new, old), history[0]).generation == 2, (
+        "one that is steered around answers for nobody"
+    )
+    shared = move(2, ONE).model_copy(update={"canary": TWO, "percent": 25})
+    assert answerable([history[0], shared], (new, old, old, old), history[0]).generation == 2, "a canary's share is its share"
+
+
+def test_requests_wait_for_the_newest_move_where_nobody_can_answer_for_any() -> None:
+    history = [move(1, ONE), move(2, TWO)]
+    assert answerable(history, (replica({}),), history[0]).generation == 2
+
+
+def test_a_canary_that_a_second_fleet_hosts_takes_no_replica_of_the_first() -> None:
+    shared = move(2, ONE).model_copy(update={"canary": TWO, "percent": 50})
+    two = (replica({}), replica({})._replace(id="s"))
+    assert sorted(map(str, bases(two, shared, lambda id: id).values())) == ["m@1", "m@2"]
+    assert set(bases(two, shared, lambda id: id, TWO).values()) == {ONE}
+
+
+def test_an_adapter_hears_that_its_weights_were_refused() -> None:
+    refusing = replica({}, base="other@1")._replace(refused={"m@1": "out of memory"})
+    assert "could not load m@1: out of memory" in warmth((refusing,), ADAPTER).refused
+
+
+def test_a_control_that_was_just_restarted_takes_no_alias_from_a_gateway(monkeypatch: Any) -> None:
+    """It knows nothing yet, and one gateway does not answer: nobody is told anything until the next round."""
+    told: list[str] = []
+
+    def tell(method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+        told.append(method)
+        return [TimeoutError()] if method == "prepare" else [1]
+
+    gateways = Gateways()
+    monkeypatch.setattr(gateways, "_tell", tell)
+    assert not gateways.announce({"m": move(1, ONE)}, (replica({"m@1": "d"}),))
+    assert told == ["prepare"]
 
 
 def test_a_rollback_is_followed_although_both_versions_are_held() -> None:

@@ -82,3 +82,6 @@ def test_a_verdict_counts_only_against_the_version_that_is_live() -> None:
     new = Verdict(version=THREE, against=TWO, checks=(), job=None, time_s=1)
     assert latest([old, new], TWO) == new and latest([new, old], TWO) == new
     assert latest([old], TWO) is None
+    alone = Verdict(version=THREE, against=None, checks=(), job=None, time_s=2)
+    assert latest([alone], TWO) is None, "compared with nobody, it says nothing about the live one"
+    assert latest([alone], None) == alone

@@ -38,11 +38,28 @@ def stages(records: list[Rollout]) -> list[tuple[str, int]]:
 
 
 def test_a_good_version_goes_live_step_by_step() -> None:
-    records = run(start(), WARM, seen())
+    records = run(start(), WARM, seen(), seen(GOOD._replace(requests=200)))
     assert stages(records) == [("registered", 0), ("warming", 0), ("canary", 5), ("canary", 25), ("canary", 100), ("live", 0)]
     assert [record.n for record in records] == [1, 2, 3, 4, 5, 6]
     assert [wanted(record) for record in records[1:4]] == [(ONE, None, 0), (ONE, TWO, 5), (ONE, TWO, 25)]
     assert wanted(records[-1]) == (TWO, None, 0)
+
+
+def test_each_step_needs_answers_of_its_own() -> None:
+    at_25 = run(start(), WARM, seen())[-1]
+    assert (at_25.percent, at_25.seen) == (25, 100)
+    assert decide(at_25, seen(GOOD._replace(requests=149)), 10_000) is None
+    enough = decide(at_25, seen(GOOD._replace(requests=150)), 10_000)
+    assert enough is not None and enough.percent == 100
+    restarted = decide(at_25, seen(GOOD._replace(requests=50)), 10_000)
+    assert restarted is not None, "a gateway that was restarted counts from 0"
+
+
+def test_at_100_percent_every_replica_has_its_own_time() -> None:
+    moved = start(DIRECT).next("canary", "ready", 0, percent=100)
+    assert decide(moved, Facts(warmth=Warmth(3, 1)), 2.5 * WARM_TIMEOUT_S) is None
+    late = decide(moved, Facts(warmth=Warmth(3, 1, waits="a slot")), 3.5 * WARM_TIMEOUT_S)
+    assert late is not None and late.stage == "rolled_back" and "waiting for a slot" in late.reason
 
 
 def test_direct_goes_live_when_every_replica_holds_it() -> None:

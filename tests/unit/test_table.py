@@ -36,6 +36,13 @@ def test_a_version_that_nobody_holds_does_not_exist_unless_no_replica_is_there_t
     assert table().resolve("m@2") == (V2, None)
 
 
+def test_an_alias_never_goes_back_although_control_was_restarted_and_says_so() -> None:
+    here = table(replica("a", V1, V2))
+    here.adopt(View(2, {"m": generation(7, V2)}, (replica("a", V1, V2),)))
+    here.adopt(View(3, {"m": generation(6, V1)}, (replica("a", V1, V2),)))
+    assert here.resolve("m")[0] == V2 and here.view.revision == 3
+
+
 def test_an_unknown_model_names_the_known_ones() -> None:
     with pytest.raises(ModelNotFound, match="m"):
         table().resolve("gpt-4")
