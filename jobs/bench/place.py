@@ -25,11 +25,12 @@ from jobs.bench.peers import Served
 
 PORT = 8100
 OVERRIDES: dict[str, Any] = {
-    "pool": {"gcs_port": 6499, "dashboard_port": 8365, "agent_ports": 53380},
+    "pool": {"gcs_port": 6499, "dashboard_port": 8365, "agent_ports": 29500},
     "gateway": {"host": peers.HOST, "port": PORT, "replicas": 1},
     "fleet": {"min_replicas": 1, "max_replicas": 1, "kv_cache_bytes": 1 << 30},
 }
-"""One replica with 1 GiB of KV cache. The ports are outside those of Ray's workers (10002–19999) and of a pool's defaults."""
+"""One replica with 1 GiB of KV cache. The ports are outside those of Ray's workers (10002–19999), of outgoing connections (from 32768 on
+Linux) and of a pool's defaults."""
 BUSY_PERCENT = 10
 PASSED, FAILED = "[green]pass[/green]", "[red]FAIL[/red]"
 console = Console(width=None if sys.stdout.isatty() else 120)
