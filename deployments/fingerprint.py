@@ -1,8 +1,9 @@
-"""A checksum of the weights as they lie in the accelerator's memory, computed by the engine's own worker.
+"""What the replica asks of the engine's own worker: take other weights over, and say what lies in the accelerator's memory.
 
-vLLM mixes this class into its worker (``worker_extension_cls``), so that the replica can ask for it by name.
+vLLM mixes this class into its worker (``worker_extension_cls``), so that the replica can ask for its methods by name.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 CHUNK = 1 << 24
@@ -10,29 +11,66 @@ PRIME = 65_521
 
 
 class Fingerprint:
-    """Mixed into vLLM's worker; ``self.model_runner`` is the worker's."""
+    """Mixed into vLLM's worker; ``model_runner`` and ``reload_weights`` are the worker's."""
 
     model_runner: Any
+    reload_weights: Any
+
+    def take_over(self, folder: str) -> str:
+        """Read the weights in ``folder`` in the place of those in memory; returns their fingerprint."""
+        self.reload_weights(weights_path=folder)
+        repack(self.model_runner.get_model())
+        return self.fingerprint()
 
     def fingerprint(self) -> str:
-        """Depends on every parameter's name, shape and bits, and on their order; the same on every replica that loaded the same files."""
+        """Depends on every parameter's name, shape and bits; the same on every replica that loaded the same files."""
         import hashlib
 
         digest = hashlib.sha256()
-        for name, parameter in sorted(self.model_runner.get_model().named_parameters()):
-            if ".lora_" not in name:
-                digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {_sums(parameter)}\n".encode())
+        for name, tensor in [*parameters(self.model_runner.get_model()), *answers(self.model_runner.get_model())]:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_sums(tensor)}\n".encode())
         return digest.hexdigest()
 
 
-def _sums(parameter: Any) -> tuple[int, int]:
+def parameters(model: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, tensor) for name, tensor in sorted(model.named_parameters()) if ".lora_" not in name)
+
+
+def answers(model: Any) -> Iterator[tuple[str, Any]]:
+    """On CPUs vLLM multiplies by packed copies of the matrices, which are no parameters, and most originals are dropped. So each packed
+    copy is asked for its product with one fixed row."""
+    import torch
+
+    for name, module in sorted(model.named_modules()):
+        if packed := getattr(module, "cpu_linear", None):
+            width = getattr(module, "input_size_per_partition", 0) or module.embedding_dim
+            row = torch.linspace(-1, 1, width, dtype=getattr(module, "params_dtype", None) or module.weight.dtype)
+            yield f"{name} packed", packed(row.unsqueeze(0), module.weight, None)
+
+
+def repack(model: Any) -> None:
+    """Pack again what kept its original: an output layer that shares the embeddings' matrix.
+
+    A reload packs only what the checkpoint names (``model_executor/model_loader/reload/layerwise.py`` in 0.29), so on CPUs such a layer
+    goes on multiplying by the old matrix. Found by the history checker.
+    """
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        packed = hasattr(module, "cpu_linear") and not getattr(module, "_cpu_skip_gemm_dispatch", False)
+        if packed and weight is not None and weight.ndim == 2 and weight.numel():
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+def _sums(tensor: Any) -> tuple[int, int]:
     """Plain and position-weighted sums over the bits, read as integers of four bytes where they fit, on the accelerator, chunk by chunk.
 
     The weighted ones may wrap around, everywhere in the same way.
     """
     import torch
 
-    bytes_ = parameter.detach().contiguous().view(-1).view(torch.uint8)
+    bytes_ = tensor.detach().contiguous().view(-1).view(torch.uint8)
     words = bytes_.view(torch.int32) if bytes_.numel() % 4 == 0 else bytes_
     plain, weighted = 0, 0
     for start in range(0, words.numel(), CHUNK):

@@ -295,10 +295,10 @@ class Replica:
         keep = self.config.fleet.swap == "keep"
         await self.engine.pause_generation(mode="keep" if keep else "wait", clear_cache=not keep)
         try:
-            await self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            found = await self.engine.collective_rpc("take_over", args=(str(folder),))
             if keep:
                 await self.engine.reset_prefix_cache(reset_running_requests=True)
-            return await self._fingerprint()
+            return ":".join(found)
         finally:
             await self.engine.resume_generation()
 
@@ -313,8 +313,7 @@ class Replica:
         return await self._fingerprint()
 
     async def _fingerprint(self) -> str:
-        (found, *others) = await self.engine.collective_rpc("fingerprint")
-        return ":".join([found, *others])
+        return ":".join(await self.engine.collective_rpc("fingerprint"))
 
     async def check_health(self) -> None:
         if self.starting_s is None:

@@ -37,7 +37,7 @@ def test_adapters_are_loaded_by_the_name_that_requests_use() -> None:
 def test_only_the_replica_imports_vllm() -> None:
     root = Path(__file__).parents[2]
     users = [p for folder in ("cluster", "deployments") for p in (root / folder).rglob("*.py") if imports(p, "vllm")]
-    assert sorted(p.name for p in users) == ["fleet.py", "mend.py"]
+    assert sorted(p.name for p in users) == ["fingerprint.py", "fleet.py", "mend.py"]
 
 
 def test_rays_and_serves_private_parts_have_one_file_each() -> None:
@@ -52,6 +52,16 @@ def imports(path: Path, module: str) -> bool:
     named = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     named += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
     return any(name == module or name.startswith(module + ".") for name in named)
+
+
+def test_packed_copies_are_where_the_fingerprint_looks() -> None:
+    """`deployments.fingerprint.repack` packs again what a reload forgets; without these names it would forget as well."""
+    packing = (VLLM / "model_executor/layers/utils.py").read_text()
+    assert "def dispatch_cpu_unquantized_gemm(\n    layer: torch.nn.Module,\n    remove_weight: bool," in packing
+    assert "layer.cpu_linear = lambda x, weight, bias:" in packing
+    embedding = (VLLM / "model_executor/layers/vocab_parallel_embedding.py").read_text()
+    assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=False)" in embedding
+    assert "layer.weight = embed_tokens.weight" in embedding, "a tied output layer shares the matrix and not its packed copy"
 
 
 def base_row(shrink: Any) -> float:
