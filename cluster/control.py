@@ -86,7 +86,7 @@ class Control:
         return {
             "slots": slots(),
             "aliases": {name: move.model_dump(mode="json") for name, move in self.gateways.current.aliases.items()},
-            "replicas": [public(replica) for replica in self.replicas.observe()],
+            "replicas": [public(replica) for replica in self.replicas.observe(fresh=True)],
             "rollouts": [self._describe(one) for one in self.state.rollouts.values()],
         }
 

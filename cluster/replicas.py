@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any
 
 from cluster import logs
@@ -27,21 +28,24 @@ class Replicas:
         self.apps: tuple[str, ...] = (app,)
         self.changed = changed
         self.observed_s = 0.0
+        self.lock = Lock()
         self.seen: dict[str, tuple[ReplicaState, float]] = {}
         self.asked: dict[str, Future[None]] = {}
         """What was asked for and whether it was answered: `_ask`'s key."""
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ask-replicas")
 
-    def observe(self) -> tuple[ReplicaState, ...]:
+    def observe(self, fresh: bool = False) -> tuple[ReplicaState, ...]:
         """The replicas heard lately. Silence for less than `FORGET_S` is no death: the machine may be busy, and gateways avoid a replica
-        that breaks a connection by themselves. Asked again only after `OBSERVE_S`: what they were ordered to do they report unasked."""
+        that breaks a connection by themselves. Asked again only after `OBSERVE_S`, unless it must be ``fresh``: what they were ordered to do
+        they report unasked."""
         now_s = time.monotonic()
-        if now_s - self.observed_s < OBSERVE_S:
+        if now_s - self.observed_s < OBSERVE_S and not fresh:
             return self.states
         for app in self.apps:
             self._hear(broadcast(app, "describe", timeout_s=DESCRIBE_TIMEOUT_S))
         self.observed_s = now_s = time.monotonic()
-        self.seen = {id: (state, at_s) for id, (state, at_s) in self.seen.items() if now_s - at_s < FORGET_S}
+        with self.lock:
+            self.seen = {id: (state, at_s) for id, (state, at_s) in self.seen.items() if now_s - at_s < FORGET_S}
         return self.states
 
     @property
@@ -92,7 +96,8 @@ class Replicas:
         now_s = time.monotonic()
         for answer in answers:
             if isinstance(answer, ReplicaState):
-                known = self.seen.get(answer.id, (answer, now_s))[0]
-                self.seen = {**self.seen, answer.id: (known if known.revision > answer.revision else answer, now_s)}
+                with self.lock:
+                    known = self.seen.get(answer.id, (answer, now_s))[0]
+                    self.seen = {**self.seen, answer.id: (known if known.revision > answer.revision else answer, now_s)}
             elif isinstance(answer, Exception):
                 log.warning("a replica: %s", answer)
