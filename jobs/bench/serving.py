@@ -17,7 +17,7 @@ from cluster.config import Config
 from jobs.bench import load, peers
 from jobs.bench.memory import Process, budget, memory_table, processes
 from jobs.bench.peers import Served
-from jobs.bench.place import PORT, ask, console, finish, machine, springtide, warn_if_busy, workplace
+from jobs.bench.place import PORT, ask, console, finish, machine, settle, springtide, warn_if_busy, workplace
 from jobs.bench.report import LABELS, Measurement, draw, markdown, results, summarise, verdicts
 
 WARM_UP_REQUESTS = 64
@@ -99,6 +99,8 @@ def _cases(plan: Load, turn: int, system: str, served: Served, say: Callable[...
     say("warming up")
     for streaming in (True, False):
         ask(served, max(plan.streams), WARM_UP_REQUESTS, streaming, plan.tokens)
+    say("letting it come to rest")
+    settle()
     found = []
     for streams, streaming in plan.cases:
         say(f"{streams} {'streams' if streaming else 'at once, not streamed'}", advance=1)

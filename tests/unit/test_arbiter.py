@@ -1,0 +1,104 @@
+"""The arbiter under any demand, with a simulated clock."""
+
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.arbiter import SERVING, Budget, Decision, Demand, Job, Past, decide, divide, largest_rise, largest_since
+
+BUDGETS = st.builds(
+    Budget,
+    serving_floor_slots=st.integers(0, 2),
+    serving_ceiling_slots=st.none() | st.integers(2, 8),
+    training_floor_slots=st.integers(0, 2),
+    training_ceiling_slots=st.none() | st.integers(0, 8),
+    cool_down_s=st.sampled_from([0.0, 10.0, 60.0]),
+    headroom_slots=st.integers(0, 2),
+)
+JOBS = st.lists(
+    st.builds(Job, st.just(""), st.integers(0, 3), st.floats(0, 100), st.integers(0, 3), st.integers(3, 8), st.integers(1, 2)),
+    max_size=4,
+).map(lambda jobs: tuple(job._replace(id=f"job-{n}") for n, job in enumerate(jobs)))
+LIFE = st.lists(st.tuples(st.floats(0.1, 30), st.integers(0, 10)), min_size=1, max_size=40)
+
+
+def live(
+    budget: Budget, slots: int, jobs: tuple[Job, ...], life: list[tuple[float, int]]
+) -> list[tuple[float, Demand, Decision]]:
+    """Every decision of a life: after ``dt`` seconds the load asks for so many slots."""
+    past, now_s, seen = Past(), 0.0, list[tuple[float, Demand, Decision]]()
+    for dt_s, wanted in life:
+        now_s += dt_s
+        demand = Demand(slots, wanted, jobs)
+        decision = decide(budget, demand, past, now_s)
+        past = decision.past
+        seen.append((now_s, demand, decision))
+    return seen
+
+
+@given(BUDGETS, st.integers(0, 10), JOBS, LIFE)
+def test_no_slot_has_two_owners_and_every_verdict_has_a_reason(
+    budget: Budget, slots: int, jobs: tuple[Job, ...], life: list[tuple[float, int]]
+) -> None:
+    for _, _, decision in live(budget, slots, jobs, life):
+        shares = decision.shares
+        assert sum(shares.values()) <= slots and min(shares.values()) >= 0
+        assert set(shares) == {SERVING, *(job.id for job in jobs)}
+        for job in jobs:
+            assert shares[job.id] == 0 or job.least <= shares[job.id] <= job.most
+        assert all(verdict.reason for verdict in decision.verdicts)
+        if budget.training_ceiling_slots is not None:
+            assert sum(shares[job.id] for job in jobs) <= budget.training_ceiling_slots
+
+
+@given(BUDGETS, st.integers(0, 10), JOBS, LIFE)
+def test_serving_gets_at_once_what_it_asks_for_within_its_bounds(
+    budget: Budget, slots: int, jobs: tuple[Job, ...], life: list[tuple[float, int]]
+) -> None:
+    for _, demand, decision in live(budget, slots, jobs, life):
+        most = min(slots if budget.serving_ceiling_slots is None else budget.serving_ceiling_slots, slots)
+        most = max(0, min(most, slots - (budget.training_floor_slots if jobs else 0)))
+        assert decision.shares[SERVING] >= min(max(demand.wanted, budget.serving_floor_slots), most)
+        assert decision.shares[SERVING] <= most
+
+
+@given(BUDGETS, st.integers(0, 10), JOBS, LIFE)
+def test_the_lease_falls_only_after_the_cool_down(
+    budget: Budget, slots: int, jobs: tuple[Job, ...], life: list[tuple[float, int]]
+) -> None:
+    """Flapping load makes no flapping lease: whatever it fell below was asked for a cool-down ago or longer."""
+    seen = live(budget.model_copy(update={"headroom_slots": 0}), slots, jobs, life)
+    for (_, _, before), (now_s, _, after) in pairwise(seen):
+        if after.shares[SERVING] < before.shares[SERVING]:
+            recent = [(at_s, demand.wanted) for at_s, demand, _ in seen if at_s <= now_s]
+            assert after.shares[SERVING] >= min(largest_since(recent, now_s - budget.cool_down_s), after.shares[SERVING])
+            assert all(wanted <= after.shares[SERVING] for at_s, wanted in recent if at_s > now_s - budget.cool_down_s)
+
+
+def test_a_flapping_load_makes_the_cool_down_longer() -> None:
+    budget = Budget(cool_down_s=10, headroom_slots=0)
+    life = [(1.0, 3 if second // 12 % 2 == 0 else 1) for second in range(240)]
+    leases = [decision.shares[SERVING] for _, _, decision in live(budget, 4, (), life)]
+    falls = sum(later < earlier for earlier, later in pairwise(leases))
+    assert falls <= 2, "ten times up and down, and the lease fell twice at most"
+
+
+def test_the_headroom_is_what_recent_traffic_rose_by() -> None:
+    budget = Budget(cool_down_s=10, hand_over_s=5, headroom_slots=2)
+    life = [(1.0, 1)] * 5 + [(1.0, 3)] * 5 + [(1.0, 1)] * 30
+    leases = [decision.shares[SERVING] for _, _, decision in live(budget, 8, (), life)]
+    assert leases[4] == 1 and leases[6] == 5 and leases[-1] == 3, "one that is asked for, two for the next rise"
+    assert largest_rise([(0, 1), (10, 3)], 5) == 2 and largest_rise([(0, 3), (1, 1), (20, 2)], 5) == 1
+
+
+def test_the_higher_priority_comes_first_and_the_older_before_the_younger() -> None:
+    low, old, young = Job("low", 0, 0, 2, 4), Job("old", 1, 0, 1, 2), Job("young", 1, 5, 1, 4)
+    assert divide([low, young, old], 1) == {"old": 1, "young": 0, "low": 0}
+    assert divide([low, young, old], 3) == {"old": 2, "young": 1, "low": 0}
+    assert divide([low, young, old], 6) == {"old": 2, "young": 2, "low": 2}
+    assert divide([low, young, old], 20) == {"old": 2, "young": 4, "low": 4}
+
+
+def test_a_lower_job_runs_in_what_the_higher_one_cannot_use() -> None:
+    assert divide([Job("high", 1, 0, 4, 4), Job("low", 0, 0, 1, 4)], 3) == {"high": 0, "low": 3}
