@@ -115,6 +115,39 @@ def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: P
     assert problems(events, expected) == []
 
 
+def test_control_killed_before_every_act_of_an_abort(pool: Running, crashing: Path, tmp_path: Path) -> None:
+    """The way back is enumerated too. An order that died before its first record is given again, as its caller was told."""
+    made, expected = adapter(pool, tmp_path, seed=480), expected_of(pool.url, [str(ONE)])
+    half = Policy(steps=(50, 100), min_requests=10_000, gate=False, margins=ANY)
+    acts = 1
+    with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
+        for at in range(100):
+            if at > acts:
+                break
+            assert admin.publish(pool.config, made.id, "seedling", f"aborted, dies before act {at}", half).stage == "canary"
+            (crashing / "acts.log").unlink(missing_ok=True)
+            (crashing / "crash.json").write_text(json.dumps({"run": f"abort {at}", "at": at}))
+            began_s = time.monotonic()
+            abort(pool)
+            wait_until(lambda: where(pool) == "rolled_back 0", timeout_s=30)
+            wait_until(lambda: ask(pool).headers.get("x-model-version") == str(ONE), timeout_s=30)
+            acts = len((crashing / "acts.log").read_text().splitlines()) if at == 0 else acts
+            assert (crashing / "crash.json").exists() == (at == 0), "it did die"
+            (crashing / "crash.json").unlink(missing_ok=True)
+            print(f"abort: died before act {at} of {acts}: back after {time.monotonic() - began_s:.1f} s")
+    assert acts >= 4
+    assert problems(events, expected | expected_of(pool.url, [str(made.id)])) == []
+
+
+def abort(pool: Running) -> None:
+    with contextlib.suppress(Refused, PoolUnavailable):
+        admin.step(pool.config, "abort", "seedling", "not good")
+    wait_until(lambda: ready(pool), timeout_s=60)
+    if where(pool).startswith("canary"):
+        with contextlib.suppress(Refused):  # it has just happened
+            admin.step(pool.config, "abort", "seedling", "not good, said again")
+
+
 def policy_of(made: Manifest) -> Policy:
     """Adapters by steps; weights at once and in place, since a canary of theirs would start a second fleet each time."""
     return STEPS if made.kind == "adapter" else DIRECT
