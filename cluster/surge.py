@@ -50,7 +50,7 @@ class Surge:
 
     def start(self, config: Config, weights: VersionId, replicas: int) -> None:
         """Ask Serve for it; returns at once."""
-        log.info("a second fleet of %d for %s, which has another shape", replicas, weights)
+        log.info("a second fleet of %d for %s", replicas, weights)
         build = import_module("deployments.app").build_surge  # the path by which Serve itself finds the applications
         options = {**graph.replica_options(config), "num_replicas": replicas, "max_constructor_retry_count": ATTEMPTS}
         target = serve.RunTarget(build(config, weights, options), app_name(weights), None)

@@ -8,6 +8,8 @@ from typing import Any
 
 CHUNK = 1 << 24
 PRIME = 65_521
+WIDTHS = ("input_size_per_partition", "input_size", "embedding_dim")
+"""Where vLLM's layers say how wide their input is; a layer that does not say it has no part in the fingerprint."""
 
 
 class Fingerprint:
@@ -42,8 +44,9 @@ def answers(model: Any) -> Iterator[tuple[str, Any]]:
     import torch
 
     for name, module in sorted(model.named_modules()):
-        if packed := getattr(module, "cpu_linear", None):
-            width = getattr(module, "input_size_per_partition", 0) or module.embedding_dim
+        packed = getattr(module, "cpu_linear", None)
+        width = next((size for key in WIDTHS if (size := getattr(module, key, 0))), 0)
+        if packed and width and not module.weight.is_meta:
             row = torch.linspace(-1, 1, width, dtype=getattr(module, "params_dtype", None) or module.weight.dtype)
             yield f"{name} packed", packed(row.unsqueeze(0), module.weight, None)
 

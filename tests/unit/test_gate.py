@@ -1,14 +1,20 @@
 """The gate judges by numbers that it states."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
+from cluster.config import parse
 from cluster.gate import GatePolicy, Golden, Scores, Verdict, judge, latest, paired_bootstrap
-from cluster.types import VersionId
+from cluster.registry import Registry
+from cluster.store import Store
+from cluster.types import Lineage, VersionId
+from jobs.evaluate import Sets, evaluate
 
 POLICY = GatePolicy()
 ONE, TWO, THREE = VersionId("m", 1), VersionId("m", 2), VersionId("m", 3)
@@ -75,6 +81,18 @@ def test_the_mean_lies_within_its_interval(values: list[float]) -> None:
         interval.low - 1e-9 <= max(interval.mean, interval.low)
         and min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9
     )
+
+
+def test_a_gate_that_measured_nothing_says_no(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    save_file({"weight": np.ones((2, 2), np.float32)}, tmp_path / "model" / "model.safetensors")
+    config = parse({"home": str(tmp_path)})
+    registry = Registry(Store(config.store))
+    manifest = registry.register("m", "weights", None, tmp_path / "model", Lineage())
+    verdict = evaluate(config, registry, manifest, None, Sets([], [], []))
+    assert not verdict.passed and "publishing.held_out" in verdict.words
+    assert registry.verdicts(manifest.id) == [verdict]
 
 
 def test_a_verdict_counts_only_against_the_version_that_is_live() -> None:

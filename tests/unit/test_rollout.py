@@ -7,7 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.canary import Comparison, Tally
-from cluster.rollout import DIRECT, ENDED, WARM_TIMEOUT_S, Facts, Order, Policy, Rollout, Warmth, begin, decide, wanted
+from cluster.rollout import (
+    DIRECT,
+    ENDED,
+    WARM_TIMEOUT_S,
+    Facts,
+    Order,
+    Policy,
+    Rollout,
+    Warmth,
+    begin,
+    decide,
+    waiting_for,
+    wanted,
+)
 from cluster.types import VersionId
 
 ONE, TWO, THREE = VersionId("m", 1), VersionId("m", 2), VersionId("m", 3)
@@ -60,6 +73,7 @@ def test_at_100_percent_every_replica_has_its_own_time() -> None:
     assert decide(moved, Facts(warmth=Warmth(3, 1)), 2.5 * WARM_TIMEOUT_S) is None
     late = decide(moved, Facts(warmth=Warmth(3, 1, waits="a slot")), 3.5 * WARM_TIMEOUT_S)
     assert late is not None and late.stage == "rolled_back" and "waiting for a slot" in late.reason
+    assert waiting_for(moved, Facts(warmth=Warmth(3, 1, waits="a slot")), 0) == "a slot"
 
 
 def test_direct_goes_live_when_every_replica_holds_it() -> None:
