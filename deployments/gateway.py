@@ -11,7 +11,7 @@ from typing import Any
 from ray import serve
 from ray.exceptions import RayError
 
-from cluster import control, logs
+from cluster import control, logs, priority
 from cluster.canary import Tally
 from cluster.config import Config
 from cluster.errors import MethodNotAllowed, RouteNotFound, SpringtideError
@@ -39,6 +39,7 @@ log = logs.logger(__name__)
 class Gateway:
     async def __init__(self, config: Config) -> None:
         seal()
+        priority.step_back(priority.CARRYING)
         self.config = config
         self.table = Table()
         self.upstream = Upstream(self.table, config.gateway.first_byte_timeout_s)

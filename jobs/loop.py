@@ -19,7 +19,7 @@ from ray.train.torch import TorchTrainer
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-from cluster import submit
+from cluster import priority, submit
 from cluster.config import Config, parse
 from cluster.errors import JobFailed
 from cluster.registry import Registry
@@ -53,8 +53,13 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[s
     gpu = config.fleet.accelerator == "gpu"
     # Else print() on a worker becomes a log record, and dill, which captures what `dis` prints, writes bytecode into our log.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+
+    def behind_serving(settings: dict[str, Any]) -> None:
+        priority.step_back(priority.TRAINING)
+        loop(settings)
+
     trainer = TorchTrainer(
-        loop,
+        behind_serving,
         train_loop_config=settings,
         scaling_config=ScalingConfig(
             num_workers=config.training.workers,

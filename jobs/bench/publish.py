@@ -3,7 +3,7 @@
 Adapters and weights are published in turn under concurrent streams, on a pool of its own. What is timed is what a user sees: from the
 command's HTTP request until the first answer whose header names the new version, and until every replica holds it and every gateway
 routes to it (the command's answer). The pause of a weights swap is what the replica itself measured (its log), and the time to first
-token is compared with the quiet time before, in the same run.
+token is compared with that of the second before each publish, when the same streams had answers from the same kind of version.
 """
 
 import argparse
@@ -30,8 +30,10 @@ from jobs.bench.place import changes, console, finish, machine, passed, springti
 
 STREAMS = 16
 QUIET_S = 10
-SETTLE_S = 1.0
+SETTLE_S = 1.5
 """Between one publish and the next."""
+BEFORE_S = 1.0
+"""How long before a publish requests are those it is compared with: the one before it has been forgotten by then."""
 RANK = 8
 
 
@@ -50,23 +52,27 @@ class Published:
         """Whether the publish was going on while this request waited for its first token."""
         return sample.start_s < self.began_s + self.all_replicas_s and sample.first_byte_s > self.began_s
 
+    def follows(self, sample: Sample) -> bool:
+        """Whether the request had its first token shortly before the publish."""
+        return self.began_s - BEFORE_S < sample.start_s and sample.first_byte_s <= self.began_s
+
 
 def publish(options: argparse.Namespace) -> None:
     """Publish adapters and weights under streams, print tables, write the files that were asked for."""
     console.print(f"{machine()}\n{options.adapters} adapters and {options.weights} sets of weights under {STREAMS} streams")
     warn_if_busy()
     with workplace(options.model) as (place, model), springtide(config := swapping(place, options.swap), changes()):
-        registry = Registry(Store(config.store))
-        base = registry.versions(config.fleet.model)[-1].id
+        registry, name = Registry(Store(config.store)), config.fleet.model
         url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
-        with load.background(url, config.fleet.model, STREAMS) as samples:
+        with load.background(url, name, STREAMS) as samples:
             time.sleep(QUIET_S)
-            quiet_until_s = time.monotonic()
-            done = [
-                *(one(config, adapter(registry, base, model, seed)) for seed in track(range(options.adapters), "adapters")),
-                *(one(config, weights(registry, base.name, model, seed)) for seed in track(range(options.weights), "weights ")),
-            ]
-    found = summarise(samples, quiet_until_s, done)
+            # Weights first: on CPUs an answer by an adapter takes more than twice as long, and a swap waits for answers.
+            seeds = track(range(options.weights), "weights ")
+            done = [one(config, weights(registry, name, model, seed)) for seed in seeds]
+            base = registry.versions(name)[-1].id
+            seeds = track(range(options.adapters), "adapters")
+            done += [one(config, adapter(registry, base, model, seed)) for seed in seeds]
+    found = summarise(samples, done)
     console.print(table(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -144,10 +150,8 @@ def weights(registry: Registry, name: str, model: Path, seed: int) -> Manifest:
 # results
 
 
-def summarise(samples: list[Sample], quiet_until_s: float, done: list[Published]) -> dict[str, float | int | None]:
+def summarise(samples: list[Sample], done: list[Published]) -> dict[str, float | int | None]:
     adapters, swaps = ([p for p in done if p.kind == kind] for kind in ("adapter", "weights"))
-    during = [sample for sample in samples if any(p.over(sample) for p in done)]
-    quiet = [sample for sample in samples if sample.end_s < quiet_until_s]
     truncated = sum("truncated" in sample.error for sample in samples)
     return {
         "adapter_first_answer_p50_ms": _ms([p.first_answer_s for p in adapters], 50),
@@ -158,14 +162,21 @@ def summarise(samples: list[Sample], quiet_until_s: float, done: list[Published]
         "weights_all_replicas_p50_ms": _ms([p.all_replicas_s for p in swaps], 50),
         "weights_pause_p50_ms": _ms([p.pause_s or 0 for p in swaps], 50),
         "weights_pause_p99_ms": _ms([p.pause_s or 0 for p in swaps], 99),
-        "ttft_p99_before_ms": _ms([s.ttft_s for s in quiet if s.ok], 99),
-        "ttft_p99_during_ms": _ms([s.ttft_s for s in during if s.ok], 99),
-        "ttft_p99_during_adapters_ms": _ms([s.ttft_s for s in during if s.ok and any(p.over(s) for p in adapters)], 99),
+        **first_tokens(samples, done, ""),
+        **first_tokens(samples, adapters, "_adapters"),
+        **first_tokens(samples, swaps, "_weights"),
         "publishes": len(done),
         "requests": len(samples),
         "failed": sum(not sample.ok for sample in samples) - truncated,
         "truncated": truncated,
     }
+
+
+def first_tokens(samples: list[Sample], publishes: list[Published], suffix: str) -> dict[str, float | None]:
+    """The time to first token before these publishes, and during them."""
+    before = [s.ttft_s for s in samples if s.ok and any(p.follows(s) for p in publishes)]
+    during = [s.ttft_s for s in samples if s.ok and any(p.over(s) for p in publishes)]
+    return {f"ttft_p99_before{suffix}_ms": _ms(before, 99), f"ttft_p99_during{suffix}_ms": _ms(during, 99)}
 
 
 def _ms(values_s: list[float], percent: float) -> float | None:
@@ -182,15 +193,20 @@ def table(found: dict[str, float | int | None]) -> Table:
 
 
 def verdicts(found: dict[str, float | int | None]) -> list[str]:
-    before, during = found["ttft_p99_before_ms"] or 0, found["ttft_p99_during_ms"] or 0
     lost = (found["failed"] or 0) + (found["truncated"] or 0)
     bars = [
         ("an adapter's first answer, p50", found["adapter_first_answer_p50_ms"], 500),
         ("a replica's pause for weights, p99", found["weights_pause_p99_ms"], 1000),
     ]
     lines = [f"{what}: {value:g} ms; {passed(value <= limit)} (≤ {limit} ms)" for what, value, limit in bars if value is not None]
-    ratio = f"time to first token, p99: {during:g} ms during against {before:g} ms before; {passed(during <= 2 * before)} (≤ 2×)"
-    return [*lines, ratio, f"{lost:g} of {found['requests']} requests failed or truncated; {passed(lost == 0)}"]
+    lines += [waited(found, kind) for kind in ("adapters", "weights") if found[f"ttft_p99_during_{kind}_ms"] is not None]
+    return [*lines, f"{lost:g} of {found['requests']} requests failed or truncated; {passed(lost == 0)}"]
+
+
+def waited(found: dict[str, float | int | None], kind: str) -> str:
+    before, during = (found[f"ttft_p99_{when}_{kind}_ms"] or 0 for when in ("before", "during"))
+    words = f"time to first token, p99, {kind}: {during:g} ms during, {before:g} ms before"
+    return f"{words}: {during / max(before, 1e-9):.2f}×; {passed(during <= 2 * before)} (≤ 2×)"
 
 
 def draw(done: list[Published], samples: list[Sample], path: Path) -> None:
