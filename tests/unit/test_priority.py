@@ -19,7 +19,7 @@ subprocess.run(["nice"], check=True)
 """
     words = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert words[0] == "5"
-    assert words[1] == str(int(subprocess.run(["nice"], capture_output=True, text=True, check=True).stdout) + 5)  # noqa: S607
+    assert words[1] == str(int(subprocess.run(["nice"], capture_output=True, text=True, check=True).stdout) + 5)
 
 
 def test_engines_come_first_and_training_last() -> None:
