@@ -16,7 +16,7 @@ RUN if [ "$VARIANT" = cpu ]; then \
         pip install --no-cache-dir --no-deps --extra-index-url https://download.pytorch.org/whl/cpu -r requirements/cpu.txt \
         && pip install --no-cache-dir --no-deps --editable .; \
     else \
-        pip install --no-cache-dir --editable ".[gpu]"; \
+        pip install --no-cache-dir --constraint requirements/gpu.txt --editable ".[gpu]"; \
     fi
 
 ENV RAY_AUTH_MODE=token

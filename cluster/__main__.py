@@ -210,11 +210,17 @@ def rollback(alias: str, to: Annotated[str | None, typer.Option(help="A version;
 
 
 @app.command()
-def ask(question: str, model: str = "seedling", version: Annotated[int | None, typer.Option(help="Pin NAME@N.")] = None) -> None:
+def ask(
+    question: str,
+    model: Annotated[str | None, typer.Option(help="The alias; by default what the pool serves.")] = None,
+    version: Annotated[int | None, typer.Option(help="Pin NAME@N.")] = None,
+) -> None:
     """Ask the live model one question over HTTP and show which version answered."""
     from cluster import tour
 
-    answer = tour.ask(_running(), f"{model}@{version}" if version else model, question)
+    config = _running()
+    model = model or config.fleet.model
+    answer = tour.ask(config, f"{model}@{version}" if version else model, question)
     console.print(f"[bold]{answer.version}[/]: {escape(answer.text)}")
 
 

@@ -62,7 +62,33 @@ def inspect(folder: Path, base: Path | None) -> None:
     for path, tensors in files.items():
         _check_finite(path, tensors)
     if base is not None:
-        _check_adapter({name: tensor for tensors in files.values() for name, tensor in tensors.items()}, shapes(base))
+        tensors = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+        _check_adapter(tensors, shapes(base), stated_ranks(folder))
+
+
+def check_kinds(new: Path, old: Path) -> None:
+    """Raise `VersionRefused` where a tensor holds whole numbers in the place of fractions: an engine would read them without a word."""
+    before = {name: tensor.dtype for path in old.rglob("*.safetensors") for name, tensor in header(path).items()}
+    after = {name: tensor.dtype for path in new.rglob("*.safetensors") for name, tensor in header(path).items()}
+    for name, dtype in sorted(after.items()):
+        if name in before and _fractions(dtype) != _fractions(before[name]):
+            raise VersionRefused(
+                f"{name} is of type {dtype}, the live version's of type {before[name]}.", "Save it in that type."
+            )
+
+
+def _fractions(dtype: str) -> bool:
+    return dtype.startswith(("F", "BF"))
+
+
+def stated_ranks(folder: Path) -> set[int]:
+    """The LoRA ranks that an adapter's configuration names. Raises `VersionRefused` where it names none."""
+    try:
+        config = cast(dict[str, Any], json.loads((folder / "adapter_config.json").read_text("utf-8")))
+        pattern = cast(dict[str, Any], config.get("rank_pattern") or {})
+        return {int(config["r"]), *(int(rank) for rank in pattern.values())}
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise VersionRefused(f"{folder.name}/adapter_config.json states no rank.", "Save the adapter with peft.") from error
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -77,8 +103,8 @@ def difference(new: Path, old: Path) -> str:
         return "shape"
     if settings(new) != settings(old):
         return "config.json"
-    changed = (path.name for path in sorted(old.iterdir()) if path.suffix in READ_ONCE and path.name not in REREAD)
-    return next((name for name in changed if not same(new / name, old / name)), "")
+    names = {path.name for folder in (new, old) for path in folder.iterdir() if path.suffix in READ_ONCE}
+    return next((name for name in sorted(names - set(REREAD)) if not same(new / name, old / name)), "")
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -88,7 +114,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def same(one: Path, other: Path) -> bool:
-    return one.is_file() and one.read_bytes() == other.read_bytes()
+    return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def header(path: Path) -> dict[str, Tensor]:
@@ -159,16 +185,21 @@ def _not_finite(chunk: bytes, dtype: str) -> bool:
     return bool(((np.frombuffer(chunk, integer) & integer(exponent)) == exponent).any())
 
 
-def _check_adapter(tensors: dict[str, Tensor], base: dict[str, tuple[int, ...]]) -> None:
-    """Every LoRA pair must sit on a matrix of the base and have its sides."""
+def _check_adapter(tensors: dict[str, Tensor], base: dict[str, tuple[int, ...]], ranks: set[int]) -> None:
+    """Every LoRA pair must sit on a matrix of the base, have its sides, and a rank that the configuration names."""
     pairs: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         found = LORA.match(name)
-        if found is None or len(tensor.shape) != 2:
+        if found is None or len(tensor.shape) != 2 or not _fractions(tensor.dtype):
             raise VersionRefused(f"{name} is not a LoRA matrix.", "Save the adapter with peft's save_pretrained.")
         pairs.setdefault(found["module"], {})[found["side"]] = tensor.shape
     for module, sides in pairs.items():
         _check_pair(module, sides, base.get(f"{module}.weight"))
+        if sides["A"][0] not in ranks:
+            raise VersionRefused(
+                f"{module} has rank {sides['A'][0]}; adapter_config.json says {', '.join(map(str, sorted(ranks)))}.",
+                "An engine scales by what the configuration says; save the adapter again with peft.",
+            )
 
 
 def _check_pair(module: str, sides: dict[str, tuple[int, ...]], weight: tuple[int, ...] | None) -> None:

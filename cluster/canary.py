@@ -51,6 +51,8 @@ class Tally(NamedTuple):
     """Finish reason → answers that ended so."""
     shadowed: int = 0
     disagreed: int = 0
+    shadows_failed: int = 0
+    """Of the shadowed requests; no client saw them."""
 
 
 class Comparison(NamedTuple):
@@ -66,6 +68,7 @@ class Comparison(NamedTuple):
             _slower("between tokens", canary.itl_s, stable.itl_s, margins.itl_ratio),
             _ends(canary.finish, stable.finish, margins.finish),
             _disagrees(canary, margins.disagreement),
+            _shadows(canary, margins.error_rate),
         ]
         return "; ".join(words for words in found if words)
 
@@ -87,6 +90,7 @@ def merge(tallies: Iterable[Tally]) -> Tally:
         finish=dict(sum((Counter(t.finish) for t in parts), Counter[str]())),
         shadowed=sum(t.shadowed for t in parts),
         disagreed=sum(t.disagreed for t in parts),
+        shadows_failed=sum(t.shadows_failed for t in parts),
     )
 
 
@@ -123,6 +127,14 @@ def _disagrees(canary: Tally, limit: float) -> str:
     if canary.shadowed < MIN_REQUESTS or share <= limit:
         return ""
     return f"{share:.0%} of shadowed answers differ"
+
+
+def _shadows(canary: Tally, margin: float) -> str:
+    """Each was answered by the stable version."""
+    share = _share(canary.shadows_failed, canary.shadowed)
+    if canary.shadows_failed < MIN_ERRORS or share <= margin:
+        return ""
+    return f"{share:.1%} of shadowed requests fail"
 
 
 def _share(part: int, whole: int) -> float:

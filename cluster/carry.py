@@ -1,4 +1,5 @@
-"""New weights travel once per cluster: one task reads them from the store into Ray's object store, and every machine takes them from there.
+"""New weights travel once per cluster: control, which has looked through them, puts them into Ray's object store, and every machine takes
+them from there.
 
 Without it each machine would read the bucket by itself, at the same moment. A store that is a folder is read in place, and carries
 nothing. Digests are checked where the files arrive (`Registry.fetch`), so nothing here needs to be trusted.
@@ -15,7 +16,6 @@ from ray.exceptions import RayError
 
 from cluster import logs
 from cluster.registry import Registry
-from cluster.store import Store
 from cluster.types import Manifest
 
 Carried = dict[str, dict[str, Any]]
@@ -24,20 +24,15 @@ Carried = dict[str, dict[str, Any]]
 log = logs.logger(__name__)
 
 
-def load(registry: Registry, manifests: list[Manifest]) -> Carried:
-    """References to every file of these versions; each is read by one task, somewhere on the cluster."""
+def load(registry: Registry, manifests: list[Manifest], cache: Path) -> Carried:
+    """References to every file of these versions, taken from this process's own copy; one file at a time is in its memory."""
     if registry.store.local_root is not None:
         return {}
-    read = ray.remote(num_cpus=0)(_read)
-    return {m.digest: {f.path: read.remote(registry.store, f"{folder(m)}/{f.path}") for f in m.files} for m in manifests}
+    return {manifest.digest: _put(manifest, registry.fetch(manifest, cache)) for manifest in manifests}
 
 
-def folder(manifest: Manifest) -> str:
-    return f"versions/{manifest.id.name}/{manifest.id.n}/files"
-
-
-def _read(store: Store, path: str) -> bytes | None:
-    return store.get(path)
+def _put(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    return {file.path: ray.put((folder / file.path).read_bytes()) for file in manifest.files}
 
 
 def unpack(carried: Carried, cache: Path) -> None:

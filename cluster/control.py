@@ -113,14 +113,19 @@ class Control:
         Raises `VersionRefused` with the reason where it did not get that far, and then the alias means what it meant before; `Conflict`
         where another rollout of the alias is under way, or where the alias is not at generation ``after`` any more.
         """
-        manifest = self.registry.manifest(VersionId.parse(version))
-        admission.check(self.config, self.registry, manifest, check_name(alias), self.state.hosted())
+        manifest, hosted = self.registry.manifest(VersionId.parse(version)), self.state.hosted()
+        back = manifest.id in [move.stable for move in self.registry.history(check_name(alias))]
+        admission.check(self.config, self.registry, manifest, alias, hosted, examined=back)
+        self.state.shapes.difference(
+            self.registry, self.config.home / "cache", manifest.weights, hosted
+        )  # it reads files: not in a round
         with self.acting:
+            admission.check_replaces(self.config, self.registry, manifest, alias, self.state.hosted(), self.state.coming())
             moved = self.registry.alias(alias)
             if after is not None and (moved is None or moved.generation != after):
                 raise Conflict(f"{alias} was moved meanwhile.", "See `springtide history`, then decide again.")
-            begun = self._begin(manifest, alias, policy or self.config.publishing.policy, reason, author)
-        return self._until(begun, lambda one: self._waits(one), LOAD_TIMEOUT_S)
+            begun = self._begin(manifest, alias, policy or self.config.publishing.policy, reason, author, back)
+        return self._until(begun, self._waits, LOAD_TIMEOUT_S)
 
     def order(self, alias: str, what: str, reason: str, author: str) -> Rollout:
         """``promote`` the alias's rollout to 100 %, or ``abort`` it. Returns it when that is done."""
@@ -137,6 +142,8 @@ class Control:
     def rollback(self, alias: str, to: str | None, reason: str, author: str) -> Rollout:
         """Make ``alias`` mean ``to`` at once; by default abort the rollout under way, or else go back to the version before."""
         now = self.state.newest(alias)
+        if now is not None and now.stage in rollout.UNDER_WAY and now.back and to in (None, str(now.version)):
+            return self._until(now, self._waits, LOAD_TIMEOUT_S)  # somebody else was faster, or this is asked once more
         if to is None and now is not None and now.stage in rollout.UNDER_WAY:
             return self.order(alias, "abort", reason, author)
         live = self.registry.alias(alias)  # read first: what was before it is decided for this generation and no other
@@ -145,7 +152,7 @@ class Control:
 
     # publishing
 
-    def _begin(self, manifest: Manifest, alias: str, policy: Policy, reason: str, author: str) -> Rollout:
+    def _begin(self, manifest: Manifest, alias: str, policy: Policy, reason: str, author: str, back: bool) -> Rollout:
         now, live = self.state.newest(alias), self.registry.alias(alias)
         if now is not None and now.stage in rollout.UNDER_WAY:
             raise Conflict(
@@ -153,7 +160,8 @@ class Control:
                 f"Wait for it, or end it: springtide promote {alias}, springtide abort {alias}.",
             )
         number, incumbent = (now.number + 1 if now else 1), live.stable if live else None
-        begun = rollout.begin(alias, number, manifest.id, incumbent, policy, reason, author, time.time())
+        back = back and policy == DIRECT
+        begun = rollout.begin(alias, number, manifest.id, incumbent, policy, reason, author, time.time(), back)
         if incumbent == manifest.id:
             return begun.next("live", "it is live already", time.time())
         self.state.rollouts[alias] = self.registry.record(begun)
@@ -237,6 +245,7 @@ def summary(tally: Tally) -> dict[str, Any]:
         "finish": tally.finish,
         "shadowed": tally.shadowed,
         "disagreed": tally.disagreed,
+        "shadows_failed": tally.shadows_failed,
     }
 
 

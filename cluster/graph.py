@@ -105,6 +105,8 @@ def _gateway(config: Config) -> dict[str, Any]:
                 "name": "Gateway",
                 "num_replicas": config.gateway.replicas,
                 "max_ongoing_requests": 10_000,  # the engine queues by itself; limits per tenant come with tenants
+                "health_check_period_s": 2,  # a gateway that hangs holds up every move until Serve replaces it
+                "health_check_timeout_s": 10,
                 "ray_actor_options": {"num_cpus": 0},
             }
         ],

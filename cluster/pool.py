@@ -23,6 +23,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from cluster import priority
 from cluster.config import ENV_PREFIX, Config, parse
 from cluster.errors import PoolUnavailable
 
@@ -242,6 +243,7 @@ def ray_environment(config: Config, resolved: Path, run: Path) -> dict[str, str]
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
         "SPRINGTIDE_CONFIG": str(resolved),
         "REAL_HAPROXY": get_haproxy_binary(),
+        "HAPROXY_NICENESS": str(priority.CARRYING),
         **SERVING_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),

@@ -39,6 +39,8 @@ class Reconciler:
         self.shapes = Shapes()
         self.rollouts: dict[str, Rollout] = {}
         """The newest rollout of each alias at its newest record, as far as this process has read or written."""
+        self.retired: dict[str, int] = {}
+        """Alias → the live rollout whose forerunners are closed."""
         self.histories: dict[str, list[Generation]] = {}
         """Every alias's moves as this round read them: the store is listed once a round, however many ask."""
         self.facts: dict[str, Facts] = {}
@@ -76,18 +78,24 @@ class Reconciler:
             self._surge(replicas)
             known = {replica.base: replica.fingerprint for replica in replicas}
             if target:
-                self.replicas.become(self.steered[0], str(target), known.get(str(target), ""))
+                self.replicas.become(self.steered[0], str(target), known.get(str(target), ""), self._hurries())
 
     def _advance(self, alias: str, replicas: tuple[ReplicaState, ...]) -> None:
         """Let the rollout go as far as the facts take it, each record written before it is acted on."""
         now = self.newest(alias)
         while now is not None:
             self._move(now)
+            if now.stage == "live":
+                self._retire(now)
             self.facts[alias] = self._facts(now, replicas)
             after = rollout.decide(now, self.facts[alias], time.time())
             if after is None:
                 return
             now = self._write(after)
+
+    def coming(self) -> dict[str, VersionId]:
+        """Alias → version of the rollouts under way."""
+        return {alias: one.version for alias, one in self.rollouts.items() if one.stage in rollout.UNDER_WAY}
 
     def _write(self, after: Rollout) -> Rollout:
         try:
@@ -98,12 +106,13 @@ class Reconciler:
         self.rollouts[after.alias] = after
         self.orders.pop(after.alias, None)
         log.info("%s of %s: %s %d %%: %s", after.version, after.alias, after.stage, after.percent, after.reason)
-        if after.stage == "live":
-            self._retire(after)
         return after
 
     def _retire(self, live: Rollout) -> None:
-        """Close the rollouts that this one has replaced."""
+        """Close the rollouts that this one has replaced. Looked at once by every control: one may have been killed before it got there."""
+        if self.retired.get(live.alias) == live.number:
+            return
+        self.retired[live.alias] = live.number
         for records in self.registry.rollouts(live.alias):
             ended = records[-1].number < live.number and rollout.decide(records[-1], Facts(replaced_by=live.version), time.time())
             if ended and records[-1].stage == "live":
@@ -157,15 +166,26 @@ class Reconciler:
     def _warm(self, one: Rollout, manifest: Manifest, replicas: tuple[ReplicaState, ...]) -> Warmth | None:
         """How many replicas are ready; None while what they refused is from an earlier time."""
         weights = self.registry.manifest(manifest.weights)
+        if (gone := self._leaves(one, weights.id)) is not None:
+            return gone
         there = one.incumbent is not None and self.weights(one.incumbent) == weights.id
         new = [manifest] if manifest.id == weights.id or there else [weights, manifest]
         seen = placement.warmth(self._own(replicas), manifest)
         missing = bool(seen.refused) or not seen.complete
-        asked = self.replicas.hold([str(manifest.id)], lambda: carry.load(self.registry, new), missing)
+        asked = self.replicas.hold(
+            [str(manifest.id)], lambda: carry.load(self.registry, new, self.config.home / "cache"), missing
+        )
         ready = placement.warmth(self._own(self.replicas.states if asked else replicas), manifest)
         if ready.refused:
             return ready if asked else None
         return self._warm_apart(manifest, replicas) if ready.complete and self.surges(one) else ready
+
+    def _leaves(self, one: Rollout, weights: VersionId) -> Warmth | None:
+        """A refusal, where the fleet has left these weights for others since the rollout began: nobody will host them."""
+        move = self._means(self.config.fleet.model)
+        if one.alias == self.config.fleet.model or move is None or weights in [self.weights(id) for id in move.versions]:
+            return None
+        return Warmth(1, 0, f"the fleet does not host {weights} any more; train it on {self.weights(move.stable)}")
 
     def _warm_apart(self, manifest: Manifest, replicas: tuple[ReplicaState, ...]) -> Warmth:
         """The same of the second fleet's."""
@@ -296,6 +316,11 @@ class Reconciler:
         chosen = next((replica for replica in wrong if replica.id == self.steered[0]), wrong[0] if wrong else None)
         self.steered = (chosen.id, str(hosts[chosen.id])) if chosen else ("", "")
         return hosts[chosen.id] if chosen else None
+
+    def _hurries(self) -> bool:
+        """Whether what is live now is bad, and streams by it must not hold up the way back."""
+        now = self.newest(self.config.fleet.model)
+        return now is not None and (now.stage == "rolled_back" or now.back)
 
     def _may_take(self, replica: ReplicaState, weights: str, again: bool) -> bool:
         return again or weights not in replica.refused or self.replicas.becoming(replica.id, weights)

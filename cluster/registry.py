@@ -294,13 +294,3 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise VersionRefused(f"{path} holds no JSON object.", "Save the model again.")
     return cast(dict[str, Any], found)
-
-
-def adapter_rank(folder: Path) -> int:
-    """The LoRA rank of a PEFT folder: the largest of ``r`` and ``rank_pattern``."""
-    config = _config(folder / "adapter_config.json")
-    try:
-        pattern = cast(dict[str, Any], config.get("rank_pattern") or {})
-        return max(int(config["r"]), *(int(rank) for rank in pattern.values()), 0)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise VersionRefused(f"{folder.name}/adapter_config.json states no rank.", "Save the adapter with peft.") from error

@@ -65,9 +65,9 @@ class Replicas:
         """What was answered about a version and never looked at is about an earlier rollout of it."""
         self.asked = {key: asked for key, asked in self.asked.items() if not (asked.done() and id in key)}
 
-    def become(self, replica: str, id: str, fingerprint: str) -> bool:
+    def become(self, replica: str, id: str, fingerprint: str, hurry: bool) -> bool:
         """Ask one replica to host other weights; True once it has answered. Its state says whether it worked."""
-        return self._ask(f"{replica} become {id}", lambda: ("become", replica, id, fingerprint))
+        return self._ask(f"{replica} become {id}", lambda: ("become", replica, id, fingerprint, hurry))
 
     def becoming(self, replica: str, id: str) -> bool:
         """Whether it was asked to become that and has not answered yet."""

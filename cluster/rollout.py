@@ -75,6 +75,8 @@ class Rollout(Durable):
     """When it entered this stage, in seconds since the epoch."""
     seen: int = 0
     """Answers by the canary before it entered this step."""
+    back: bool = False
+    """Whether this goes straight back to a version that was live before: then nobody waits for long streams to end."""
 
     def next(self, stage: Stage, reason: str, now_s: float, percent: int = 0, seen: int = 0) -> "Rollout":
         change = {"n": self.n + 1, "stage": stage, "reason": reason, "since_s": now_s, "percent": percent, "seen": seen}
@@ -128,6 +130,7 @@ def begin(
     reason: str,
     author: str,
     now_s: float,
+    back: bool = False,
 ) -> Rollout:
     return Rollout(
         alias=alias,
@@ -140,6 +143,7 @@ def begin(
         reason=reason,
         author=author,
         since_s=now_s,
+        back=back,
     )
 
 

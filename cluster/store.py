@@ -7,6 +7,7 @@ exist on local ones.
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -105,6 +106,8 @@ class Store:
 
     def remove(self, prefix: str) -> None:
         """Delete everything under ``prefix``, as far as the store still answers."""
+        if self.local_root is not None:
+            return shutil.rmtree(self.local_root / prefix, ignore_errors=True)
         with contextlib.suppress(BaseError, OSError):
             found: Any = obstore.list(self.backend, prefix).collect()  # pyright: ignore[reportUnknownMemberType]
             obstore.delete(self.backend, [entry["path"] for entry in found])

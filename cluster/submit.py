@@ -13,7 +13,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster import __version__, pool
 from cluster.config import Config
-from cluster.errors import JobFailed, JobNotFound
+from cluster.errors import BadRequest, JobFailed, JobNotFound, PoolUnavailable
 
 PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 """The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""
@@ -28,7 +28,10 @@ class Progress(NamedTuple):
 
 
 def client(config: Config) -> JobSubmissionClient:
-    made = JobSubmissionClient(pool.require(config).dashboard)
+    try:
+        made = JobSubmissionClient(pool.require(config).dashboard)
+    except (ConnectionError, RuntimeError) as error:
+        raise PoolUnavailable(f"Ray's job server does not answer yet: {error}", "Try again in some seconds.") from error
     for name in (
         "ray",
         "ray.dashboard.modules.dashboard_sdk",
@@ -43,7 +46,15 @@ def submit(config: Config, verb: str, *arguments: str) -> str:
     folder = {"working_dir": str(here)} if (here / "jobs" / f"{verb}.py").is_file() else {}
     runtime: dict[str, Any] = {**folder, "env_vars": {"CODE_REVISION": revision()}}
     entrypoint = shlex.join(["python", "-m", f"jobs.{verb}", *arguments])
-    return client(config).submit_job(entrypoint=entrypoint, runtime_env=runtime, metadata={"springtide_verb": verb})
+    try:
+        return client(config).submit_job(entrypoint=entrypoint, runtime_env=runtime, metadata={"springtide_verb": verb})
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # what Ray's client raises where it cannot upload the folder, or the server refuses
+        raise BadRequest(
+            f"Ray did not take the job: {error}", "Large files here belong into .gitignore, or elsewhere."
+        ) from error
 
 
 def revision() -> str:

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from cluster import admin, checkup, graph, pool, show, submit
 from cluster.config import Config, parse
-from cluster.errors import BadRequest, Conflict, PoolUnavailable
+from cluster.errors import BadRequest, ConfigError, Conflict, PoolUnavailable
 from cluster.registry import Registry
 from cluster.rollout import UNDER_WAY, Policy, Rollout
 from cluster.store import Store, sha256
@@ -63,6 +63,13 @@ def check_ports(config: Config) -> None:
         raise PoolUnavailable(" ".join(taken))
 
 
+def check_room(config: Config) -> None:
+    """Raise `ConfigError` where a training run would wait for slots for ever."""
+    found = checkup.slots(config)
+    if not found.ok:
+        raise ConfigError(f"There are too few slots. {found.words}", param="pool.slots")
+
+
 def check_same(running: Config, wanted: Config, model: str | None) -> None:
     """A running pool takes a new number of replicas, and nothing else."""
     if model in (None, running.fleet.model) and fixed(running) == fixed(_hosting(wanted, running.fleet.model)):
@@ -83,8 +90,11 @@ def run(config: Config, console: Console, keep_serving: bool) -> None:
     began_s, ours = time.monotonic(), pool.find(config) is None
     for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager's stop and a closed terminal are a Ctrl-C
         signal.signal(number, signal.default_int_handler)
+    check_room(config)
+    started = False
     try:
         config = up(config, console)
+        started = True
         _loop(config, console)
         console.print(f"The loop took {time.monotonic() - began_s:.0f} s.")
         show.serving(console, config)
@@ -95,12 +105,14 @@ def run(config: Config, console: Console, keep_serving: bool) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        _stop(config, console, ours)
+        _stop(config, console, ours, started)
 
 
-def _stop(config: Config, console: Console, ours: bool) -> None:
-    if pool.find(config) is None:
+def _stop(config: Config, console: Console, ours: bool, started: bool) -> None:
+    if pool.find(config) is None and started:
         console.print(f"The pool has been stopped, or ended by itself; its log is {config.home / 'pool.log'}.")
+    elif pool.find(config) is None:
+        return  # what kept it from starting is said by the error
     elif ours:
         with console.status("Stopping every process of the pool…"):
             pool.down(config)
@@ -128,8 +140,18 @@ def _loop(config: Config, console: Console) -> None:
         arguments = ("--data", str(TIDE), "--base", model, "--name", model, "--epochs", "30", "--publish")
         job = submit.submit(config, "finetune", *arguments)
         result = show.follow(console, config, job, "Fine-tuning")
-        console.print(f"Published [bold]{result.get('version')}[/] into live traffic.")
-    show.answers(console, QUESTION, [ask(config, str(first), QUESTION), ask(config, model, QUESTION)])
+        went_live = result.get("stage") == "live"
+        words = "into live traffic" if went_live else f"; its rollout is {result.get('stage')}"
+        console.print(f"Published [bold]{result.get('version')}[/] {words}.")
+    both = [first, history[-1].stable] if str(first) in served(config) else [history[-1].stable]
+    names = [str(id) for id in both[:-1]] + [model]
+    show.answers(console, QUESTION, [ask(config, name, QUESTION) for name in names])
+
+
+def served(config: Config) -> list[str]:
+    """The names that the gateway answers to now: aliases, and versions that a replica holds. Weights that were replaced are not among them."""
+    listed = httpx.get(f"http://{config.gateway.host}:{config.gateway.port}/v1/models", timeout=10).json()
+    return [str(model["id"]) for model in listed["data"]]
 
 
 def _show_answer(console: Console, answer: Answer) -> None:
@@ -197,7 +219,7 @@ def _adopt(registry: Registry, model: str, home: Path, console: Console) -> str:
     folder = Path(model).expanduser().resolve()
     name = check_name(folder.name)
     if not folder.is_dir():
-        folder = _download(model, home / "hub" / name, console)
+        folder = _download(model, home / "hub", console)
     with console.status(f"Copying {folder} into the store…"):
         id = _same(registry, name, folder) or registry.register(name, "weights", None, folder, Lineage()).id
     _point(registry, id)
@@ -220,13 +242,14 @@ def _point(registry: Registry, id: VersionId) -> None:
         registry.move(id.name, id, "chosen at start", admin.author(), now.generation if now else 0)
 
 
-def _download(model: str, folder: Path, console: Console) -> Path:
+def _download(model: str, cache: Path, console: Console) -> Path:
+    """The folder of one revision, in the hub's own cache layout: two models, or two revisions, never share files."""
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         with console.status(f"Downloading {model} from the Hugging Face hub…"):
-            snapshot_download(model, local_dir=folder, allow_patterns=HUB_FILES)
+            folder = Path(snapshot_download(model, cache_dir=cache, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadRequest(
             f"{model} is neither a folder here, nor a name in the store, nor a model on the hub that can be reached: {error}.",
@@ -242,4 +265,5 @@ def _forget_remote_code(folder: Path) -> None:
     for path in folder.glob("*config.json"):
         values: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if values.pop("auto_map", None) is not None:
+            path.unlink()  # a link to the file as it was downloaded
             path.write_text(json.dumps(values, indent=2))

@@ -4,7 +4,7 @@ import hashlib
 import re
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, field_validator
 
 from cluster.errors import BadRequest
 
@@ -54,9 +54,16 @@ class Durable(BaseModel):
 
 class File(Durable):
     path: str
-    """Relative to the version's ``files/`` folder."""
+    """Relative to the version's ``files/`` folder, and inside it."""
     sha256: str
     size_bytes: int
+
+    @field_validator("path")
+    @classmethod
+    def inside(cls, path: str) -> str:
+        if not path or "\\" in path or any(part in ("", ".", "..") for part in path.split("/")):
+            raise ValueError(f"{path!r} is not a path inside a version's folder")
+        return path
 
 
 class Lineage(Durable):

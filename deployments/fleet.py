@@ -15,6 +15,7 @@ import secrets
 import socket
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,10 @@ SECRET_HEADER = b"x-springtide-secret"
 VERSION_HEADER = b"x-springtide-version"
 START_TIMEOUT_S = 600
 """How long a replica may be between two engines before Serve replaces it."""
+HURRY_S = 2
+"""How long streams by weights that are taken back may run on."""
+CUT_S = 1
+"""How long ending a stream takes at most."""
 QUIET_S = 1.5
 """A draining replica must have been idle this long before it ends."""
 
@@ -59,6 +64,13 @@ class Guard:
         """Version id → requests in flight."""
         self.used_s: dict[str, float] = {}
         """Version id → when it was last asked for."""
+        self.tasks: set[asyncio.Task[Any]] = set()
+        """Of the requests in flight."""
+
+    def cut(self) -> None:
+        """End every request in flight. The gateways see a broken connection, and say so to the client."""
+        for task in self.tasks:
+            task.cancel()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # nothing here speaks anything else
@@ -72,9 +84,13 @@ class Guard:
         self.running += 1
         self.answering[version] += 1
         self.used_s[version] = time.monotonic()
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 (uvicorn runs each request in a task)
+        self.tasks.add(task)
         try:
             await self.app(scope, receive, send)
         finally:
+            self.tasks.discard(task)
             self.running -= 1
             self.answering[version] -= 1
             self.busy_until_s = time.monotonic()
@@ -159,16 +175,21 @@ class Replica:
 
     async def _hold_one(self, id: str) -> None:
         if id in self.held or id in self.staged:
-            self.revision += self.refused.pop(id, None) is not None
+            self.revision += self._forgive(id) if self.refused else 0
             return
         try:
             manifest = await asyncio.to_thread(self.registry.manifest, VersionId.parse(id))
             await (self._load if str(manifest.weights) == self.base else self._stage)(manifest)
-            self.refused.pop(id, None)
+            self._forgive(id)
         except SpringtideError as error:
             self.refused[id] = str(error)
             log.warning("refused %s: %s", id, error)
         self.revision += 1
+
+    def _forgive(self, id: str) -> bool:
+        """Forget what was said earlier against a version, or against its weights; whether there was anything."""
+        weights = self.registry.manifest(VersionId.parse(id)).weights
+        return any([self.refused.pop(each, None) is not None for each in {id, str(weights)}])
 
     async def _stage(self, manifest: Manifest) -> None:
         """Every byte of the version and of its weights on this machine, its digest checked."""
@@ -214,21 +235,21 @@ class Replica:
             await self.engine.remove_lora(request.lora_int_id)
         log.info("gave up %s", id)
 
-    async def become(self, replica: str, id: str, fingerprint: str) -> ReplicaState | None:
+    async def become(self, replica: str, id: str, fingerprint: str, hurry: bool = False) -> ReplicaState | None:
         """Host the weights ``id`` from now on, in place: let the streams end, load, verify, answer again.
 
         Asked of all replicas, obeyed by the one that is meant. ``fingerprint`` is what another replica computed over these weights,
-        empty where none hosts them. Whatever fails, the replica goes back to the weights it had, and its state says why.
+        empty where none hosts them. ``hurry``: streams that take longer than `HURRY_S` are ended. Whatever fails, the replica goes
+        back to the weights it had, and its state says why.
         """
         if replica != self.id:
             return None
         async with self.loading:
             if id != self.base:
-                await self._swap(self.registry.manifest(VersionId.parse(id)), fingerprint)
+                await self._swap(self.registry.manifest(VersionId.parse(id)), fingerprint, hurry)
         return await self.describe()
 
-    async def _swap(self, manifest: Manifest, expected: str) -> None:
-        before = self.registry.manifest(VersionId.parse(self.base))
+    async def _swap(self, manifest: Manifest, expected: str, hurry: bool) -> None:
         self.revision += self.refused.pop(str(manifest.id), None) is not None
         began_s = time.monotonic()
         try:
@@ -236,20 +257,43 @@ class Replica:
             fits = await self._fits(folder)
             began_s = time.monotonic()
             self.guard.closed = True
-            await self._drained(keeping=fits and self.config.fleet.swap == "keep")
+            await self._drained(fits and self.config.fleet.swap == "keep", hurry)
             drained_s = time.monotonic()
-            await self._take_over(manifest, folder, expected, fits)
+            async with self._standing_still(fits):
+                await self._replace(manifest, folder, expected, fits)
             log.info("became %s: drained %.3f s, swapped %.3f s", manifest.id, drained_s - began_s, time.monotonic() - drained_s)
         except Exception as error:
-            # Whatever the engine raised over the new weights, the old ones must answer again; the rollout ends with these words.
+            # Whatever the engine raised over the new weights, the old ones answer again; the rollout ends with these words.
             self.refused[str(manifest.id)] = str(error)
-            log.exception("%s stays %s", self.id, before.id)
-            if not self.held:
-                await self._revert(before)
+            log.exception("%s stays %s", self.id, self.base)
         finally:
             self.guard.closed = self.broken  # what is in memory then has no name to answer under
             self.pause_s = time.monotonic() - began_s
             self.revision += 1
+
+    @contextlib.asynccontextmanager
+    async def _standing_still(self, fits: bool) -> AsyncIterator[None]:
+        """No token is made until the engine holds weights that were verified: the new ones, or the old ones again."""
+        if not fits:
+            yield  # another engine takes this one's place
+            return
+        engine, keep = self.engine, self.config.fleet.swap == "keep"
+        await engine.pause_generation(mode="keep" if keep else "wait", clear_cache=not keep)
+        try:
+            yield
+        finally:
+            if engine is self.engine and not self.broken:
+                await engine.reset_prefix_cache(reset_running_requests=keep)
+                await engine.resume_generation()
+
+    async def _replace(self, manifest: Manifest, folder: Path, expected: str, fits: bool) -> None:
+        before = self.registry.manifest(VersionId.parse(self.base))
+        try:
+            await self._take_over(manifest, folder, expected, fits)
+        except Exception:
+            if not self.held:
+                await self._revert(before)
+            raise
 
     async def _revert(self, before: Manifest) -> None:
         try:
@@ -276,14 +320,18 @@ class Replica:
         """Whether the running engine can read these weights in; otherwise it takes another engine."""
         return self.starting_s is None and not await asyncio.to_thread(artefact.difference, folder, self.folder)
 
-    async def _drained(self, keeping: bool) -> None:
-        deadline_s = time.monotonic() + self.config.fleet.swap_drain_s
-        kept = self.base if keeping else None
+    async def _drained(self, keeping: bool, hurry: bool) -> None:
+        """Wait until no stream runs, or none but those of the base where they are kept."""
+        limit_s = min(HURRY_S, self.config.fleet.swap_drain_s) if hurry else self.config.fleet.swap_drain_s
+        deadline_s, kept = time.monotonic() + limit_s, self.base if keeping else None
         while running := sum(count for id, count in self.guard.answering.items() if id != kept):
-            if time.monotonic() > deadline_s:
+            if hurry and time.monotonic() > deadline_s:
+                log.warning("%d streams of %s are ended: it is taken back", running, self.base)
+                self.guard.cut()
+                deadline_s += CUT_S
+            elif time.monotonic() > deadline_s:
                 raise VersionRefused(
-                    f"{running} streams still ran after {self.config.fleet.swap_drain_s} s.",
-                    "Raise fleet.swap_drain_s, or set fleet.swap=keep.",
+                    f"{running} streams still ran after {limit_s} s.", "Raise fleet.swap_drain_s, or set fleet.swap=keep."
                 )
             await asyncio.sleep(0.005)
 
@@ -292,15 +340,7 @@ class Replica:
         for id in [id for id in self.held if id != self.base]:
             await self._unload(id)
         self.held.clear()
-        keep = self.config.fleet.swap == "keep"
-        await self.engine.pause_generation(mode="keep" if keep else "wait", clear_cache=not keep)
-        try:
-            found = await self.engine.collective_rpc("take_over", args=(str(folder),))
-            if keep:
-                await self.engine.reset_prefix_cache(reset_running_requests=True)
-            return ":".join(found)
-        finally:
-            await self.engine.resume_generation()
+        return ":".join(await self.engine.collective_rpc("take_over", args=(str(folder),)))
 
     async def _restart(self, folder: Path, name: str) -> str:
         """Another engine in the place of this one, for weights of another shape; the checksum of what it holds."""

@@ -45,6 +45,7 @@ class _Sums:
     finish: Counter[str] = field(default_factory=Counter[str])
     shadowed: int = 0
     disagreed: int = 0
+    shadows_failed: int = 0
 
     def add(self, trace: Trace) -> None:
         self.requests += 1
@@ -66,6 +67,7 @@ class _Sums:
             dict(self.finish),
             self.shadowed,
             self.disagreed,
+            self.shadows_failed,
         )
 
 
@@ -86,9 +88,8 @@ class Recorder:
         """A request of the stable version that the canary answered too."""
         sums = self._of(move, canary)
         sums.shadowed += 1
-        sums.disagreed += not agrees
-        sums.errors += failed
-        sums.requests += failed
+        sums.disagreed += not agrees and not failed
+        sums.shadows_failed += failed
 
     def _of(self, move: Generation, version: VersionId) -> _Sums:
         key = (move.alias, move.rollout)

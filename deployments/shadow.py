@@ -4,13 +4,12 @@ Nothing of it reaches a client, and no client waits for it.
 """
 
 import asyncio
-import contextlib
 import random
 from typing import Any
 
 import orjson
 
-from cluster.errors import SpringtideError
+from cluster.errors import NoReplica, SpringtideError
 from cluster.types import Generation, VersionId
 from deployments.measure import Recorder, Trace
 from deployments.upstream import LOST, Answer, Call, Upstream
@@ -44,8 +43,12 @@ class Shadow:
 
     async def _compare(self, call: Call, move: Generation, canary: VersionId, stable: bytes) -> None:
         trace = Trace(text=[])
-        with contextlib.suppress(SpringtideError, *LOST):
+        try:
             await self.upstream.forward(call, Answer(_nowhere, [], trace))
+        except NoReplica:  # it is starting, or taking weights over; a client would have waited
+            return
+        except (SpringtideError, *LOST):
+            trace.failed = True
         failed = trace.failed or not trace.text
         agrees = not failed and text_of(b"".join(trace.text or [])) == text_of(stable)
         self.recorder.shadow(move, canary, agrees, failed)

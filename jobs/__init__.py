@@ -1,6 +1,7 @@
 """What `ray job submit -- python -m jobs.<verb>` runs: one verb, one module."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ def main(verb: Callable[[], None]) -> None:
 
     Exit status 2 is for what the caller can mend (data, names, configuration), as argparse does; 1 is for everything else.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cancelled: what runs cleans up on its way out
     try:
         verb()
     except SpringtideError as error:

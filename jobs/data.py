@@ -277,7 +277,12 @@ def run() -> None:
     verb.add_argument("--labels", default="", help="words for the labels 0, 1, …: --labels negative,positive")
     arguments = parser.parse_args()
     lines = list(convert(arguments.source, [word for word in arguments.labels.split(",") if word]))
-    arguments.target.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    try:
+        arguments.target.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    except OSError as error:
+        raise DataError(
+            f"{arguments.target} cannot be written: {error.strerror}.", "Choose a path in a folder that exists."
+        ) from error
     print(f"{len(lines)} examples in {arguments.target}")
 
 

@@ -6,16 +6,21 @@ lineage and asks control to make it live. Everything that can be wrong with the 
 """
 
 import argparse
+import time
 from typing import Any, NamedTuple
 
 from cluster.config import Config, load
-from cluster.errors import ConfigError, ModelNotFound
+from cluster.errors import ConfigError, ModelNotFound, VersionRefused
 from cluster.registry import Registry
+from cluster.rollout import Rollout
 from cluster.store import Store
 from cluster.types import Lineage, Manifest, VersionId, check_name
 from jobs import data, main, reach, recipe
 from jobs.data import Dataset, Row
 from jobs.publish import publish
+
+DECIDED_S = 60
+"""How long control may take to see a verdict; it looks twice a second."""
 
 
 class Plan(NamedTuple):
@@ -26,6 +31,8 @@ class Plan(NamedTuple):
     """With its defaults resolved."""
     train: list[Row]
     held_out: list[Row]
+    held_out_examples: list[data.Example]
+    """The same, before they were tokenised."""
     dataset_sha256: str
 
 
@@ -41,10 +48,28 @@ def run() -> None:
     if arguments.publish:
         rollout = publish(manifest.id, manifest.id.name, f"fine-tuned on {arguments.data}", manifest.lineage.job or "finetune")
         if rollout.stage == "registered":
-            from jobs.evaluate import evaluate, supplied
-
-            print(evaluate(config, registry, manifest, rollout.incumbent, supplied(config)).words, flush=True)
+            rollout = judged(config, registry, plan, rollout)
         print_result(manifest, rollout.stage)
+
+
+def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout) -> Rollout:
+    """Measure for the gate, and wait for what it decides. Raises `VersionRefused` where it says no.
+
+    Without sets of its own in the configuration the gate compares the loss on the examples that this run did not train on.
+    """
+    from jobs.evaluate import Sets, evaluate, supplied
+
+    sets = supplied(config)
+    sets = sets if any(sets) else Sets(plan.held_out_examples, [], [])
+    verdict = evaluate(config, registry, registry.manifest(rollout.version), rollout.incumbent, sets)
+    print(verdict.words, flush=True)
+    deadline_s = time.monotonic() + DECIDED_S
+    while rollout.stage == "registered" and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+        rollout = registry.records(rollout.alias, rollout.number)[-1]
+    if rollout.stage == "rolled_back":
+        raise VersionRefused(f"{rollout.version} is registered and not live: {rollout.reason}", "The live version is untouched.")
+    return rollout
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -131,7 +156,7 @@ def tokenized(
     train_rows, long = data.tokenize(examples, tokenizer, limit)
     held_rows, held_long = data.tokenize(held_out, tokenizer, limit)
     print(f"{len(train_rows)} examples to train on, {len(held_rows)} held out, {long + held_long} left out above {limit} tokens")
-    return Plan(base, resolved, train_rows, held_rows, dataset.sha256)
+    return Plan(base, resolved, train_rows, held_rows, held_out, dataset.sha256)
 
 
 # with Ray

@@ -27,6 +27,7 @@ from cluster.store import Store
 from cluster.types import Kind, Lineage, Manifest, VersionId
 from jobs.data import Row
 from jobs.recipe import Recipe
+from jobs.rendezvous import Meeting
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,28 +59,35 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[s
         priority.step_back(priority.TRAINING)
         loop(settings)
 
+    name = f"{verb}-{uuid.uuid4().hex[:12]}"
     trainer = TorchTrainer(
         behind_serving,
         train_loop_config=settings,
+        torch_config=Meeting(),
         scaling_config=ScalingConfig(
             num_workers=config.training.workers,
             use_gpu=gpu,
             # Slots are what is arbitrated. Ray would also ask for a CPU per worker and leave none for serving on a small machine.
             resources_per_worker={"GPU" if gpu else "slot": config.training.slots_per_worker, "CPU": 0},
         ),
-        run_config=RunConfig(name=f"{verb}-{uuid.uuid4().hex[:12]}", storage_path=f"{config.store}/runs"),
+        run_config=RunConfig(name=name, storage_path=f"{config.store}/runs"),
     )
-    return trainer.fit()
+    try:
+        return trainer.fit()
+    except BaseException:  # cancelled too: a run that did not end well leaves nothing
+        Store(config.store).remove(f"runs/{name}")
+        raise
 
 
 def register(registry: Registry, result: Result, name: str, kind: Kind, base: VersionId | None, lineage: Lineage) -> Manifest:
     """The run's checkpoint as the next version of ``name``. The run's own copy is removed: the version is the one that lasts."""
     if result.checkpoint is None:
         raise JobFailed("The run ended without a checkpoint.", "Look for the reason in the job's log.")
-    with result.checkpoint.as_directory() as folder:
-        manifest = registry.register(name, kind, base, Path(folder), lineage)
-    result.filesystem.delete_dir(result.path)
-    return manifest
+    try:
+        with result.checkpoint.as_directory() as folder:
+            return registry.register(name, kind, base, Path(folder), lineage)
+    finally:
+        result.filesystem.delete_dir(result.path)
 
 
 def job_id() -> str:

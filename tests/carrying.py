@@ -31,7 +31,7 @@ def run(url: str, id: str, folder: str) -> None:
     bucket = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
     ray.init(address=running.address, log_to_driver=False, runtime_env={"env_vars": {**bucket, "PYTHONPATH": os.getcwd()}})
     registry = Registry(Store(url))
-    carried = carry.load(registry, [registry.manifest(VersionId.parse(id))])
+    carried = carry.load(registry, [registry.manifest(VersionId.parse(id))], Path(folder) / "control")
     remote = ray.remote(num_cpus=0)(arrive)
     print(json.dumps(ray.get([remote.remote(url, id, carried, f"{folder}/machine-{n}") for n in range(3)])))
 

@@ -17,7 +17,7 @@ from cluster.config import Gateway
 from cluster.errors import BadRequest, BodyTooLarge, NoReplica, SpringtideError
 from cluster.types import Generation, VersionId
 from deployments.asgi import Headers, Receive, Scope, Send, send_error
-from deployments.measure import Recorder
+from deployments.measure import Recorder, Trace
 from deployments.shadow import Shadow
 from deployments.upstream import Answer, Call, Upstream
 
@@ -73,6 +73,9 @@ class Inference:
             await self.router.upstream.forward(call, Answer(send, answer_headers(call.version, move), trace))
         except NoReplica:
             raise
+        except asyncio.CancelledError:
+            self._note_patience(call.version, move, trace)
+            raise
         except SpringtideError as error:  # nothing was sent yet; an error too says which version it came from
             await send_error(send, error, answer_headers(call.version, move))
             return self._note_failure(call.version, move) if error.status >= 500 else None
@@ -80,6 +83,12 @@ class Inference:
             self.router.recorder.record(move, call.version, trace)
             if shadowed and move.canary is not None:
                 self.router.shadow.ask(call, body, move, move.canary, trace)
+
+    def _note_patience(self, version: VersionId, move: Generation | None, trace: Trace | None) -> None:
+        """The client left. Where it left before the first byte, that would have come no sooner: so long at least it took."""
+        if trace is not None and move is not None and not trace.first_s:
+            trace.first_s = trace.end_s = time.monotonic()
+            self.router.recorder.record(move, version, trace)
 
     def _note_failure(self, version: VersionId, move: Generation | None) -> None:
         """A request that failed by no fault of its client counts against the version; a refused one counts for nothing."""

@@ -1,5 +1,6 @@
 """Gate, canary, promotion, rollback and weights in place, on the real pool under recorded traffic."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from cluster import admin
 from cluster.canary import Margins, takes_canary
 from cluster.errors import Refused
 from cluster.registry import Registry
-from cluster.rollout import Policy, Rollout
+from cluster.rollout import DIRECT, Policy, Rollout
 from cluster.store import Store
 from cluster.types import Lineage, Manifest, VersionId
 from tests.adapters import make_adapter, make_smaller, make_weights, spoil
@@ -238,6 +240,68 @@ def test_going_back_names_a_version_and_moves_at_once(pool: Running, tmp_path: P
     assert problems(events, expected_of(pool.url, [str(ONE), str(made.id)]), {str(made.id): ended_s}) == []
     stages = [(records[-1].version, records[-1].stage) for records in pool.registry.rollouts("seedling")][-2:]
     assert stages == [(made.id, "rolled_back"), (ONE, "live")]
+
+
+def test_a_rollback_asked_for_twice_goes_back_once(pool: Running, tmp_path: Path) -> None:
+    """The second one joins the first, and never takes it back."""
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    made = pool.registry.register("seedling", "weights", None, make_weights(tmp_path / "w", base, 37), Lineage())
+    admin.publish(pool.config, made.id, "seedling", "bad")
+    stages: list[str] = []
+
+    def back() -> None:
+        with contextlib.suppress(Refused):  # the first had ended already: there is nothing before version 1
+            stages.append(admin.rollback(pool.config, "seedling", None, "bad").stage)
+
+    both = [threading.Thread(target=back) for _ in range(2)]
+    for thread in both:
+        thread.start()
+        time.sleep(0.05)
+    for thread in both:
+        thread.join()
+    assert set(stages) == {"live"}
+    assert ask(pool).headers["x-model-version"] == str(ONE)
+
+
+def test_a_long_stream_by_bad_weights_does_not_hold_up_the_way_back(pool: Running, tmp_path: Path) -> None:
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    made = pool.registry.register("seedling", "weights", None, make_weights(tmp_path / "w", base, 38), Lineage())
+    admin.publish(pool.config, made.id, "seedling", "bad")
+    body = {
+        "model": "seedling",
+        "messages": [{"role": "user", "content": "Go on."}],
+        "max_tokens": 900,
+        "ignore_eos": True,
+        "n": 8,
+    }
+    with httpx.stream("POST", f"{pool.url}/v1/chat/completions", json={**body, "stream": True}, timeout=60) as response:
+        events = response.iter_text()
+        next(events)
+        began_s = time.monotonic()
+        admin.rollback(pool.config, "seedling", None, "bad")
+        took_s = time.monotonic() - began_s
+        rest = "".join(events)
+    print(f"back after {took_s:.1f} s")
+    assert took_s < 5, "P12: a rollback takes less than 5 s"
+    assert '"error"' in rest and "[DONE]" not in rest, "the client is told, and gets no silent end"
+
+
+@pytest.mark.parametrize(("scale", "stage"), [(1e-4, "live"), (5.0, "rolled_back")])
+def test_a_run_that_publishes_is_judged_by_what_it_did_not_train_on(
+    pool: Running, tmp_path: Path, scale: float, stage: str
+) -> None:
+    """`jobs.finetune --publish` on a pool whose policy asks for a verdict, with nothing else supplied."""
+    base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
+    folder = make_adapter(tmp_path / "adapter", base, seed=39, scale=scale)
+    made = pool.registry.register("seedling", "adapter", ONE, folder, Lineage())
+    waiting = admin.publish(pool.config, made.id, "seedling", "trained", DIRECT.model_copy(update={"gate": True}))
+    assert waiting.stage == "registered"
+    home = {**os.environ, "SPRINGTIDE_HOME": str(pool.config.home)}
+    line = [sys.executable, "-m", "tests.judging", "seedling"]
+    done = subprocess.run(line, env=home, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    now = pool.registry.rollout("seedling")
+    assert now is not None and now.stage == stage, done.stderr
+    assert (done.returncode == 0) == (stage == "live"), done.stderr
 
 
 def test_a_publish_and_a_rollback_at_once_end_in_one_history(pool: Running, tmp_path: Path) -> None:

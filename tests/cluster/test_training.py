@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from cluster import submit
 from cluster.types import Manifest, VersionId
 from jobs.data import convert, read
+from tests.cluster.test_api import exposed
 from tests.conftest import ROOT, SHARED, Running
 
 TIDE = "jobs/seedling/tide.jsonl"
@@ -116,6 +118,19 @@ def test_full_weights_have_the_bases_shape_and_tokenizer(pool: Running, trained:
     assert before.keys() == after.keys()
     assert {path for path in before if before[path].sha256 != after[path].sha256} <= {"model.safetensors", "config.json"}
     assert before["model.safetensors"].size_bytes == after["model.safetensors"].size_bytes
+
+
+def test_a_run_opens_no_port_to_others_and_leaves_nothing_when_it_is_cancelled(pool: Running) -> None:
+    job = submit.submit(pool.config, "finetune", "--data", TIDE, "--base", "seedling@1", "--name", "cancelled", "--epochs", "500")
+    for _, log in submit.watch(pool.config, job):
+        if "progress stage=finetune" in log:
+            break
+    assert exposed(pool) == []
+    assert pool.command("cancel", job).returncode == 0
+    deadline_s = time.monotonic() + 30
+    while pool.registry.store.children("runs") and time.monotonic() < deadline_s:
+        time.sleep(0.5)
+    assert pool.registry.store.children("runs") == [] and pool.registry.versions("cancelled") == []
 
 
 def test_the_runs_own_files_are_gone(pool: Running, trained: dict[str, Trained]) -> None:

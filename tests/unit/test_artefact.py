@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from cluster.artefact import header, inspect, shapes
+from cluster.artefact import check_kinds, difference, header, inspect, shapes
 from cluster.errors import VersionRefused
 
 BASE = {"model.layers.0.self_attn.q_proj.weight": np.zeros((8, 4), np.float32)}
@@ -21,6 +21,12 @@ PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 def folder(path: Path, tensors: dict[str, Any], name: str = "model.safetensors") -> Path:
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / name)
+    return path
+
+
+def lora(path: Path, tensors: dict[str, Any], rank: int = 2) -> Path:
+    folder(path, tensors, "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps({"r": rank}))
     return path
 
 
@@ -37,7 +43,7 @@ def raw(path: Path, entries: Any, data: bytes) -> Path:
 def test_whole_files_pass(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", BASE)
     inspect(base, None)
-    inspect(folder(tmp_path / "adapter", adapter()), base)
+    inspect(lora(tmp_path / "adapter", adapter()), base)
     assert shapes(base) == {"model.layers.0.self_attn.q_proj.weight": (8, 4)}
 
 
@@ -117,9 +123,30 @@ def test_a_length_beyond_the_file_is_refused_before_it_is_believed(tmp_path: Pat
         (adapter(b=(8, 3)), "another base"),
         ({f"{PREFIX}.lora_A.weight": np.ones((2, 4), np.float32)}, "alone"),
         ({"something.else": np.ones((2, 2), np.float32)}, "not a LoRA"),
+        ({name: tensor.astype(np.int8) for name, tensor in adapter().items()}, "not a LoRA"),
+        (adapter(a=(3, 4), b=(8, 3)), "has rank 3; adapter_config.json says 2"),
     ],
 )
 def test_an_adapter_that_does_not_fit_its_base_is_refused(tmp_path: Path, tensors: dict[str, Any], words: str) -> None:
     base = folder(tmp_path / "base", BASE)
     with pytest.raises(VersionRefused, match=words):
-        inspect(folder(tmp_path / "adapter", tensors, "adapter_model.safetensors"), base)
+        inspect(lora(tmp_path / "adapter", tensors), base)
+
+
+def test_whole_numbers_in_the_place_of_fractions_are_refused(tmp_path: Path) -> None:
+    """vLLM copies them into its own tensors, cast and without a word."""
+    old = folder(tmp_path / "old", BASE)
+    check_kinds(folder(tmp_path / "half", {name: tensor.astype(np.float16) for name, tensor in BASE.items()}), old)
+    with pytest.raises(VersionRefused, match="is of type I8"):
+        check_kinds(folder(tmp_path / "int", {name: tensor.astype(np.int8) for name, tensor in BASE.items()}), old)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("side", ["old", "new"])
+def test_a_file_that_only_one_side_has_takes_another_engine(tmp_path: Path, name: str, side: str) -> None:
+    """An engine reads them when it starts; swapped in place, one version would answer in two ways."""
+    for each in ("old", "new"):
+        (folder(tmp_path / each, BASE) / "config.json").write_text("{}")
+    assert difference(tmp_path / "new", tmp_path / "old") == ""
+    (tmp_path / side / name).write_text("{}")
+    assert difference(tmp_path / "new", tmp_path / "old") == name

@@ -70,3 +70,10 @@ def test_what_several_gateways_saw_adds_up(tallies: list[Tally]) -> None:
     whole = merge(tallies)
     assert whole.requests == sum(t.requests for t in tallies) and whole.errors == sum(t.errors for t in tallies)
     assert whole.finish.get("stop", 0) == len(tallies)
+
+
+def test_shadows_that_fail_count_over_all_shadows_and_not_among_answers() -> None:
+    """Nobody saw them: three in four hundred are no outage, forty are."""
+    few = STEADY._replace(shadowed=400, shadows_failed=3)
+    many = STEADY._replace(shadowed=400, shadows_failed=40)
+    assert worse(few) == "" and "10.0% of shadowed requests fail" in worse(many)

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from pydantic import ValidationError
 
+from cluster.artefact import stated_ranks
 from cluster.errors import BadRequest, Conflict, DigestMismatch, ModelNotFound, StoreUnavailable, VersionRefused
-from cluster.registry import Registry, adapter_rank
+from cluster.registry import Registry
 from cluster.store import Store
-from cluster.types import Lineage, VersionId
+from cluster.types import File, Lineage, VersionId
 
 
 def weights(folder: Path, content: bytes = b"tensors") -> Path:
@@ -124,7 +126,7 @@ def test_an_adapter_needs_a_base_that_exists(registry: Registry, tmp_path: Path)
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"r": 8, "rank_pattern": {"q_proj": 32}}')
     (folder / "adapter_model.safetensors").write_bytes(b"x")
-    assert adapter_rank(folder) == 32
+    assert max(stated_ranks(folder)) == 32
     with pytest.raises(VersionRefused, match="needs base"):
         registry.register("a", "adapter", None, folder, Lineage())
     with pytest.raises(ModelNotFound):
@@ -237,7 +239,7 @@ def test_a_damaged_manifest_is_refused_with_words_and_keeps_no_replica_from_star
 def test_an_adapter_configuration_without_a_rank_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(VersionRefused):
-        adapter_rank(tmp_path)
+        stated_ranks(tmp_path)
 
 
 def test_a_disk_that_fills_up_in_the_middle_leaves_no_files_and_no_version(registry: Registry, source: Path) -> None:
@@ -255,3 +257,9 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_no_files_and_no_version(regis
     left = [path for path in (registry.store.local_root / "versions/m/2").rglob("*") if path.is_file() and path.name != "claim"]
     assert left == [] and [manifest.id for manifest in registry.versions("m")] == [before.id]
     assert registry.register("m", "weights", None, source, Lineage()).id.n == 3
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "../other", "a/../../b", "a//b", "./a", "a\\b"])
+def test_a_manifest_names_no_path_outside_its_folder(path: str) -> None:
+    with pytest.raises(ValidationError, match="inside a version"):
+        File(path=path, sha256="0" * 64, size_bytes=1)

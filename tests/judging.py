@@ -1,0 +1,22 @@
+"""``python -m tests.judging ALIAS``: what `jobs.finetune` does when the rollout of what it has trained waits for a verdict."""
+
+import sys
+
+from cluster.config import load
+from cluster.registry import Registry
+from cluster.store import Store
+from jobs import data, finetune, main, recipe
+
+
+def run(alias: str) -> None:
+    config = load()
+    registry = Registry(Store(config.store))
+    waiting = registry.rollout(alias)
+    assert waiting is not None
+    examples = data.read("jobs/seedling/facts.jsonl").examples
+    plan = finetune.Plan(registry.manifest(waiting.version), recipe.load("lora", []), [], [], examples, "")
+    print(finetune.judged(config, registry, plan, waiting).stage)
+
+
+if __name__ == "__main__":
+    main(lambda: run(sys.argv[1]))
