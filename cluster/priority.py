@@ -1,8 +1,7 @@
 """Who gets a processor first where there are too few: engines, then what carries requests to them, then training.
 
 On an accelerator's host too an engine's own thread decides when the next step begins, and everything else can wait some milliseconds.
-Measured on two cores with `jobs.bench serving`'s load: 9 % more requests (README). Processes may only lower themselves, so engines stay
-where they were started and the others step back.
+Processes may only lower themselves, so engines stay where they were started and the others step back.
 """
 
 import os
