@@ -1,6 +1,7 @@
 """The `springtide` command. Commands stay thin: each says what it does, calls one function, and prints the answer."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ app = typer.Typer(
 )
 k8s_app = typer.Typer(no_args_is_help=True, help="Manifests for KubeRay, rendered from the same configuration.")
 app.add_typer(k8s_app, name="k8s")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
 
 Preset = Annotated[str | None, typer.Option(help="Start from cluster/presets/NAME.yaml: laptop or gpu.")]
 File = Annotated[Path | None, typer.Option("--config", help="A YAML file; springtide.yaml here by default.")]
@@ -178,6 +179,8 @@ def publish(
     if wait and rollout.stage in UNDER_WAY:
         rollout = tour.watch(config, console, rollout)
     show.rollout(console, rollout)
+    if rollout.stage == "rolled_back":
+        sys.exit(2)  # as where it is refused at once
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -25,7 +25,8 @@ class SpringtideError(Exception):
         self.param = param
 
     def __str__(self) -> str:
-        return f"{self.message} {self.do}".strip()
+        ends = self.message.rstrip().endswith((".", "!", "?", ":", "…", ")", '"'))
+        return f"{self.message}{'' if ends or not self.do else '.'} {self.do}".strip()
 
     def body(self) -> dict[str, Any]:
         """The JSON object to send: ``{"error": {...}}``."""

@@ -163,18 +163,24 @@ def decide(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
 
 
 def _decide_registered(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
-    if facts.passed is False:
+    if not rollout.policy.gate:
+        return rollout.next("warming", "no gate asked for", now_s)
+    if facts.passed is None:
+        return None
+    if not facts.passed:
         return rollout.next("rolled_back", f"the gate refused it: {facts.verdict}", now_s)
-    if facts.passed or not rollout.policy.gate:
-        return rollout.next("warming", facts.verdict or "no gate asked for", now_s)
-    return None
+    return rollout.next("warming", facts.verdict, now_s)
 
 
 def _decide_warming(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
     warmth = facts.warmth
     if warmth is not None and warmth.complete:
-        return _step(rollout, facts, f"{warmth.ready} replicas are ready", now_s)
+        return _step(rollout, facts, f"{count(warmth.ready)} ready", now_s)
     return _late(rollout, warmth, now_s)
+
+
+def count(replicas: int) -> str:
+    return f"{replicas} replica{'' if replicas == 1 else 's'}"
 
 
 def _late(rollout: Rollout, warmth: Warmth | None, now_s: float) -> Rollout | None:
@@ -190,7 +196,7 @@ def _late(rollout: Rollout, warmth: Warmth | None, now_s: float) -> Rollout | No
 def _decide_canary(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
     if rollout.percent == 100:
         if facts.warmth is not None and facts.warmth.complete:
-            return rollout.next("live", f"{facts.warmth.ready} replicas hold it", now_s)
+            return rollout.next("live", f"held by {count(facts.warmth.ready)}", now_s)
         return _late(rollout, facts.warmth, now_s)
     if facts.order is not None:
         return rollout.next("canary", f"promoted by {facts.order.author}: {facts.order.reason}", now_s, 100)

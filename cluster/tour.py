@@ -97,8 +97,8 @@ def run(config: Config, console: Console, keep_serving: bool) -> None:
         started = True
         _loop(config, console)
         console.print(f"The loop took {time.monotonic() - began_s:.0f} s.")
-        show.serving(console, config)
         if keep_serving:
+            show.serving(console, config)
             console.print("Serving until [bold]Ctrl-C[/].")
             while pool.find(config):
                 time.sleep(0.5)
@@ -179,7 +179,7 @@ def policy(pools: Policy, canary: bool, steps: str | None, gate: bool | None) ->
     """The policy that a command asks for; None for the pool's own."""
     if not canary and steps is None and gate is None:
         return None
-    values = (Policy() if canary and len(pools.steps) == 1 else pools).model_dump()
+    values = {**(Policy() if canary and len(pools.steps) == 1 else pools).model_dump(), "gate": pools.gate}
     shares = {"steps": [int(share) for share in steps.split(",") if share.isdigit()]} if steps else {}
     try:
         return Policy.model_validate(values | shares | ({} if gate is None else {"gate": gate}))
@@ -190,6 +190,7 @@ def policy(pools: Policy, canary: bool, steps: str | None, gate: bool | None) ->
 def watch(config: Config, console: Console, rollout: Rollout) -> Rollout:
     """Draw the rollout until it ends or goes live. Ctrl-C leaves it to control."""
     registry = Registry(Store(config.store))
+    console.print(f"From another terminal: springtide promote {rollout.alias} · abort {rollout.alias}.")
     try:
         with Live(show.progress(rollout, {}), console=console, refresh_per_second=4) as live:
             while rollout.stage in UNDER_WAY:
@@ -197,6 +198,7 @@ def watch(config: Config, console: Console, rollout: Rollout) -> Rollout:
                 rollout = registry.rollouts(rollout.alias)[rollout.number - 1][-1]
                 seen = {one["alias"]: one for one in admin.status(config)["rollouts"]}
                 live.update(show.progress(rollout, seen.get(rollout.alias, {})))
+        console.print()
     except KeyboardInterrupt:
         console.print(f"The rollout goes on by itself; springtide promote {rollout.alias} · abort {rollout.alias} · history.")
     return rollout

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import tour
 from cluster.canary import Comparison, Tally
 from cluster.rollout import (
     DIRECT,
@@ -200,3 +201,19 @@ def test_any_facts_in_any_order_move_a_rollout_forward_only(
     if rollout.stage == "rolled_back":
         assert meant is None or (meant.stable == incumbent and meant.canary is None)
     assert Rollout.model_validate_json(rollout.model_dump_json()) == rollout
+
+
+def test_who_asks_for_no_gate_is_not_stopped_by_an_old_verdict() -> None:
+    """Found by a newcomer: `publish --canary` was refused for want of a held-out set, and then `--no-gate` with the same words."""
+    begun = begin("m", 1, VersionId("m", 2), VersionId("m", 1), Policy(gate=False), "by hand", "me", 0.0)
+    after = decide(begun, Facts(passed=False, verdict="nothing was measured"), 1.0)
+    assert after is not None and after.stage == "warming"
+
+
+def test_a_canary_on_a_pool_without_a_gate_needs_no_verdict() -> None:
+    """`publish --canary` takes the usual steps, and whether a verdict is needed from the pool."""
+    for gate in (False, True):
+        pools = DIRECT.model_copy(update={"gate": gate})
+        chosen = tour.policy(pools, canary=True, steps=None, gate=None)
+        assert chosen is not None and chosen.gate == gate and chosen.steps == Policy().steps
+        assert (other := tour.policy(pools, canary=True, steps=None, gate=not gate)) and other.gate != gate
