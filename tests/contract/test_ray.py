@@ -76,3 +76,20 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('ray', 'torch', 'vllm', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_coordinator_that_the_lease_is_held_with() -> None:
+    """cluster/lease.py: what it calls, and that its priority is above every training run's."""
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+    from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as train
+
+    from cluster.lease import PRIORITY
+
+    actor: Any = coordinator._AutoscalingCoordinatorActor  # pyright: ignore[reportPrivateUsage]
+    asked = inspect.signature(actor.request_resources).parameters
+    assert {"requester_id", "resources", "expire_after_s", "priority"} <= set(asked)
+    assert "requester_id" in inspect.signature(actor.get_reserved_resources).parameters
+    assert callable(coordinator.get_or_create_autoscaling_coordinator)
+    assert max(level.value for level in coordinator.ResourceRequestPriority) < PRIORITY.value
+    assert "ResourceRequestPriority.HIGH" in inspect.getsource(train)
+    assert "priority.value" in inspect.getsource(actor.request_resources), "it reads nothing else of a priority"

@@ -1,0 +1,111 @@
+"""The tide: what each job may have of the pool's slots now, and what serving keeps. Owned by control, which passes the time in.
+
+Jobs claim, serving's replicas are counted, `cluster.arbiter` divides, and who has more than its share is asked to yield. A job never
+gets more than is free: what it is promised beyond that comes when who holds it has given it back, so no slot has two owners.
+"""
+
+from collections import deque
+from typing import Any, NamedTuple
+
+from cluster.arbiter import SERVING, Budget, Decision, Demand, Job, Past, decide
+
+SILENT_S = 10
+"""A job that claims nothing for this long has ended; its slots are free when Ray says so."""
+LEARN_S = 3
+"""How long a control that was just started only listens: jobs that run claim what they hold within this time."""
+REMEMBERED = 200
+
+
+class Claim(NamedTuple):
+    """What a job asks for, and the slots that its workers hold now: 0 while it waits."""
+
+    job: Job
+    held: int = 0
+
+
+class Share(NamedTuple):
+    """What a job has to live with."""
+
+    slots: int
+    reason: str
+    deadline_s: float
+    """How long it may take to give back what it holds beyond that."""
+
+
+class Turn(NamedTuple):
+    """One change of somebody's share, for whoever watches."""
+
+    at_s: float
+    owner: str
+    before: int
+    after: int
+    reason: str
+
+
+class Tide:
+    def __init__(self, budget: Budget, deadline_s: float, now_s: float) -> None:
+        self.budget = budget
+        self.deadline_s = deadline_s
+        self.began_s = now_s
+        self.claims: dict[str, tuple[Claim, float]] = {}
+        self.past = Past()
+        self.shares: dict[str, Share] = {}
+        self.turns: deque[Turn] = deque(maxlen=REMEMBERED)
+
+    def claim(self, claim: Claim, now_s: float) -> Share:
+        """What the job has now. Its driver claims again and again, as long as the job lives."""
+        self.claims[claim.job.id] = (claim, now_s)
+        return self.share(claim.job.id, claim.held)
+
+    def share(self, job: str, held: int) -> Share:
+        """The job's share, or what it holds while nothing was decided about it yet."""
+        return self.shares.get(job) or Share(held, "control has not decided yet", self.deadline_s)
+
+    def end(self, job: str) -> None:
+        """The job is over, and nobody need wait until it has been silent for long enough."""
+        self.claims.pop(job, None)
+        self.shares.pop(job, None)
+
+    def turn(self, slots: int, held: int, wanted: int, now_s: float) -> int:
+        """Decide anew; the slots that serving should hold. ``held``: by replicas, those that end still included. ``wanted``: for all that
+        Serve has and wants."""
+        if now_s - self.began_s < LEARN_S:
+            return wanted
+        self.claims = {id: (claim, at_s) for id, (claim, at_s) in self.claims.items() if now_s - at_s < SILENT_S}
+        jobs = tuple(claim.job for claim, _ in self.claims.values())
+        decision = decide(self.budget, Demand(slots, wanted, jobs), self.past, now_s)
+        self._note(decision, now_s)
+        self.past = decision.past
+        free = slots - held - sum(claim.held for claim, _ in self.claims.values())
+        self.shares = self._promise(decision, max(0, free))
+        return decision.shares[SERVING]
+
+    def _promise(self, decision: Decision, free: int) -> dict[str, Share]:
+        """Shares, each growing only by what is free now: a slot is given when it has been given back."""
+        promised: dict[str, Share] = {}
+        for verdict in decision.verdicts:
+            if verdict.owner == SERVING:
+                continue
+            claim, _ = self.claims[verdict.owner]
+            more = min(free, max(0, verdict.slots - claim.held))
+            more -= more % claim.job.step
+            has = min(verdict.slots, claim.held + more)
+            if has < claim.job.least:
+                has = 0
+            free -= max(0, has - claim.held)
+            promised[verdict.owner] = Share(has, verdict.reason, self.deadline_s)
+        return promised
+
+    def _note(self, decision: Decision, now_s: float) -> None:
+        before = dict(self.past.shares)
+        for verdict in decision.verdicts:
+            if verdict.act != "hold":
+                self.turns.append(Turn(now_s, verdict.owner, before.get(verdict.owner, 0), verdict.slots, verdict.reason))
+
+    def describe(self) -> dict[str, Any]:
+        """``{"shares": {owner: slots}, "jobs": […], "turns": […]}`` for `springtide status`."""
+        return {
+            "shares": dict(self.past.shares),
+            "jobs": [{**claim.job._asdict(), "held": claim.held} for claim, _ in self.claims.values()],
+            "turns": [turn._asdict() for turn in self.turns],
+        }

@@ -1,0 +1,82 @@
+"""The tide under random claims and loads: no slot is promised twice, none is lost for ever."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.arbiter import Budget, Job
+from cluster.tide import LEARN_S, SILENT_S, Claim, Tide
+
+BUDGET = Budget(cool_down_s=5, headroom_slots=0, serving_floor_slots=1)
+
+
+def job(id: str, most: int = 4, least: int = 1, priority: int = 0) -> Job:
+    return Job(id, priority, 0.0, least, most)
+
+
+def started(slots: int = 4, held: int = 1, wanted: int = 1) -> Tide:
+    tide = Tide(BUDGET, 30, 0.0)
+    tide.turn(slots, held, wanted, LEARN_S)
+    return tide
+
+
+def test_a_control_that_was_just_started_changes_nothing() -> None:
+    tide = Tide(BUDGET, 30, 0.0)
+    tide.claim(Claim(job("a"), held=3), 0.1)
+    assert tide.turn(4, 1, 1, 0.2) == 1
+    assert tide.claim(Claim(job("a"), held=3), 0.3).slots == 3
+
+
+def test_a_waiting_job_gets_what_is_free_and_yields_when_serving_wants_it() -> None:
+    tide = started()
+    tide.claim(Claim(job("a")), 4.0)
+    tide.turn(4, 1, 1, 4.1)
+    assert tide.share("a", 0).slots == 3
+    tide.claim(Claim(job("a"), held=3), 5.0)
+    assert tide.turn(4, 1, 3, 5.1) == 3
+    assert tide.share("a", 3).slots == 1
+
+
+def test_a_job_grows_only_by_what_has_been_given_back() -> None:
+    tide = started(held=3, wanted=1)  # two replicas are ending
+    tide.claim(Claim(job("a"), held=1), 20.0)
+    tide.turn(4, 3, 1, 20.1)
+    assert tide.share("a", 1).slots == 1
+    tide.turn(4, 1, 1, 20.2)
+    assert tide.share("a", 1).slots == 3
+
+
+def test_a_silent_job_is_forgotten_and_the_next_one_gets_its_slots() -> None:
+    tide = started()
+    tide.claim(Claim(job("a"), held=3), 4.0)
+    tide.claim(Claim(job("b")), 4.0)
+    tide.turn(4, 1, 1, 4.1)
+    assert tide.share("b", 0).slots == 0
+    tide.claim(Claim(job("b")), 4.0 + SILENT_S)
+    tide.turn(4, 1, 1, 4.1 + SILENT_S)
+    assert tide.share("b", 0).slots == 3
+
+
+@settings(max_examples=200)
+@given(
+    st.integers(1, 12),
+    st.lists(
+        st.tuples(st.integers(0, 12), st.integers(0, 12), st.lists(st.tuples(st.integers(1, 4), st.integers(0, 8)), max_size=4)),
+        min_size=1,
+        max_size=30,
+    ),
+)
+def test_what_is_promised_never_exceeds_what_there_is(slots: int, rounds: list[tuple[int, int, list[tuple[int, int]]]]) -> None:
+    """Jobs take what they were promised or give back down to it; serving holds what it holds."""
+    tide, now_s, holding, known = Tide(BUDGET, 30, 0.0), LEARN_S, dict[str, int](), dict[str, Job]()
+    for serving, wanted, jobs in rounds:
+        now_s += 1
+        known |= {str(n): job(str(n), least=least, most=least + more) for n, (least, more) in enumerate(jobs)}
+        for id, one in known.items():
+            tide.claim(Claim(one, holding.get(id, 0)), now_s)
+        held = min(serving, max(0, slots - sum(holding.values())))
+        lease = tide.turn(slots, held, min(wanted, slots), now_s)
+        shares = {id: share.slots for id, share in tide.shares.items()}
+        growing = sum(max(0, has - holding.get(id, 0)) for id, has in shares.items())
+        assert 0 <= lease <= slots and growing <= max(0, slots - held - sum(holding.get(id, 0) for id in shares))
+        assert sum(shares.values()) <= slots - lease
+        holding = {id: has for id, has in shares.items() if has}
