@@ -90,6 +90,7 @@ def test_the_coordinator_that_the_lease_is_held_with() -> None:
     assert {"requester_id", "resources", "expire_after_s", "priority"} <= set(asked)
     assert "requester_id" in inspect.signature(actor.get_reserved_resources).parameters
     assert callable(coordinator.get_or_create_autoscaling_coordinator)
-    assert max(level.value for level in coordinator.ResourceRequestPriority) < PRIORITY.value
+    levels: Any = vars(coordinator)["ResourceRequestPriority"]
+    assert max(level.value for level in levels) < PRIORITY.value
     assert "ResourceRequestPriority.HIGH" in inspect.getsource(train)
     assert "priority.value" in inspect.getsource(actor.request_resources), "it reads nothing else of a priority"
