@@ -112,11 +112,11 @@ class Reconciler:
         """Close the rollouts that this one has replaced. Looked at once by every control: one may have been killed before it got there."""
         if self.retired.get(live.alias) == live.number:
             return
-        self.retired[live.alias] = live.number
         for records in self.registry.rollouts(live.alias):
             ended = records[-1].number < live.number and rollout.decide(records[-1], Facts(replaced_by=live.version), time.time())
             if ended and records[-1].stage == "live":
                 self.registry.record(ended)
+        self.retired[live.alias] = live.number  # last: where the store was away meanwhile, the next round tries again
 
     def _move(self, one: Rollout) -> None:
         """Write the alias's move that the rollout's record asks for, unless it was written, or somebody moved on by hand since."""

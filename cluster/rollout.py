@@ -169,7 +169,7 @@ def _decide_registered(rollout: Rollout, facts: Facts, now_s: float) -> Rollout 
         return None
     if not facts.passed:
         return rollout.next("rolled_back", f"the gate refused it: {facts.verdict}", now_s)
-    return rollout.next("warming", facts.verdict, now_s)
+    return rollout.next("warming", facts.verdict or "the gate passed it", now_s)
 
 
 def _decide_warming(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:

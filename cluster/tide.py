@@ -1,4 +1,4 @@
-"""The tide: what each job may have of the pool's slots now, and what serving keeps. Owned by control, which passes the time in.
+"""The tide: what each job may have of the pool's slots now, and what serving keeps. Pure: the time is passed in. Nothing calls it yet.
 
 Jobs claim, serving's replicas are counted, `cluster.arbiter` divides, and who has more than its share is asked to yield. A job never
 gets more than is free: what it is promised beyond that comes when who holds it has given it back, so no slot has two owners.
