@@ -37,7 +37,7 @@ class Budget(Durable):
     """How long a slot takes from training to serving; rises within this time are what the headroom is for."""
     memory_s: float = Field(default=600, gt=0)
     """How far back recent traffic goes."""
-    headroom_slots: int = Field(default=1, ge=0)
+    headroom_slots: int = Field(default=0, ge=0)
     """The most that is kept free for the next rise."""
 
     @model_validator(mode="after")

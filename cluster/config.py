@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cluster.arbiter import Budget
 from cluster.errors import BadRequest, ConfigError
 from cluster.gate import GatePolicy
 from cluster.rollout import Policy
@@ -156,9 +157,17 @@ class Publishing(Section):
 
 class Training(Section):
     workers: int = Field(default=1, ge=1)
+    """The most that a job uses."""
+    min_workers: int = Field(default=1, ge=1)
+    """The least that a job goes on with; with room for fewer it waits."""
     slots_per_worker: int = Field(default=1, ge=1)
     threads_per_worker: int = Field(default=1, ge=1)
     """CPU threads for torch in each worker. One leaves the rest to serving."""
+    yield_deadline_s: float = Field(default=30, gt=0)
+    """How long a job may take to save its work when it is asked for slots; then it is ended, and goes on from its last checkpoint."""
+    checkpoint_s: float = Field(default=60, gt=0)
+    """How often a job saves its work unasked."""
+    budget: Budget = Budget()
 
 
 class Config(Section):

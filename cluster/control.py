@@ -21,18 +21,22 @@ from cluster.canary import Comparison, Tally
 from cluster.config import Config, parse
 from cluster.errors import Conflict, ModelNotFound, PoolUnavailable, SpringtideError, VersionRefused
 from cluster.gateways import Gateways
+from cluster.lease import Lease
 from cluster.reconcile import Reconciler
 from cluster.registry import Registry
 from cluster.replicas import LOAD_TIMEOUT_S, Replicas
 from cluster.rollout import DIRECT, Facts, Order, Policy, Rollout
-from cluster.slots import slots
+from cluster.slots import served, slots
 from cluster.store import Store
+from cluster.tide import Claim, Share, Tide
 from cluster.types import Manifest, ReplicaState, VersionId, View, check_name
 
 ACTOR, NAMESPACE = "springtide-control", "springtide"
 TICK_S = 0.5
+TURN_S = 0.3
 ABORT_TIMEOUT_S = 30
 START_TIMEOUT_S = 60
+ANSWER_S = 5
 OPTIONS: dict[str, Any] = {
     "name": ACTOR,
     "namespace": NAMESPACE,
@@ -50,6 +54,9 @@ class Client(Protocol):
     """What callers outside the actor may ask. `SpringtideError`s arrive as themselves."""
 
     def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout: ...
+    def claim(self, claim: Claim) -> Share: ...
+    def share(self, job: str, held: int) -> Share: ...
+    def leave(self, job: str) -> None: ...
 
 
 class Control:
@@ -65,7 +72,11 @@ class Control:
         """Held for each round, and by whoever starts a rollout."""
         self.ticked = threading.Condition()
         self.state = Reconciler(self.config, self.registry, self.replicas, self.gateways)
+        self.lease = Lease("GPU" if self.config.fleet.accelerator == "gpu" else "slot")
+        self.turning = threading.Lock()
+        self.tide = Tide(self.config.training.budget, self.config.training.yield_deadline_s, time.time())
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
+        threading.Thread(target=self._turn, daemon=True, name="tide-loop").start()
 
     # asked from outside
 
@@ -88,6 +99,7 @@ class Control:
             "aliases": {name: move.model_dump(mode="json") for name, move in self.gateways.current.aliases.items()},
             "replicas": [public(replica) for replica in self.replicas.observe(fresh=True)],
             "rollouts": [self._describe(one) for one in self.state.rollouts.values()],
+            "tide": self.tide.describe(),
         }
 
     def history(self, alias: str) -> dict[str, Any]:
@@ -149,6 +161,27 @@ class Control:
         live = self.registry.alias(alias)  # read first: what was before it is decided for this generation and no other
         target = VersionId.parse(to) if to else self.registry.previous(alias)
         return self.publish(str(target), alias, reason, author, DIRECT, None if to or live is None else live.generation)
+
+    # slots
+
+    def claim(self, claim: Claim) -> Share:
+        """A job's driver says that it lives and what it holds; returns what it has."""
+        with self.turning:
+            return self.tide.claim(claim, time.time())
+
+    def share(self, job: str, held: int) -> Share:
+        """What the job has, for its workers."""
+        with self.turning:
+            return self.tide.share(job, held)
+
+    def leave(self, job: str) -> None:
+        with self.turning:
+            self.tide.end(job)
+
+    def moments(self, since_s: float) -> list[list[Any]]:
+        """Who held what after ``since_s``, as `cluster.handover.parse` reads it."""
+        with self.turning:
+            return [[*moment[:-1], [list(stake) for stake in moment.jobs]] for moment in self.tide.since(since_s)]
 
     # publishing
 
@@ -228,6 +261,18 @@ class Control:
             self.wake.wait(TICK_S)
             self.wake.clear()
 
+    def _turn(self) -> None:
+        while True:
+            try:
+                there, now = int(slots()["total"]), served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
+                with self.turning:
+                    lease = self.tide.turn(there, now.held, now.wanted, time.time())
+                self.lease.hold(lease)
+            except Exception:
+                # Serve or the coordinator is away for a moment; shares stay as they are, and the loop must go on.
+                log.exception("a turn of the tide")
+            time.sleep(TURN_S)
+
 
 def public(replica: ReplicaState) -> dict[str, Any]:
     return {key: value for key, value in replica._asdict().items() if key != "secret"}
@@ -260,6 +305,15 @@ class _Remote:
 
     def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout:
         return self._call("publish", LOAD_TIMEOUT_S + START_TIMEOUT_S, version, alias, reason, author, policy)
+
+    def claim(self, claim: Claim) -> Share:
+        return self._call("claim", ANSWER_S, claim)
+
+    def share(self, job: str, held: int) -> Share:
+        return self._call("share", ANSWER_S, job, held)
+
+    def leave(self, job: str) -> None:
+        self._call("leave", ANSWER_S, job)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         try:

@@ -93,6 +93,19 @@ def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
         state = escape("; ".join(f"refused {id}: {why}" for id, why in r["refused"].items())) or "ready"
         replicas.add_row(r["id"], r["base"], ", ".join(r["held"]), str(r["running"]), state)
     console.print(aliases, replicas)
+    if document["tide"]["jobs"]:
+        console.print(tide(document["tide"]))
+
+
+def tide(document: dict[str, Any]) -> Table:
+    """Who has how many slots, and why that changed last."""
+    why = {turn["owner"]: turn for turn in document["turns"]}
+    table = Table("owner", "slots", "holds", "since", "why")
+    held = {job["id"]: str(job["held"]) for job in document["jobs"]}
+    for owner, slots in document["shares"].items():
+        turn = why.get(owner)
+        table.add_row(owner, str(slots), held.get(owner, ""), ago(turn["at_s"]) if turn else "", turn["reason"] if turn else "")
+    return table
 
 
 def models(console: Console, registry: Registry, names: list[str]) -> None:

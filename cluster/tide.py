@@ -8,12 +8,15 @@ from collections import deque
 from typing import Any, NamedTuple
 
 from cluster.arbiter import SERVING, Budget, Decision, Demand, Job, Past, decide
+from cluster.handover import Moment, Stake
 
 SILENT_S = 10
 """A job that claims nothing for this long has ended; its slots are free when Ray says so."""
 LEARN_S = 3
 """How long a control that was just started only listens: jobs that run claim what they hold within this time."""
 REMEMBERED = 200
+"""Turns."""
+MOMENTS = 5_000
 
 
 class Claim(NamedTuple):
@@ -21,6 +24,8 @@ class Claim(NamedTuple):
 
     job: Job
     held: int = 0
+    learning: int = 0
+    """Of them, those that train at this moment."""
 
 
 class Share(NamedTuple):
@@ -51,6 +56,7 @@ class Tide:
         self.past = Past()
         self.shares: dict[str, Share] = {}
         self.turns: deque[Turn] = deque(maxlen=REMEMBERED)
+        self.moments: deque[Moment] = deque(maxlen=MOMENTS)
 
     def claim(self, claim: Claim, now_s: float) -> Share:
         """What the job has now. Its driver claims again and again, as long as the job lives."""
@@ -70,6 +76,7 @@ class Tide:
         """Decide anew; the slots that serving should hold. ``held``: by replicas, those that end still included. ``wanted``: for all that
         Serve has and wants."""
         if now_s - self.began_s < LEARN_S:
+            self._record(slots, held, wanted, now_s)
             return wanted
         self.claims = {id: (claim, at_s) for id, (claim, at_s) in self.claims.items() if now_s - at_s < SILENT_S}
         jobs = tuple(claim.job for claim, _ in self.claims.values())
@@ -78,6 +85,7 @@ class Tide:
         self.past = decision.past
         free = slots - held - sum(claim.held for claim, _ in self.claims.values())
         self.shares = self._promise(decision, max(0, free))
+        self._record(slots, held, wanted, now_s)
         return decision.shares[SERVING]
 
     def _promise(self, decision: Decision, free: int) -> dict[str, Share]:
@@ -102,10 +110,26 @@ class Tide:
             if verdict.act != "hold":
                 self.turns.append(Turn(now_s, verdict.owner, before.get(verdict.owner, 0), verdict.slots, verdict.reason))
 
+    def _record(self, slots: int, held: int, wanted: int, now_s: float) -> None:
+        lease = dict(self.past.shares).get(SERVING, wanted)
+        stakes = tuple(
+            Stake(claim.job.id, self.share(claim.job.id, claim.held).slots, claim.held, claim.learning)
+            for claim, _ in self.claims.values()
+        )
+        moment = Moment(now_s, slots, lease, held, wanted, stakes)
+        if not self.moments or self.moments[-1]._replace(at_s=now_s) != moment:
+            self.moments.append(moment)
+
     def describe(self) -> dict[str, Any]:
         """``{"shares": {owner: slots}, "jobs": […], "turns": […]}`` for `springtide status`."""
         return {
             "shares": dict(self.past.shares),
-            "jobs": [{**claim.job._asdict(), "held": claim.held} for claim, _ in self.claims.values()],
+            "jobs": [
+                {**claim.job._asdict(), "held": claim.held, "learning": claim.learning} for claim, _ in self.claims.values()
+            ],
             "turns": [turn._asdict() for turn in self.turns],
         }
+
+    def since(self, at_s: float) -> list[Moment]:
+        """What was recorded after ``at_s``, oldest first."""
+        return [moment for moment in self.moments if moment.at_s > at_s]

@@ -1,12 +1,14 @@
 """Supervised fine-tuning: a base version and a data file in, the next version out.
 
 ``python -m jobs.finetune --data FILE_OR_URL --base seedling --publish`` trains a LoRA adapter (or all the weights with
-``--full``) by TRL inside Ray Train, measures the loss on held-out examples before and after, registers the result with its
-lineage and asks control to make it live. Everything that can be wrong with the request is checked before Ray is touched.
+``--full``) on as many slots as there are (`jobs.elastic`), measures the loss on held-out examples before and after, registers the
+result with its lineage and asks control to make it live. Everything that can be wrong with the request is checked before Ray is touched.
 """
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.config import Config, load
@@ -41,7 +43,7 @@ def run() -> None:
     config = load()
     registry = Registry(Store(config.store))
     plan = prepare(config, registry, arguments)
-    manifest = train(config, registry, plan, arguments.name or plan.base.id.name)
+    manifest = train(config, registry, plan, arguments.name or plan.base.id.name, arguments.priority)
     from jobs.loop import print_result
 
     print_result(manifest, None)  # before the publish, so that a refusal does not hide what was trained
@@ -82,6 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--full", dest="recipe", action="store_const", const="full", help="train all the weights: --recipe full")
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--priority", type=int, default=0, help="where slots are few, jobs of a higher priority have them first")
     parser.add_argument("--publish", action=argparse.BooleanOptionalAction, default=False, help="make the result live")
     return parser.parse_args()
 
@@ -111,7 +114,6 @@ def check_fits(chosen: recipe.Recipe, config: Config) -> None:
             f"Use --set lora.rank={limit}, or start the pool with a larger fleet.max_lora_rank.",
             param="lora.rank",
         )
-    chosen.accumulation(config.training.workers)
 
 
 def resolve(registry: Registry, base: str) -> Manifest:
@@ -162,9 +164,9 @@ def tokenized(
 # with Ray
 
 
-def train(config: Config, registry: Registry, plan: Plan, name: str) -> Manifest:
+def train(config: Config, registry: Registry, plan: Plan, name: str, priority: int) -> Manifest:
     """Run the plan and register what comes out of it, as an adapter on the base or as weights descended from it."""
-    from jobs import loop
+    from jobs import elastic, loop, tuning
 
     loop.connect()
     settings = {
@@ -174,18 +176,18 @@ def train(config: Config, registry: Registry, plan: Plan, name: str) -> Manifest
         "train": plan.train,
         "held_out": plan.held_out,
     }
-    result = loop.fit(config, loop.finetune, settings, "finetune")
+    ended = elastic.fit(config, tuning.Tuning, settings, "finetune", priority)
     lineage = Lineage(
         parent=plan.base.id,
         dataset_sha256=plan.dataset_sha256,
         recipe=plan.recipe.model_dump(exclude_none=True),
         job=loop.job_id(),
         code_revision=loop.code_revision(),
-        metrics={**(result.metrics or {}), "examples": len(plan.train)},
+        metrics={**ended.metrics, "examples": len(plan.train)},
     )
-    if plan.recipe.lora:
-        return loop.register(registry, result, name, "adapter", plan.base.id, lineage)
-    return loop.register(registry, result, name, "weights", None, lineage)
+    kind, base = ("adapter", plan.base.id) if plan.recipe.lora else ("weights", None)
+    with tempfile.TemporaryDirectory() as scratch, elastic.result(config, ended.name, Path(scratch)) as folder:
+        return registry.register(name, kind, base, folder, lineage)
 
 
 if __name__ == "__main__":

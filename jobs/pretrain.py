@@ -62,7 +62,8 @@ def run() -> None:
         code_revision=loop.code_revision(),
         metrics=result.metrics or {},
     )
-    manifest = loop.register(registry, result, arguments.name, "weights", None, lineage)
+    with loop.files(result) as folder:
+        manifest = registry.register(arguments.name, "weights", None, folder, lineage)
     move = go_live(registry, manifest, arguments.live)
     loop.print_result(manifest, "live" if move else None)
 
@@ -145,9 +146,10 @@ def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any
     """Next-token prediction on whole conversations, warm-up then cosine. Returns the last step's loss."""
     import ray.train.torch
 
-    from jobs.loop import Progress
+    from jobs.progress import Progress
 
-    context, progress = ray.train.get_context(), Progress("pretrain")
+    context = ray.train.get_context()
+    progress = Progress("pretrain", context.get_world_rank())
     parallel = ray.train.torch.prepare_model(model)
     optimizer = torch.optim.AdamW(
         parallel.parameters(), recipe["learning_rate"], (0.9, 0.95), weight_decay=recipe["weight_decay"]

@@ -41,17 +41,6 @@ class Recipe(Section):
     """Compute activations twice instead of keeping them: slower, and less memory."""
     seed: int = 0
 
-    def accumulation(self, workers: int) -> int:
-        """Micro-batches per optimizer step and worker. Raises `ConfigError` where they don't divide evenly."""
-        at_once = self.micro_batch * workers
-        if self.global_batch % at_once:
-            raise ConfigError(
-                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} × {workers} workers.",
-                f"Set global_batch to a multiple of {at_once}, or change micro_batch.",
-                param="global_batch",
-            )
-        return self.global_batch // at_once
-
     def resolved(self, hidden_size: int, context_tokens: int) -> "Recipe":
         """With what depends on the model filled in.
 

@@ -1,0 +1,93 @@
+"""Who had how many slots, when, and how long it took to hand them over: pure, from what control recorded."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+
+class Stake(NamedTuple):
+    """One job's part, in slots."""
+
+    job: str
+    share: int
+    """What it may have."""
+    held: int
+    """What its workers hold."""
+    learning: int
+    """What trains: less than it holds while new workers load, or while the next formation begins."""
+
+
+class Moment(NamedTuple):
+    """The pool from ``at_s`` on, in slots. Control records one whenever something changed."""
+
+    at_s: float
+    slots: int
+    lease: int
+    """What serving may have."""
+    serving: int
+    """What replicas hold that run, or that end."""
+    wanted: int
+    """What Serve holds and asks for."""
+    jobs: tuple[Stake, ...] = ()
+
+    @property
+    def idle(self) -> int:
+        return self.slots - self.serving - sum(stake.held for stake in self.jobs)
+
+
+class Handover(NamedTuple):
+    """A change of one job's share that it carried out. Seconds count from the decision."""
+
+    at_s: float
+    job: str
+    kind: Literal["yield", "grow"]
+    before: int
+    after: int
+    slots_free_s: float | None
+    """Until the slots were given back; None for a growth."""
+    training_s: float | None
+    """Until the job trained on all that it has; None where that is nothing."""
+
+
+def handovers(moments: Sequence[Moment]) -> list[Handover]:
+    """Those that were carried out; one that was overtaken by another decision counts as part of that."""
+    jobs = dict.fromkeys(stake.job for moment in moments for stake in moment.jobs)
+    return sorted((done for job in jobs for done in _of(job, moments)), key=lambda done: done.at_s)
+
+
+def _of(job: str, moments: Sequence[Moment]) -> Iterable[Handover]:
+    began: tuple[float, int] | None = None
+    freed_s: float | None = None
+    for at_s, stake in ((moment.at_s, stake) for moment in moments for stake in moment.jobs if stake.job == job):
+        if began is None and stake.share != stake.held:
+            began, freed_s = (at_s, stake.held), None
+        if began is None:
+            continue
+        if freed_s is None and stake.held <= stake.share:
+            freed_s = at_s - began[0]
+        if stake.held == stake.share == stake.learning:
+            kind = "yield" if stake.share < began[1] else "grow"
+            took_s = at_s - began[0] if stake.share else None
+            if stake.share != began[1]:
+                yield Handover(began[0], job, kind, began[1], stake.share, freed_s if kind == "yield" else None, took_s)
+            began = None
+
+
+def crowded(moments: Sequence[Moment]) -> list[Moment]:
+    """Moments at which more slots were held than there are: two owners of one."""
+    return [moment for moment in moments if moment.idle < 0]
+
+
+def slot_seconds(moments: Sequence[Moment], until_s: float) -> dict[str, float]:
+    """``{"serving", "training", "idle"}`` → slots held × seconds, from the first moment to ``until_s``."""
+    sums = {"serving": 0.0, "training": 0.0, "idle": 0.0}
+    for moment, next_s in zip(moments, [*(later.at_s for later in moments[1:]), until_s], strict=True):
+        seconds = max(0.0, next_s - moment.at_s)
+        training = sum(stake.held for stake in moment.jobs)
+        for owner, held in (("serving", moment.serving), ("training", training), ("idle", moment.idle)):
+            sums[owner] += held * seconds
+    return sums
+
+
+def parse(rows: Iterable[Sequence[object]]) -> list[Moment]:
+    """Moments as `springtide status --json` has them."""
+    return [Moment(*row[:-1], tuple(Stake(*stake) for stake in row[-1])) for row in rows]  # type: ignore[arg-type,union-attr]

@@ -1,0 +1,330 @@
+"""A run whose members come and go: the driver's side.
+
+The driver claims slots from control (`cluster.tide`) and hears what its job may have by now. Where that is less than it holds, its members
+stop after the step that is under way, those who have to leave end, and the others go on at once, since what they have learnt is in their
+memory. Where it is more, new members load everything beside the training and are taken in between two steps. Where it is none, the last
+state is kept in the store, everybody leaves, and the run goes on from there when slots return. A member that is lost is replaced while the
+others go on; one that does not stop within the deadline is ended.
+"""
+
+import contextlib
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from cluster import control
+from cluster.arbiter import Job
+from cluster.config import Config
+from cluster.errors import JobFailed, PoolUnavailable
+from cluster.store import Store
+from cluster.tide import Claim, Share
+from jobs.checkpoints import Checkpoints
+from jobs.member import RESULT, Formation, Member, Outcome, Where, Work
+
+TURN_S = 0.1
+ASK_S = 0.25
+"""How often control is asked what the job has."""
+ASK_ALIVE_S = 5
+LOST_S = 30
+"""A member that has not answered for this long is taken for hung, and ended."""
+LEFT_S = 10
+"""How long members may take to notice that one of them is gone."""
+MOST_FAILURES = 3
+"""Without a step in between."""
+
+
+class Ended(NamedTuple):
+    """A run at its end."""
+
+    name: str
+    metrics: dict[str, float]
+
+
+def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], verb: str, priority: int = 0) -> Ended:
+    """Train ``work(settings)`` to its end, on as many slots as there are at the time. Its files are then at `result`.
+
+    Raises `JobFailed` where it cannot; a run that does not end well leaves nothing.
+    """
+    name, per_worker = f"{verb}-{uuid.uuid4().hex[:12]}", config.training.slots_per_worker
+    least, most = (workers * per_worker for workers in (config.training.min_workers, config.training.workers))
+    claiming = Claiming(Job(name, priority, time.time(), least, most, per_worker))
+    run = Run(config, work, {**settings, "stage": verb}, claiming)
+    try:
+        while run.ended is None:
+            run.turn(time.monotonic())
+            time.sleep(TURN_S)
+        return Ended(name, run.ended.metrics)
+    except BaseException:  # cancelled too
+        run.dismiss(list(run.seats))
+        Checkpoints(Store(config.store), name).remove()
+        raise
+    finally:
+        run.dismiss(list(run.seats))
+        claiming.end()
+
+
+@contextlib.contextmanager
+def result(config: Config, run: str, scratch: Path) -> Any:
+    """A folder with the run's files; afterwards nothing is left of the run."""
+    store = Store(config.store)
+    prefix = f"runs/{run}/{RESULT}"
+    try:
+        if store.local_root:
+            yield store.local_root / prefix
+            return
+        for name in store.children(prefix):
+            store.download(f"{prefix}/{name}", scratch / name)
+        yield scratch
+    finally:
+        store.remove(f"runs/{run}")
+
+
+# what is done next: pure
+
+
+class Now(NamedTuple):
+    """Members, counted."""
+
+    wanted: int
+    learning: int
+    """Train at this moment."""
+    ready: int
+    """Could train, and wait to be taken in."""
+    preparing: int
+    """Load what they need."""
+    least: int = 1
+
+
+class Next(NamedTuple):
+    start: int = 0
+    """New members."""
+    dismiss: int = 0
+    """Of those who do not train, the newest first."""
+    stop: bool = False
+    """After the step that is under way."""
+    learn: bool = False
+    """Begin, with all who are ready."""
+
+
+def decide(now: Now) -> Next:
+    """
+    >>> decide(Now(wanted=1, learning=2, ready=0, preparing=1))
+    Next(start=0, dismiss=1, stop=True, learn=False)
+    >>> decide(Now(wanted=1, learning=0, ready=2, preparing=0))
+    Next(start=0, dismiss=1, stop=False, learn=True)
+    """
+    idle = now.ready + now.preparing
+    dismissed = min(idle, max(0, now.learning + idle - now.wanted))
+    preparing = max(0, now.preparing - dismissed)
+    ready = now.ready - max(0, dismissed - now.preparing)
+    return Next(
+        start=max(0, now.wanted - now.learning - idle),
+        dismiss=dismissed,
+        stop=now.learning > 0 and (now.learning > now.wanted or (ready > 0 and preparing == 0)),
+        learn=now.learning == 0 and ready >= now.least,
+    )
+
+
+# carrying it out
+
+
+class Seat:
+    """One member, as the driver knows it."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.phase: Literal["preparing", "ready", "learning"] = "preparing"
+        self.call = actor.prepare.remote()
+        """What it does now; None where it has said how that ended."""
+        self.where: Where | None = None
+        self.alive = self.call
+        """The newest question whether it is there."""
+        self.heard_s = time.monotonic()
+
+
+class Run:
+    def __init__(
+        self, config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], claiming: "Claiming"
+    ) -> None:
+        self.config = config
+        self.claiming = claiming
+        self.per_worker = config.training.slots_per_worker
+        kind = "GPU" if config.fleet.accelerator == "gpu" else "slot"
+        held = {"num_gpus": self.per_worker} if kind == "GPU" else {"resources": {kind: self.per_worker}}
+        actor = ray.remote(Member).options(num_cpus=0, max_concurrency=4, **held)
+        shared = ray.put({**settings, "checkpoint_s": config.training.checkpoint_s})
+        self.member = lambda: actor.remote(work, shared, config.store, claiming.job.id)
+        self.seats: list[Seat] = []
+        """Those who have been there the longest first: they stay the longest."""
+        self.formation = 0
+        self.told = 0
+        """The last formation that was told to end."""
+        self.yielding_s: float | None = None
+        """Since when more members train than the job has slots for."""
+        self.broken_s: float | None = None
+        """Since when one of its members is gone."""
+        self.failures, self.step = 0, 0
+        self.ended: Outcome | None = None
+
+    def turn(self, now_s: float) -> None:
+        """Look at everybody, then do what is next."""
+        self._hear(now_s)
+        wanted = self.claiming.wanted(self.held) // self.per_worker
+        learning, ready, preparing = (len(self._in(phase)) for phase in ("learning", "ready", "preparing"))
+        do = decide(Now(wanted, learning, ready, preparing, self.config.training.min_workers))
+        if do.dismiss:
+            idle = [*self._in("ready"), *self._in("preparing")]
+            self._leave(idle[-do.dismiss :])
+        for _ in range(do.start):
+            self.seats.append(Seat(self.member()))
+        self._claim()
+        if do.stop and self.told < self.formation:
+            self.told = self.formation
+            for seat in self._in("learning"):
+                seat.actor.stop.remote(self.formation)
+        if do.learn:
+            self._learn()
+        self._enforce(wanted, now_s)
+        self._claim()
+
+    @property
+    def held(self) -> int:
+        return len(self.seats) * self.per_worker
+
+    def _claim(self) -> None:
+        self.claiming.holds = self.held, len(self._in("learning")) * self.per_worker
+
+    def _in(self, phase: str) -> list[Seat]:
+        return [seat for seat in self.seats if seat.phase == phase]
+
+    # hearing
+
+    def _hear(self, now_s: float) -> None:
+        """What has ended since the last turn, and who is still there."""
+        for seat in list(self.seats):
+            try:
+                if seat.call and ray.wait([seat.call], timeout=0)[0]:
+                    self._heard(seat, ray.get(seat.call), now_s)
+                if ray.wait([seat.alive], timeout=0)[0]:
+                    ray.get(seat.alive)
+                    if now_s - seat.heard_s > ASK_ALIVE_S or seat.phase == "preparing":
+                        seat.alive, seat.heard_s = seat.actor.step.remote(), now_s
+            except RayTaskError as error:  # the work cannot even be loaded
+                self._lost([seat], f"{error.cause or error}", now_s)
+            except RayActorError as error:
+                self._lost([seat], str(error).splitlines()[0], now_s)
+        learning = self._in("learning")
+        if not any(seat.call for seat in learning):  # the next formation begins when everybody is out of this one
+            self.broken_s = None
+            for seat in learning:
+                seat.phase = "ready"
+
+    def _heard(self, seat: Seat, said: "Where | Outcome", now_s: float) -> None:
+        seat.call = None
+        if isinstance(said, Where):
+            seat.where, seat.phase = said, "ready"
+            return
+        self.ended = said if said.ended else self.ended
+        self.failures = 0 if said.step > self.step else self.failures
+        self.step = max(self.step, said.step)
+        if said.broken and self.broken_s is None:
+            self._failed(said.broken)
+            self.broken_s = now_s
+
+    def _lost(self, seats: list[Seat], why: str, now_s: float) -> None:
+        if not seats:
+            return
+        print(f"{len(seats)} of {len(self.seats)} workers lost: {why}", flush=True)
+        if self.broken_s is None:
+            self._failed(why)
+        if any(seat.phase == "learning" for seat in seats):
+            self.broken_s = self.broken_s or now_s
+        self.dismiss(seats)
+
+    def _failed(self, why: str) -> None:
+        self.failures += 1
+        if self.failures > MOST_FAILURES:
+            raise JobFailed(f"The training failed {self.failures} times at step {self.step}: {why}.", "Look into the job's log.")
+
+    # doing
+
+    def _learn(self) -> None:
+        """A new formation of all who are ready."""
+        seats = self._in("ready")
+        hosts = {seat.where.host for seat in seats if seat.where}
+        try:
+            meeting: Any = ray.get(seats[0].actor.meeting.remote(len(hosts) == 1), timeout=LOST_S)
+        except (RayActorError, GetTimeoutError) as error:
+            return self._lost(seats[:1], str(error), time.monotonic())
+        self.formation += 1
+        for rank, seat in enumerate(seats):
+            seat.phase = "learning"
+            seat.call = seat.actor.learn.remote(Formation(self.formation, rank, len(seats), meeting))
+        print(f"training with {len(seats)} worker{'s' if len(seats) > 1 else ''}", flush=True)
+
+    def _leave(self, seats: list[Seat]) -> None:
+        """In order: where nobody would be left who has what was learnt, it is kept in the store first."""
+        loaded = [seat for seat in self.seats if seat.where]
+        if self.formation and loaded and all(seat in seats for seat in loaded):
+            with contextlib.suppress(RayError):
+                ray.get(loaded[0].actor.settle.remote(), timeout=self.config.training.yield_deadline_s)
+        self.dismiss(seats)
+
+    def dismiss(self, seats: list[Seat]) -> None:
+        """End members. Their slots are free when Ray has seen the processes end, within some hundredths of a second."""
+        for seat in seats:
+            ray.kill(seat.actor)
+            self.seats.remove(seat)
+
+    def _enforce(self, wanted: int, now_s: float) -> None:
+        """End those who do not answer, who do not stop in time, or who cannot notice that another is gone."""
+        learning, deadline_s = self._in("learning"), self.config.training.yield_deadline_s
+        self.yielding_s = (self.yielding_s or now_s) if len(learning) > wanted else None
+        if hung := [seat for seat in self.seats if now_s - seat.heard_s > LOST_S and seat.where]:
+            self._lost(hung, f"no answer for {LOST_S} s", now_s)
+        elif self.broken_s is not None and now_s - self.broken_s > LEFT_S:
+            self._lost(learning, "they did not notice that another was gone", now_s)
+        elif self.yielding_s is not None and now_s - self.yielding_s > deadline_s:
+            self._lost(learning, f"they did not give their slots back within {deadline_s:.0f} s", now_s)
+
+
+class Claiming:
+    """Says to control, beside everything else, that the job lives and what it holds, and hears what it may have."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.holds: tuple[int, int] = (0, 0)
+        """Slots held, and those that train."""
+        self.share: Share | None = None
+        self.said = ""
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="claim", daemon=True)
+        self.thread.start()
+
+    def wanted(self, held: int) -> int:
+        """Slots that the job may have; what it holds while control does not answer."""
+        share = self.share
+        if share is None:
+            return held
+        if not share.slots and not held and share.reason != self.said:
+            self.said = share.reason
+            print(f"waiting for slots: {share.reason}", flush=True)
+        return share.slots
+
+    def _run(self) -> None:
+        while not self.done.is_set():
+            with contextlib.suppress(PoolUnavailable, RayError):  # control is away for a moment: nothing changes meanwhile
+                self.share = control.connect().claim(Claim(self.job, *self.holds))
+            self.done.wait(ASK_S)
+
+    def end(self) -> None:
+        self.done.set()
+        self.thread.join()
+        with contextlib.suppress(PoolUnavailable, RayError):
+            control.connect().leave(self.job.id)

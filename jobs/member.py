@@ -1,0 +1,267 @@
+"""One worker of an elastic run: a process that holds its slots, and what it has learnt, until it is told to leave.
+
+Members train together in formations. A formation ends when one of its members was told to stop, after the same step on all of them, or
+when one of them is gone. The next one, of those who are left and those who have come, goes on from whoever has done the most steps. What
+stays in memory need not be read again, so a formation follows the one before within a fraction of a second (TorchElastic and torchft go on
+in this way too; Ray Train ends every worker).
+"""
+
+import contextlib
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ray
+import torch
+import torch.distributed as dist
+
+from cluster import priority
+from cluster.store import Store
+from jobs.checkpoints import Checkpoints, Snapshot, Writer
+from jobs.plan import Plan
+from jobs.progress import Progress
+
+PATIENCE_S = 600
+"""How long a member waits for the others within a step. Who is gone is noticed at once, and who hangs by the driver."""
+RESULT = "result"
+
+
+class Work(Protocol):
+    """What a run trains. Made on each member from the run's settings; slow, because it reads the model."""
+
+    plan: Plan
+    model: torch.nn.Module
+    trained: list[torch.nn.Parameter]
+    optimizer: torch.optim.AdamW
+
+    def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
+        """Add this member's part to the gradients. Its part of the loss, and the tokens of the whole batch."""
+        ...
+
+    def measure(self, rank: int, world: int) -> dict[str, float]:
+        """How good the model is now. All members call it together."""
+        ...
+
+    def save(self, target: Path) -> None:
+        """The result's files."""
+        ...
+
+
+class Where(NamedTuple):
+    host: str
+    node: str
+    pid: int
+
+
+class Formation(NamedTuple):
+    """Who trains together, as one member sees it."""
+
+    number: int
+    rank: int
+    world: int
+    meeting: str
+    """Where they find each other: a file where all are on one machine, else an address of the first one's machine."""
+
+
+class State(NamedTuple):
+    """Where a run is, beside the tensors."""
+
+    step: int = -1
+    """Steps that are done; -1 before anything is known."""
+    tokens: int = 0
+    loss: float = float("nan")
+    seconds: float = 0.0
+    """Spent in steps."""
+    before: dict[str, float] = {}  # noqa: RUF012 (never written to)
+    """What was measured before the first step."""
+
+
+class Outcome(NamedTuple):
+    """How a formation ended for one member."""
+
+    step: int
+    ended: bool = False
+    """Whether this member has saved the run's result."""
+    broken: str = ""
+    """Why it ended too early, where it did."""
+    metrics: dict[str, float] = {}  # noqa: RUF012 (never written to)
+
+
+class Member:
+    """The actor. Its methods run in threads of their own, so it answers while it trains."""
+
+    def __init__(self, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], store: str, run: str) -> None:
+        priority.step_back(priority.TRAINING)
+        self.make, self.settings = work, settings
+        self.checkpoints = Checkpoints(Store(store), run)
+        self.writer = Writer(self.checkpoints)
+        self.checkpoint_s: float = settings["checkpoint_s"]
+        self.stopped = 0
+        """The last formation that shall end."""
+        self.state = State()
+
+    def prepare(self) -> Where:
+        """Load everything; the first call, and the longest."""
+        self.work = self.make(self.settings)
+        return Where(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id(), os.getpid())
+
+    def meeting(self, alone: bool) -> str:
+        """A place where the next formation can meet; ``alone`` where all are on this machine, which then needs no port."""
+        if alone:
+            return (Path(tempfile.mkdtemp(prefix="meeting-")) / "file").as_uri()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def stop(self, number: int) -> None:
+        """End the formation after the step that is under way."""
+        self.stopped = max(self.stopped, number)
+
+    def step(self) -> int:
+        """How far it is; whoever cannot answer this is gone."""
+        return self.state.step
+
+    def settle(self) -> int:
+        """Wait until the state is kept in the store; the step that is."""
+        return self.writer.settle()
+
+    def learn(self, formation: Formation) -> Outcome:
+        """Train in a formation until it ends."""
+        try:
+            with together(formation, self.work.trained[0].is_cuda):
+                self._level(formation)
+                ended = self._train(formation)
+                return self._finish(formation) if ended else self._pause(formation)
+        except RuntimeError as error:
+            # A collective whose peer is gone. What this member has is whole: between two steps, or before the optimizer's.
+            self.work.optimizer.zero_grad()
+            return Outcome(self.step(), broken=f"{type(error).__name__}: {error}")
+
+    def _level(self, formation: Formation) -> None:
+        """Everybody takes over the state of who has done the most steps, or the newest checkpoint where nobody has done any."""
+        steps: list[int] = [-1] * formation.world
+        dist.all_gather_object(steps, self.state.step)
+        first = steps.index(max(steps))
+        if max(steps) < 0 and formation.rank == first:
+            self._restore()
+        if min(steps) == max(steps) >= 0:
+            return
+        shared: list[Any] = [self.state]
+        dist.broadcast_object_list(shared, first)
+        self.state = shared[0]
+        if self.state.step < 0:
+            self.state = State(0, before=self.work.measure(formation.rank, formation.world))
+            return
+        for tensor in self._tensors().values():
+            dist.broadcast(tensor, first)
+
+    def _train(self, formation: Formation) -> bool:
+        """Steps until the run's end, or until somebody was told to stop. Whether it is the end."""
+        progress = Progress(self.settings["stage"], formation.rank, self.state.step, self.state.tokens)
+        saved_s = time.monotonic()
+        for batch in self.work.plan.batches(self.state.step):
+            began_s = time.monotonic()
+            loss, tokens, stops = self._step(batch, formation)
+            state = self.state
+            self.state = state._replace(
+                step=state.step + 1,
+                tokens=state.tokens + tokens,
+                loss=loss,
+                seconds=state.seconds + time.monotonic() - began_s,
+            )
+            progress(self.state.step, self.work.plan.steps, loss, self.state.tokens)
+            if self.state.step == self.work.plan.steps:
+                break
+            if stops:
+                return False
+            if formation.rank == 0 and time.monotonic() - saved_s > self.checkpoint_s:
+                self.writer.give(self._snapshot())
+                saved_s = time.monotonic()
+        return True
+
+    def _step(self, batch: list[int], formation: Formation) -> tuple[float, int, bool]:
+        """One global batch, with the same result on every member. Its loss and tokens, and whether anybody was told to stop."""
+        trained, optimizer = self.work.trained, self.work.optimizer
+        for group in optimizer.param_groups:
+            group["lr"] = self.work.plan.rate(self.state.step)
+        loss, tokens = self.work.gradients(batch, formation.rank, formation.world)
+        gradients = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in trained]
+        told = loss.new_tensor(float(self.stopped >= formation.number))
+        flat = torch.cat([*gradients, torch.stack([loss, told]).to(gradients[0])])
+        dist.all_reduce(flat)
+        *gradients, rest = flat.split([*(p.numel() for p in trained), 2])
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return rest[0].item(), tokens, rest[1].item() > 0
+
+    def _pause(self, formation: Formation) -> Outcome:
+        if formation.rank == 0:
+            self.writer.give(self._snapshot())
+        return Outcome(self.step())
+
+    def _finish(self, formation: Formation) -> Outcome:
+        if formation.rank == 0:
+            self.writer.give(self._snapshot())  # whoever is ended from here on has the last step to go on from
+        metrics = self.work.measure(formation.rank, formation.world)
+        if formation.rank == 0:
+            with tempfile.TemporaryDirectory() as folder:
+                self.work.save(Path(folder))
+                for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+                    self.checkpoints.store.upload(f"{self.checkpoints.root}/{RESULT}/{file.relative_to(folder)}", file)
+        before = {f"{key}_before": value for key, value in self.state.before.items()}
+        facts = {"train_loss": self.state.loss, "tokens": float(self.state.tokens), "seconds": self.state.seconds}
+        return Outcome(self.step(), ended=formation.rank == 0, metrics={**before, **metrics, **facts})
+
+    # the state as tensors
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What a run's state consists of, in place. AdamW's moments are made where there are none yet."""
+        named: dict[str, torch.Tensor] = {}
+        for number, parameter in enumerate(self.work.trained):
+            moments = self.work.optimizer.state[parameter]
+            if not moments:
+                moments |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            moments["step"] = torch.tensor(float(self.step()))
+            named |= {f"{number}": parameter.data, f"{number}.exp_avg": moments["exp_avg"]}
+            named[f"{number}.exp_avg_sq"] = moments["exp_avg_sq"]
+        return named
+
+    def _snapshot(self) -> Snapshot:
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._tensors().items()}
+        return Snapshot(self.state.step, self.state._asdict(), tensors)
+
+    def _restore(self) -> None:
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return
+        self.state = State(**newest.meta)
+        with torch.no_grad():
+            for name, tensor in self._tensors().items():
+                tensor.copy_(newest.tensors[name])
+        print(f"going on from the checkpoint of step {self.state.step}", flush=True)
+
+
+@contextlib.contextmanager
+def together(formation: Formation, cuda: bool) -> Any:
+    """A process group for one formation."""
+    if formation.meeting.startswith("file:"):
+        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=formation.meeting,
+        rank=formation.rank,
+        world_size=formation.world,
+        timeout=timedelta(seconds=PATIENCE_S),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,40 @@
+"""What a hand-over took, read from the record of who held what."""
+
+from cluster.handover import Handover, Moment, Stake, crowded, handovers, slot_seconds
+
+
+def at(at_s: float, share: int, held: int, learning: int, serving: int = 1) -> Moment:
+    return Moment(at_s, 4, serving, serving, serving, (Stake("a", share, held, learning),))
+
+
+def test_a_yield_is_timed_from_the_decision_to_the_slots_and_to_the_training() -> None:
+    moments = [at(0, 3, 3, 3), at(10, 1, 3, 3), at(11, 1, 1, 0), at(11.5, 1, 1, 1)]
+    assert handovers(moments) == [Handover(10, "a", "yield", 3, 1, 1.0, 1.5)]
+
+
+def test_a_yield_of_everything_has_no_training_after_it() -> None:
+    assert handovers([at(0, 3, 3, 3), at(1, 0, 3, 3), at(2, 0, 0, 0)]) == [Handover(1, "a", "yield", 3, 0, 1.0, None)]
+
+
+def test_a_growth_is_timed_until_the_new_workers_train() -> None:
+    moments = [at(0, 1, 1, 1), at(5, 3, 1, 1), at(5.5, 3, 3, 1), at(9, 3, 3, 3)]
+    assert handovers(moments) == [Handover(5, "a", "grow", 1, 3, None, 4.0)]
+
+
+def test_what_was_overtaken_by_another_decision_is_one_hand_over() -> None:
+    moments = [at(0, 3, 3, 3), at(1, 2, 3, 3), at(2, 1, 3, 3), at(3, 1, 1, 1)]
+    assert handovers(moments) == [Handover(1, "a", "yield", 3, 1, 2.0, 2.0)]
+
+
+def test_a_hand_over_that_was_called_off_is_none() -> None:
+    assert handovers([at(0, 2, 2, 2), at(1, 3, 2, 2), at(2, 2, 2, 2)]) == []
+
+
+def test_two_owners_of_a_slot_are_seen() -> None:
+    assert crowded([at(0, 3, 3, 3, serving=1), at(1, 3, 3, 3, serving=2)]) == [at(1, 3, 3, 3, serving=2)]
+
+
+def test_slot_seconds_add_up() -> None:
+    sums = slot_seconds([at(0, 3, 3, 3), at(10, 1, 1, 1)], until_s=20)
+    assert sums == {"serving": 20.0, "training": 40.0, "idle": 20.0}
+    assert sum(sums.values()) == 4 * 20
