@@ -61,10 +61,21 @@ class Fleet(Section):
 
     model: str = "seedling"
     """The alias whose base weights the fleet hosts."""
-    min_replicas: int = Field(default=1, ge=1)
+    min_replicas: int = Field(default=1, ge=0)
+    """With 0 the fleet sleeps while nobody asks, and the first request waits until an engine has started."""
     max_replicas: int = Field(default=1, ge=1)
     target_running: int = Field(default=32, ge=1)
-    """Requests per replica that autoscaling aims at."""
+    """Requests per replica that autoscaling aims at, those that wait in the engine included."""
+    target_kv_use: float = Field(default=0.8, gt=0, le=1)
+    """The share of the KV cache that autoscaling aims at."""
+    target_ttft_s: float = Field(default=1.0, gt=0)
+    """The time to the first token that autoscaling aims at, for nine requests in ten."""
+    scale_up_after_s: float = Field(default=1, ge=0)
+    """How long the load must ask for more replicas."""
+    scale_down_after_s: float = Field(default=60, ge=0)
+    """How long the load must ask for fewer."""
+    sleep_after_s: float = Field(default=300, ge=0)
+    """How long nobody must have asked before the last replica ends, where min_replicas is 0."""
     accelerator: Literal["slot", "gpu"] = "slot"
     """What one slot is: a unit of the logical Ray resource ``slot``, or a GPU."""
     tensor_parallel_size: int = Field(default=1, ge=1)

@@ -19,7 +19,11 @@ from cluster.errors import PoolUnavailable
 from cluster.pool import LOOPBACK
 
 GATEWAY_APP = "gateway"
-SCALING = (("fleet", "min_replicas"), ("fleet", "max_replicas"), ("fleet", "target_running"), ("gateway", "replicas"))
+SCALING = (
+    *(("fleet", key) for key in ("min_replicas", "max_replicas", "target_running", "target_kv_use", "target_ttft_s")),
+    *(("fleet", key) for key in ("scale_up_after_s", "scale_down_after_s", "sleep_after_s")),
+    ("gateway", "replicas"),
+)
 """What may change while the pool runs."""
 EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:\.|Error|Exception)\w*: ")
 READY_TIMEOUT_S = 1800
@@ -80,15 +84,20 @@ def _scaling(config: Config) -> dict[str, Any]:
     return {
         "autoscaling_config": {
             "min_replicas": fleet.min_replicas,
-            "initial_replicas": fleet.min_replicas,
+            "initial_replicas": max(1, fleet.min_replicas),
             "max_replicas": fleet.max_replicas,
-            "upscale_delay_s": 2,
-            "downscale_delay_s": 60,
+            "upscale_delay_s": fleet.scale_up_after_s,
+            "downscale_delay_s": fleet.scale_down_after_s,
+            "downscale_to_zero_delay_s": fleet.sleep_after_s,
             "metrics_interval_s": 1,
-            "look_back_period_s": 5,
+            "look_back_period_s": 2,
             "policy": {
                 "policy_function": "deployments.autoscaling:LoadPolicy",
-                "policy_kwargs": {"target_running": fleet.target_running},
+                "policy_kwargs": {
+                    "running": fleet.target_running,
+                    "kv_use": fleet.target_kv_use,
+                    "ttft_s": fleet.target_ttft_s,
+                },
             },
         }
     }

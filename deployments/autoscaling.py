@@ -1,21 +1,68 @@
-"""How many replicas the load wants. Serve's controller unpickles this module alone, so it imports the standard library only."""
+"""How many replicas the load wants. Serve's controller unpickles this module alone, so it imports the standard library only.
+
+Serve sees no requests, because they go from the gateway to the replica's own port. It need not: how many there are says little where one
+asks for a word and another for a page. What the engines themselves say decides: requests that run and wait, the KV cache, the time to the
+first token (`deployments.load`). Serve adds its bounds and delays, and the way from none to one (`ray.serve.autoscaling_policy`).
+"""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Load(NamedTuple):
+    """One engine's, over the last seconds."""
+
+    running: float = 0.0
+    waiting: float = 0.0
+    kv_use: float = 0.0
+    """The share of the KV cache that is taken, 0 to 1."""
+    ttft_s: float = 0.0
+    """The time to the first token that nine requests in ten stayed below; 0 where there were none."""
+
+
+class Target(NamedTuple):
+    running: float = 32
+    """Requests per replica, those that wait included."""
+    kv_use: float = 0.8
+    ttft_s: float = 1.0
+
+
+CALM = 0.5
+"""A replica is given back only where the first token came within this share of its target."""
+
+
+def replicas_for(loads: Sequence[Load], target: Target) -> int:
+    """The least with which every target would be met; one more than there are where the first token comes too late.
+
+    >>> replicas_for([Load(running=32, waiting=20, kv_use=0.3)], Target())
+    2
+    >>> replicas_for([Load(running=2, waiting=3, ttft_s=1.4)], Target())
+    2
+    >>> replicas_for([Load(running=1), Load(running=2, ttft_s=0.7)], Target())
+    2
+    """
+    count = len(loads)
+    requests = sum(load.running + load.waiting for load in loads) / target.running
+    cache = sum(load.kv_use for load in loads) / target.kv_use
+    wanted = math.ceil(max(requests, cache))
+    slowest_s = max((load.ttft_s for load in loads), default=0.0)
+    if slowest_s > target.ttft_s and any(load.waiting for load in loads):
+        return max(wanted, count + 1)
+    if slowest_s > CALM * target.ttft_s:
+        return max(wanted, count)
+    return wanted
 
 
 class LoadPolicy:
-    """Replicas so that each has at most ``target_running`` requests in flight, from what the replicas themselves count.
+    """Serve's class-based policy."""
 
-    Serve sees no requests, because they go from the gateway to the replica's own port.
-    """
-
-    def __init__(self, target_running: int = 32) -> None:
-        self.target_running = target_running
+    def __init__(self, running: float, kv_use: float, ttft_s: float) -> None:
+        self.target = Target(running, kv_use, ttft_s)
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """``AutoscalingContext`` → (replicas wanted, state to keep: none)."""
-        running = sum(context.aggregated_metrics.get("running", {}).values())
-        wanted = max(1, math.ceil(running / self.target_running))
-        low, high = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-        return min(max(wanted, low), high), {}
+        metrics: dict[str, dict[Any, float]] = context.aggregated_metrics or {}
+        replicas = dict.fromkeys(replica for values in metrics.values() for replica in values)
+        loads = [Load(*(metrics.get(name, {}).get(replica, 0.0) for name in Load._fields)) for replica in replicas]
+        return replicas_for(loads, self.target), {}

@@ -30,6 +30,7 @@ from cluster.registry import Registry
 from cluster.store import Store
 from cluster.types import Manifest, ReplicaState, VersionId
 from deployments.asgi import Receive, Scope, Send
+from deployments.load import EngineLoad
 from deployments.seal import seal
 from deployments.upstream import CLOSED
 
@@ -120,6 +121,7 @@ class Replica:
         """Since when this replica is between two engines."""
         self.broken = False
         self.loading = asyncio.Lock()
+        self.load = EngineLoad()
         context = serve.get_replica_context()
         self.id, self.application = context.replica_id.unique_id, context.app_name
         self.secret = secrets.token_urlsafe(32)
@@ -128,7 +130,7 @@ class Replica:
         base = self.registry.manifest(id)
         self.folder = await asyncio.to_thread(self.registry.fetch, base, self.cache)
         self.base = str(base.id)
-        self.engine, app = await start_engine(config.fleet, self.folder, self.base)
+        self.engine, app = await start_engine(config.fleet, self.folder, self.base, self.load)
         self.models = app.state.openai_serving_models
         self.fingerprint = await self._fingerprint()
         self.held[self.base] = base.digest
@@ -347,7 +349,7 @@ class Replica:
         self.starting_s = time.monotonic()
         self.held.clear()
         await asyncio.to_thread(self.engine.shutdown)
-        self.engine, app = await start_engine(self.config.fleet, folder, name)
+        self.engine, app = await start_engine(self.config.fleet, folder, name, self.load)
         self.guard.app, self.models, self.folder = app, app.state.openai_serving_models, folder
         self.starting_s = None
         return await self._fingerprint()
@@ -367,7 +369,7 @@ class Replica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's public hook: what `deployments.autoscaling` decides by."""
-        return {"running": float(self.guard.running)}
+        return self.load.stats(time.monotonic(), idle=self.guard.running == 0)
 
     async def __del__(self) -> None:
         """Serve calls this when the replica must end: let the streams finish, then stop the engine."""
@@ -396,7 +398,7 @@ def live_weights(registry: Registry, model: str) -> VersionId:
     return registry.manifest(live.stable).weights
 
 
-async def start_engine(fleet: Fleet, folder: Path, name: str) -> "tuple[AsyncLLM, Any]":
+async def start_engine(fleet: Fleet, folder: Path, name: str, load: EngineLoad) -> "tuple[AsyncLLM, Any]":
     """An engine over ``folder`` and vLLM's own FastAPI application for it, which knows the model as ``name``.
 
     The same calls as vLLM's API server makes (``vllm/entrypoints/launchers/api_server/entry.py`` in 0.29), without its process and socket.
@@ -415,7 +417,12 @@ async def start_engine(fleet: Fleet, folder: Path, name: str) -> "tuple[AsyncLLM
     args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(values))
     # In a thread: it returns when the engine is ready, and meanwhile this replica must say how it is.
     settings = AsyncEngineArgs.from_cli_args(args)
-    engine = await asyncio.to_thread(AsyncLLM.from_engine_args, settings, usage_context=UsageContext.OPENAI_API_SERVER)
+    engine = await asyncio.to_thread(
+        AsyncLLM.from_engine_args,
+        settings,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        stat_loggers=[load.factory],  # pyright: ignore[reportArgumentType] (it has a stat logger's methods, and need not import vLLM)
+    )
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)

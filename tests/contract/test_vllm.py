@@ -84,3 +84,18 @@ def test_rows_without_an_adapter_stay_free_of_adapters() -> None:
     mend()
     wrapper: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu")
     assert base_row(lora_ops.bgmv_shrink) == base_row(wrapper.bgmv_shrink) == 0
+
+
+def test_the_engine_tells_its_load_to_a_logger_with_these_methods() -> None:
+    from deployments.load import EngineLoad
+
+    loggers = ast.parse((VLLM / "v1/metrics/loggers.py").read_text())
+    base = next(node for node in loggers.body if isinstance(node, ast.ClassDef) and node.name == "StatLoggerBase")
+    methods = {
+        node.name: [argument.arg for argument in node.args.args] for node in base.body if isinstance(node, ast.FunctionDef)
+    }
+    assert methods["record"] == ["self", "scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"]
+    assert set(methods) - {"__init__"} <= set(dir(EngineLoad))
+    stats = (VLLM / "v1/metrics/stats.py").read_text()
+    for field in ("num_running_reqs", "num_waiting_reqs", "kv_cache_usage", "time_to_first_tokens_iter"):
+        assert f"self.{field}" in stats or f"    {field}:" in stats

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import pickle
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from cluster import errors, graph, submit
 from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, ReplicaLost, SpringtideError
-from deployments.autoscaling import LoadPolicy
 from deployments.openai.inference import check_choices, model_name, parse, read, request_id
 from deployments.upstream import engine_error, whole_events
 
@@ -90,14 +88,6 @@ def test_every_error_survives_a_process_boundary(kind: type[SpringtideError]) ->
     error = pickle.loads(pickle.dumps(kind("what", "do this", param="p")))
     assert (type(error), error.message, error.do, error.param) == (kind, "what", "do this", "p")
     assert set(error.body()["error"]) == {"message", "type", "param", "code"}
-
-
-@pytest.mark.parametrize(("running", "wanted"), [(0, 1), (32, 1), (33, 2), (1000, 4)])
-def test_replicas_follow_the_load_within_bounds(running: float, wanted: int) -> None:
-    context = SimpleNamespace(
-        aggregated_metrics={"running": {"a": running}}, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=4
-    )
-    assert LoadPolicy(target_running=32)(context) == (wanted, {})
 
 
 def test_progress_is_the_last_line_of_its_kind() -> None:

@@ -1,0 +1,63 @@
+"""How many replicas the engines' load wants."""
+
+import ast
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.autoscaling import Load, LoadPolicy, Target, replicas_for
+from deployments.load import WINDOW_S, EngineLoad
+
+LOADS = st.lists(
+    st.builds(Load, *(st.floats(0, 200) for _ in range(2)), st.floats(0, 1), st.floats(0, 5)), min_size=1, max_size=8
+)
+
+
+@given(LOADS)
+def test_more_load_never_wants_fewer(loads: list[Load]) -> None:
+    busier = [load._replace(running=load.running + 50, kv_use=min(1, load.kv_use * 2)) for load in loads]
+    assert replicas_for(busier, Target()) >= replicas_for(loads, Target())
+
+
+@given(LOADS)
+def test_every_engine_would_be_within_its_targets(loads: list[Load]) -> None:
+    wanted, target = replicas_for(loads, Target()), Target()
+    assert sum(load.running + load.waiting for load in loads) <= wanted * target.running + 1e-6
+    assert sum(load.kv_use for load in loads) <= wanted * target.kv_use + 1e-6
+
+
+def test_nobody_asks_for_anything_wants_nothing() -> None:
+    assert replicas_for([Load(), Load()], Target()) == 0
+    assert replicas_for([], Target()) == 0
+
+
+def test_a_late_first_token_wants_one_more_where_requests_wait_and_keeps_what_there_is_where_none_do() -> None:
+    late = Load(running=4, waiting=2, ttft_s=2.0)
+    assert replicas_for([late, late], Target()) == 3
+    assert replicas_for([late._replace(waiting=0)] * 2, Target()) == 2
+
+
+def test_the_policy_reads_what_serve_aggregates_by_replica() -> None:
+    metrics = {"running": {"a": 30.0, "b": 20.0}, "waiting": {"a": 20.0, "b": 0.0}, "kv_use": {"a": 0.2}, "ttft_s": {}}
+    assert LoadPolicy(32, 0.8, 1.0)(SimpleNamespace(aggregated_metrics=metrics)) == (3, {})
+    assert LoadPolicy(32, 0.8, 1.0)(SimpleNamespace(aggregated_metrics=None)) == (0, {})
+
+
+def test_first_tokens_count_for_some_seconds_only() -> None:
+    load = EngineLoad()
+    load.record(SimpleNamespace(num_running_reqs=3, num_waiting_reqs=1, kv_cache_usage=0.5), None)
+    load.record(None, SimpleNamespace(time_to_first_tokens_iter=[0.1, 0.2, 3.0]))
+    now_s = time.monotonic()
+    assert load.stats(now_s) == {"running": 3.0, "waiting": 1.0, "kv_use": 0.5, "ttft_s": 0.2}
+    assert load.stats(now_s + WINDOW_S + 1)["ttft_s"] == 0.0
+    assert load.stats(now_s, idle=True)["running"] == 0.0
+
+
+def test_serves_controller_can_import_the_policy_alone() -> None:
+    tree = ast.parse((Path(__file__).parents[2] / "deployments/autoscaling.py").read_text())
+    modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert modules == {"math", "collections.abc", "typing"}
