@@ -26,7 +26,8 @@ MOST_PATIENCE = 3
 class Budget(Durable):
     """How slots may be divided."""
 
-    serving_floor_slots: int = Field(default=1, ge=0)
+    serving_floor_slots: int = Field(default=0, ge=0)
+    """Kept for serving whatever it asks for; `fleet.min_replicas` is a floor too."""
     serving_ceiling_slots: int | None = Field(default=None, ge=0)
     training_floor_slots: int = Field(default=0, ge=0)
     """Kept from serving while there are jobs."""

@@ -52,6 +52,10 @@ class Gateway(Section):
     """The largest ``n`` or ``best_of`` a request may ask for; vLLM itself would try 16,384."""
     hold_timeout_s: float = Field(default=30, ge=0)
     """How long a request may wait for a replica that holds its version."""
+    cold_start_timeout_s: float = Field(default=120, gt=0)
+    """How long a request may wait where no replica runs at all and one is being started."""
+    max_held: int = Field(default=256, ge=0)
+    """Requests that one gateway keeps waiting at a time; the next one is told to come back later."""
     first_byte_timeout_s: float = Field(default=300, gt=0)
     """How long a request may wait for a replica's first byte before the client gets an error."""
 

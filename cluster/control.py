@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from cluster import admission, graph, logs, rollout
+from cluster.arbiter import SERVING
 from cluster.canary import Comparison, Tally
 from cluster.config import Config, parse
 from cluster.errors import Conflict, ModelNotFound, PoolUnavailable, SpringtideError, VersionRefused
@@ -26,7 +27,7 @@ from cluster.reconcile import Reconciler
 from cluster.registry import Registry
 from cluster.replicas import LOAD_TIMEOUT_S, Replicas
 from cluster.rollout import DIRECT, Facts, Order, Policy, Rollout
-from cluster.slots import served, slots
+from cluster.slots import Served, served, slots
 from cluster.store import Store
 from cluster.tide import Claim, Share, Tide
 from cluster.types import Manifest, ReplicaState, VersionId, View, check_name
@@ -36,6 +37,8 @@ TICK_S = 0.5
 TURN_S = 0.3
 ABORT_TIMEOUT_S = 30
 START_TIMEOUT_S = 60
+STAGE_S = 600
+"""How long what a starting replica said about itself is repeated."""
 ANSWER_S = 5
 OPTIONS: dict[str, Any] = {
     "name": ACTOR,
@@ -74,6 +77,8 @@ class Control:
         self.state = Reconciler(self.config, self.registry, self.replicas, self.gateways)
         self.lease = Lease("GPU" if self.config.fleet.accelerator == "gpu" else "slot")
         self.turning = threading.Lock()
+        self.serving = Served(0, 0)
+        self.stages: dict[str, tuple[str, float]] = {}
         self.tide = Tide(self.config.training.budget, self.config.training.yield_deadline_s, time.time())
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
         threading.Thread(target=self._turn, daemon=True, name="tide-loop").start()
@@ -98,6 +103,7 @@ class Control:
             "slots": slots(),
             "aliases": {name: move.model_dump(mode="json") for name, move in self.gateways.current.aliases.items()},
             "replicas": [public(replica) for replica in self.replicas.observe(fresh=True)],
+            "starting": [{"id": id, "stage": stage, "since_s": since_s} for id, (stage, since_s) in self._starting().items()],
             "rollouts": [self._describe(one) for one in self.state.rollouts.values()],
             "tide": self.tide.describe(),
         }
@@ -161,6 +167,31 @@ class Control:
         live = self.registry.alias(alias)  # read first: what was before it is decided for this generation and no other
         target = VersionId.parse(to) if to else self.registry.previous(alias)
         return self.publish(str(target), alias, reason, author, DIRECT, None if to or live is None else live.generation)
+
+    # replicas that are not there yet
+
+    def starting(self, replica: str, stage: str) -> None:
+        """Told by a replica on its way."""
+        self.stages[replica] = (stage, time.time())
+
+    def _starting(self) -> dict[str, tuple[str, float]]:
+        """Replica → (stage, since when), of those that have told anything and are not there yet."""
+        there = {replica.id for replica in self.replicas.states}
+        self.stages = {
+            id: (stage, at_s) for id, (stage, at_s) in self.stages.items() if id not in there and time.time() - at_s < STAGE_S
+        }
+        return self.stages
+
+    def stage(self) -> str:
+        """The cold start in a sentence, for whoever waits for a replica."""
+        told = self._starting()
+        if told:
+            stage, since_s = max(told.values(), key=lambda one: one[1])
+            return f"A replica {stage}, since {time.time() - since_s:.0f} s."
+        if not self.serving.starting:
+            return "No replica runs."
+        holders = [job for job, slots in self.tide.past.shares if job != SERVING and slots]
+        return f"A replica waits for a slot or its process{f'; {holders[0]} trains' if holders else ''}."
 
     # slots
 
@@ -265,6 +296,7 @@ class Control:
         while True:
             try:
                 there, now = int(slots()["total"]), served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
+                self.serving = now
                 with self.turning:
                     lease = self.tide.turn(there, now.held, now.wanted, time.time())
                 self.lease.hold(lease)

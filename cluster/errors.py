@@ -17,6 +17,8 @@ class SpringtideError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
+    retry_after_s: ClassVar[int | None] = None
+    """When to try again, where time alone may help."""
 
     def __init__(self, message: str, do: str = "", param: str | None = None) -> None:
         super().__init__(message, do, param)
@@ -86,19 +88,25 @@ class Conflict(BadRequest):
 
 
 class StoreUnavailable(SpringtideError):
-    status, code = 503, "store_unavailable"
+    status, code, retry_after_s = 503, "store_unavailable", 5
 
 
 class PoolUnavailable(SpringtideError):
     """No pool answers: it is not running, or it is still starting."""
 
-    status, code = 503, "pool_unavailable"
+    status, code, retry_after_s = 503, "pool_unavailable", 5
 
 
 class NoReplica(SpringtideError):
     """No replica holds the version now."""
 
-    status, code = 503, "no_replica"
+    status, code, retry_after_s = 503, "no_replica", 5
+
+
+class Overloaded(SpringtideError):
+    """More requests wait already than may."""
+
+    status, code, retry_after_s = 503, "overloaded", 15
 
 
 class AnswerTimeout(SpringtideError):

@@ -92,6 +92,8 @@ def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
     for r in document["replicas"]:
         state = escape("; ".join(f"refused {id}: {why}" for id, why in r["refused"].items())) or "ready"
         replicas.add_row(r["id"], r["base"], ", ".join(r["held"]), str(r["running"]), state)
+    for r in document["starting"]:
+        replicas.add_row(r["id"], "", "", "", f"{r['stage']} ({ago(r['since_s'])})")
     console.print(aliases, replicas)
     if document["tide"]["jobs"]:
         console.print(tide(document["tide"]))

@@ -22,6 +22,8 @@ class Served(NamedTuple):
     """Of those that run or end."""
     wanted: int
     """Of those that run or should."""
+    starting: int = 0
+    """Replicas, not slots: those that wait for their place, or are being started."""
 
 
 def served(apps: tuple[str, ...], slots_per_replica: int) -> Served:
@@ -35,4 +37,5 @@ def served(apps: tuple[str, ...], slots_per_replica: int) -> Served:
     ]
     held = sum(n for state, n in counts if state != "STARTING")
     wanted = sum(n for state, n in counts if state != "STOPPING")
-    return Served(held * slots_per_replica, wanted * slots_per_replica)
+    starting = sum(n for state, n in counts if state == "STARTING")
+    return Served(held * slots_per_replica, wanted * slots_per_replica, starting)

@@ -22,8 +22,6 @@ async def send_json(send: Send, status: int, document: Any, headers: Headers | N
 
 async def send_error(send: Send, error: SpringtideError, headers: Headers | None = None) -> None:
     """OpenAI's error object, with what HTTP wants beside some statuses."""
-    extra = {
-        413: [(b"connection", b"close")],  # the rest of the body is not read
-        503: [(b"retry-after", b"5")],
-    }
-    await send_json(send, error.status, error.body(), [*extra.get(error.status, []), *(headers or [])])
+    close = [(b"connection", b"close")] if error.status == 413 else []  # the rest of the body is not read
+    later = [(b"retry-after", str(error.retry_after_s).encode())] if error.retry_after_s else []
+    await send_json(send, error.status, error.body(), [*close, *later, *(headers or [])])

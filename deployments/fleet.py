@@ -23,7 +23,7 @@ import ray
 import uvicorn
 from ray import serve
 
-from cluster import artefact, carry, logs
+from cluster import artefact, carry, control, logs
 from cluster.config import Config, Fleet
 from cluster.errors import ModelNotFound, SpringtideError, VersionRefused
 from cluster.registry import Registry
@@ -126,20 +126,26 @@ class Replica:
         self.id, self.application = context.replica_id.unique_id, context.app_name
         self.secret = secrets.token_urlsafe(32)
 
+        report(self.id, "fetches its weights")
         id = weights or await asyncio.to_thread(live_weights, self.registry, config.fleet.model)
         base = self.registry.manifest(id)
         self.folder = await asyncio.to_thread(self.registry.fetch, base, self.cache)
         self.base = str(base.id)
+        report(self.id, "starts its engine")
         self.engine, app = await start_engine(config.fleet, self.folder, self.base, self.load)
         self.models = app.state.openai_serving_models
         self.fingerprint = await self._fingerprint()
         self.held[self.base] = base.digest
         self.guard = Guard(app, self.secret)
+        report(self.id, "loads its adapters")
         await self._catch_up()  # before any traffic: a late replica is never behind
         self.host = ray.util.get_node_ip_address()
         self.port, self.server, self.serving = serve_http(self.guard, self.host)
         loop = type(asyncio.get_running_loop()).__module__
         log.info("replica %s serves %s on port %d (%s)", self.id, self.base, self.port, loop)
+
+    async def wake(self) -> None:
+        """Nothing: whoever calls it has a replica by then."""
 
     async def describe(self) -> ReplicaState:
         return ReplicaState(
@@ -388,6 +394,12 @@ class Replica:
                 await asyncio.wait_for(self.serving, 5)
         finally:
             self.engine.shutdown()
+
+
+def report(replica: str, stage: str) -> None:
+    """Tell control how far this replica is; nobody waits for it, and nothing depends on it."""
+    with contextlib.suppress(ValueError):  # no control yet
+        ray.get_actor(control.ACTOR, namespace=control.NAMESPACE).starting.remote(replica, stage)
 
 
 def live_weights(registry: Registry, model: str) -> VersionId:

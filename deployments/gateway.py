@@ -10,8 +10,9 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
-from cluster import control, logs, priority
+from cluster import control, graph, logs, priority
 from cluster.canary import Tally
 from cluster.config import Config
 from cluster.errors import MethodNotAllowed, RouteNotFound, SpringtideError
@@ -29,6 +30,7 @@ from deployments.upstream import Upstream
 REFRESH_S = 1.0
 HOLD_TIMEOUT_S = 10.0
 """How long a request may wait for a move that control announced; afterwards it goes by what this gateway knows."""
+STAGE_TIMEOUT_S = 2
 GENERATING = ("/v1/chat/completions", "/v1/completions")
 
 log = logs.logger(__name__)
@@ -47,6 +49,8 @@ class Gateway:
         self.shadow = Shadow(self.upstream, self.recorder)
         self.moving: dict[str, int] = {}
         self.changed = asyncio.Condition()
+        self.held = 0
+        self.waking: asyncio.Task[None] | None = None
         self.control: Any = control.ensure(config)
         await self.control.configure.remote(config.dump())
         await self.adopt(await self.control.view.remote())
@@ -101,6 +105,29 @@ class Gateway:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.changed.wait_for(lambda: self.table.view.revision > revision), timeout_s)
 
+    def wake(self) -> bool:
+        """See to it that a replica is started where none runs; whether none does."""
+        if self.table.view.replicas:
+            return False
+        if self.waking is None or self.waking.done():
+            self.waking = asyncio.create_task(self._wake())
+        return True
+
+    async def _wake(self) -> None:
+        """One call through Serve, which it counts as a request that waits, and starts a replica for at once."""
+        try:
+            handle: Any = serve.get_app_handle(graph.fleet_app(self.config.fleet.model))
+            await asyncio.wait_for(handle.wake.remote(), self.config.gateway.cold_start_timeout_s)
+        except (TimeoutError, RayError, RayServeException) as error:
+            log.warning("no replica was started: %s", error)
+
+    async def stage(self) -> str:
+        """How far the replica is that is being started, in words for whoever waits for it."""
+        try:
+            return await asyncio.wait_for(self.control.stage.remote(), STAGE_TIMEOUT_S)
+        except (TimeoutError, RayError):
+            return ""
+
     async def _settled(self, alias: str) -> None:
         async with self.changed:
             await self.changed.wait_for(lambda: alias not in self.moving)
@@ -143,15 +170,17 @@ class Application:
         if method == "GET" and path.startswith("/v1/models/"):
             return await send_json(send, 200, models.model(view, path.removeprefix("/v1/models/")))
         if method in ("GET", "HEAD") and path == "/health":
-            replicas = len(view.replicas)
-            return await send_json(
-                send, 200 if replicas else 503, {"status": "ok" if replicas else "starting", "replicas": replicas}
-            )
+            return await self._health(send, len(view.replicas))
         if path in self.generating or path == "/health" or path.startswith("/v1/models"):
             raise MethodNotAllowed(f"{method} is not what {path[:200]} takes.", "Generation is POST, everything else GET.")
         raise RouteNotFound(
             f"There is no {method} {path[:200]} here.", "The API is OpenAI's: /v1/chat/completions, /v1/models, …"
         )
+
+    async def _health(self, send: Send, replicas: int) -> None:
+        if replicas:
+            return await send_json(send, 200, {"status": "ok", "replicas": replicas})
+        await send_json(send, 503, {"status": "starting", "replicas": 0, "stage": await self.gateway.stage()})
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import orjson
 
 from cluster.config import Gateway
-from cluster.errors import BadRequest, BodyTooLarge, NoReplica, SpringtideError
+from cluster.errors import BadRequest, BodyTooLarge, NoReplica, Overloaded, SpringtideError
 from cluster.types import Generation, VersionId
 from deployments.asgi import Headers, Receive, Scope, Send, send_error
 from deployments.measure import Recorder, Trace
@@ -35,7 +35,12 @@ class Router(Protocol):
     recorder: Recorder
     shadow: Shadow
 
+    held: int
+    """Requests that wait for a replica."""
+
     async def resolve(self, model: str, session: str) -> tuple[VersionId, Generation | None]: ...
+    def wake(self) -> bool: ...
+    async def stage(self) -> str: ...
     async def change(self, timeout_s: float) -> None: ...
 
 
@@ -51,7 +56,7 @@ class Inference:
         body = parse(await read(scope, receive, self.limits.max_body_bytes))
         check_choices(body, self.limits.max_choices)
         model, session = model_name(body), session_of(scope["headers"], body)
-        deadline_s = time.monotonic() + self.limits.hold_timeout_s
+        began_s = time.monotonic()
         while True:
             version, move = await self.router.resolve(model, session)
             call = Call(version, self.path, dump({**body, "model": str(version)}), request_id(scope["headers"]))
@@ -60,11 +65,24 @@ class Inference:
             except NoReplica as error:
                 # Its holder is taking other weights over, or starting: what comes next may be another version, so ask again what
                 # the model means. Nothing has been sent yet.
-                left_s = deadline_s - time.monotonic()
+                patience_s = self.limits.cold_start_timeout_s if self.router.wake() else self.limits.hold_timeout_s
+                left_s = began_s + patience_s - time.monotonic()
                 if left_s <= 0:
                     self._note_failure(version, move)
-                    return await send_error(send, error, answer_headers(version, move))
-                await self.router.change(min(left_s, ASK_AGAIN_S))
+                    told = NoReplica(f"{error.message} {await self.router.stage()}".strip(), error.do)
+                    return await send_error(send, told, answer_headers(version, move))
+                await self._hold(min(left_s, ASK_AGAIN_S))
+
+    async def _hold(self, timeout_s: float) -> None:
+        """Wait for another view, as one of few enough."""
+        if self.router.held >= self.limits.max_held:
+            stage = await self.router.stage()
+            raise Overloaded(f"{self.router.held} requests wait for a replica already. {stage}".strip(), "Try again later.")
+        self.router.held += 1
+        try:
+            await self.router.change(timeout_s)
+        finally:
+            self.router.held -= 1
 
     async def _forward(self, call: Call, body: dict[str, Any], move: Generation | None, send: Send) -> None:
         shadowed = self.router.shadow.chosen(call.version, move)

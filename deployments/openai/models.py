@@ -7,9 +7,10 @@ from cluster.types import Generation, View
 
 
 def model_list(view: View) -> dict[str, Any]:
-    """The aliases that a replica can answer for; then every held version, which a client may pin."""
+    """The aliases that a replica can answer for, or all while none runs: a request wakes one. Then every held version, which a client may
+    pin."""
     held = sorted({id for replica in view.replicas for id in replica.held})
-    aliases = [_alias(move) for _, move in sorted(view.aliases.items()) if str(move.stable) in held]
+    aliases = [_alias(move) for _, move in sorted(view.aliases.items()) if str(move.stable) in held or not view.replicas]
     return {"object": "list", "data": [*aliases, *(_version(id) for id in held)]}
 
 

@@ -189,7 +189,6 @@ def test_bad_recipes(pool: Running) -> None:
     assert "sparkle" in refused(pool, "--data", TIDE, "--set", "sparkle=1")
     assert "epochs" in refused(pool, "--data", TIDE, "--epochs", "0")
     assert "lora, full" in refused(pool, "--data", TIDE, "--recipe", "magic").replace("full, lora", "lora, full")
-    assert "multiple" in refused(pool, "--data", TIDE, "--set", "global_batch=3")
 
 
 def test_rank_above_the_engines(pool: Running) -> None:
