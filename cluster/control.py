@@ -174,6 +174,10 @@ class Control:
         """Told by a replica on its way."""
         self.stages[replica] = (stage, time.time())
 
+    def leaving(self, replica: str) -> None:
+        """Told by a replica that ends, so that gateways know at once."""
+        self.replicas.leave(replica)
+
     def _starting(self) -> dict[str, tuple[str, float]]:
         """Replica → (stage, since when), of those that have told anything and are not there yet."""
         there = {replica.id for replica in self.replicas.states}

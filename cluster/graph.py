@@ -25,6 +25,9 @@ SCALING = (
     ("gateway", "replicas"),
 )
 """What may change while the pool runs."""
+DRAIN = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
+"""For a fleet's replicas. Behind HAProxy Serve gives balancers 30 s to notice before it asks a replica to end, and its slot is nobody's
+meanwhile. None balances to these: gateways do, and a replica's own drain (`deployments.fleet`) waits for them."""
 EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:\.|Error|Exception)\w*: ")
 READY_TIMEOUT_S = 1800
 """A large model may load for a long time; `deploy` gives up earlier where Serve says that it failed."""
@@ -68,19 +71,17 @@ def replica_options(config: Config) -> dict[str, Any]:
     accelerators = {"num_gpus": fleet.tensor_parallel_size} if fleet.accelerator == "gpu" else {}
     slots = {"resources": {"slot": fleet.tensor_parallel_size}} if fleet.accelerator == "slot" else {}
     return {
-        "ray_actor_options": {"num_cpus": 0, **accelerators, **slots},
+        "ray_actor_options": {"num_cpus": 0, **accelerators, **slots, "runtime_env": {"env_vars": DRAIN}},
         "health_check_period_s": 2,
         "health_check_timeout_s": 10,
-        # Behind HAProxy Serve itself waits 30 s before it asks the replica to end; then the replica's own drain begins.
-        "graceful_shutdown_timeout_s": fleet.drain_timeout_s + 45,
+        "graceful_shutdown_timeout_s": fleet.drain_timeout_s + 15,
         "graceful_shutdown_wait_loop_s": 0.2,
     }
 
 
 def _scaling(config: Config) -> dict[str, Any]:
+    """Always as autoscaling, bounds that are equal too: between a fixed number and a range Serve would replace every replica."""
     fleet = config.fleet
-    if fleet.min_replicas == fleet.max_replicas:
-        return {"num_replicas": fleet.min_replicas}
     return {
         "autoscaling_config": {
             "min_replicas": fleet.min_replicas,

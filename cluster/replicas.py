@@ -30,6 +30,8 @@ class Replicas:
         self.observed_s = 0.0
         self.lock = Lock()
         self.seen: dict[str, tuple[ReplicaState, float]] = {}
+        self.leaving: set[str] = set()
+        """Those that said that they end: nobody shall be sent to them, whatever they still answer."""
         self.asked: dict[str, Future[None]] = {}
         """What was asked for and whether it was answered: `_ask`'s key."""
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ask-replicas")
@@ -65,6 +67,13 @@ class Replicas:
         """What was answered about a version and never looked at is about an earlier rollout of it."""
         self.asked = {key: asked for key, asked in self.asked.items() if not (asked.done() and id in key)}
 
+    def leave(self, replica: str) -> None:
+        """It ends."""
+        with self.lock:
+            self.leaving.add(replica)
+            self.seen = {id: known for id, known in self.seen.items() if id != replica}
+        self.changed()
+
     def become(self, replica: str, id: str, fingerprint: str, hurry: bool) -> bool:
         """Ask one replica to host other weights; True once it has answered. Its state says whether it worked."""
         return self._ask(f"{replica} become {id}", lambda: ("become", replica, id, fingerprint, hurry))
@@ -97,6 +106,8 @@ class Replicas:
         for answer in answers:
             if isinstance(answer, ReplicaState):
                 with self.lock:
+                    if answer.id in self.leaving:
+                        continue
                     known = self.seen.get(answer.id, (answer, now_s))[0]
                     self.seen = {**self.seen, answer.id: (known if known.revision > answer.revision else answer, now_s)}
             elif isinstance(answer, Exception):

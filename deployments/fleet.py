@@ -126,18 +126,18 @@ class Replica:
         self.id, self.application = context.replica_id.unique_id, context.app_name
         self.secret = secrets.token_urlsafe(32)
 
-        report(self.id, "fetches its weights")
+        tell("starting", self.id, "fetches its weights")
         id = weights or await asyncio.to_thread(live_weights, self.registry, config.fleet.model)
         base = self.registry.manifest(id)
         self.folder = await asyncio.to_thread(self.registry.fetch, base, self.cache)
         self.base = str(base.id)
-        report(self.id, "starts its engine")
+        tell("starting", self.id, "starts its engine")
         self.engine, app = await start_engine(config.fleet, self.folder, self.base, self.load)
         self.models = app.state.openai_serving_models
         self.fingerprint = await self._fingerprint()
         self.held[self.base] = base.digest
         self.guard = Guard(app, self.secret)
-        report(self.id, "loads its adapters")
+        tell("starting", self.id, "loads its adapters")
         await self._catch_up()  # before any traffic: a late replica is never behind
         self.host = ray.util.get_node_ip_address()
         self.port, self.server, self.serving = serve_http(self.guard, self.host)
@@ -381,6 +381,7 @@ class Replica:
         """Serve calls this when the replica must end: let the streams finish, then stop the engine."""
         if not hasattr(self, "port"):
             return
+        tell("leaving", self.id)
         deadline_s = time.monotonic() + self.config.fleet.drain_timeout_s
         quiet_since_s = time.monotonic()
         while time.monotonic() < deadline_s and time.monotonic() - quiet_since_s < QUIET_S:
@@ -388,6 +389,7 @@ class Replica:
             if self.guard.running or self.guard.busy_until_s > quiet_since_s:
                 quiet_since_s = time.monotonic()
         log.info("replica %s ends", self.id)
+        self.guard.closed = True  # a gateway that has not heard of it comes back by a newer view
         self.server.should_exit = True
         try:
             with contextlib.suppress(TimeoutError):
@@ -396,10 +398,10 @@ class Replica:
             self.engine.shutdown()
 
 
-def report(replica: str, stage: str) -> None:
-    """Tell control how far this replica is; nobody waits for it, and nothing depends on it."""
+def tell(what: str, *arguments: str) -> None:
+    """Tell control something about this replica; nobody waits for it, and it would learn of it later in any case."""
     with contextlib.suppress(ValueError):  # no control yet
-        ray.get_actor(control.ACTOR, namespace=control.NAMESPACE).starting.remote(replica, stage)
+        getattr(ray.get_actor(control.ACTOR, namespace=control.NAMESPACE), what).remote(*arguments)
 
 
 def live_weights(registry: Registry, model: str) -> VersionId:

@@ -59,7 +59,7 @@ def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[s
         while run.ended is None:
             run.turn(time.monotonic())
             time.sleep(TURN_S)
-        return Ended(name, run.ended.metrics)
+        return Ended(name, {**run.ended.metrics, "steps_lost": float(run.lost)})
     except BaseException:  # cancelled too
         run.dismiss(list(run.seats))
         Checkpoints(Store(config.store), name).remove()
@@ -170,6 +170,8 @@ class Run:
         self.broken_s: float | None = None
         """Since when one of its members is gone."""
         self.failures, self.step = 0, 0
+        self.begun, self.lost = 0, 0
+        """Steps that were done when this formation began, and those that had to be done again so far."""
         self.ended: Outcome | None = None
 
     def turn(self, now_s: float) -> None:
@@ -212,7 +214,8 @@ class Run:
                 if seat.call and ray.wait([seat.call], timeout=0)[0]:
                     self._heard(seat, ray.get(seat.call), now_s)
                 if ray.wait([seat.alive], timeout=0)[0]:
-                    ray.get(seat.alive)
+                    if isinstance(step := ray.get(seat.alive), int):
+                        self.step = max(self.step, step)
                     if now_s - seat.heard_s > ASK_ALIVE_S or seat.phase == "preparing":
                         seat.alive, seat.heard_s = seat.actor.step.remote(), now_s
             except RayTaskError as error:  # the work cannot even be loaded
@@ -231,6 +234,7 @@ class Run:
             seat.where, seat.phase = said, "ready"
             return
         self.ended = said if said.ended else self.ended
+        self.lost, self.begun = self.lost + max(0, self.begun - said.first), 0  # each formation's loss counts once
         self.failures = 0 if said.step > self.step else self.failures
         self.step = max(self.step, said.step)
         if said.broken and self.broken_s is None:
@@ -262,11 +266,10 @@ class Run:
             meeting: Any = ray.get(seats[0].actor.meeting.remote(len(hosts) == 1), timeout=LOST_S)
         except (RayActorError, GetTimeoutError) as error:
             return self._lost(seats[:1], str(error), time.monotonic())
-        self.formation += 1
+        self.formation, self.begun = self.formation + 1, self.step
         for rank, seat in enumerate(seats):
             seat.phase = "learning"
             seat.call = seat.actor.learn.remote(Formation(self.formation, rank, len(seats), meeting))
-        print(f"training with {len(seats)} worker{'s' if len(seats) > 1 else ''}", flush=True)
 
     def _leave(self, seats: list[Seat]) -> None:
         """In order: where nobody would be left who has what was learnt, it is kept in the store first."""

@@ -85,6 +85,8 @@ class Outcome(NamedTuple):
     """How a formation ended for one member."""
 
     step: int
+    first: int
+    """The step that it began with."""
     ended: bool = False
     """Whether this member has saved the run's result."""
     broken: str = ""
@@ -104,6 +106,7 @@ class Member:
         self.stopped = 0
         """The last formation that shall end."""
         self.state = State()
+        self.first = -1
 
     def prepare(self) -> Where:
         """Load everything; the first call, and the longest."""
@@ -132,15 +135,19 @@ class Member:
 
     def learn(self, formation: Formation) -> Outcome:
         """Train in a formation until it ends."""
+        self.first = self.state.step
         try:
             with together(formation, self.work.trained[0].is_cuda):
                 self._level(formation)
+                self.first = self.state.step
+                if formation.rank == 0:
+                    print(f"training with {formation.world} workers from step {self.first}", flush=True)
                 ended = self._train(formation)
                 return self._finish(formation) if ended else self._pause(formation)
         except RuntimeError as error:
             # A collective whose peer is gone. What this member has is whole: between two steps, or before the optimizer's.
             self.work.optimizer.zero_grad()
-            return Outcome(self.step(), broken=f"{type(error).__name__}: {error}")
+            return Outcome(self.step(), self.first, broken=f"{type(error).__name__}: {error}")
 
     def _level(self, formation: Formation) -> None:
         """Everybody takes over the state of who has done the most steps, or the newest checkpoint where nobody has done any."""
@@ -166,7 +173,8 @@ class Member:
         saved_s = time.monotonic()
         for batch in self.work.plan.batches(self.state.step):
             began_s = time.monotonic()
-            loss, tokens, stops = self._step(batch, formation)
+            stop = self.stopped >= formation.number
+            loss, tokens, stops = update(self.work, self.state.step, batch, formation.rank, formation.world, stop)
             state = self.state
             self.state = state._replace(
                 step=state.step + 1,
@@ -184,28 +192,11 @@ class Member:
                 saved_s = time.monotonic()
         return True
 
-    def _step(self, batch: list[int], formation: Formation) -> tuple[float, int, bool]:
-        """One global batch, with the same result on every member. Its loss and tokens, and whether anybody was told to stop."""
-        trained, optimizer = self.work.trained, self.work.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = self.work.plan.rate(self.state.step)
-        loss, tokens = self.work.gradients(batch, formation.rank, formation.world)
-        gradients = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in trained]
-        told = loss.new_tensor(float(self.stopped >= formation.number))
-        flat = torch.cat([*gradients, torch.stack([loss, told]).to(gradients[0])])
-        dist.all_reduce(flat)
-        *gradients, rest = flat.split([*(p.numel() for p in trained), 2])
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return rest[0].item(), tokens, rest[1].item() > 0
-
     def _pause(self, formation: Formation) -> Outcome:
         if formation.rank == 0:
+            print(f"stopped after step {self.state.step}", flush=True)
             self.writer.give(self._snapshot())
-        return Outcome(self.step())
+        return Outcome(self.step(), self.first)
 
     def _finish(self, formation: Formation) -> Outcome:
         if formation.rank == 0:
@@ -218,7 +209,7 @@ class Member:
                     self.checkpoints.store.upload(f"{self.checkpoints.root}/{RESULT}/{file.relative_to(folder)}", file)
         before = {f"{key}_before": value for key, value in self.state.before.items()}
         facts = {"train_loss": self.state.loss, "tokens": float(self.state.tokens), "seconds": self.state.seconds}
-        return Outcome(self.step(), ended=formation.rank == 0, metrics={**before, **metrics, **facts})
+        return Outcome(self.step(), self.first, ended=formation.rank == 0, metrics={**before, **metrics, **facts})
 
     # the state as tensors
 
@@ -247,6 +238,23 @@ class Member:
             for name, tensor in self._tensors().items():
                 tensor.copy_(newest.tensors[name])
         print(f"going on from the checkpoint of step {self.state.step}", flush=True)
+
+
+def update(work: Work, step: int, batch: list[int], rank: int, world: int, stop: bool) -> tuple[float, int, bool]:
+    """One global batch, with the same result on every member. Its loss and tokens, and whether anybody was told to ``stop``."""
+    for group in work.optimizer.param_groups:
+        group["lr"] = work.plan.rate(step)
+    loss, tokens = work.gradients(batch, rank, world)
+    gradients = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in work.trained]
+    flat = torch.cat([*gradients, torch.stack([loss, loss.new_tensor(float(stop))]).to(gradients[0])])
+    dist.all_reduce(flat)
+    *gradients, rest = flat.split([*(p.numel() for p in work.trained), 2])
+    for parameter, gradient in zip(work.trained, gradients, strict=True):
+        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+    torch.nn.utils.clip_grad_norm_(work.trained, 1.0)
+    work.optimizer.step()
+    work.optimizer.zero_grad()
+    return rest[0].item(), tokens, rest[1].item() > 0
 
 
 @contextlib.contextmanager

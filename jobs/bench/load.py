@@ -114,6 +114,31 @@ async def run(
     return samples
 
 
+async def replay(
+    url: str, model: str, arrivals_s: Sequence[float], tokens: int, watch: Callable[[Sample], None] = lambda _: None
+) -> list[Sample]:
+    """Send a streamed request at each of these times, whatever became of those before (an open loop). Returned in order of their ends."""
+    bodies = [_request(model, prompt, True, tokens) for prompt in prompts()]
+    samples: list[Sample] = []
+    began_s = time.monotonic()
+
+    async def client(number: int) -> None:
+        sample = await _ask(session, f"{url}/chat/completions", bodies[number % len(bodies)], True, number, keep_text=False)
+        samples.append(sample)
+        watch(sample)
+
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    headers = {"content-type": "application/json"}
+    async with (
+        aiohttp.ClientSession(timeout=timeout, headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session,
+        asyncio.TaskGroup() as clients,
+    ):
+        for number, at_s in enumerate(arrivals_s):
+            await asyncio.sleep(max(0.0, began_s + at_s - time.monotonic()))
+            clients.create_task(client(number))
+    return samples
+
+
 @contextmanager
 def background(url: str, model: str, streams: int, pause_s: float = 0) -> Iterator[list[Sample]]:
     """`run` in a thread of its own until the block ends; the list fills while it runs."""

@@ -30,7 +30,7 @@ def ask(pool: Running, timeout_s: float = 120) -> httpx.Response:
 def test_a_fleet_that_nobody_asks_sleeps_and_the_next_request_wakes_it(pool: Running) -> None:
     deploy(pool, min_replicas=0, max_replicas=1, **QUICK)
     try:
-        when(lambda: replicas(pool) == 0, 60)
+        print(f"asleep after {when(lambda: replicas(pool) == 0, 60):.1f} s")
         asleep = httpx.get(f"{pool.url}/health")
         assert asleep.status_code == 503 and asleep.json()["stage"] == "No replica runs."
         assert [one["id"] for one in httpx.get(f"{pool.url}/v1/models").json()["data"]] == ["seedling"]
