@@ -103,7 +103,7 @@ def ports(config: Config, running: bool) -> Iterator[Finding]:
         ("gateway.port", config.gateway.host, [config.gateway.port]),
         ("pool.gcs_port", local.host, [local.gcs_port]),
         ("pool.dashboard_port", local.host, [local.dashboard_port]),
-        ("pool.agent_ports", local.host, list(range(local.agent_ports, local.agent_ports + 4))),
+        ("pool.agent_ports", local.host, list(range(local.agent_ports, local.agent_ports + 5))),
     ]
     for key, host, numbers in wanted:
         busy = [] if running else [number for number in numbers if not free(host, number)]

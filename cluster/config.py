@@ -38,7 +38,7 @@ class Pool(Section):
     dashboard_port: int = Field(default=8265, ge=1, le=65535)
     """The Jobs API listens here, for `ray job submit`."""
     agent_ports: int = Field(default=28500, ge=1024, le=65000)
-    """First of the ports for Ray's agents, HAProxy's statistics and the replicas' direct ingress on this machine."""
+    """First of the ports for Ray's agents and metrics, HAProxy's statistics and the replicas' direct ingress on this machine."""
     object_store_bytes: int = Field(default=200 << 20, ge=80 << 20)
 
 

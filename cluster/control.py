@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from cluster import admission, graph, logs, rollout
+from cluster import admission, graph, logs, metrics, rollout
 from cluster.arbiter import SERVING
 from cluster.canary import Comparison, Tally
 from cluster.config import Config, parse
@@ -80,6 +80,7 @@ class Control:
         self.serving = Served(0, 0)
         self.stages: dict[str, tuple[str, float]] = {}
         self.tide = Tide(self.config.training.budget, self.config.training.yield_deadline_s, time.time())
+        self.board = metrics.Board()
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
         threading.Thread(target=self._turn, daemon=True, name="tide-loop").start()
 
@@ -303,6 +304,7 @@ class Control:
                 self.serving = now
                 with self.turning:
                     lease = self.tide.turn(there, now.held, now.wanted, time.time())
+                metrics.publish(self.board, self.tide.moments, self.tide.turns)
                 self.lease.hold(lease)
             except Exception:
                 # Serve or the coordinator is away for a moment; shares stay as they are, and the loop must go on.

@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+SAME_S = 1e-3
+"""Times closer than this are one: a duration added to its beginning is not quite its end, and control's moments are much further apart."""
+
 
 class Stake(NamedTuple):
     """One job's part, in slots."""
@@ -47,11 +50,21 @@ class Handover(NamedTuple):
     training_s: float | None
     """Until the job trained on all that it has; None where that is nothing."""
 
+    @property
+    def ended_s(self) -> float:
+        """When it was over, give or take a rounding."""
+        return self.at_s + (self.slots_free_s or 0.0 if self.training_s is None else self.training_s)
+
 
 def handovers(moments: Sequence[Moment]) -> list[Handover]:
     """Those that were carried out; one that was overtaken by another decision counts as part of that."""
     jobs = dict.fromkeys(stake.job for moment in moments for stake in moment.jobs)
     return sorted((done for job in jobs for done in _of(job, moments)), key=lambda done: done.at_s)
+
+
+def ended_since(moments: Sequence[Moment], since_s: float) -> list[Handover]:
+    """Those that ended after ``since_s``, the time of an earlier moment."""
+    return [done for done in handovers(moments) if done.ended_s > since_s + SAME_S]
 
 
 def _of(job: str, moments: Sequence[Moment]) -> Iterable[Handover]:

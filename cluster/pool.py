@@ -146,6 +146,11 @@ def dashboard(config: Config) -> str:
     return f"http://{config.pool.host}:{config.pool.dashboard_port}"
 
 
+def metrics_port(config: Config) -> int:
+    """Where Ray's agent answers ``GET /metrics`` for Prometheus; see `cluster.metrics`."""
+    return config.pool.agent_ports + 4  # behind those of HAProxy's statistics
+
+
 def environment(config: Config) -> dict[str, str]:
     """What this process, and everything it starts, needs in order to speak with Ray: its token and its network.
 
@@ -223,6 +228,7 @@ def ray_command(config: Config) -> list[str]:
         "dashboard-port": pool.dashboard_port,
         "dashboard-agent-listen-port": pool.agent_ports,
         "ray-client-server-port": pool.agent_ports + 1,
+        "metrics-export-port": metrics_port(config),
         "min-worker-port": 0,  # any free one: Ray's own range starts at the same port for every pool of the machine
         "max-worker-port": 0,
         "object-store-memory": pool.object_store_bytes,
