@@ -72,10 +72,20 @@ def down() -> None:
 
 
 @app.command()
-def status(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+def status(
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Draw who holds the slots, once a second; Ctrl-C ends it.")] = False,
+    minutes: Annotated[float, typer.Option(help="How far back --watch draws.", min=0.1, max=1440)] = 5,
+) -> None:
     """What is running: replicas with the versions they hold, aliases, slots."""
     config = _running()
     running = pool.require(config)
+    if watch and as_json:
+        raise BadRequest("--watch prints no JSON.", "Use `springtide status --json` alone.")
+    if watch:
+        from cluster import watch as watching
+
+        return watching.watch(config, console, minutes)
     document = admin.status(config)
     if as_json:
         print(json.dumps(document))

@@ -13,6 +13,8 @@ from cluster.types import VersionId
 
 TIMEOUT_S = 660
 """Longer than a replica may take to load a version."""
+LOOK_S = 10
+"""How long who only looks waits for an answer."""
 
 
 def author() -> str:
@@ -22,6 +24,12 @@ def author() -> str:
 def status(config: Config) -> dict[str, Any]:
     """``{"slots": {"total", "free"}, "aliases": {…}, "replicas": […]}`` of the running pool."""
     return _call(config, "GET", "/admin/status")
+
+
+def tide(config: Config, since_s: float = 0.0) -> dict[str, Any]:
+    """``{"tide": {…}, "moments": […], "slots": {…}}``: how the slots are divided, and each change after ``since_s`` (seconds since the
+    epoch), as `cluster.handover.parse` reads it."""
+    return _call(config, "GET", f"/admin/tide?since_s={since_s!r}", timeout_s=LOOK_S)
 
 
 def publish(config: Config, version: VersionId, alias: str, reason: str, policy: Policy | None = None) -> Rollout:
@@ -42,11 +50,13 @@ def rollback(config: Config, alias: str, to: VersionId | None, reason: str) -> R
     return Rollout.model_validate(_call(config, "POST", "/admin/rollback", order))
 
 
-def _call(config: Config, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def _call(
+    config: Config, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = TIMEOUT_S
+) -> dict[str, Any]:
     pool.require(config)
     url = f"http://{config.gateway.host}:{config.gateway.port}"
     try:
-        response = httpx.request(method, url + path, json=body, headers=pool.bearer(), timeout=TIMEOUT_S)
+        response = httpx.request(method, url + path, json=body, headers=pool.bearer(), timeout=timeout_s)
         document = response.json()
     except (httpx.HTTPError, ValueError) as error:
         raise PoolUnavailable(

@@ -219,6 +219,12 @@ class Control:
         with self.turning:
             return [[*moment[:-1], [list(stake) for stake in moment.jobs]] for moment in self.tide.since(since_s)]
 
+    def watched(self, since_s: float) -> dict[str, Any]:
+        """What `springtide status --watch` draws: ``{"tide", "moments", "slots"}``, moments after ``since_s`` (seconds since the epoch)."""
+        with self.turning:
+            tide = self.tide.describe()
+        return {"tide": tide, "moments": self.moments(since_s), "slots": slots()}
+
     # publishing
 
     def _begin(self, manifest: Manifest, alias: str, policy: Policy, reason: str, author: str, back: bool) -> Rollout:

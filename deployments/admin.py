@@ -1,8 +1,10 @@
 """``/admin``: what an operator may ask, for whoever holds the pool's token. `cluster.admin` is its client."""
 
 import hmac
+import math
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import parse_qs
 
 from pydantic import ValidationError
 from ray.exceptions import RayError, RayTaskError
@@ -54,12 +56,14 @@ class Admin:
         self._check_token(scope["headers"])
         if (method, path) == ("GET", "/admin/status"):
             return await self._ask(self.control().status.remote())
+        if (method, path) == ("GET", "/admin/tide"):
+            return await self._ask(self.control().watched.remote(since(scope["query_string"])))
         if method == "GET" and path.startswith(HISTORY):
             return await self._ask(self.control().history.remote(path.removeprefix(HISTORY)))
         if method != "POST" or path not in ORDERS:
             raise RouteNotFound(
                 f"There is no {method} {path[:200]} here.",
-                f"GET /admin/status, GET {HISTORY}ALIAS and POST {', '.join(ORDERS)} are.",
+                f"GET /admin/status, GET /admin/tide, GET {HISTORY}ALIAS and POST {', '.join(ORDERS)} are.",
             )
         order: Any = parse_order(ORDERS[path], parse(await read(scope, receive, MAX_BODY_BYTES)))
         rollout = await self._ask(self._call(path, order))
@@ -98,6 +102,24 @@ ORDERS: dict[str, type[Durable]] = {
     "/admin/abort": Step,
     "/admin/rollback": Rollback,
 }
+
+
+def since(query: bytes) -> float:
+    """``since_s`` of a query, in seconds since the epoch; without it the beginning. Raises `BadRequest`.
+
+    >>> since(b"since_s=12.5"), since(b"")
+    (12.5, 0.0)
+    """
+    text = parse_qs(query.decode("latin-1")).get("since_s", ["0"])[0]
+    try:
+        since_s = float(text)
+    except ValueError:
+        since_s = math.nan
+    if not math.isfinite(since_s):
+        raise BadRequest(
+            f"since_s: {text[:50]!r} is no number of seconds.", "Send a time in seconds since 1970.", param="since_s"
+        )
+    return since_s
 
 
 def parse_order(kind: type[Durable], body: dict[str, Any]) -> Durable:
