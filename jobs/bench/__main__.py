@@ -1,4 +1,4 @@
-"""``python -m jobs.bench serving``, ``memory``, ``publish`` and ``adapters``: measure, print, and write what the README shows."""
+"""``python -m jobs.bench serving``, ``memory``, ``publish``, ``adapters`` and ``tide``: measure, print, and write what the README shows."""
 
 import argparse
 import signal
@@ -11,6 +11,8 @@ from jobs.bench.memory import memory
 from jobs.bench.publish import publish
 from jobs.bench.report import SYSTEMS
 from jobs.bench.serving import serving
+from jobs.bench.tide import SYSTEMS as DIVISIONS
+from jobs.bench.tide import tide
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -18,9 +20,17 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def known_systems(text: str) -> tuple[str, ...]:
-    unknown = set(text.split(",")) - set(SYSTEMS)
+    return known(text, SYSTEMS)
+
+
+def known_divisions(text: str) -> tuple[str, ...]:
+    return known(text, DIVISIONS)
+
+
+def known(text: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    unknown = set(text.split(",")) - set(names)
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(SYSTEMS)}")
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(names)}")
     return tuple(text.split(","))
 
 
@@ -54,6 +64,18 @@ def arguments() -> argparse.Namespace:
     verb.set_defaults(run=adapters)
     verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write one row per number of adapters")
+    verb = verbs.add_parser("tide", help=tide.__doc__)
+    verb.set_defaults(run=tide)
+    verb.add_argument("--seconds", type=float, default=600, help="length of the day")
+    verb.add_argument("--seed", type=int, default=1, help="of the generated trace")
+    verb.add_argument(
+        "--trace", type=Path, metavar="CSV", help="replay these arrivals instead, stretched and thinned to the load"
+    )
+    verb.add_argument("--requests-per-s", type=float, help="what one replica can do; measured by default")
+    verb.add_argument("--systems", type=known_divisions, default=DIVISIONS, metavar="NAME,…", help=", ".join(DIVISIONS))
+    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write one row per system")
+    verb.add_argument("--png", type=Path, default=Path("tide.png"), metavar="FILE", help="where the chart goes")
     return parser.parse_args()
 
 
