@@ -182,6 +182,8 @@ class Training(Section):
     """How long a job may take to save its work when it is asked for slots; then it is ended, and goes on from its last checkpoint."""
     checkpoint_s: float = Field(default=60, gt=0)
     """How often a job saves its work unasked."""
+    report_s: float = Field(default=1, ge=0)
+    """At most how often a job prints its progress; 0 prints every step."""
     budget: Budget = Budget()
 
 

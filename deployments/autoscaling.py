@@ -65,4 +65,6 @@ class LoadPolicy:
         metrics: dict[str, dict[Any, float]] = context.aggregated_metrics or {}
         replicas = dict.fromkeys(replica for values in metrics.values() for replica in values)
         loads = [Load(*(metrics.get(name, {}).get(replica, 0.0) for name in Load._fields)) for replica in replicas]
-        return replicas_for(loads, self.target), {}
+        wanted = replicas_for(loads, self.target)
+        silent = context.current_num_replicas - len(loads)  # too busy to say how busy it is, or just started
+        return max(wanted, context.target_num_replicas) if silent > 0 else wanted, {}

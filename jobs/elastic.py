@@ -8,6 +8,7 @@ others go on; one that does not stop within the deadline is ended.
 """
 
 import contextlib
+import json
 import threading
 import time
 import uuid
@@ -21,9 +22,10 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from cluster import control
 from cluster.arbiter import Job
 from cluster.config import Config
-from cluster.errors import JobFailed, PoolUnavailable
+from cluster.errors import BadRequest, JobFailed, PoolUnavailable
 from cluster.store import Store
 from cluster.tide import Claim, Share
+from cluster.types import check_name
 from jobs.checkpoints import Checkpoints
 from jobs.member import RESULT, Formation, Member, Outcome, Where, Work
 
@@ -35,6 +37,7 @@ LOST_S = 30
 """A member that has not answered for this long is taken for hung, and ended."""
 LEFT_S = 10
 """How long members may take to notice that one of them is gone."""
+ABOUT = "about.json"
 MOST_FAILURES = 3
 """Without a step in between."""
 
@@ -46,27 +49,52 @@ class Ended(NamedTuple):
     metrics: dict[str, float]
 
 
-def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], verb: str, priority: int = 0) -> Ended:
+def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], name: str, priority: int = 0) -> Ended:
     """Train ``work(settings)`` to its end, on as many slots as there are at the time. Its files are then at `result`.
 
-    Raises `JobFailed` where it cannot; a run that does not end well leaves nothing.
+    ``name``: from `begun` or `resumed`. Raises `JobFailed` where it cannot go on; its checkpoints stay then, for whoever resumes it. Of a run
+    that was cancelled nothing is left.
     """
-    name, per_worker = f"{verb}-{uuid.uuid4().hex[:12]}", config.training.slots_per_worker
+    per_worker = config.training.slots_per_worker
     least, most = (workers * per_worker for workers in (config.training.min_workers, config.training.workers))
     claiming = Claiming(Job(name, priority, time.time(), least, most, per_worker))
-    run = Run(config, work, {**settings, "stage": verb}, claiming)
+    run = Run(config, work, {**settings, "stage": name.rpartition("-")[0]}, claiming)
     try:
         while run.ended is None:
             run.turn(time.monotonic())
             time.sleep(TURN_S)
         return Ended(name, {**run.ended.metrics, "steps_lost": float(run.lost)})
-    except BaseException:  # cancelled too
+    except JobFailed as error:
+        error.do = f"Mend what the log says, then go on from its newest checkpoint with --resume {name}."
+        raise
+    except BaseException:
         run.dismiss(list(run.seats))
         Checkpoints(Store(config.store), name).remove()
         raise
     finally:
         run.dismiss(list(run.seats))
         claiming.end()
+
+
+def begun(store: Store, verb: str, of: dict[str, Any]) -> str:
+    """The name of a new run. ``of``: what it consists of, in plain JSON values, so that `resumed` can compare."""
+    name = f"{verb}-{uuid.uuid4().hex[:12]}"
+    store.put_new(f"runs/{name}/{ABOUT}", json.dumps(of, sort_keys=True).encode())
+    print(f"run {name}", flush=True)
+    return name
+
+
+def resumed(store: Store, name: str, of: dict[str, Any]) -> str:
+    """The name of a run that was begun. Raises `BadRequest` where there is none, or where it was of something else."""
+    about = store.get(f"runs/{check_name(name)}/{ABOUT}")
+    if about is None:
+        raise BadRequest(f"There is no run {name}.", "One that ended, or was cancelled, leaves nothing to go on from.", "resume")
+    before, now = json.loads(about), json.loads(json.dumps(of))
+    if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        raise BadRequest(
+            f"The run {name} was begun with another {', '.join(other)}.", "Give it what it was begun with.", "resume"
+        )
+    return name
 
 
 @contextlib.contextmanager
@@ -158,7 +186,7 @@ class Run:
         kind = "GPU" if config.fleet.accelerator == "gpu" else "slot"
         held = {"num_gpus": self.per_worker} if kind == "GPU" else {"resources": {kind: self.per_worker}}
         actor = ray.remote(Member).options(num_cpus=0, max_concurrency=4, **held)
-        shared = ray.put({**settings, "checkpoint_s": config.training.checkpoint_s})
+        shared = ray.put({**settings, "checkpoint_s": config.training.checkpoint_s, "report_s": config.training.report_s})
         self.member = lambda: actor.remote(work, shared, config.store, claiming.job.id)
         self.seats: list[Seat] = []
         """Those who have been there the longest first: they stay the longest."""
@@ -254,7 +282,7 @@ class Run:
     def _failed(self, why: str) -> None:
         self.failures += 1
         if self.failures > MOST_FAILURES:
-            raise JobFailed(f"The training failed {self.failures} times at step {self.step}: {why}.", "Look into the job's log.")
+            raise JobFailed(f"The training failed {self.failures} times at step {self.step}: {why}")
 
     # doing
 

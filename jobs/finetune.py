@@ -43,7 +43,7 @@ def run() -> None:
     config = load()
     registry = Registry(Store(config.store))
     plan = prepare(config, registry, arguments)
-    manifest = train(config, registry, plan, arguments.name or plan.base.id.name, arguments.priority)
+    manifest = train(config, registry, plan, arguments.name or plan.base.id.name, arguments.priority, arguments.resume)
     from jobs.loop import print_result
 
     print_result(manifest, None)  # before the publish, so that a refusal does not hide what was trained
@@ -85,6 +85,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--priority", type=int, default=0, help="where slots are few, jobs of a higher priority have them first")
+    parser.add_argument(
+        "--resume", default="", metavar="RUN", help="go on with a run whose process was lost, from its newest checkpoint"
+    )
     parser.add_argument("--publish", action=argparse.BooleanOptionalAction, default=False, help="make the result live")
     return parser.parse_args()
 
@@ -164,8 +167,8 @@ def tokenized(
 # with Ray
 
 
-def train(config: Config, registry: Registry, plan: Plan, name: str, priority: int) -> Manifest:
-    """Run the plan and register what comes out of it, as an adapter on the base or as weights descended from it."""
+def train(config: Config, registry: Registry, plan: Plan, target: str, priority: int = 0, resume: str = "") -> Manifest:
+    """Run the plan and register what comes out of it as ``target``'s next version: an adapter on the base, or weights descended from it."""
     from jobs import elastic, loop, tuning
 
     loop.connect()
@@ -176,7 +179,9 @@ def train(config: Config, registry: Registry, plan: Plan, name: str, priority: i
         "train": plan.train,
         "held_out": plan.held_out,
     }
-    ended = elastic.fit(config, tuning.Tuning, settings, "finetune", priority)
+    of = {"base": settings["base"], "recipe": settings["recipe"], "data": plan.dataset_sha256}
+    name = elastic.resumed(registry.store, resume, of) if resume else elastic.begun(registry.store, "finetune", of)
+    ended = elastic.fit(config, tuning.Tuning, settings, name, priority)
     lineage = Lineage(
         parent=plan.base.id,
         dataset_sha256=plan.dataset_sha256,
@@ -187,7 +192,7 @@ def train(config: Config, registry: Registry, plan: Plan, name: str, priority: i
     )
     kind, base = ("adapter", plan.base.id) if plan.recipe.lora else ("weights", None)
     with tempfile.TemporaryDirectory() as scratch, elastic.result(config, ended.name, Path(scratch)) as folder:
-        return registry.register(name, kind, base, folder, lineage)
+        return registry.register(target, kind, base, folder, lineage)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ class Member:
 
     def _train(self, formation: Formation) -> bool:
         """Steps until the run's end, or until somebody was told to stop. Whether it is the end."""
-        progress = Progress(self.settings["stage"], formation.rank, self.state.step, self.state.tokens)
+        progress = Progress(self.settings["stage"], formation.rank, self.state.step, self.state.tokens, self.settings["report_s"])
         saved_s = time.monotonic()
         for batch in self.work.plan.batches(self.state.step):
             began_s = time.monotonic()

@@ -2,15 +2,14 @@
 
 import time
 
-REPORT_INTERVAL_S = 1.0
-
 
 class Progress:
-    """Prints them from rank 0: at most one per `REPORT_INTERVAL_S`, but always the first step and the last."""
+    """Prints them from rank 0: at most one per ``every_s``, but always the first step and the last."""
 
-    def __init__(self, stage: str, rank: int, step: int = 0, tokens: int = 0) -> None:
+    def __init__(self, stage: str, rank: int, step: int = 0, tokens: int = 0, every_s: float = 1.0) -> None:
         """``step`` and ``tokens``: what was done before, which counts neither for the speed nor for the time that is left."""
         self.stage = stage
+        self.every_s = every_s
         self.before = step, tokens
         self.started_s = time.monotonic()
         self.printed_s = float("-inf")
@@ -19,7 +18,7 @@ class Progress:
     def __call__(self, step: int, steps: int, loss: float, tokens: int) -> None:
         """``tokens`` counts from the start of the run."""
         now_s = time.monotonic()
-        if self.first and (now_s - self.printed_s >= REPORT_INTERVAL_S or step == steps):
+        if self.first and (now_s - self.printed_s >= self.every_s or step == steps):
             self.printed_s = now_s
             print(line(self.stage, step, steps, loss, tokens, now_s - self.started_s, self.before), flush=True)
 

@@ -42,7 +42,7 @@ from jobs.bench.tide_report import GLOBAL_BATCH, TTFT_TARGET_S, Day, Look
 
 SYSTEMS = ("static", "stock_ray", "springtide")
 SLOTS = 4
-CORES_PER_SLOT = 0.3
+CORES_PER_SLOT = 0.2
 LOW, HIGH = 0.08, 0.38
 """Requests per second at night and at noon, as shares of what one replica can do: bursts of three times that need a second one."""
 TOKENS = 32

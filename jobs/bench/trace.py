@@ -19,11 +19,11 @@ class Shape(NamedTuple):
     """At night."""
     high: float
     """At noon."""
-    bursts: tuple[float, ...] = (0.15, 0.42, 0.62, 0.85)
+    bursts: tuple[float, ...] = (0.15, 0.5, 0.8)
     """Where they begin, as a share of the duration."""
     burst_factor: float = 3.0
     """As Azure's traces of LLM requests have them within a minute (DynamoLLM, HPCA '25)."""
-    burst_s: float = 30.0
+    burst_s: float = 40.0
     rise_s: float = 5.0
 
     def rate(self, at_s: float) -> float:
