@@ -35,7 +35,6 @@ class Work(Protocol):
     """What a run trains. Made on each member from the run's settings; slow, because it reads the model."""
 
     plan: Plan
-    model: torch.nn.Module
     trained: list[torch.nn.Parameter]
     optimizer: torch.optim.AdamW
 

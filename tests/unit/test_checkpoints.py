@@ -1,0 +1,137 @@
+"""A checkpoint is whole or does not count, whatever ends its writing."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.errors import BadRequest, StoreUnavailable
+from cluster.store import Store
+from jobs import elastic
+from jobs.checkpoints import FILE, KEPT, Checkpoints, Snapshot, Writer
+from jobs.elastic import Next, Now, decide
+
+ROOT = Path(__file__).parents[2]
+WRITE = """
+import sys, torch
+from cluster.store import Store
+from jobs.checkpoints import Checkpoints, Snapshot
+checkpoints = Checkpoints(Store(sys.argv[1]), "run")
+for step in range(int(sys.argv[2]), 1_000_000):
+    checkpoints.write(Snapshot(step, {"step": step}, {"a": torch.full((500_000,), float(step))}))
+    print(step, flush=True)
+"""
+
+
+def snapshot(step: int) -> Snapshot:
+    return Snapshot(step, {"tokens": step * 10}, {"a": torch.full((100,), float(step))})
+
+
+def checkpoints(tmp_path: Path, steps: range = range(0)) -> Checkpoints:
+    made = Checkpoints(Store(tmp_path.as_uri()), "run")
+    for step in steps:
+        made.write(snapshot(step))
+    return made
+
+
+def test_what_was_written_last_is_read_and_few_are_kept(tmp_path: Path) -> None:
+    made = checkpoints(tmp_path, range(1, 6))
+    newest = made.newest()
+    assert newest and newest.step == 5 and newest.meta == {"tokens": 50} and newest.tensors["a"][0] == 5
+    assert made.steps() == [4, 5] and len(made.steps()) == KEPT
+
+
+def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = checkpoints(tmp_path, range(1, 3))
+    file = tmp_path / f"runs/run/{2:012d}/{FILE}"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    newest = made.newest()
+    assert newest and newest.step == 1
+    assert "the checkpoint of step 2 is damaged" in capsys.readouterr().out
+    made.write(snapshot(3))
+    again = made.newest()
+    assert again and again.step == 3
+
+
+def test_one_that_was_killed_while_it_wrote_leaves_the_one_before(tmp_path: Path) -> None:
+    """T2: at moments that nobody chose."""
+    written, first = -1, 0
+    for _ in range(5):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITE, tmp_path.as_uri(), str(first)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout
+        process.stdout.readline()
+        time.sleep(random.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        written = max([written, *map(int, process.stdout.read().split())])
+        newest = Checkpoints(Store(tmp_path.as_uri()), "run").newest()
+        assert newest and newest.step >= written and newest.tensors["a"][0] == newest.step == newest.meta["step"]
+        first = newest.step + 1
+
+
+class Full(Store):
+    """A store whose disk is full for a while."""
+
+    full = True
+
+    def upload(self, path: str, file: Path) -> None:
+        if self.full:
+            (Path(self.url.removeprefix("file://")) / path).parent.mkdir(parents=True, exist_ok=True)
+            (Path(self.url.removeprefix("file://")) / path).write_bytes(file.read_bytes()[:10])
+            raise StoreUnavailable("No space left on device.")
+        super().upload(path, file)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """T3"""
+    checkpoints(tmp_path, range(1, 2))
+    store = Full(tmp_path.as_uri())
+    writer = Writer(Checkpoints(store, "run"))
+    writer.give(snapshot(2))
+    assert writer.settle() == -1
+    assert "could not be written, the one before stays" in capsys.readouterr().out
+    newest = writer.checkpoints.newest()
+    assert newest and newest.step == 1
+    store.full = False
+    writer.give(snapshot(3))
+    assert writer.settle() == 3
+
+
+def test_a_run_is_resumed_with_what_it_was_begun_with_and_with_nothing_else(tmp_path: Path) -> None:
+    store = Store(tmp_path.as_uri())
+    of = {"base": "m@1", "recipe": {"epochs": 3.0}, "data": "sha"}
+    name = elastic.begun(store, "finetune", of)
+    assert elastic.resumed(store, name, dict(of)) == name
+    with pytest.raises(BadRequest, match="another data, recipe"):
+        elastic.resumed(store, name, {**of, "recipe": {"epochs": 4.0}, "data": "other"})
+    with pytest.raises(BadRequest, match="no run finetune-0"):
+        elastic.resumed(store, "finetune-0", of)
+    with pytest.raises(BadRequest):
+        elastic.resumed(store, "../versions", of)
+
+
+@pytest.mark.parametrize(
+    ("now", "next"),
+    [
+        (Now(2, 0, 0, 0), Next(start=2)),
+        (Now(2, 0, 1, 1), Next(learn=True)),
+        (Now(2, 0, 1, 1, least=2), Next()),
+        (Now(2, 1, 1, 0), Next(stop=True)),
+        (Now(3, 1, 1, 1), Next()),
+        (Now(1, 2, 0, 0), Next(stop=True)),
+        (Now(1, 2, 0, 1), Next(stop=True, dismiss=1)),
+        (Now(1, 0, 2, 0), Next(dismiss=1, learn=True)),
+        (Now(0, 0, 2, 1), Next(dismiss=3)),
+        (Now(2, 2, 0, 0), Next()),
+    ],
+)
+def test_what_is_done_next(now: Now, next: Next) -> None:
+    assert decide(now) == next
