@@ -1,48 +1,142 @@
-"""Slots go from a running job to serving and back, on the real pool, and the job loses no step."""
+"""Slots go from a running job to serving and back while everything dies that can: T1 to T8 and H0 to H6 on the real pool.
+
+Every test ends with the same audit of what control recorded: no slot ever had two owners, and none is lost for ever.
+"""
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster import admin, graph
+from cluster.errors import SpringtideError
+from cluster.handover import Handover, Moment, Stake, crowded, handovers, parse
 from cluster.types import VersionId
+from jobs.bench import load
 from tests.conftest import ROOT, Running
+from tests.waiting import when
 
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 TIDE = "jobs/seedling/tide.jsonl"
+LONG = 100_000
+"""Epochs that no test waits for."""
 
 
-def when(condition: Callable[[], bool], timeout_s: float) -> float:
-    """Seconds until the condition held."""
-    began_s = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began_s < timeout_s, f"not within {timeout_s} s"
-        time.sleep(0.1)
-    return time.monotonic() - began_s
+class Record:
+    """What control recorded, kept over its deaths."""
+
+    def __init__(self, pool: Running) -> None:
+        self.pool = pool
+        self.moments: dict[float, Moment] = {}
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while not self.done.wait(0.3):
+            with suppress(SpringtideError, OSError):
+                self.look()
+
+    def look(self) -> None:
+        since_s = max(self.moments, default=time.time() - 1)
+        self.moments |= {moment.at_s: moment for moment in parse(admin.tide(self.pool.config, since_s)["moments"])}
+
+    def all(self) -> list[Moment]:
+        return [self.moments[at_s] for at_s in sorted(self.moments)]
+
+    def audit(self) -> None:
+        self.done.set()
+        self.thread.join()
+        assert crowded(self.all()) == []
 
 
-def started(pool: Running, log: Path, workers: int, epochs: int) -> "subprocess.Popen[bytes]":
-    home = {"SPRINGTIDE_HOME": str(pool.config.home), "SPRINGTIDE_TRAINING__WORKERS": str(workers)}
-    line = [
-        sys.executable,
-        "-m",
-        "jobs.finetune",
-        "--data",
-        TIDE,
-        "--base",
-        "seedling@1",
-        "--name",
-        "ebb",
-        "--epochs",
-        str(epochs),
-    ]
-    return subprocess.Popen(line, env={**os.environ, **home}, cwd=ROOT, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+class Job:
+    """A job as a process, and its log."""
+
+    def __init__(self, pool: Running, folder: Path, *line: str, workers: int = 2, **training: float) -> None:
+        self.pool = pool
+        self.log = folder / f"{time.monotonic_ns()}.log"
+        overrides = {f"SPRINGTIDE_TRAINING__{key.upper()}": str(value) for key, value in training.items()}
+        environment = {"SPRINGTIDE_HOME": str(pool.config.home), "SPRINGTIDE_TRAINING__WORKERS": str(workers), **overrides}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *line],
+            env={**os.environ, **environment},
+            cwd=ROOT,
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def steps(self) -> int:
+        return max((int(step) for step in re.findall(r"step=(\d+)/", self.text)), default=0)
+
+    @property
+    def name(self) -> str:
+        found = re.search(r"^run (\S+)", self.text, re.MULTILINE)
+        assert found, self.text
+        return found[1]
+
+    @property
+    def stake(self) -> Stake | None:
+        with suppress(SpringtideError):
+            for job in admin.status(self.pool.config)["tide"]["jobs"]:
+                if job["id"] == self.name:
+                    return Stake(job["id"], 0, job["held"], job["learning"])
+        return None
+
+    def trains(self, workers: int) -> bool:
+        stake = self.stake
+        return stake is not None and stake.held == stake.learning == workers
+
+    def times(self, word: str) -> int:
+        return self.text.count(word)
+
+    def goes_on(self) -> bool:
+        """Whether a step is done while this looks."""
+        before = self.steps
+        time.sleep(1.5)
+        return self.steps > before
+
+
+def finetune(*line: str, epochs: int = LONG) -> list[str]:
+    return ["jobs.finetune", "--data", TIDE, "--base", "seedling@1", "--name", "ebb", "--epochs", str(epochs), *line]
+
+
+@contextmanager
+def running(pool: Running, folder: Path, *line: str, workers: int = 2, **training: float) -> Iterator[Job]:
+    """A job that trains with all its workers."""
+    job = Job(pool, folder, *line, workers=workers, **training)
+    try:
+        when(lambda: "progress" in job.text and job.trains(workers), 120)
+        yield job
+    finally:
+        job.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            job.process.wait(20)
+        job.process.kill()
+
+
+@pytest.fixture
+def record(pool: Running) -> Iterator[Record]:
+    record = Record(pool)
+    yield record
+    scaled(pool, 1)
+    when(lambda: admin.status(pool.config)["slots"]["free"] == 2, 90)  # none is lost for ever
+    record.audit()
 
 
 def scaled(pool: Running, replicas: int) -> None:
@@ -50,32 +144,177 @@ def scaled(pool: Running, replicas: int) -> None:
     graph.deploy(pool.config.model_copy(update={"fleet": fleet}))
 
 
-@pytest.mark.chaos
-@pytest.mark.timeout(900)
-def test_a_job_gives_a_slot_to_serving_and_takes_it_back(pool: Running, tmp_path: Path) -> None:
-    log = tmp_path / "job.log"
-
-    def held() -> int:
-        jobs = admin.status(pool.config)["tide"]["jobs"]
-        return jobs[0]["held"] if jobs else 0
-
-    job = started(pool, log, workers=2, epochs=600)
+@contextmanager
+def scaling(pool: Running, replicas: int) -> Iterator[None]:
+    """Serving asks for this many while the block runs, and is waited for at its end."""
+    thread = threading.Thread(target=scaled, args=(pool, replicas))
+    thread.start()
     try:
-        when(lambda: "progress" in log.read_text(), 120)
-        assert held() == 2
-        print(f"{log.read_text().count('progress')} lines of progress with two workers")
-        lines = log.read_text().count("progress")
-        scaling = threading.Thread(target=scaled, args=(pool, 2))
-        scaling.start()
-        print(f"slot free after {when(lambda: held() != 2, 30):.1f} s")
-        print(f"training again after {when(lambda: log.read_text().count('progress') > lines + 2, 60):.1f} s more")
-        scaling.join()
-        assert held() == 1 and len(admin.status(pool.config)["replicas"]) == 2
-        scaled(pool, 1)
-        print(f"whole again after {when(lambda: held() == 2, 200):.1f} s")
-        assert job.wait(600) == 0, log.read_text()[-2000:]
+        yield
     finally:
-        job.kill()
+        thread.join()
+
+
+def replicas(pool: Running) -> int:
+    return len(admin.status(pool.config)["replicas"])
+
+
+def processes(pool: Running, name: str) -> list[psutil.Process]:
+    """Of the pool, by what Ray calls them."""
+    found: list[psutil.Process] = []
+    for process in pool.pool.descendants():
+        with suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def carried_out(record: Record, job: Job, kind: str) -> list[Handover]:
+    record.look()
+    return [done for done in handovers(record.all()) if done.job == job.name and done.kind == kind]
+
+
+def test_a_planned_yield_and_the_way_back(pool: Running, tmp_path: Path, record: Record) -> None:
+    """H0, H6: the bars of a hand-over, and whoever left is gone when its slot is free."""
+    with running(pool, tmp_path, *finetune()) as job:
+        members = {process.pid for process in processes(pool, "ray::Member")}
+        assert len(members) == 2
+        with scaling(pool, 2):
+            when(lambda: job.trains(1), 60)
+            assert len(members & {process.pid for process in processes(pool, "ray::Member")}) == 1
+            assert job.goes_on()
+            when(lambda: replicas(pool) == 2, 120)
         scaled(pool, 1)
-    made = pool.registry.manifest(VersionId.parse(json.loads(log.read_text().rpartition("result ")[2])["version"]))
-    print(made.lineage.metrics)
+        when(lambda: job.trains(2), 120)
+        [gave], [took] = carried_out(record, job, "yield"), carried_out(record, job, "grow")[-1:]
+        stopped, began = re.findall(r"stopped after step (\d+)", job.text), re.findall(r"from step (\d+)", job.text)
+        print(f"slot free {gave.slots_free_s:.2f} s, training again {gave.training_s:.2f} s, whole again {took.training_s:.2f} s")
+        print(f"kept: {re.findall(r'checkpoint .*', job.text)}")
+    assert stopped == began[1:]  # no step is lost, and none done twice
+    assert gave.slots_free_s is not None and gave.slots_free_s <= 3
+    assert gave.training_s is not None and gave.training_s <= 8
+    assert took.training_s is not None and took.training_s <= 10
+
+
+def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_path: Path, record: Record) -> None:
+    """H1"""
+    fleet = {"min_replicas": 1, "max_replicas": 2, "target_running": 4, "scale_up_after_s": 0.0, "scale_down_after_s": 2.0}
+    graph.deploy(pool.config.model_copy(update={"fleet": pool.config.fleet.model_copy(update=fleet)}))
+    with running(pool, tmp_path, *finetune()) as job:
+        with load.background(f"{pool.url}/v1", "seedling", streams=12) as samples:
+            print(f"training with one worker {when(lambda: job.trains(1), 30):.1f} s after the burst began")
+            print(f"a second replica {when(lambda: replicas(pool) == 2, 120):.1f} s later")
+        print(f"whole again {when(lambda: job.trains(2), 60):.1f} s after it ended")
+        assert job.times("lost") == 0
+    assert samples and not [sample.error for sample in samples if sample.error]
+
+
+def test_a_job_that_does_not_yield_is_stopped_at_the_deadline(pool: Running, tmp_path: Path, record: Record) -> None:
+    """H2"""
+    with running(pool, tmp_path, "tests.unwilling", "stubborn", yield_deadline_s=5) as job, scaling(pool, 2):
+        took_s = when(lambda: "did not give their slots back within 5 s" in job.text, 60)
+        print(f"stopped {took_s:.1f} s after serving asked")
+        when(lambda: job.trains(1), 60)
+        assert job.goes_on()
+
+
+def test_a_killed_worker_costs_no_step(pool: Running, tmp_path: Path, record: Record) -> None:
+    """T1"""
+    with running(pool, tmp_path, *finetune()) as job:
+        os.kill(processes(pool, "ray::Member")[-1].pid, signal.SIGKILL)
+        print(f"one goes on after {when(lambda: job.times('training with 1 workers') == 1, 30):.1f} s")
+        print(f"two train again {when(lambda: job.trains(2), 30):.1f} s later")
+        began = [int(step) for step in re.findall(r"from step (\d+)", job.text)]
+        before = [int(step) for step in re.findall(r"step=(\d+)/", job.text.split("training with 1 workers")[0])]
+        assert began[1] >= max(before)
+        assert job.goes_on()
+
+
+def test_a_worker_that_hangs_is_found_and_replaced(pool: Running, tmp_path: Path, record: Record) -> None:
+    """T5"""
+    with running(pool, tmp_path, *finetune()) as job:
+        os.kill(processes(pool, "ray::Member")[-1].pid, signal.SIGSTOP)
+        print(f"found after {when(lambda: 'no answer for' in job.text, 60):.1f} s")
+        print(f"two train again {when(lambda: job.trains(2), 60):.1f} s later")
+        assert job.goes_on()
+
+
+def test_a_killed_driver_frees_its_slots_and_the_run_can_be_resumed(pool: Running, tmp_path: Path, record: Record) -> None:
+    """T4"""
+    with running(pool, tmp_path, *finetune(epochs=400), checkpoint_s=2) as job:
+        when(lambda: job.times("checkpoint step=") >= 2, 60)
+        job.process.kill()
+        print(f"slots free after {when(lambda: admin.status(pool.config)['slots']['free'] == 2, 15):.1f} s")
+        reached, name = job.steps, job.name
+    again = Job(pool, tmp_path, *finetune("--resume", name, epochs=400))
+    assert again.process.wait(300) == 0, again.text[-2000:]
+    began = int(re.findall(r"from step (\d+)", again.text)[0])
+    print(f"killed at step {reached}, resumed from step {began}")
+    assert 0 < began <= reached + 20
+    made = json.loads(again.text.rpartition("result ")[2])
+    assert pool.registry.manifest(VersionId.parse(made["version"])).lineage.metrics["eval_loss"] < 1
+    assert pool.registry.store.children(f"runs/{name}") == []
+
+
+def test_a_job_without_memory_fails_in_words_and_serving_goes_on(pool: Running, tmp_path: Path, record: Record) -> None:
+    """T6"""
+    with load.background(f"{pool.url}/v1", "seedling", streams=2, pause_s=0.2) as samples:
+        job = Job(pool, tmp_path, "tests.unwilling", "greedy")
+        assert job.process.wait(180) == 1, job.text[-2000:]
+    assert "error: The training failed" in job.text and "--resume unwilling-" in job.text and "alloc" in job.text
+    assert samples and not [sample.error for sample in samples if sample.error]
+
+
+def test_a_job_begins_with_what_there_is(pool: Running, tmp_path: Path, record: Record) -> None:
+    """H5: Ray Train asks for the most, and trains nothing while serving holds a part of it."""
+    job = Job(pool, tmp_path, *finetune(), workers=3)
+    try:
+        print(f"training with two of three {when(lambda: 'progress' in job.text, 60):.1f} s after it was begun")
+        assert job.times("training with 3 workers") == 0
+        when(lambda: job.trains(2), 30)
+    finally:
+        job.process.terminate()
+        job.process.wait(30)
+
+
+def test_a_killed_control_gives_no_slot_away_twice(pool: Running, tmp_path: Path, record: Record) -> None:
+    """H4: in the middle of a hand-over."""
+    with running(pool, tmp_path, *finetune()) as job:
+        with scaling(pool, 2):
+            when(lambda: not job.trains(2), 30)
+            os.kill(processes(pool, "ray::Control")[0].pid, signal.SIGKILL)
+            when(lambda: job.trains(1), 60)
+            assert job.goes_on()
+            when(lambda: replicas(pool) == 2, 120)
+        os.kill(processes(pool, "ray::Control")[0].pid, signal.SIGKILL)
+        scaled(pool, 1)
+        print(f"whole again after {when(lambda: job.trains(2), 120):.1f} s")
+
+
+def test_a_killed_replica_gives_its_slot_back(pool: Running, tmp_path: Path, record: Record) -> None:
+    """H3: with serving no longer in need of it."""
+    with running(pool, tmp_path, *finetune()) as job:
+        with scaling(pool, 2):
+            when(lambda: replicas(pool) == 2, 120)
+        os.kill(processes(pool, "ray::ServeReplica:fleet")[-1].pid, signal.SIGKILL)
+        scaled(pool, 1)
+        print(f"whole again after {when(lambda: job.trains(2), 120):.1f} s")
+        assert job.goes_on()
+
+
+def test_a_storm_of_changes_costs_no_step_and_little_progress(pool: Running, tmp_path: Path, record: Record) -> None:
+    """T8: serving wants two, then one, every five seconds."""
+    with running(pool, tmp_path, *finetune()) as job:
+        began_s, first = time.monotonic(), job.steps
+        time.sleep(15)
+        quiet = (job.steps - first) / (time.monotonic() - began_s)
+        began_s, first = time.monotonic(), job.steps
+        for wanted in (2, 1) * 4:
+            threading.Thread(target=scaled, args=(pool, wanted), daemon=True).start()
+            time.sleep(5)
+        stormy = (job.steps - first) / (time.monotonic() - began_s)
+        stopped = [int(step) for step in re.findall(r"stopped after step (\d+)", job.text)]
+        began = [int(step) for step in re.findall(r"from step (\d+)", job.text)]
+        print(f"{stormy / quiet:.0%} of the quiet speed, {len(stopped)} changes of size")
+        assert began[1:] == stopped
+        assert stormy > 0.3 * quiet
