@@ -12,17 +12,9 @@ what runs out then, as accelerators do. The load is scaled to what one such engi
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -34,6 +26,7 @@ from cluster.config import Config
 from cluster.errors import SpringtideError
 from cluster.handover import parse
 from jobs.bench import load, tide_report, trace
+from jobs.bench.job import DATA, Job, lost, training
 from jobs.bench.load import Sample
 from jobs.bench.peers import Served
 from jobs.bench.place import changes, console, finish, machine, springtide, warn_if_busy, workplace
@@ -47,9 +40,6 @@ LOW, HIGH = 0.08, 0.38
 """Requests per second at night and at noon, as shares of what one replica can do: bursts of three times that need a second one."""
 TOKENS = 32
 WARM_S = 10
-DATA = Path(__file__).parents[1] / "seedling/facts.jsonl"
-STEP = re.compile(r"step=(\d+)/|from step (\d+)|stopped after step (\d+)")
-WORKER = re.compile(r"\((?:Member|RayTrainWorker) pid=(\d+)\)")
 
 FLEET = {
     "target_running": 4,
@@ -115,9 +105,9 @@ def arranged(config: Config, split: dict[str, Any]) -> Config:
 def day(base: Config, system: str, times_s: list[float], seconds: float, shares: Shares) -> Day:
     """Run the trace on a pool of its own."""
     config = arranged(base, SPLITS[system])
-    with springtide(config, changes()) as served, training(config, system) as job:
+    with springtide(config, changes()) as served, training(config, *command(config, system)) as job:
         watcher = Watcher(config, job, shares)
-        job.wait_for("progress")
+        job.wait_until(lambda: "progress" in job.text)
         time.sleep(WARM_S)
         from_step, from_byte = job.step, len(job.text)
         watcher.begin()
@@ -136,75 +126,20 @@ async def replayed(served: Served, times_s: list[float], seconds: float, system:
         return await load.replay(served.url, served.model, times_s, TOKENS, lambda _: bar.advance(task))
 
 
-# the job
-
-
-class Job:
-    """A training job of this benchmark and its log."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
-        self.process = process
-        self.log = log
-
-    @property
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    @property
-    def step(self) -> int:
-        return max(steps(self.text), default=0)
-
-    @property
-    def workers(self) -> set[int]:
-        """The processes that have trained."""
-        return {int(pid) for line in self.text.splitlines() if "step" in line for pid in WORKER.findall(line)}
-
-    def wait_for(self, word: str, timeout_s: float = 180) -> None:
-        deadline_s = time.monotonic() + timeout_s
-        while word not in self.text:
-            if self.process.poll() is not None or time.monotonic() > deadline_s:
-                raise SpringtideError(f"The training did not begin: {self.text[-600:]}")
-            time.sleep(0.5)
-
-
-@contextlib.contextmanager
-def training(config: Config, system: str) -> Iterator[Job]:
-    """A job that would go on for ever, until the block ends."""
+def command(config: Config, system: str) -> list[str]:
+    """A job that would go on for ever."""
     verb = ["jobs.bench.stock", "--workers", "1,3"] if system == "stock_ray" else ["jobs.finetune", "--name", "tide"]
-    common = ["--data", str(DATA), "--base", config.fleet.model, "--epochs", "1000000", "--set", f"global_batch={GLOBAL_BATCH}"]
-    with tempfile.TemporaryDirectory() as folder:
-        resolved = Path(folder) / "config.json"
-        resolved.write_text(json.dumps(config.dump()))
-        log = Path(folder) / "job.log"
-        process = subprocess.Popen(
-            [sys.executable, "-m", *verb, *common],
-            env={**os.environ, "SPRINGTIDE_CONFIG": str(resolved), "PYTHONUNBUFFERED": "1"},
-            stdout=log.open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield Job(process, log)
-        finally:
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def steps(log: str) -> list[int]:
-    """Every step that the log names, in order."""
-    return [int(next(filter(None, found))) for found in STEP.findall(log)]
-
-
-def lost(log: str) -> int:
-    """Steps that were done and had to be done again.
-
-    >>> lost("step=5/9 stopped after step 6 training with 2 workers from step 6 step=8/9 training with 1 workers from step 7")
-    1
-    """
-    named = steps(log)
-    return sum(max(0, before - after) for before, after in itertools.pairwise(named))
+    return [
+        *verb,
+        "--data",
+        str(DATA),
+        "--base",
+        config.fleet.model,
+        "--epochs",
+        "1000000",
+        "--set",
+        f"global_batch={GLOBAL_BATCH}",
+    ]
 
 
 # what is watched meanwhile
