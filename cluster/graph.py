@@ -20,11 +20,11 @@ from cluster.pool import LOOPBACK
 
 GATEWAY_APP = "gateway"
 SCALING = (
-    *(("fleet", key) for key in ("min_replicas", "max_replicas", "target_running", "target_kv_use", "target_ttft_s")),
+    *(("fleet", key) for key in ("min_replicas", "max_replicas", "target_running")),
     *(("fleet", key) for key in ("scale_up_after_s", "scale_down_after_s", "sleep_after_s")),
     ("gateway", "replicas"),
 )
-"""What may change while the pool runs."""
+"""What may change while the pool runs, and replaces no replica. What else the policy goes by is part of the code to Serve."""
 DRAIN = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
 """For a fleet's replicas. Behind HAProxy Serve gives balancers 30 s to notice before it asks a replica to end, and its slot is nobody's
 meanwhile. None balances to these: gateways do, and a replica's own drain (`deployments.fleet`) waits for them."""
@@ -90,15 +90,12 @@ def _scaling(config: Config) -> dict[str, Any]:
             "upscale_delay_s": fleet.scale_up_after_s,
             "downscale_delay_s": fleet.scale_down_after_s,
             "downscale_to_zero_delay_s": fleet.sleep_after_s,
+            "target_ongoing_requests": fleet.target_running,
             "metrics_interval_s": 1,
             "look_back_period_s": 2,
             "policy": {
                 "policy_function": "deployments.autoscaling:LoadPolicy",
-                "policy_kwargs": {
-                    "running": fleet.target_running,
-                    "kv_use": fleet.target_kv_use,
-                    "ttft_s": fleet.target_ttft_s,
-                },
+                "policy_kwargs": {"kv_use": fleet.target_kv_use, "ttft_s": fleet.target_ttft_s},
             },
         }
     }

@@ -57,14 +57,14 @@ def replicas_for(loads: Sequence[Load], target: Target) -> int:
 class LoadPolicy:
     """Serve's class-based policy."""
 
-    def __init__(self, running: float, kv_use: float, ttft_s: float) -> None:
-        self.target = Target(running, kv_use, ttft_s)
+    def __init__(self, kv_use: float, ttft_s: float) -> None:
+        self.target = Target(kv_use=kv_use, ttft_s=ttft_s)
 
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """``AutoscalingContext`` → (replicas wanted, state to keep: none)."""
         metrics: dict[str, dict[Any, float]] = context.aggregated_metrics or {}
         replicas = dict.fromkeys(replica for values in metrics.values() for replica in values)
         loads = [Load(*(metrics.get(name, {}).get(replica, 0.0) for name in Load._fields)) for replica in replicas]
-        wanted = replicas_for(loads, self.target)
+        wanted = replicas_for(loads, self.target._replace(running=context.config.target_ongoing_requests))
         silent = context.current_num_replicas - len(loads)  # too busy to say how busy it is, or just started
         return max(wanted, context.target_num_replicas) if silent > 0 else wanted, {}

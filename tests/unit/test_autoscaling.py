@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from deployments.autoscaling import Load, LoadPolicy, Target, replicas_for
 from deployments.load import WINDOW_S, EngineLoad
 
+CONFIG = SimpleNamespace(target_ongoing_requests=32)
 LOADS = st.lists(
     st.builds(Load, *(st.floats(0, 200) for _ in range(2)), st.floats(0, 1), st.floats(0, 5)), min_size=1, max_size=8
 )
@@ -40,15 +41,17 @@ def test_a_late_first_token_wants_one_more_where_requests_wait_and_keeps_what_th
 
 def test_the_policy_reads_what_serve_aggregates_by_replica() -> None:
     metrics = {"running": {"a": 30.0, "b": 20.0}, "waiting": {"a": 20.0, "b": 0.0}, "kv_use": {"a": 0.2}, "ttft_s": {}}
-    context = SimpleNamespace(aggregated_metrics=metrics, current_num_replicas=2, target_num_replicas=2)
-    assert LoadPolicy(32, 0.8, 1.0)(context) == (3, {})
+    context = SimpleNamespace(config=CONFIG, aggregated_metrics=metrics, current_num_replicas=2, target_num_replicas=2)
+    assert LoadPolicy(0.8, 1.0)(context) == (3, {})
 
 
 def test_a_replica_that_says_nothing_keeps_what_there_is() -> None:
-    context = SimpleNamespace(aggregated_metrics={"running": {"a": 0.0}}, current_num_replicas=2, target_num_replicas=3)
-    assert LoadPolicy(32, 0.8, 1.0)(context) == (3, {})
+    context = SimpleNamespace(
+        config=CONFIG, aggregated_metrics={"running": {"a": 0.0}}, current_num_replicas=2, target_num_replicas=3
+    )
+    assert LoadPolicy(0.8, 1.0)(context) == (3, {})
     context.current_num_replicas = 1
-    assert LoadPolicy(32, 0.8, 1.0)(context) == (0, {})
+    assert LoadPolicy(0.8, 1.0)(context) == (0, {})
 
 
 def test_first_tokens_count_for_some_seconds_only() -> None:
