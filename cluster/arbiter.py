@@ -10,6 +10,7 @@ Jobs share what is left: by priority, then by age; first the least that each can
 no room holds nothing and waits.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -150,12 +151,17 @@ def largest_since(asked: Sequence[tuple[float, int]], since_s: float) -> int:
 
 
 def largest_rise(asked: Sequence[tuple[float, int]], within_s: float) -> int:
-    """The largest rise of the demand from any moment to one at most ``within_s`` later. One pass: the demand is looked at where it changed."""
-    largest, first = 0, 0
-    for at, (at_s, wanted) in enumerate(asked):
-        while first + 1 <= at and asked[first + 1][0] <= at_s - within_s:
-            first += 1
-        largest = max(largest, wanted - min(level for _, level in asked[first : at + 1]))
+    """The largest rise of the demand from any moment to one at most ``within_s`` later. One pass: the demand is looked at where it changed,
+    and of what it was before only those levels are kept that may still be the lowest."""
+    largest, lows = 0, deque[tuple[float, int]]()  # (until when, level), both rising
+    ends_s = [*(at_s for at_s, _ in asked[1:]), float("inf")]
+    for (at_s, wanted), end_s in zip(asked, ends_s, strict=False):
+        while lows and lows[0][0] <= at_s - within_s:
+            lows.popleft()
+        while lows and lows[-1][1] >= wanted:
+            lows.pop()
+        lows.append((end_s, wanted))
+        largest = max(largest, wanted - lows[0][1])
     return largest
 
 

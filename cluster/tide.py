@@ -112,11 +112,13 @@ class Tide:
 
     def _record(self, slots: int, held: int, wanted: int, now_s: float) -> None:
         lease = dict(self.past.shares).get(SERVING, wanted)
-        stakes = tuple(
-            Stake(claim.job.id, self.share(claim.job.id, claim.held).slots, claim.held, claim.learning)
-            for claim, _ in self.claims.values()
-        )
-        moment = Moment(now_s, slots, lease, held, wanted, stakes)
+        known = {stake.job: stake for stake in self.moments[-1].jobs} if self.moments else {}
+        stakes: list[Stake] = []
+        for id, (claim, _) in self.claims.items():
+            stake = Stake(id, self.share(id, claim.held).slots, claim.held, claim.learning)
+            before = known.get(id, stake)
+            stakes.append(before if before == stake else stake)  # most stay as they were, and are kept once
+        moment = Moment(now_s, slots, lease, held, wanted, tuple(stakes))
         if not self.moments or self.moments[-1]._replace(at_s=now_s) != moment:
             self.moments.append(moment)
 

@@ -92,6 +92,19 @@ def test_the_headroom_is_what_recent_traffic_rose_by() -> None:
     assert largest_rise([(0, 1), (10, 3)], 5) == 2 and largest_rise([(0, 3), (1, 1), (20, 2)], 5) == 1
 
 
+@given(st.lists(st.tuples(st.floats(0.1, 9), st.integers(0, 9)), max_size=30), st.floats(0.1, 30))
+def test_the_largest_rise_is_that_of_all_pairs(life: list[tuple[float, int]], within_s: float) -> None:
+    asked = [(sum(dt_s for dt_s, _ in life[: n + 1]), wanted) for n, (_, wanted) in enumerate(life)]
+    ends_s = [*(at_s for at_s, _ in asked[1:]), float("inf")]
+    rises = [
+        later - earlier
+        for n, (at_s, later) in enumerate(asked)
+        for (_, earlier), end_s in zip(asked[: n + 1], ends_s, strict=False)
+        if end_s > at_s - within_s
+    ]
+    assert largest_rise(asked, within_s) == max(rises, default=0)
+
+
 def test_the_higher_priority_comes_first_and_the_older_before_the_younger() -> None:
     low, old, young = Job("low", 0, 0, 2, 4), Job("old", 1, 0, 1, 2), Job("young", 1, 5, 1, 4)
     assert divide([low, young, old], 1) == {"old": 1, "young": 0, "low": 0}

@@ -56,6 +56,14 @@ def test_a_silent_job_is_forgotten_and_the_next_one_gets_its_slots() -> None:
     assert tide.share("b", 0).slots == 3
 
 
+def test_the_record_keeps_a_job_that_stays_as_it_is_only_once() -> None:
+    tide = started(slots=8)
+    for turn in range(20):
+        tide.claim(Claim(job("a", most=1), held=1), 4.0 + turn / 10)
+        tide.turn(8, 1, 1 + turn % 2, 4.0 + turn / 10)
+    assert len(tide.since(4.05)) == 19 and len({id(moment.jobs[0]) for moment in tide.since(4.05)}) == 1
+
+
 @settings(max_examples=200)
 @given(
     st.integers(1, 12),
