@@ -3,6 +3,7 @@
 import random
 import secrets
 from collections import Counter
+from itertools import chain, islice
 
 from cluster.canary import takes_canary
 from cluster.errors import ModelNotFound, NoReplica
@@ -10,6 +11,10 @@ from cluster.types import EMPTY_VIEW, Generation, ReplicaState, VersionId, View
 
 SUSPECT_S = 2.0
 """How long a replica that broke a connection is chosen last."""
+LOOKED_AT = 16
+"""Replicas that a request is chosen among."""
+NAMED = 20
+"""Models that an error names."""
 
 
 class Table:
@@ -51,7 +56,7 @@ class Table:
         version = VersionId.parse(model) if "@" in model else None
         if version is not None and (str(version) in self.holders or not self.view.replicas):
             return version, None  # with no replica at all it is too early to say that a version does not exist
-        known = ", ".join([*sorted(self.view.aliases), *sorted(self.holders)]) or "none yet"
+        known = self._known()
         if version is not None:
             raise ModelNotFound(
                 f"No replica holds {version}; held are {known}.",
@@ -60,14 +65,34 @@ class Table:
             )
         raise ModelNotFound(f"The model {model[:80]!r} does not exist.", f"Models served here: {known}.", param="model")
 
+    def _known(self) -> str:
+        """Names for whoever asked for an unknown one; of many the first, since a client may ask so as often as it likes."""
+        names = list(islice(chain(self.view.aliases, self.holders), NAMED))
+        more = len(self.view.aliases) + len(self.holders) - len(names)
+        return ", ".join(sorted(names)) + (f" and {more} more" if more else "") or "none yet"
+
     def choose(self, version: VersionId, now_s: float, tried: frozenset[str] = frozenset()) -> ReplicaState:
-        """The least busy replica that holds ``version``, ties broken at random; suspects last. Raises `NoReplica`."""
-        candidates = [replica for replica in self.holders.get(str(version), []) if replica.id not in tried]
+        """The least busy replica that holds ``version``, ties broken at random; suspects last. Raises `NoReplica`.
+
+        Of more than `LOOKED_AT` it is the least busy of so many taken at random: comparing thousands would take longer than anything
+        else that a gateway does for a request, and the busiest replica would hardly be less busy (Mitzenmacher 2001, the power of two
+        choices).
+        """
+        candidates = self.holders.get(str(version), [])
+        if tried:
+            candidates = [replica for replica in candidates if replica.id not in tried]
         if not candidates:
             raise NoReplica(
                 f"No replica can answer for {version} now.", "Try again in some seconds; `springtide status` shows why."
             )
+        if len(candidates) > LOOKED_AT:
+            candidates = random.sample(candidates, LOOKED_AT)
         return min(candidates, key=lambda replica: self._burden(replica.id, now_s))
+
+    def _holding(self, version: str) -> list[str]:
+        if version not in self.listed and version in self.holders:
+            self.listed[version] = list(self.holders[version])
+        return self.listed.get(version, [])
 
     def _burden(self, id: str, now_s: float) -> tuple[bool, int, float]:
         return self.suspects.get(id, 0) > now_s, self.in_flight[id], random.random()  # noqa: S311 (a tie-break, not a secret)

@@ -9,15 +9,15 @@ from cluster.types import Generation, View
 def model_list(view: View) -> dict[str, Any]:
     """The aliases that a replica can answer for, or all while none runs: a request wakes one. Then every held version, which a client may
     pin."""
-    held = sorted({id for replica in view.replicas for id in replica.held})
+    held = {id for replica in view.replicas for id in replica.held}
     aliases = [_alias(move) for _, move in sorted(view.aliases.items()) if str(move.stable) in held or not view.replicas]
-    return {"object": "list", "data": [*aliases, *(_version(id) for id in held)]}
+    return {"object": "list", "data": [*aliases, *(_version(id) for id in sorted(held))]}
 
 
 def model(view: View, name: str) -> dict[str, Any]:
-    for entry in model_list(view)["data"]:
-        if entry["id"] == name:
-            return entry
+    move = view.aliases.get(name)
+    if any((str(move.stable) if move else name) in replica.held for replica in view.replicas):
+        return _alias(move) if move else _version(name)
     raise ModelNotFound(f"The model {name[:80]!r} does not exist.", "GET /v1/models lists the models served here.", param="model")
 
 

@@ -84,6 +84,26 @@ def test_a_suspect_is_chosen_last_and_forgiven_later() -> None:
     assert made.choose(V1, 10.1 + SUSPECT_S).id == "a"
 
 
+def test_many_replicas_share_the_load_although_each_request_looks_at_few() -> None:
+    made = table(*(replica(f"r{n}", V1) for n in range(400)))
+    for _ in range(4000):
+        made.in_flight[made.choose(V1, 0).id] += 1
+    assert max(made.in_flight.values()) <= 13 and min(made.in_flight[f"r{n}"] for n in range(400)) >= 5, "10 each on average"
+
+
+def test_what_was_tried_is_not_chosen_of_many_either() -> None:
+    made = table(*(replica(f"r{n}", V1) for n in range(40)))
+    assert made.choose(V1, 0, tried=frozenset(f"r{n}" for n in range(39))).id == "r39"
+
+
+def test_an_error_names_only_so_many_models() -> None:
+    made = Table()
+    made.adopt(View(1, {f"m{n}": generation(1, V1) for n in range(5000)}, (replica("a", V1),)))
+    with pytest.raises(ModelNotFound, match=r"and 4981 more") as caught:
+        made.resolve("gpt-4")
+    assert len(str(caught.value)) < 500
+
+
 @given(st.lists(st.sampled_from("abcd"), max_size=30))
 def test_requests_spread_evenly(order: list[str]) -> None:
     made = table(*(replica(id, V1) for id in "abcd"))
