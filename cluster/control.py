@@ -86,10 +86,11 @@ class Control:
 
     # asked from outside
 
-    def view(self) -> View:
-        """The newest view. A gateway that starts during a move waits for the move's end, so that it cannot adopt half of one."""
+    def view(self, known: int = 0) -> View | None:
+        """The newest view, None where it is the ``known`` one or before it. A gateway that starts during a move waits for the move's end, so
+        that it cannot adopt half of one."""
         with self.acting:
-            return self.gateways.current
+            return self.gateways.current if self.gateways.current.revision > known else None
 
     def configure(self, config: dict[str, Any]) -> None:
         """Take over a newer configuration: on Kubernetes the graph may be redeployed while this actor lives on."""

@@ -6,6 +6,7 @@ from typing import Any, cast
 from cluster import graph, logs
 from cluster.broadcast import broadcast
 from cluster.canary import Tally, merge
+from cluster.change import Change, difference
 from cluster.types import EMPTY_VIEW, Generation, ReplicaState, View
 
 PREPARE_TIMEOUT_S = 2
@@ -29,32 +30,36 @@ class Gateways:
         has seen the new generation at one gateway cannot get the old one from another. Should this process die between the phases,
         the gateways go on after a time of their own with what they know.
         """
-        if aliases == self.current.aliases and routing(replicas) == routing(self.current.replicas):
+        view = View(self._next(), aliases, replicas)
+        change = difference(self.current, view)
+        if change.empty:
             return True
         if not replicas and self.current is EMPTY_VIEW:
             return False  # just started and nothing heard yet: the gateways know better
-        moved = [name for name, move in aliases.items() if self.current.aliases.get(name) != move]
-        silent = failures(self._tell("prepare", moved, self._next(), timeout_s=PREPARE_TIMEOUT_S)) if moved else []
+        moved = list(change.moves)
+        silent = failures(self._tell("prepare", moved, view.revision, timeout_s=PREPARE_TIMEOUT_S)) if moved else []
         if silent:
             log.warning("a gateway does not answer: %s", silent[0])
         if silent and self.current is EMPTY_VIEW:
             return False  # the gateways know more than this process does yet; they go on by themselves
         if silent:
-            self._adopt(self.current._replace(revision=self._next()))  # which releases those that did prepare
-        else:
-            self._adopt(View(self._next(), aliases, replicas))
+            view = self.current._replace(revision=view.revision)
+            change = difference(self.current, view)  # which releases those that did prepare
+        self._adopt(view, change)
         return not silent
 
     def _next(self) -> int:
         """A revision above every one before, although clocks may go back."""
         return max(time.time_ns(), self.current.revision + 1)
 
-    def _adopt(self, view: View) -> None:
+    def _adopt(self, view: View, change: Change) -> None:
+        """Tell what changed; a gateway that does not know what it changed from answers with what it does know, and hears all of it."""
         self.current = view
-        answers = self._tell("adopt", view, timeout_s=ADOPT_TIMEOUT_S)
-        newest = max((answer for answer in answers if isinstance(answer, int)), default=0)
-        if newest > view.revision:  # from the control before this one, whose clock was ahead
-            self.current = view._replace(revision=newest + 1)
+        answers = self._tell("adopt", change, timeout_s=ADOPT_TIMEOUT_S)
+        known = [answer for answer in answers if isinstance(answer, int)]
+        if max(known, default=0) > view.revision:  # from the control before this one, whose clock was ahead
+            self.current = view._replace(revision=max(known) + 1)
+        if any(revision != self.current.revision for revision in known):
             answers = self._tell("adopt", self.current, timeout_s=ADOPT_TIMEOUT_S)
         for error in failures(answers):
             log.warning("a gateway did not adopt the view: %s", error)  # it fetches it by itself
@@ -72,8 +77,3 @@ class Gateways:
 
 def failures(answers: list[Any]) -> list[Exception]:
     return [answer for answer in answers if isinstance(answer, Exception)]
-
-
-def routing(replicas: tuple[ReplicaState, ...]) -> list[tuple[Any, ...]]:
-    """The part of the replicas' states that a gateway routes by; load changes alone are not worth a push."""
-    return [(r.id, r.url, r.secret, r.held) for r in replicas]

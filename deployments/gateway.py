@@ -14,6 +14,7 @@ from ray.serve.exceptions import RayServeException
 
 from cluster import control, graph, logs, priority
 from cluster.canary import Tally
+from cluster.change import Change
 from cluster.config import Config
 from cluster.errors import MethodNotAllowed, RouteNotFound, SpringtideError
 from cluster.types import Generation, VersionId, View
@@ -53,7 +54,7 @@ class Gateway:
         self.waking: asyncio.Task[None] | None = None
         self.control: Any = control.ensure(config)
         await self.control.configure.remote(config.dump())
-        await self.adopt(await self.control.view.remote())
+        await self._catch_up()
         self.refreshing = asyncio.create_task(self._refresh())
 
     def __serve_build_asgi_app__(self) -> "Application":
@@ -69,20 +70,24 @@ class Gateway:
         """Version id → what this gateway saw of it during ``rollout`` of ``alias``."""
         return self.recorder.measured(alias, rollout)
 
-    async def adopt(self, view: View) -> int:
-        """Route by ``view`` from now on; returns the revision in force."""
-        self.table.adopt(view)
+    async def adopt(self, news: View | Change) -> int:
+        """Route by a newer view from now on; returns the revision in force."""
+        self.table.adopt(news)
         async with self.changed:
             self.moving = {alias: revision for alias, revision in self.moving.items() if revision > self.table.view.revision}
             self.changed.notify_all()
         return self.table.view.revision
+
+    async def _catch_up(self) -> None:
+        known = self.table.view
+        await self.adopt(await self.control.view.remote(known.revision) or known)
 
     async def _refresh(self) -> None:
         """Catch up on pushes that were missed."""
         while True:
             await asyncio.sleep(REFRESH_S)
             try:
-                await self.adopt(await self.control.view.remote())
+                await self._catch_up()
             except RayError as error:  # control is being restarted, or was ended for good: the known view still routes
                 log.warning("control does not answer: %s", error)
                 self.control = control.ensure(self.config)

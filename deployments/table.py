@@ -3,9 +3,11 @@
 import random
 import secrets
 from collections import Counter
+from collections.abc import Mapping
 from itertools import chain, islice
 
 from cluster.canary import takes_canary
+from cluster.change import Change, apply, difference
 from cluster.errors import ModelNotFound, NoReplica
 from cluster.types import EMPTY_VIEW, Generation, ReplicaState, VersionId, View
 
@@ -24,23 +26,37 @@ class Table:
         self.view: View = EMPTY_VIEW
         self.in_flight: Counter[str] = Counter()
         self.suspects: dict[str, float] = {}
-        self.holders: dict[str, list[ReplicaState]] = {}
+        self.replicas: dict[str, ReplicaState] = {}
+        """The view's, by id."""
+        self.holders: dict[str, set[str]] = {}
+        """Version id → ids of the replicas that can answer for it."""
 
-    def adopt(self, view: View) -> bool:
-        """Take a newer view; False for an older one, which is ignored."""
-        if view.revision <= self.view.revision:
+    def adopt(self, news: View | Change) -> bool:
+        """Take a newer view; False for an older one, or for a change of a view that is not this one, which are ignored."""
+        if news.revision <= self.view.revision:
             return False
-        known = self.view.aliases
-        newest = {name: max(move, known.get(name, move), key=lambda one: one.generation) for name, move in view.aliases.items()}
-        self.view = view._replace(aliases=newest)  # a control that was just restarted may know less of an alias than this gateway
-        self.holders = {}
-        for replica in view.replicas:
-            for id in replica.held:
-                self.holders.setdefault(id, []).append(replica)
-        alive = {replica.id for replica in view.replicas}
-        self.suspects = {id: until_s for id, until_s in self.suspects.items() if id in alive}
+        change = difference(self.view, news) if isinstance(news, View) else news
+        if change.since != self.view.revision:
+            return False
+        self.view = apply(self.view, change)
+        for id in change.left:
+            self._regroup(id, self.replicas.pop(id).held, {})
+        for replica in change.replicas:
+            before = self.replicas.get(replica.id)
+            self._regroup(replica.id, before.held if before else {}, replica.held)
+            self.replicas[replica.id] = replica
+        self.suspects = {id: until_s for id, until_s in self.suspects.items() if id in self.replicas}
         self.in_flight = Counter({id: n for id, n in self.in_flight.items() if n})
         return True
+
+    def _regroup(self, replica: str, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+        """One replica held these versions, and now holds those."""
+        for id in before.keys() - after.keys():
+            self.holders[id].remove(replica)
+            if not self.holders[id]:
+                del self.holders[id]
+        for id in after.keys() - before.keys():
+            self.holders.setdefault(id, set()).add(replica)
 
     def resolve(self, model: str, session: str = "") -> tuple[VersionId, Generation | None]:
         """What the client's ``model`` means to this ``session``: an alias's stable or canary version, or ``name@n`` itself.
@@ -78,16 +94,15 @@ class Table:
         else that a gateway does for a request, and the busiest replica would hardly be less busy (Mitzenmacher 2001, the power of two
         choices).
         """
-        candidates = self.holders.get(str(version), [])
-        if tried:
-            candidates = [replica for replica in candidates if replica.id not in tried]
+        there = self.holders.get(str(version), set())
+        candidates = list(there - tried if tried else there)
         if not candidates:
             raise NoReplica(
                 f"No replica can answer for {version} now.", "Try again in some seconds; `springtide status` shows why."
             )
         if len(candidates) > LOOKED_AT:
             candidates = random.sample(candidates, LOOKED_AT)
-        return min(candidates, key=lambda replica: self._burden(replica.id, now_s))
+        return self.replicas[min(candidates, key=lambda id: self._burden(id, now_s))]
 
     def _holding(self, version: str) -> list[str]:
         if version not in self.listed and version in self.holders:
