@@ -30,6 +30,8 @@ class Table:
         """The view's, by id."""
         self.holders: dict[str, set[str]] = {}
         """Version id → ids of the replicas that can answer for it."""
+        self.listed: dict[str, list[str]] = {}
+        """The same as lists, of which some can be drawn; made when a request asks for the version."""
 
     def adopt(self, news: View | Change) -> bool:
         """Take a newer view; False for an older one, or for a change of a view that is not this one, which are ignored."""
@@ -51,6 +53,8 @@ class Table:
 
     def _regroup(self, replica: str, before: Mapping[str, str], after: Mapping[str, str]) -> None:
         """One replica held these versions, and now holds those."""
+        for id in before.keys() ^ after.keys():
+            self.listed.pop(id, None)
         for id in before.keys() - after.keys():
             self.holders[id].remove(replica)
             if not self.holders[id]:
@@ -94,8 +98,9 @@ class Table:
         else that a gateway does for a request, and the busiest replica would hardly be less busy (Mitzenmacher 2001, the power of two
         choices).
         """
-        there = self.holders.get(str(version), set())
-        candidates = list(there - tried if tried else there)
+        candidates = self._holding(str(version))
+        if tried:
+            candidates = [id for id in candidates if id not in tried]
         if not candidates:
             raise NoReplica(
                 f"No replica can answer for {version} now.", "Try again in some seconds; `springtide status` shows why."
@@ -103,6 +108,11 @@ class Table:
         if len(candidates) > LOOKED_AT:
             candidates = random.sample(candidates, LOOKED_AT)
         return self.replicas[min(candidates, key=lambda id: self._burden(id, now_s))]
+
+    def _holding(self, version: str) -> list[str]:
+        if version not in self.listed and version in self.holders:
+            self.listed[version] = list(self.holders[version])
+        return self.listed.get(version, [])
 
     def _holding(self, version: str) -> list[str]:
         if version not in self.listed and version in self.holders:

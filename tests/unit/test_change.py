@@ -28,7 +28,9 @@ def replicas(held: dict[str, dict[str, str]]) -> tuple[ReplicaState, ...]:
 
 
 def known(table: Table) -> tuple[Any, ...]:
-    return table.view.revision, table.view.aliases, sorted(table.view.replicas), sorted(table.replicas.values()), table.holders
+    listed = {id: sorted(table._holding(id)) for id in table.holders}
+    assert listed == {id: sorted(group) for id, group in table.holders.items()}
+    return table.view.revision, table.view.aliases, sorted(table.view.replicas), sorted(table.replicas.values()), listed
 
 
 @given(ALIASES, REPLICAS, ALIASES, REPLICAS)
