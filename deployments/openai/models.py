@@ -16,7 +16,8 @@ def model_list(view: View) -> dict[str, Any]:
 
 def model(view: View, name: str) -> dict[str, Any]:
     move = view.aliases.get(name)
-    if any((str(move.stable) if move else name) in replica.held for replica in view.replicas):
+    held = any((str(move.stable) if move else name) in replica.held for replica in view.replicas)
+    if held or (move and not view.replicas):
         return _alias(move) if move else _version(name)
     raise ModelNotFound(f"The model {name[:80]!r} does not exist.", "GET /v1/models lists the models served here.", param="model")
 

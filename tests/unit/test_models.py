@@ -18,6 +18,13 @@ def test_aliases_that_can_answer_come_first_then_every_held_version() -> None:
     assert [entry["id"] for entry in model_list(view("m@2", "m@1"))["data"]] == ["m", "m@1", "m@2"]
 
 
+def test_while_no_replica_runs_every_alias_is_there() -> None:
+    asleep = view()._replace(replicas=())
+    assert [entry["id"] for entry in model_list(asleep)["data"]] == ["m", "n"] and model(asleep, "m")["version"] == "m@1"
+    with pytest.raises(ModelNotFound):
+        model(asleep, "m@1")
+
+
 def test_one_entry_is_that_of_the_list() -> None:
     here = view("m@1", "m@2")
     assert [model(here, entry["id"]) for entry in model_list(here)["data"]] == model_list(here)["data"]
