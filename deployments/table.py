@@ -114,11 +114,6 @@ class Table:
             self.listed[version] = list(self.holders[version])
         return self.listed.get(version, [])
 
-    def _holding(self, version: str) -> list[str]:
-        if version not in self.listed and version in self.holders:
-            self.listed[version] = list(self.holders[version])
-        return self.listed.get(version, [])
-
     def _burden(self, id: str, now_s: float) -> tuple[bool, int, float]:
         return self.suspects.get(id, 0) > now_s, self.in_flight[id], random.random()  # noqa: S311 (a tie-break, not a secret)
 
