@@ -58,8 +58,13 @@ class Handover(NamedTuple):
 
 def handovers(moments: Sequence[Moment]) -> list[Handover]:
     """Those that were carried out; one that was overtaken by another decision counts as part of that."""
-    jobs = dict.fromkeys(stake.job for moment in moments for stake in moment.jobs)
-    return sorted((done for job in jobs for done in _of(job, moments)), key=lambda done: done.at_s)
+    ways: dict[str, list[tuple[float, Stake]]] = {}
+    for moment in moments:
+        for stake in moment.jobs:
+            way = ways.setdefault(stake.job, [])
+            if not way or way[-1][1] != stake:
+                way.append((moment.at_s, stake))
+    return sorted((done for job, way in ways.items() for done in _of(job, way)), key=lambda done: done.at_s)
 
 
 def ended_since(moments: Sequence[Moment], since_s: float) -> list[Handover]:
@@ -67,10 +72,11 @@ def ended_since(moments: Sequence[Moment], since_s: float) -> list[Handover]:
     return [done for done in handovers(moments) if done.ended_s > since_s + SAME_S]
 
 
-def _of(job: str, moments: Sequence[Moment]) -> Iterable[Handover]:
+def _of(job: str, way: Iterable[tuple[float, Stake]]) -> Iterable[Handover]:
+    """``way``: when the job's part changed, and to what."""
     began: tuple[float, int] | None = None
     freed_s: float | None = None
-    for at_s, stake in ((moment.at_s, stake) for moment in moments for stake in moment.jobs if stake.job == job):
+    for at_s, stake in way:
         if began is None and stake.share != stake.held:
             began, freed_s = (at_s, stake.held), None
         if began is None:
