@@ -52,16 +52,16 @@ GROWTH_LIMIT = 0.02
 BUDGET = Budget(training_floor_slots=8, headroom_slots=64)
 COLUMNS = {
     "Nodes": "{nodes}",
-    "Tide ms": "{tide_p50_ms} / {tide_p99_ms} / {tide_max_ms}",
-    "Board ms": "{board_p50_ms} / {board_p99_ms}",
-    "Control ms": "{announce_p50_ms} / {announce_p99_ms} / {announce_max_ms}",
-    "Table ms": "{table_p50_ms} / {table_p99_ms} / {table_max_ms}",
-    "Choice µs": "{choice_p50_us} / {choice_p99_us}",
+    "Tide ms": "{tide_p50_ms}/{tide_p99_ms}/{tide_max_ms}",
+    "Board ms": "{board_p50_ms}/{board_p99_ms}",
+    "Control ms": "{announce_p50_ms}/{announce_p99_ms}/{announce_max_ms}",
+    "Table ms": "{table_p50_ms}/{table_p99_ms}/{table_max_ms}",
+    "Choice µs": "{choice_p50_us}/{choice_p99_us}",
     "All ms": "{whole_p50_ms}",
     "GC ms": "{collect_p50_ms}",
     "Tide MB": "{tide_mb}",
     "Table MB": "{table_mb}",
-    "Tick MB": "{tick_tide_mb} / {tick_table_mb}",
+    "Tick MB": "{tick_tide_mb}/{tick_table_mb}",
 }
 TICKS = {"tide": "the tide", "board": "its metrics", "announce": "control's word to the gateways", "table": "a gateway's table"}
 CAPTION = (
