@@ -252,7 +252,7 @@ def test_a_killed_driver_frees_its_slots_and_the_run_can_be_resumed(pool: Runnin
     began = int(re.findall(r"from step (\d+)", again.text)[0])
     print(f"killed at step {reached}, resumed from step {began}")
     assert 0 < began <= reached + 20
-    made = json.loads(again.text.rpartition("result ")[2])
+    made = json.loads(again.text.rpartition("result ")[2].splitlines()[0])
     assert pool.registry.manifest(VersionId.parse(made["version"])).lineage.metrics["eval_loss"] < 1
     assert pool.registry.store.children(f"runs/{name}") == []
 

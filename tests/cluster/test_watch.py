@@ -24,6 +24,11 @@ def environment(pool: Running) -> dict[str, str]:
     return {**os.environ, "SPRINGTIDE_HOME": str(pool.config.home), "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40"}
 
 
+def heed() -> None:
+    """In the command: Ctrl-C counts, also where whoever started the tests put them into the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def read(terminal: int, until: str, timeout_s: float) -> str:
     """What arrives until ``until`` has, or the other side has closed."""
     text, ends_s = b"", time.monotonic() + timeout_s
@@ -50,7 +55,9 @@ def test_the_tide_is_told_to_whoever_has_the_token(pool: Running) -> None:
 
 def test_watching_into_a_file_writes_lines_and_ends_on_an_interrupt(pool: Running) -> None:
     pipe = subprocess.PIPE
-    with subprocess.Popen(LINE, env=environment(pool), cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as watching:
+    with subprocess.Popen(
+        LINE, preexec_fn=heed, env=environment(pool), cwd=ROOT, stdout=pipe, stderr=pipe, text=True
+    ) as watching:
         assert watching.stdout is not None
         first = watching.stdout.readline()
         time.sleep(3)
@@ -62,7 +69,9 @@ def test_watching_into_a_file_writes_lines_and_ends_on_an_interrupt(pool: Runnin
 
 def test_watching_in_a_terminal_draws_and_gives_the_screen_back(pool: Running) -> None:
     ours, theirs = pty.openpty()
-    watching = subprocess.Popen(LINE, env=environment(pool), cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    watching = subprocess.Popen(
+        LINE, preexec_fn=heed, env=environment(pool), cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     try:
         drawn = read(ours, "now", 60)
