@@ -149,12 +149,12 @@ def shared_memory(config: Config, size_bytes: int) -> Finding:
 
 
 def slots(config: Config) -> Finding:
-    """Serving at rest and one training run must fit side by side, or the run would wait for ever."""
+    """Serving at rest and the least of one training run must fit side by side, or the run would wait for ever."""
     serving = config.fleet.min_replicas * config.fleet.tensor_parallel_size
-    training = config.training.workers * config.training.slots_per_worker
+    training = config.training.min_workers * config.training.slots_per_worker
     words = f"{config.pool.slots}: serving takes {serving}, training {training}"
     if config.pool.slots >= serving + training:
         return Finding(True, "slots", words)
     return Finding(
-        False, "slots", f"{words}. Set pool.slots={serving + training}, or lower fleet.min_replicas or training.workers."
+        False, "slots", f"{words}. Set pool.slots={serving + training}, or lower fleet.min_replicas or training.min_workers."
     )

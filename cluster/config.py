@@ -186,6 +186,12 @@ class Training(Section):
     """At most how often a job prints its progress; 0 prints every step."""
     budget: Budget = Budget()
 
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is above workers {self.workers}; lower it")
+        return self
+
 
 class Config(Section):
     store: str = ""

@@ -210,10 +210,13 @@ def _wait_for_model(model: str, container: Document) -> Document:
 
 
 def _workers(config: Config) -> Document:
-    """One group of equal pods, each large enough for a replica; at most as many as serving and training need together."""
+    """One group of equal pods, each large enough for a replica; at most as many as one budget needs, where what one of serving and training
+    has at its most leaves the other its least."""
     fleet, training = config.fleet, config.training
     slots = max(fleet.tensor_parallel_size, training.slots_per_worker)
-    most_slots = fleet.max_replicas * fleet.tensor_parallel_size + training.workers * training.slots_per_worker
+    serving = [replicas * fleet.tensor_parallel_size for replicas in (fleet.min_replicas, fleet.max_replicas)]
+    learning = [workers * training.slots_per_worker for workers in (training.min_workers, training.workers)]
+    most_slots = max(serving[1] + learning[0], serving[0] + learning[1])
     cpus = slots * max(CPUS_PER_SLOT, training.threads_per_worker)
     resources = {"cpu": str(cpus), "memory": f"{slots * GIB_PER_SLOT[fleet.accelerator]}Gi"}
     if fleet.accelerator == "gpu":

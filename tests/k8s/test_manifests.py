@@ -155,4 +155,4 @@ def test_workers_hold_one_gpu_per_slot_and_are_bounded_by_what_both_sides_need()
     group = BASE["rayservice.yaml"]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
     resources = group["template"]["spec"]["containers"][0]["resources"]
     assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == str(GPU.fleet.tensor_parallel_size)
-    assert (group["minReplicas"], group["maxReplicas"]) == (1, 4)  # one replica at rest; three replicas and two trainers at most
+    assert (group["minReplicas"], group["maxReplicas"]) == (1, 4)  # one replica at rest; one replica beside six trainers at most

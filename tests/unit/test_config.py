@@ -30,6 +30,7 @@ def test_an_unknown_key_is_an_error_that_names_it(layer: str, tmp_path: Path, mo
     ("values", "why"),
     [
         ({"fleet": {"min_replicas": 3, "max_replicas": 2}}, "below min_replicas"),
+        ({"training": {"min_workers": 3, "workers": 2}}, "min_workers 3 is above workers 2"),
         ({"fleet": {"max_loras": 32, "max_cpu_loras": 16}}, "max_cpu_loras"),
         ({"fleet": {"model": "../etc"}}, "not a model name"),
         ({"gateway": {"hold_timeout_s": 10}}, "must be longer than fleet.swap_drain_s"),
