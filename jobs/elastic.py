@@ -99,18 +99,18 @@ def resumed(store: Store, name: str, of: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def result(config: Config, run: str, scratch: Path) -> Any:
-    """A folder with the run's files; afterwards nothing is left of the run."""
+    """A folder with the run's files. Nothing is left of the run afterwards, unless they could not be used: then it can be resumed."""
     store = Store(config.store)
     prefix = f"runs/{run}/{RESULT}"
-    try:
-        if store.local_root:
-            yield store.local_root / prefix
-            return
+    if store.local_root is None:
         for name in store.children(prefix):
             store.download(f"{prefix}/{name}", scratch / name)
-        yield scratch
-    finally:
-        store.remove(f"runs/{run}")
+    try:
+        yield store.local_root / prefix if store.local_root else scratch
+    except BaseException:
+        print(f"what was learnt is kept: --resume {run}", flush=True)
+        raise
+    store.remove(f"runs/{run}")
 
 
 # what is done next: pure
@@ -262,7 +262,8 @@ class Run:
             seat.where, seat.phase = said, "ready"
             return
         self.ended = said if said.ended else self.ended
-        self.lost, self.begun = self.lost + max(0, self.begun - said.first), 0  # each formation's loss counts once
+        if said.first >= 0:
+            self.lost, self.begun = self.lost + max(0, self.begun - said.first), 0  # each formation's loss counts once
         self.failures = 0 if said.step > self.step else self.failures
         self.step = max(self.step, said.step)
         if said.broken and self.broken_s is None:
