@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from cluster import config as configuration
-from cluster import control, pool
+from cluster import control, pool, show
 from cluster.arbiter import Job as Asking
 from cluster.config import Config
 from cluster.tide import Claim
@@ -106,7 +106,7 @@ def claimed(slots: int) -> Iterator[None]:
 def compare(whole: str, elastic: str) -> dict[str, Any]:
     """Losses step by step, and the figures of both runs' ends."""
     one, other = jobs.losses(whole), jobs.losses(elastic)
-    ends = [json.loads(log.rpartition("result ")[2].splitlines()[0]) for log in (whole, elastic)]
+    ends = [show.result(log) for log in (whole, elastic)]
     differences = [abs(one[step] - other[step]) for step in sorted(one.keys() & other.keys())]
     return {
         "steps": [max(one), max(other)],

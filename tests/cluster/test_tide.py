@@ -3,7 +3,6 @@
 Every test ends with the same audit of what control recorded: no slot ever had two owners, and none is lost for ever.
 """
 
-import json
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import admin, graph
+from cluster import admin, graph, show
 from cluster.errors import SpringtideError
 from cluster.handover import Handover, Moment, Stake, crowded, handovers, parse
 from cluster.types import VersionId
@@ -252,7 +251,7 @@ def test_a_killed_driver_frees_its_slots_and_the_run_can_be_resumed(pool: Runnin
     began = int(re.findall(r"from step (\d+)", again.text)[0])
     print(f"killed at step {reached}, resumed from step {began}")
     assert 0 < began <= reached + 20
-    made = json.loads(again.text.rpartition("result ")[2].splitlines()[0])
+    made = show.result(again.text)
     assert pool.registry.manifest(VersionId.parse(made["version"])).lineage.metrics["eval_loss"] < 1
     assert pool.registry.store.children(f"runs/{name}") == []
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from cluster import submit
+from cluster import show, submit
 from cluster.types import Manifest, VersionId
 from jobs.data import convert, read
 from tests.cluster.test_api import exposed
@@ -39,7 +39,7 @@ def finish(pool: Running, job: str) -> Trained:
     log = ""
     for _, log in submit.watch(pool.config, job):  # noqa: B007 (the last one is wanted)
         pass
-    result = json.loads(log.rpartition("result ")[2])
+    result = show.result(log)
     manifest = pool.registry.manifest(VersionId.parse(result["version"]))
     assert manifest.lineage.job == job
     assert result["eval_loss"] == manifest.lineage.metrics["eval_loss"]
