@@ -87,7 +87,10 @@ def code_revision() -> str:
 
 
 def print_result(manifest: Manifest, stage: str | None) -> None:
-    """One line ``result {…}``, the last of its kind: one JSON object that says what came out of it. ``stage``: of its rollout, None where it is not published."""
+    """One line ``result {…}``, the last of its kind: a JSON object that says what came out of the run.
+
+    ``stage``: of its rollout, None where it is not published.
+    """
     shown = {key: manifest.lineage.metrics.get(key) for key in ("eval_loss_before", "eval_loss", "exact_match")}
     print("result", json.dumps({"version": str(manifest.id), "kind": manifest.kind, **shown, "stage": stage}))
 
