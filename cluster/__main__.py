@@ -119,7 +119,7 @@ def train(
     """Fine-tune on the pool, as `ray job submit -- python -m jobs.finetune` does.
 
     Further options go to the job: --base NAME[@N], --name NAME, --epochs N, --full (all weights instead of an adapter), --recipe FILE,
-    --set KEY=VALUE, --eval-data FILE, --priority N, --publish. `python -m jobs.finetune --help` explains them.
+    --set KEY=VALUE, --eval-data FILE, --priority N, --resume RUN, --publish. `python -m jobs.finetune --help` explains them.
     """
     from cluster import submit
 

@@ -31,7 +31,8 @@ class Budget(Durable):
     """Kept for serving whatever it asks for; `fleet.min_replicas` is a floor too."""
     serving_ceiling_slots: int | None = Field(default=None, ge=0)
     training_floor_slots: int = Field(default=0, ge=0)
-    """Kept from serving while there are jobs."""
+    """Kept from serving while there are jobs. Like the ceilings it says what jobs may have; how many replicas Serve starts is bounded by
+    `fleet.max_replicas`."""
     training_ceiling_slots: int | None = Field(default=None, ge=0)
     cool_down_s: float = Field(default=60, ge=0)
     """How long serving keeps slots that its load no longer asks for."""

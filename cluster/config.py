@@ -55,7 +55,7 @@ class Gateway(Section):
     cold_start_timeout_s: float = Field(default=120, gt=0)
     """How long a request may wait where no replica runs at all and one is being started."""
     max_held: int = Field(default=256, ge=0)
-    """Requests that one gateway keeps waiting at a time; the next one is told to come back later."""
+    """Requests that one gateway keeps waiting while no replica runs; the next one is told to come back later."""
     first_byte_timeout_s: float = Field(default=300, gt=0)
     """How long a request may wait for a replica's first byte before the client gets an error."""
 

@@ -37,6 +37,7 @@ TICK_S = 0.5
 TURN_S = 0.3
 ABORT_TIMEOUT_S = 30
 START_TIMEOUT_S = 60
+ASLEEP = "No replica runs, and none is being started."
 STAGE_S = 600
 """How long what a starting replica said about itself is repeated."""
 ANSWER_S = 5
@@ -98,6 +99,7 @@ class Control:
         if self.registry.store.url != Store(self.config.store).url:
             self.registry = Registry(Store(self.config.store))
         self.state.config, self.state.registry = self.config, self.registry
+        self.tide.budget, self.tide.deadline_s = self.config.training.budget, self.config.training.yield_deadline_s
 
     def status(self) -> dict[str, Any]:
         """What `springtide status` prints: ``{"slots", "aliases", "replicas", "rollouts"}``, without the replicas' secrets."""
@@ -174,7 +176,7 @@ class Control:
 
     def starting(self, replica: str, stage: str) -> None:
         """Told by a replica on its way."""
-        self.stages[replica] = (stage, time.time())
+        self.stages = {**self.stages, replica: (stage, time.time())}
 
     def leaving(self, replica: str) -> None:
         """Told by a replica that ends, so that gateways know at once."""
@@ -195,7 +197,7 @@ class Control:
             stage, since_s = max(told.values(), key=lambda one: one[1])
             return f"A replica {stage}, since {time.time() - since_s:.0f} s."
         if not self.serving.starting:
-            return "No replica runs."
+            return ASLEEP
         holders = [job for job, slots in self.tide.past.shares if job != SERVING and slots]
         return f"A replica waits for a slot or its process{f'; {holders[0]} trains' if holders else ''}."
 
@@ -307,10 +309,10 @@ class Control:
     def _turn(self) -> None:
         while True:
             try:
-                there, now = int(slots()["total"]), served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
+                there, now = slots(), served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
                 self.serving = now
                 with self.turning:
-                    lease = self.tide.turn(there, now.held, now.wanted, time.time())
+                    lease = self.tide.turn(int(there["total"]), now.held, now.wanted, time.time(), int(there["free"]))
                 metrics.publish(self.board, self.tide.moments, self.tide.turns)
                 self.lease.hold(lease)
             except Exception:

@@ -2,9 +2,9 @@
 
 An elastic run of Ray Train is as large as Ray's AutoscalingCoordinator reserves for it. The coordinator divides the nodes' *totals* among
 those who ask it, and Serve does not: so a run takes slots into account on which replicas run already, and waits for ever to start there.
-So somebody has to ask in serving's name, above every run's priority
-(``ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py`` in 2.60). Control will; nothing
-calls this yet.
+So control asks in serving's name, above every run's priority
+(``ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py`` in 2.60). Our own jobs take what `cluster.tide` gives them; the
+lease is for those that others start on the pool.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

@@ -201,7 +201,10 @@ class Reconciler:
         """The weights that the fleet hosts. Raises `NoReplica` while nothing runs."""
         replicas = self.replicas.states or self.replicas.observe()
         if not replicas:
-            raise NoReplica("No replica is running yet.", "Wait until `springtide status` shows one, then publish again.")
+            raise NoReplica(
+                "No replica is running yet.",
+                "Wait until `springtide status` shows one, then publish again; a request wakes a fleet that sleeps.",
+            )
         live = self.registry.alias(self.config.fleet.model)
         return self.weights(live.stable) if live else VersionId.parse(replicas[0].base)
 

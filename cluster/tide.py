@@ -1,4 +1,4 @@
-"""The tide: what each job may have of the pool's slots now, and what serving keeps. Pure: the time is passed in. Nothing calls it yet.
+"""The tide: what each job may have of the pool's slots now, and what serving keeps. Owned by control, which passes the time in.
 
 Jobs claim, serving's replicas are counted, `cluster.arbiter` divides, and who has more than its share is asked to yield. A job never
 gets more than is free: what it is promised beyond that comes when who holds it has given it back, so no slot has two owners.
@@ -72,9 +72,9 @@ class Tide:
         self.claims.pop(job, None)
         self.shares.pop(job, None)
 
-    def turn(self, slots: int, held: int, wanted: int, now_s: float) -> int:
+    def turn(self, slots: int, held: int, wanted: int, now_s: float, free: int | None = None) -> int:
         """Decide anew; the slots that serving should hold. ``held``: by replicas, those that end still included. ``wanted``: for all that
-        Serve has and wants."""
+        Serve has and wants. ``free``: what nobody holds, as Ray counts: others may be on the pool that claim nothing."""
         if now_s - self.began_s < LEARN_S:
             self._record(slots, held, wanted, now_s)
             return wanted
@@ -83,8 +83,8 @@ class Tide:
         decision = decide(self.budget, Demand(slots, wanted, jobs), self.past, now_s)
         self._note(decision, now_s)
         self.past = decision.past
-        free = slots - held - sum(claim.held for claim, _ in self.claims.values())
-        self.shares = self._promise(decision, max(0, free))
+        unheld = slots - held - sum(claim.held for claim, _ in self.claims.values())
+        self.shares = self._promise(decision, max(0, unheld if free is None else min(unheld, free)))
         self._record(slots, held, wanted, now_s)
         return decision.shares[SERVING]
 

@@ -67,4 +67,7 @@ class LoadPolicy:
         loads = [Load(*(metrics.get(name, {}).get(replica, 0.0) for name in Load._fields)) for replica in replicas]
         wanted = replicas_for(loads, self.target._replace(running=context.config.target_ongoing_requests))
         silent = context.current_num_replicas - len(loads)  # too busy to say how busy it is, or just started
-        return max(wanted, context.target_num_replicas) if silent > 0 else wanted, {}
+        if silent > 0:
+            return max(wanted, context.target_num_replicas), {}
+        only_one_on_its_way = context.current_num_replicas == 0 and context.target_num_replicas > 0
+        return max(wanted, 1) if only_one_on_its_way else wanted, {}

@@ -185,7 +185,10 @@ class Application:
     async def _health(self, send: Send, replicas: int) -> None:
         if replicas:
             return await send_json(send, 200, {"status": "ok", "replicas": replicas})
-        await send_json(send, 503, {"status": "starting", "replicas": 0, "stage": await self.gateway.stage()})
+        stage = await self.gateway.stage()
+        asleep = stage == control.ASLEEP  # a balancer must not keep the request away that would wake the fleet
+        document = {"status": "asleep" if asleep else "starting", "replicas": 0, "stage": stage}
+        await send_json(send, 200 if asleep else 503, document)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load, save_file
 
-from cluster.errors import SpringtideError
 from cluster.store import Store, sha256
 
 KEPT = 2
@@ -41,15 +40,16 @@ class Checkpoints:
     def write(self, snapshot: Snapshot) -> None:
         """Raises `StoreUnavailable` where the store fails, and then what was there before is still there."""
         folder = f"{self.root}/{snapshot.step:012d}"
-        if self.store.get(f"{folder}/{MANIFEST}"):
+        if self._read(folder):
             return
+        self.store.remove(folder)
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / FILE
             save_file(dict(snapshot.tensors), file)
             self.store.upload(f"{folder}/{FILE}", file)
             manifest = {"step": snapshot.step, "sha256": sha256(file), "meta": dict(snapshot.meta)}
         self.store.put_new(f"{folder}/{MANIFEST}", json.dumps(manifest).encode())
-        for old in self.steps()[:-KEPT]:
+        for old in self._spare():
             self.store.remove(f"{self.root}/{old:012d}")
 
     def newest(self) -> Snapshot | None:
@@ -63,6 +63,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         return [int(name) for name in self.store.children(self.root) if name.isdigit()]
+
+    def _spare(self) -> list[int]:
+        """What is older than the newest few that were written to their end."""
+        ended = [step for step in self.steps() if self.store.get(f"{self.root}/{step:012d}/{MANIFEST}")]
+        return [step for step in self.steps() if ended and step < ended[-KEPT:][0]]
 
     def remove(self) -> None:
         self.store.remove(self.root)
@@ -113,7 +118,7 @@ class Writer:
                 self.checkpoints.write(snapshot)
                 self.written = snapshot.step
                 print(f"checkpoint step={snapshot.step} seconds={time.monotonic() - began_s:.2f}", flush=True)
-            except (SpringtideError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 (this thread must live: the next one may succeed)
                 print(f"checkpoint step={snapshot.step} could not be written, the one before stays: {error}", flush=True)
             with self.changed:
                 self.tried = snapshot.step

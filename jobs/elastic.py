@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster import control
 from cluster.arbiter import Job
@@ -38,6 +38,11 @@ LOST_S = 30
 LEFT_S = 10
 """How long members may take to notice that one of them is gone."""
 ABOUT = "about.json"
+KEEP_S = 5
+LOAD_S = 900
+"""How long a member may take to load everything; a large model from a remote store takes its time."""
+JOIN_S = 30
+"""How long those who are ready wait for others who load, before they are taken in without them."""
 MOST_FAILURES = 3
 """Without a step in between."""
 
@@ -64,12 +69,12 @@ def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[s
             run.turn(time.monotonic())
             time.sleep(TURN_S)
         return Ended(name, {**run.ended.metrics, "steps_lost": float(run.lost)})
-    except JobFailed as error:
-        error.do = f"Mend what the log says, then go on from its newest checkpoint with --resume {name}."
-        raise
-    except BaseException:
+    except (SystemExit, KeyboardInterrupt):  # cancelled
         run.dismiss(list(run.seats))
         Checkpoints(Store(config.store), name).remove()
+        raise
+    except JobFailed as error:
+        error.do = f"Mend what the log says, then go on from its newest checkpoint with --resume {name}."
         raise
     finally:
         run.dismiss(list(run.seats))
@@ -91,9 +96,9 @@ def resumed(store: Store, name: str, of: dict[str, Any]) -> str:
         raise BadRequest(f"There is no run {name}.", "One that ended, or was cancelled, leaves nothing to go on from.", "resume")
     before, now = json.loads(about), json.loads(json.dumps(of))
     if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-        raise BadRequest(
-            f"The run {name} was begun with another {', '.join(other)}.", "Give it what it was begun with.", "resume"
-        )
+        was = "; ".join(f"{key} {before.get(key)}" for key in other)
+        words = f"The run {name} was begun with another {', '.join(other)}."
+        raise BadRequest(words, f"Give it what it was begun with: {was}.", "resume")
     return name
 
 
@@ -127,6 +132,8 @@ class Now(NamedTuple):
     preparing: int
     """Load what they need."""
     least: int = 1
+    awaited: int | None = None
+    """Of those who load, those that are worth waiting for; all by default."""
 
 
 class Next(NamedTuple):
@@ -149,7 +156,7 @@ def decide(now: Now) -> Next:
     """
     idle = now.ready + now.preparing
     dismissed = min(idle, max(0, now.learning + idle - now.wanted))
-    preparing = max(0, now.preparing - dismissed)
+    preparing = max(0, (now.preparing if now.awaited is None else now.awaited) - dismissed)
     ready = now.ready - max(0, dismissed - now.preparing)
     return Next(
         start=max(0, now.wanted - now.learning - idle),
@@ -207,7 +214,8 @@ class Run:
         self._hear(now_s)
         wanted = self.claiming.wanted(self.held) // self.per_worker
         learning, ready, preparing = (len(self._in(phase)) for phase in ("learning", "ready", "preparing"))
-        do = decide(Now(wanted, learning, ready, preparing, self.config.training.min_workers))
+        awaited = sum(now_s - seat.heard_s < JOIN_S for seat in self._in("preparing"))
+        do = decide(Now(wanted, learning, ready, preparing, self.config.training.min_workers, awaited))
         if do.dismiss:
             idle = [*self._in("ready"), *self._in("preparing")]
             self._leave(idle[-do.dismiss :])
@@ -243,13 +251,13 @@ class Run:
                     self._heard(seat, ray.get(seat.call), now_s)
                 if ray.wait([seat.alive], timeout=0)[0]:
                     if isinstance(step := ray.get(seat.alive), int):
-                        self.step = max(self.step, step)
+                        self._reached(step)
                     if now_s - seat.heard_s > ASK_ALIVE_S or seat.phase == "preparing":
                         seat.alive, seat.heard_s = seat.actor.step.remote(), now_s
             except RayTaskError as error:  # the work cannot even be loaded
                 self._lost([seat], f"{error.cause or error}", now_s)
-            except RayActorError as error:
-                self._lost([seat], str(error).splitlines()[0], now_s)
+            except RayError as error:  # it died, or Ray could not start it, or had to end it
+                self._lost([seat], f"{type(error).__name__}: {str(error).splitlines()[0]}", now_s)
         learning = self._in("learning")
         if not any(seat.call for seat in learning):  # the next formation begins when everybody is out of this one
             self.broken_s = None
@@ -264,11 +272,14 @@ class Run:
         self.ended = said if said.ended else self.ended
         if said.first >= 0:
             self.lost, self.begun = self.lost + max(0, self.begun - said.first), 0  # each formation's loss counts once
-        self.failures = 0 if said.step > self.step else self.failures
-        self.step = max(self.step, said.step)
+        self._reached(said.step)
         if said.broken and self.broken_s is None:
             self._failed(said.broken)
             self.broken_s = now_s
+
+    def _reached(self, step: int) -> None:
+        if step > self.step:
+            self.step, self.failures = step, 0
 
     def _lost(self, seats: list[Seat], why: str, now_s: float) -> None:
         if not seats:
@@ -293,7 +304,7 @@ class Run:
         hosts = {seat.where.host for seat in seats if seat.where}
         try:
             meeting: Any = ray.get(seats[0].actor.meeting.remote(len(hosts) == 1), timeout=LOST_S)
-        except (RayActorError, GetTimeoutError) as error:
+        except RayError as error:
             return self._lost(seats[:1], str(error), time.monotonic())
         self.formation, self.begun = self.formation + 1, self.step
         for rank, seat in enumerate(seats):
@@ -303,10 +314,25 @@ class Run:
     def _leave(self, seats: list[Seat]) -> None:
         """In order: where nobody would be left who has what was learnt, it is kept in the store first."""
         loaded = [seat for seat in self.seats if seat.where]
-        if self.formation and loaded and all(seat in seats for seat in loaded):
-            with contextlib.suppress(RayError):
-                ray.get(loaded[0].actor.settle.remote(), timeout=self.config.training.yield_deadline_s)
+        if loaded and all(seat in seats for seat in loaded):
+            self._keep(loaded, self.config.training.yield_deadline_s)
         self.dismiss(seats)
+
+    def _keep(self, seats: list[Seat], within_s: float) -> None:
+        """Have the newest state of these written to the store, tried again while there is time."""
+        deadline_s = time.monotonic() + within_s
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            try:
+                steps: dict[Seat, Any] = {seat: ray.get(seat.actor.step.remote(), timeout=left_s) for seat in seats}
+                newest = max(steps, key=lambda seat: steps[seat])
+                kept: Any = ray.get(newest.actor.keep.remote(), timeout=left_s)
+                if kept >= steps[newest]:
+                    return
+            except RayError as error:
+                print(f"the state could not be kept: {error}", flush=True)
+                return
+            time.sleep(TURN_S)
+        print(f"the state could not be kept within {within_s:.0f} s", flush=True)
 
     def dismiss(self, seats: list[Seat]) -> None:
         """End members. Their slots are free when Ray has seen the processes end, within some hundredths of a second."""
@@ -320,7 +346,10 @@ class Run:
         self.yielding_s = (self.yielding_s or now_s) if len(learning) > wanted else None
         if hung := [seat for seat in self.seats if now_s - seat.heard_s > LOST_S and seat.where]:
             self._lost(hung, f"no answer for {LOST_S} s", now_s)
+        elif late := [seat for seat in self.seats if not seat.where and now_s - seat.heard_s > LOAD_S]:
+            self._lost(late, f"not ready after {LOAD_S} s", now_s)
         elif self.broken_s is not None and now_s - self.broken_s > LEFT_S:
+            self._keep(learning, KEEP_S)  # they stand within a collective, and their state is whole
             self._lost(learning, "they did not notice that another was gone", now_s)
         elif self.yielding_s is not None and now_s - self.yielding_s > deadline_s:
             self._lost(learning, f"they did not give their slots back within {deadline_s:.0f} s", now_s)

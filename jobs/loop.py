@@ -34,7 +34,7 @@ def connect() -> None:
 
 
 def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], verb: str) -> Result:
-    """Run ``loop(settings)`` on `training.workers` workers, each holding its slots."""
+    """Run ``loop(settings)`` on `training.min_workers` workers, each holding its slots."""
     gpu = config.fleet.accelerator == "gpu"
     # Else print() on a worker becomes a log record, and dill, which captures what `dis` prints, writes bytecode into our log.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
@@ -49,7 +49,7 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[s
         train_loop_config=settings,
         torch_config=Meeting(),
         scaling_config=ScalingConfig(
-            num_workers=config.training.workers,
+            num_workers=config.training.min_workers,
             use_gpu=gpu,
             # Slots are what is arbitrated. Ray would also ask for a CPU per worker and leave none for serving on a small machine.
             resources_per_worker={"GPU" if gpu else "slot": config.training.slots_per_worker, "CPU": 0},

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from cluster import priority
+from cluster.pool import LOOPBACK
 from cluster.store import Store
 from jobs.checkpoints import Checkpoints, Snapshot, Writer
 from jobs.plan import Plan
@@ -109,8 +110,11 @@ class Member:
 
     def prepare(self) -> Where:
         """Load everything; the first call, and the longest."""
+        host = ray.util.get_node_ip_address()
+        if host == LOOPBACK:  # a pool of this machine alone: nothing of it listens to others
+            os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         self.work = self.make(self.settings)
-        return Where(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id(), os.getpid())
+        return Where(host, ray.get_runtime_context().get_node_id(), os.getpid())
 
     def meeting(self, alone: bool) -> str:
         """A place where the next formation can meet; ``alone`` where all are on this machine, which then needs no port."""
@@ -128,8 +132,10 @@ class Member:
         """How far it is; whoever cannot answer this is gone."""
         return self.state.step
 
-    def settle(self) -> int:
-        """Wait until the state is kept in the store; the step that is."""
+    def keep(self) -> int:
+        """See to it that the state is kept in the store; the newest step that is. Not while an optimizer's step may be under way."""
+        if self.state.step > max(0, self.writer.written):
+            self.writer.give(self._snapshot())
         return self.writer.settle()
 
     def learn(self, formation: Formation) -> Outcome:
@@ -159,12 +165,21 @@ class Member:
             return
         shared: list[Any] = [self.state]
         dist.broadcast_object_list(shared, first)
-        self.state = shared[0]
-        if self.state.step < 0:
+        if shared[0].step < 0:
             self.state = State(0, before=self.work.measure(formation.rank, formation.world))
-            return
-        for tensor in self._tensors().values():
-            dist.broadcast(tensor, first)
+        else:
+            self._take_over(shared[0], first, formation.rank)
+
+    def _take_over(self, state: State, first: int, rank: int) -> None:
+        """Everybody's tensors become those of the ``first``."""
+        try:
+            for tensor in self._tensors(state.step).values():
+                dist.broadcast(tensor, first)
+        except RuntimeError:
+            if rank != first:
+                os._exit(1)  # what is in memory here is neither the one state nor the other, and must never count as either
+            raise
+        self.state = state
 
     def _train(self, formation: Formation) -> bool:
         """Steps until the run's end, or until somebody was told to stop. Whether it is the end."""
@@ -212,30 +227,32 @@ class Member:
 
     # the state as tensors
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
+    def _tensors(self, step: int) -> dict[str, torch.Tensor]:
         """What a run's state consists of, in place. AdamW's moments are made where there are none yet."""
         named: dict[str, torch.Tensor] = {}
         for number, parameter in enumerate(self.work.trained):
             moments = self.work.optimizer.state[parameter]
             if not moments:
                 moments |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            moments["step"] = torch.tensor(float(self.step()))
+            moments["step"] = torch.tensor(float(step))
             named |= {f"{number}": parameter.data, f"{number}.exp_avg": moments["exp_avg"]}
             named[f"{number}.exp_avg_sq"] = moments["exp_avg_sq"]
         return named
 
     def _snapshot(self) -> Snapshot:
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._tensors().items()}
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self._tensors(self.state.step).items()
+        }
         return Snapshot(self.state.step, self.state._asdict(), tensors)
 
     def _restore(self) -> None:
         newest = self.checkpoints.newest()
         if newest is None:
             return
-        self.state = State(**newest.meta)
         with torch.no_grad():
-            for name, tensor in self._tensors().items():
+            for name, tensor in self._tensors(newest.step).items():
                 tensor.copy_(newest.tensors[name])
+        self.state = State(**newest.meta)
         print(f"going on from the checkpoint of step {self.state.step}", flush=True)
 
 
@@ -259,8 +276,6 @@ def update(work: Work, step: int, batch: list[int], rank: int, world: int, stop:
 @contextlib.contextmanager
 def together(formation: Formation, cuda: bool) -> Any:
     """A process group for one formation."""
-    if formation.meeting.startswith("file:"):
-        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         init_method=formation.meeting,

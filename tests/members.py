@@ -58,7 +58,7 @@ def live(pipe: Connection, settings: dict[str, Any], store: str) -> None:
         if what == "learn":
             threading.Thread(target=learn, args=arguments).start()
         elif what == "settle":
-            pipe.send(member.settle())
+            pipe.send(member.keep())
         else:
             member.stop(*arguments)
 

@@ -56,26 +56,33 @@ class Inference:
         body = parse(await read(scope, receive, self.limits.max_body_bytes))
         check_choices(body, self.limits.max_choices)
         model, session = model_name(body), session_of(scope["headers"], body)
-        began_s = time.monotonic()
+        began_s, patience_s = time.monotonic(), self.limits.hold_timeout_s
+        meant: tuple[VersionId, Generation | None] | None = None
         while True:
-            version, move = await self.router.resolve(model, session)
-            call = Call(version, self.path, dump({**body, "model": str(version)}), request_id(scope["headers"]))
             try:
+                version, move = meant = await self.router.resolve(model, session)
+                call = Call(version, self.path, dump({**body, "model": str(version)}), request_id(scope["headers"]))
                 return await self._forward(call, body, move, send)
             except NoReplica as error:
                 # Its holder is taking other weights over, or starting: what comes next may be another version, so ask again what
                 # the model means. Nothing has been sent yet.
-                patience_s = self.limits.cold_start_timeout_s if self.router.wake() else self.limits.hold_timeout_s
+                cold = self.router.wake()
+                patience_s = max(patience_s, self.limits.cold_start_timeout_s if cold else 0)
                 left_s = began_s + patience_s - time.monotonic()
                 if left_s <= 0:
-                    self._note_failure(version, move)
-                    told = NoReplica(f"{error.message} {await self.router.stage()}".strip(), error.do)
-                    return await send_error(send, told, answer_headers(version, move))
-                await self._hold(min(left_s, ASK_AGAIN_S))
+                    return await self._give_up(error, meant, send)
+                await self._hold(min(left_s, ASK_AGAIN_S), limited=cold)
 
-    async def _hold(self, timeout_s: float) -> None:
-        """Wait for another view, as one of few enough."""
-        if self.router.held >= self.limits.max_held:
+    async def _give_up(self, error: NoReplica, meant: tuple[VersionId, Generation | None] | None, send: Send) -> None:
+        told = NoReplica(f"{error.message} {await self.router.stage()}".strip(), error.do)
+        if meant is None:
+            raise told
+        self._note_failure(*meant)
+        await send_error(send, told, answer_headers(*meant))
+
+    async def _hold(self, timeout_s: float, limited: bool) -> None:
+        """Wait for another view; while no replica runs at all, as one of few enough."""
+        if limited and self.router.held >= self.limits.max_held:
             stage = await self.router.stage()
             raise Overloaded(f"{self.router.held} requests wait for a replica already. {stage}".strip(), "Try again later.")
         self.router.held += 1

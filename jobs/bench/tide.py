@@ -50,7 +50,10 @@ FLEET = {
 }
 SPLITS: dict[str, dict[str, Any]] = {
     "static": {"fleet": {"min_replicas": 2, "max_replicas": 2}, "training": {"workers": 2, "min_workers": 2}},
-    "stock_ray": {"fleet": {"min_replicas": 1, "max_replicas": 3}},
+    "stock_ray": {
+        "fleet": {"min_replicas": 1, "max_replicas": 3},
+        "training": {"budget": {"serving_ceiling_slots": 0}},  # no lease
+    },
     "springtide": {"fleet": {"min_replicas": 1, "max_replicas": 3}, "training": {"workers": 3, "min_workers": 1}},
 }
 

@@ -32,7 +32,7 @@ def test_a_fleet_that_nobody_asks_sleeps_and_the_next_request_wakes_it(pool: Run
     try:
         print(f"asleep after {when(lambda: replicas(pool) == 0, 60):.1f} s")
         asleep = httpx.get(f"{pool.url}/health")
-        assert asleep.status_code == 503 and asleep.json()["stage"] == "No replica runs."
+        assert asleep.status_code == 200 and asleep.json()["status"] == "asleep"
         assert [one["id"] for one in httpx.get(f"{pool.url}/v1/models").json()["data"]] == ["seedling"]
         answers: list[httpx.Response] = []
         asking = [threading.Thread(target=lambda: answers.append(ask(pool))) for _ in range(3)]
