@@ -39,6 +39,8 @@ LEFT_S = 10
 """How long members may take to notice that one of them is gone."""
 ABOUT = "about.json"
 KEEP_S = 5
+ENDED_S = 0.7
+"""Within this time Ray has ended a process that was to be killed, whatever it was writing."""
 LOAD_S = 900
 """How long a member may take to load everything; a large model from a remote store takes its time."""
 JOIN_S = 30
@@ -71,6 +73,7 @@ def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[s
         return Ended(name, {**run.ended.metrics, "steps_lost": float(run.lost)})
     except (SystemExit, KeyboardInterrupt):  # cancelled
         run.dismiss(list(run.seats))
+        time.sleep(ENDED_S)
         Checkpoints(Store(config.store), name).remove()
         raise
     except JobFailed as error:
