@@ -329,7 +329,7 @@ class Run:
                 steps: dict[Seat, Any] = {seat: ray.get(seat.actor.step.remote(), timeout=left_s) for seat in seats}
                 newest = max(steps, key=lambda seat: steps[seat])
                 kept: Any = ray.get(newest.actor.keep.remote(), timeout=left_s)
-                if kept >= steps[newest]:
+                if kept >= steps[newest] or steps[newest] == 0:  # before the first step there is nothing to keep
                     return
             except RayError as error:
                 print(f"the state could not be kept: {error}", flush=True)

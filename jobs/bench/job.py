@@ -17,8 +17,6 @@ from cluster.errors import JobFailed
 
 DATA = Path(__file__).parents[1] / "seedling/facts.jsonl"
 STEP = re.compile(r"step=(\d+)/|from step (\d+)|stopped after step (\d+)")
-LOSS = re.compile(r"step=(\d+)/\d+ loss=([\d.]+)")
-SIZE = re.compile(r"training with (\d+) workers from step (\d+)")
 WORKER = re.compile(r"\((?:Member|RayTrainWorker) pid=(\d+)\)")
 
 
@@ -82,13 +80,3 @@ def lost(log: str) -> int:
     1
     """
     return sum(max(0, before - after) for before, after in itertools.pairwise(steps(log)))
-
-
-def losses(log: str) -> dict[int, float]:
-    """Step → loss."""
-    return {int(step): float(loss) for step, loss in LOSS.findall(log)}
-
-
-def sizes(log: str) -> list[tuple[int, int]]:
-    """(step, workers), where each formation began."""
-    return [(int(step), int(workers)) for workers, step in SIZE.findall(log)]
