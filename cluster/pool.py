@@ -36,6 +36,7 @@ SERVING_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # its port is open to all; see deployments/seal.py
+    "RAY_DEDUP_LOGS": "0",  # it would swallow what a job says while its workers come and go: the same words with another number
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }

@@ -4,6 +4,7 @@ On an accelerator's host too an engine's own thread decides when the next step b
 Processes may only lower themselves, so engines stay where they were started and the others step back.
 """
 
+import gc
 import os
 
 CARRYING, TRAINING = 5, 10
@@ -13,3 +14,13 @@ CARRYING, TRAINING = 5, 10
 def step_back(niceness: int) -> None:
     """Lower this process, and those it starts from now on, to ``niceness``, unless it is that low already."""
     os.nice(max(0, niceness - os.nice(0)))
+
+
+def settle() -> None:
+    """Take what a process has loaded out of the collector's sight, once it is ready.
+
+    While anything on the pool waits for a resource, Ray has every process collect its garbage, every 10 s (``local_gc_min_interval_s`` in
+    ``ray_config_def.h``). With vLLM or PyTorch loaded that takes half a second of a core each time, in which nothing is answered.
+    """
+    gc.collect()
+    gc.freeze()
