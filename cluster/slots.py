@@ -18,12 +18,21 @@ def slots() -> dict[str, float]:
 class Served(NamedTuple):
     """Replicas, counted in slots."""
 
-    held: int
-    """Of those that run or end."""
+    running: int
+    ending: int
+    """Serve lists one until it has heard of its end, and one that ends before it had a slot as well."""
     wanted: int
     """Of those that run or should."""
     starting: int = 0
     """Replicas, not slots: those that wait for their place, or are being started."""
+
+    def held(self, used: int, by_jobs: int) -> int:
+        """The slots that replicas hold, given those that Ray says are ``used`` and those that jobs hold.
+
+        >>> Served(running=1, ending=2, wanted=1).held(used=3, by_jobs=1)
+        2
+        """
+        return self.running + min(self.ending, max(0, used - by_jobs - self.running))
 
 
 def served(apps: tuple[str, ...], slots_per_replica: int) -> Served:
@@ -35,7 +44,7 @@ def served(apps: tuple[str, ...], slots_per_replica: int) -> Served:
         for one in deployments
         for state, n in one.replica_states.items()
     ]
-    held = sum(n for state, n in counts if state != "STARTING")
-    wanted = sum(n for state, n in counts if state != "STOPPING")
+    ending = sum(n for state, n in counts if state == "STOPPING")
     starting = sum(n for state, n in counts if state == "STARTING")
-    return Served(held * slots_per_replica, wanted * slots_per_replica, starting)
+    running = sum(n for _, n in counts) - ending - starting
+    return Served(running * slots_per_replica, ending * slots_per_replica, (running + starting) * slots_per_replica, starting)

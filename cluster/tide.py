@@ -72,6 +72,11 @@ class Tide:
         self.claims.pop(job, None)
         self.shares.pop(job, None)
 
+    @property
+    def claimed(self) -> int:
+        """The slots that jobs hold."""
+        return sum(claim.held for claim, _ in self.claims.values())
+
     def turn(self, slots: int, held: int, wanted: int, now_s: float, free: int | None = None) -> int:
         """Decide anew; the slots that serving should hold. ``held``: by replicas, those that end still included. ``wanted``: for all that
         Serve has and wants. ``free``: what nobody holds, as Ray counts: others may be on the pool that claim nothing."""
@@ -83,24 +88,28 @@ class Tide:
         decision = decide(self.budget, Demand(slots, wanted, jobs), self.past, now_s)
         self._note(decision, now_s)
         self.past = decision.past
-        unheld = slots - held - sum(claim.held for claim, _ in self.claims.values())
-        self.shares = self._promise(decision, max(0, unheld if free is None else min(unheld, free)))
+        unheld = slots - held - self.claimed
+        self.shares = self._promise(decision, max(0, unheld), max(0, unheld if free is None else min(unheld, free)))
         self._record(slots, held, wanted, now_s)
         return decision.shares[SERVING]
 
-    def _promise(self, decision: Decision, free: int) -> dict[str, Share]:
-        """Shares, each growing only by what is free now: a slot is given when it has been given back."""
+    def _promise(self, decision: Decision, unheld: int, free: int) -> dict[str, Share]:
+        """Shares, each growing only by what is ``free`` now: a slot is given when it has been given back. What a job was promised and does not
+        say yet that it holds is its own if nobody else says so (``unheld``): it may just have taken it."""
         promised: dict[str, Share] = {}
         for verdict in decision.verdicts:
             if verdict.owner == SERVING:
                 continue
             claim, _ = self.claims[verdict.owner]
-            more = min(free, max(0, verdict.slots - claim.held))
+            before = self.shares.get(verdict.owner)
+            own = min(unheld, max(0, before.slots - claim.held)) if before else 0
+            more = min(max(free, own), max(0, verdict.slots - claim.held))
             more -= more % claim.job.step
             has = min(verdict.slots, claim.held + more)
             if has < claim.job.least:
                 has = 0
-            free -= max(0, has - claim.held)
+            given = max(0, has - claim.held)
+            free, unheld = max(0, free - given), max(0, unheld - given)
             promised[verdict.owner] = Share(has, verdict.reason, self.deadline_s)
         return promised
 

@@ -45,6 +45,18 @@ def test_a_job_grows_only_by_what_has_been_given_back() -> None:
     assert tide.share("a", 1).slots == 3
 
 
+def test_what_a_job_was_promised_stays_its_own_until_it_says_that_it_has_it() -> None:
+    """It takes the slots, Ray counts them as used, and control hears of it a moment later."""
+    tide = started()
+    tide.claim(Claim(job("a"), held=0), 20.0)
+    tide.turn(4, 1, 1, 20.1, free=3)
+    assert tide.share("a", 0).slots == 3
+    tide.turn(4, 1, 1, 20.2, free=0)
+    assert tide.share("a", 0).slots == 3
+    tide.turn(4, 3, 3, 20.3, free=0)
+    assert tide.share("a", 0).slots == 1
+
+
 def test_a_silent_job_is_forgotten_and_the_next_one_gets_its_slots() -> None:
     tide = started()
     tide.claim(Claim(job("a"), held=3), 4.0)
