@@ -91,8 +91,8 @@ def _scaling(config: Config) -> dict[str, Any]:
             "downscale_delay_s": fleet.scale_down_after_s,
             "downscale_to_zero_delay_s": fleet.sleep_after_s,
             "target_ongoing_requests": fleet.target_running,
-            "metrics_interval_s": 1,
-            "look_back_period_s": 2,
+            "metrics_interval_s": 0.5,
+            "look_back_period_s": 1,
             "policy": {
                 "policy_function": "deployments.autoscaling:LoadPolicy",
                 "policy_kwargs": {"kv_use": fleet.target_kv_use, "ttft_s": fleet.target_ttft_s},

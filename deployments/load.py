@@ -2,33 +2,43 @@
 
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 WINDOW_S = 5.0
 """How far back first tokens count."""
+STEPS_S = 2.0
+"""How far back steps count. Requests that began together end together, so a single look may find an overloaded engine without any."""
 KEPT = 1_000
+
+
+class Step(NamedTuple):
+    """What the engine had to do from ``at_s`` on, until the next step."""
+
+    at_s: float
+    running: float
+    waiting: float
+    kv_use: float
 
 
 class EngineLoad:
     """A vLLM stat logger (``vllm.v1.metrics.loggers.StatLoggerBase``): called after every engine step, in the replica's event loop."""
 
     def __init__(self) -> None:
-        self.running = self.waiting = 0
-        self.kv_use = 0.0
+        self.steps: deque[Step] = deque(maxlen=KEPT)
         self.first_tokens: deque[tuple[float, float]] = deque(maxlen=KEPT)
         """(when, seconds that it took)"""
 
     def factory(self, vllm_config: Any, engine_index: int = 0) -> "EngineLoad":
         """For ``AsyncLLM.from_engine_args(stat_loggers=[…])``. A replica has one engine, and another one after that."""
-        self.running = self.waiting = 0
+        self.steps.clear()
         return self
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0) -> None:
-        if scheduler_stats is not None:
-            self.running, self.waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
-            self.kv_use = scheduler_stats.kv_cache_usage
+        now_s = time.monotonic()
+        if (stats := scheduler_stats) is not None:
+            self.steps.append(Step(now_s, stats.num_running_reqs, stats.num_waiting_reqs, stats.kv_cache_usage))
         if iteration_stats is not None and iteration_stats.time_to_first_tokens_iter:
-            now_s = time.monotonic()
             self.first_tokens.extend((now_s, took_s) for took_s in iteration_stats.time_to_first_tokens_iter)
 
     def log(self) -> None: ...
@@ -38,11 +48,26 @@ class EngineLoad:
     def record_sleep_state(self, is_awake: int, level: int) -> None: ...
 
     def stats(self, now_s: float, idle: bool = False) -> dict[str, float]:
-        """What `deployments.autoscaling.Load` consists of. ``idle``: nobody is connected, although the last step may have said otherwise."""
+        """What `deployments.autoscaling.Load` consists of: means over the last `STEPS_S`. ``idle``: nobody has been connected for as long,
+        although the last step may have said otherwise."""
         recent = sorted(took_s for at_s, took_s in self.first_tokens if at_s > now_s - WINDOW_S)
+        steps = () if idle else self.steps
         return {
-            "running": 0.0 if idle else float(self.running),
-            "waiting": 0.0 if idle else float(self.waiting),
-            "kv_use": 0.0 if idle else self.kv_use,
+            "running": mean(steps, "running", now_s),
+            "waiting": mean(steps, "waiting", now_s),
+            "kv_use": mean(steps, "kv_use", now_s),
             "ttft_s": recent[int(0.9 * (len(recent) - 1))] if recent else 0.0,
         }
+
+
+def mean(steps: Collection[Step], field: str, now_s: float) -> float:
+    """Over the last `STEPS_S`, each step counting for as long as it was the last one.
+
+    >>> mean([Step(7.0, 4, 0, 0.1), Step(9.5, 0, 0, 0.0)], "running", now_s=10.0)
+    3.0
+    """
+    began_s = now_s - STEPS_S
+    ends_s = [*(step.at_s for step in steps), now_s][1:]
+    parts = [(max(0.0, end_s - max(step.at_s, began_s)), getattr(step, field)) for step, end_s in zip(steps, ends_s, strict=True)]
+    whole_s = sum(seconds for seconds, _ in parts)
+    return sum(seconds * value for seconds, value in parts) / whole_s if whole_s else 0.0

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.autoscaling import Load, LoadPolicy, Target, replicas_for
-from deployments.load import WINDOW_S, EngineLoad
+from deployments.load import WINDOW_S, EngineLoad, Step
 
 CONFIG = SimpleNamespace(target_ongoing_requests=32)
 LOADS = st.lists(
@@ -62,3 +62,12 @@ def test_first_tokens_count_for_some_seconds_only() -> None:
     assert load.stats(now_s) == {"running": 3.0, "waiting": 1.0, "kv_use": 0.5, "ttft_s": 0.2}
     assert load.stats(now_s + WINDOW_S + 1)["ttft_s"] == 0.0
     assert load.stats(now_s, idle=True)["running"] == 0.0
+
+
+def test_requests_that_end_together_do_not_look_like_an_engine_without_work() -> None:
+    """Twelve streams in step: between one answer and the next nothing runs for a moment, in which somebody looks."""
+    load = EngineLoad()
+    now_s = time.monotonic()
+    for began_s in (now_s - 3, now_s - 2, now_s - 1):
+        load.steps += [Step(began_s, 12, 0, 0.4), Step(began_s + 0.95, 0, 0, 0.0)]
+    assert load.stats(now_s)["running"] > 10
