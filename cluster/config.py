@@ -109,6 +109,11 @@ class Fleet(Section):
     """How long streams may take to end before a swap of weights is given up. With one replica everybody else waits meanwhile."""
     drain_timeout_s: float = Field(default=60, ge=0)
     """How long an ending replica waits for its own streams."""
+    standby: int = Field(default=1, ge=0)
+    """Engines per machine that stay, asleep and without a slot, when their replica ends: the next one is there in seconds. Each keeps its
+    memory on the host; on a GPU its weights move there."""
+    standby_s: float = Field(default=900, ge=0)
+    """How long an engine sleeps before it ends. A machine on which one sleeps is not idle to Ray's autoscaler."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -117,6 +122,11 @@ class Fleet(Section):
         if self.max_cpu_loras < self.max_loras:
             raise ValueError(f"max_cpu_loras {self.max_cpu_loras} is below max_loras {self.max_loras}; raise it")
         return self
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether engines are started so that vLLM can free the accelerator's memory while they sleep."""
+        return self.accelerator == "gpu" and self.standby > 0
 
     def engine_arguments(self) -> dict[str, Any]:
         """Keyword arguments of vLLM's engine. What is None is left to vLLM."""
@@ -132,6 +142,7 @@ class Fleet(Section):
             "max_loras": self.max_loras,
             "max_cpu_loras": self.max_cpu_loras,
             "max_lora_rank": self.max_lora_rank,
+            "enable_sleep_mode": self.sleeps or None,
         }
         return {key: value for key, value in values.items() if value is not None}
 

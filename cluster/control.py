@@ -7,20 +7,19 @@ yet dies with it, and whoever gave it is told.
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
-import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, cast
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from cluster import admission, graph, logs, metrics, rollout
+from cluster import admission, graph, logs, metrics, priority, rollout
 from cluster.arbiter import SERVING
 from cluster.canary import Comparison, Tally
+from cluster.client import ACTOR, ENGINES, NAMESPACE
 from cluster.config import Config, parse
-from cluster.errors import Conflict, ModelNotFound, PoolUnavailable, SpringtideError, VersionRefused
+from cluster.errors import Conflict, ModelNotFound, PoolUnavailable, VersionRefused
 from cluster.gateways import Gateways
 from cluster.lease import Lease
 from cluster.reconcile import Reconciler
@@ -32,15 +31,12 @@ from cluster.store import Store
 from cluster.tide import Claim, Share, Tide
 from cluster.types import Manifest, ReplicaState, VersionId, View, check_name
 
-ACTOR, NAMESPACE = "springtide-control", "springtide"
 TICK_S = 0.5
 TURN_S = 0.3
 ABORT_TIMEOUT_S = 30
-START_TIMEOUT_S = 60
 ASLEEP = "No replica runs, and none is being started."
 STAGE_S = 600
 """How long what a starting replica said about itself is repeated."""
-ANSWER_S = 5
 OPTIONS: dict[str, Any] = {
     "name": ACTOR,
     "namespace": NAMESPACE,
@@ -52,15 +48,6 @@ OPTIONS: dict[str, Any] = {
 }
 
 log = logs.logger(__name__)
-
-
-class Client(Protocol):
-    """What callers outside the actor may ask. `SpringtideError`s arrive as themselves."""
-
-    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout: ...
-    def claim(self, claim: Claim) -> Share: ...
-    def share(self, job: str, held: int) -> Share: ...
-    def leave(self, job: str) -> None: ...
 
 
 class Control:
@@ -78,10 +65,11 @@ class Control:
         self.state = Reconciler(self.config, self.registry, self.replicas, self.gateways)
         self.lease = Lease("GPU" if self.config.fleet.accelerator == "gpu" else "slot")
         self.turning = threading.Lock()
-        self.serving = Served(0, 0)
+        self.serving = Served(0, 0, 0)
         self.stages: dict[str, tuple[str, float]] = {}
         self.tide = Tide(self.config.training.budget, self.config.training.yield_deadline_s, time.time())
         self.board = metrics.Board()
+        priority.settle()
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
         threading.Thread(target=self._turn, daemon=True, name="tide-loop").start()
 
@@ -102,12 +90,13 @@ class Control:
         self.tide.budget, self.tide.deadline_s = self.config.training.budget, self.config.training.yield_deadline_s
 
     def status(self) -> dict[str, Any]:
-        """What `springtide status` prints: ``{"slots", "aliases", "replicas", "rollouts"}``, without the replicas' secrets."""
+        """What `springtide status` prints: ``{"slots", "aliases", "replicas", …}``, without the replicas' secrets."""
         return {
             "slots": slots(),
             "aliases": {name: move.model_dump(mode="json") for name, move in self.gateways.current.aliases.items()},
             "replicas": [public(replica) for replica in self.replicas.observe(fresh=True)],
             "starting": [{"id": id, "stage": stage, "since_s": since_s} for id, (stage, since_s) in self._starting().items()],
+            "asleep": max(0, engines() - len(self.replicas.states) - len(self._starting())),
             "rollouts": [self._describe(one) for one in self.state.rollouts.values()],
             "tide": self.tide.describe(),
         }
@@ -312,13 +301,20 @@ class Control:
                 there, now = slots(), served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
                 self.serving = now
                 with self.turning:
-                    lease = self.tide.turn(int(there["total"]), now.held, now.wanted, time.time(), int(there["free"]))
+                    total, free = int(there["total"]), int(there["free"])
+                    held = now.held(total - free, self.tide.claimed)
+                    lease = self.tide.turn(total, held, now.wanted, time.time(), free)
                 metrics.publish(self.board, self.tide.moments, self.tide.turns)
                 self.lease.hold(lease)
             except Exception:
                 # Serve or the coordinator is away for a moment; shares stay as they are, and the loop must go on.
                 log.exception("a turn of the tide")
             time.sleep(TURN_S)
+
+
+def engines() -> int:
+    """Those of the pool, awake or asleep."""
+    return sum(one["namespace"] == ENGINES for one in cast(list[Any], ray.util.list_named_actors(all_namespaces=True)))
 
 
 def public(replica: ReplicaState) -> dict[str, Any]:
@@ -344,47 +340,6 @@ def summary(tally: Tally) -> dict[str, Any]:
 # outside the actor
 
 
-class _Remote:
-    """`Client` over the actor's handle."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout:
-        return self._call("publish", LOAD_TIMEOUT_S + START_TIMEOUT_S, version, alias, reason, author, policy)
-
-    def claim(self, claim: Claim) -> Share:
-        return self._call("claim", ANSWER_S, claim)
-
-    def share(self, job: str, held: int) -> Share:
-        return self._call("share", ANSWER_S, job, held)
-
-    def leave(self, job: str) -> None:
-        self._call("leave", ANSWER_S, job)
-
-    def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
-        try:
-            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout_s)
-        except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
-        except (RayActorError, GetTimeoutError) as error:
-            raise PoolUnavailable(
-                "The control actor does not answer.", "It restarts by itself; try again in some seconds."
-            ) from error
-
-
 def ensure(config: Config) -> Any:
     """The control actor's handle, started if there is none. Anyone on the pool may call this: the first one wins."""
     return ray.remote(Control).options(**OPTIONS, get_if_exists=True).remote(config.dump())
-
-
-def connect() -> Client:
-    """The control of the pool that this process runs on, for jobs. Others speak HTTP: `cluster.admin`. Raises `PoolUnavailable`."""
-    if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
-    try:
-        return _Remote(ray.get_actor(ACTOR, namespace=NAMESPACE))
-    except ValueError as error:
-        raise PoolUnavailable(
-            "The pool has no control actor: nothing is being served.", "Start serving with `springtide up`."
-        ) from error

@@ -94,6 +94,10 @@ def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
         replicas.add_row(r["id"], r["base"], ", ".join(r["held"]), str(r["running"]), state)
     for r in document["starting"]:
         replicas.add_row(r["id"], "", "", "", f"{r['stage']} ({ago(r['since_s'])})")
+    if document["asleep"]:
+        replicas.add_row(
+            "", "", "", "", f"{document['asleep']} engine{'s' * (document['asleep'] > 1)} asleep, for the next replica"
+        )
     console.print(aliases, replicas)
     if document["tide"]["jobs"]:
         console.print(tide(document["tide"]))

@@ -149,6 +149,8 @@ class ReplicaState(NamedTuple):
     """Checksum of the weights in the accelerator's memory; equal on all replicas of one base."""
     app: str = ""
     """The Serve application that it belongs to: the fleet, or a second one while another shape takes over (`cluster.surge`)."""
+    pid: int = 0
+    """The engine's process, on the machine that ``url`` names."""
 
     def __repr__(self) -> str:
         return f"ReplicaState({self.id}, {self.url}, {self.base})"  # never the secret, which a log line would keep

@@ -25,7 +25,7 @@ EVENT_STREAM = "text/event-stream"
 ERROR_EVENT = b'data: {"error"'
 DONE = b"data: [DONE]\n\n"
 CLOSED = 503
-"""A replica's own answer, without a body, while it takes other weights over (`deployments.fleet.Guard`)."""
+"""A replica's own answer, without a body, while it takes other weights over (`deployments.guard`)."""
 ATTEMPTS = 2
 """A request that has cost one replica its life may cost a second; never the whole fleet."""
 LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)

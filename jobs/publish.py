@@ -14,9 +14,9 @@ from jobs import main, reach
 
 def publish(version: VersionId, alias: str, reason: str, author: str) -> Rollout:
     """Ask the running pool's control. A refusal arrives as itself (`VersionRefused`, `Conflict`, …), and nothing has changed."""
-    from cluster import control  # imports Ray, which a wrong command line need not wait for
+    from cluster import client  # imports Ray, which a wrong command line need not wait for
 
-    return control.connect().publish(str(version), alias, reason, author)
+    return client.connect().publish(str(version), alias, reason, author)
 
 
 def run() -> None:

@@ -22,7 +22,8 @@ import ray.exceptions
 
 from cluster import config as configuration
 from cluster import pool
-from cluster.control import ACTOR, NAMESPACE, OPTIONS, Control
+from cluster.client import ACTOR, NAMESPACE
+from cluster.control import OPTIONS, Control
 
 
 class CrashingControl(Control):

@@ -2,12 +2,18 @@
 
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
+import pytest
 
 from cluster import admin, graph
+from cluster.rollout import DIRECT
+from cluster.types import Lineage, VersionId
 from jobs.bench import load
+from tests.adapters import make_adapter, make_weights
 from tests.conftest import Running
 from tests.waiting import when
 
@@ -45,18 +51,68 @@ def test_a_fleet_that_nobody_asks_sleeps_and_the_next_request_wakes_it(pool: Run
             time.sleep(0.2)
         print(f"awake after {time.monotonic() - began_s:.1f} s: {sorted(set(stage.partition(',')[0] for stage in stages))}")
         assert [one.status_code for one in answers] == [200] * 3
-        assert any("starts its engine" in stage for stage in stages)
+        assert any("wakes an engine" in stage for stage in stages), "the one that the last replica left asleep"
     finally:
         deploy(pool)
         when(lambda: replicas(pool) == 1, 60)
 
 
 def test_engines_with_too_much_to_do_get_another_beside_them(pool: Running) -> None:
+    """The first burst waits for an engine to start; the next finds it asleep."""
     deploy(pool, min_replicas=1, max_replicas=2, target_running=4, **QUICK)
     try:
-        with load.background(f"{pool.url}/v1", "seedling", streams=12) as samples:
-            print(f"a second replica after {when(lambda: replicas(pool) == 2, 90):.1f} s")
-        assert not [sample.error for sample in samples if sample.error]
-        when(lambda: replicas(pool) == 1, 120)
+        for burst in ("first", "second"):
+            with load.background(f"{pool.url}/v1", "seedling", streams=12) as samples:
+                print(f"{burst} burst: another replica after {when(lambda: replicas(pool) == 2, 90):.1f} s")
+            assert not [sample.error for sample in samples if sample.error]
+            when(lambda: replicas(pool) == 1, 120)
+            assert len(engines(pool)) == 2, "one sleeps"
     finally:
         deploy(pool)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("victim", ["replica", "engine"])
+def test_an_engine_ends_with_its_replica_and_a_replica_with_its_engine(pool: Running, victim: str) -> None:
+    """Whoever is killed: the other does not stay behind, and there is another pair soon."""
+    (replica,), pid = named(pool, "ray::ServeReplica:fleet"), admin.status(pool.config)["replicas"][0]["pid"]
+    (engine,) = (one for one in engines(pool) if one.pid == pid)
+    (replica if victim == "replica" else engine).kill()
+    _, left = psutil.wait_procs([replica, engine], timeout=5)
+    assert left == []
+    when(lambda: [one["pid"] != pid for one in admin.status(pool.config)["replicas"]] == [True], 90)
+
+
+@pytest.mark.chaos
+def test_an_engine_that_slept_through_publishes_wakes_with_what_is_live(pool: Running, tmp_path: Path) -> None:
+    """New weights and an adapter on them; the bits in its memory are those of the engine that was swapped."""
+    before, deployed = pool.registry.aliases()["seedling"].stable, {"min_replicas": 2, "max_replicas": 2, **QUICK}
+    try:
+        deploy(pool, **deployed)
+        when(lambda: replicas(pool) == 2, 90)
+        deploy(pool, **{**deployed, "min_replicas": 1, "max_replicas": 1})
+        when(lambda: len(engines(pool)) == 2 and replicas(pool) == 1, 60)
+        base = pool.registry.fetch(pool.registry.manifest(VersionId("seedling", 1)), tmp_path / "cache")
+        folder = make_weights(tmp_path / "weights", base, 77, 0.02)
+        weights = pool.registry.register("seedling", "weights", None, folder, Lineage())
+        admin.publish(pool.config, weights.id, "seedling", "while one sleeps", DIRECT)
+        adapter = make_adapter(tmp_path / "adapter", folder, 8, 78)
+        tuned = pool.registry.register("seedling", "adapter", weights.id, adapter, Lineage())
+        admin.publish(pool.config, tuned.id, "seedling", "while it still sleeps", DIRECT)
+        deploy(pool, **deployed)
+        print(f"awake after {when(lambda: replicas(pool) == 2, 60):.1f} s")
+        states = admin.status(pool.config)["replicas"]
+        assert {state["base"] for state in states} == {str(weights.id)} and len({state["fingerprint"] for state in states}) == 1
+        assert all(str(tuned.id) in state["held"] for state in states)
+        assert len(engines(pool)) == 2, "none was started"
+    finally:
+        admin.publish(pool.config, before, "seedling", "as it was", DIRECT)
+        deploy(pool)
+
+
+def named(pool: Running, name: str) -> list[psutil.Process]:
+    return [one for one in pool.pool.descendants() if name in " ".join(one.cmdline())]
+
+
+def engines(pool: Running) -> list[psutil.Process]:
+    return named(pool, "ray::Engine")

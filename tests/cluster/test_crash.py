@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster import admin, graph
@@ -18,7 +19,7 @@ from cluster.errors import PoolUnavailable, Refused
 from cluster.rollout import DIRECT, Policy
 from cluster.types import Lineage, Manifest
 from tests.adapters import make_smaller, make_weights
-from tests.cluster.test_publish import ONE, adapter, ask, doubled, named, wait_until
+from tests.cluster.test_publish import ONE, adapter, ask, cores, doubled, named, wait_until
 from tests.cluster.test_rollout import ANY
 from tests.conftest import ROOT, Running
 from tests.history import expected_of, problems, recording
@@ -92,7 +93,7 @@ def crash_points(pool: Running, home: Path, made: Manifest) -> int:
 
 
 @pytest.mark.parametrize("kind", ["adapter", "weights"])
-def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: Path, tmp_path: Path, kind: str) -> None:
+def test_control_killed_enginesevery_act_of_a_rollout(pool: Running, crashing: Path, tmp_path: Path, kind: str) -> None:
     make = adapter_of_its_own if kind == "adapter" else other_weights
     count = crash_points(pool, crashing, make(pool, tmp_path, 400))
     assert count >= 8
@@ -115,7 +116,7 @@ def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: P
     assert problems(events, expected) == []
 
 
-def test_control_killed_before_every_act_of_an_abort(pool: Running, crashing: Path, tmp_path: Path) -> None:
+def test_control_killed_enginesevery_act_of_an_abort(pool: Running, crashing: Path, tmp_path: Path) -> None:
     """The way back is enumerated too. An order that died before its first record is given again, as its caller was told."""
     made, expected = adapter(pool, tmp_path, seed=480), expected_of(pool.url, [str(ONE)])
     half = Policy(steps=(50, 100), min_requests=10_000, gate=False, margins=ANY)
@@ -169,11 +170,10 @@ def test_replicas_killed_added_and_removed_under_publishes(pool: Running, tmp_pa
     wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 2, timeout_s=150)
     killed_s: list[float] = []
     with recording(pool.url, "seedling", 8, pause_s=0.1) as events:
-        for turn, victim in enumerate(("ray::ServeRepli", "VLLM::EngineCor")):
+        for turn, victim in enumerate(("replica", "engine core")):
             admin.publish(pool.config, made[turn].id, "seedling", f"before {victim} dies", STEPS)
             before = ids(pool)
-            process = next(p for p in named(pool, victim) if "Gateway" not in "".join(p.cmdline()))
-            process.kill()
+            (replicas(pool) if victim == "replica" else cores(pool))[0].kill()
             killed_s.append(time.monotonic())
             wait_until(lambda: two_others(ids(pool), before), timeout_s=150)  # noqa: B023 (called at once)
             settle(pool, made[turn])
@@ -200,6 +200,10 @@ def a_canary_of_weights_takes_its_share_of_the_replicas(pool: Running, made: Man
         time.sleep(0.5)
     assert {r["base"] for r in admin.status(pool.config)["replicas"]} == {str(made.id)}
     assert problems(events, expected | expected_of(pool.url, [str(made.id)])) == []
+
+
+def replicas(pool: Running) -> list[psutil.Process]:
+    return [process for process in named(pool, "ray::ServeRepli") if "Gateway" not in "".join(process.cmdline())]
 
 
 def two_others(now: set[str], before: set[str]) -> bool:
@@ -237,7 +241,7 @@ def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_o
         time.sleep(1)
         publishing.start()
         wait_until(lambda: (now := pool.registry.rollout("seedling")) is not None and now.percent == 100, timeout_s=30)
-        (replica,) = [p for p in named(pool, "ray::ServeRepli") if "Gateway" not in "".join(p.cmdline())]
+        (replica,) = replicas(pool)
         replica.kill()
         wait_until(lambda: ask(pool).status_code == 200, timeout_s=150)
         publishing.join()
@@ -264,7 +268,7 @@ def test_control_killed_while_a_second_fleet_takes_over(pool: Running, tmp_path:
     with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
         began_s = time.monotonic()
         admin.publish(pool.config, made.id, "seedling", "another shape", STEPS)
-        wait_until(lambda: len(named(pool, "VLLM::EngineCor")) == 2, timeout_s=60)
+        wait_until(lambda: len(replicas(pool)) == 2, timeout_s=60)
         for reached in ("warming 0", "canary 50", "canary 100"):
             wait_until(lambda: where(pool) == reached, timeout_s=150)  # noqa: B023 (called at once)
             kill_control(pool)

@@ -1,4 +1,4 @@
-"""What `deployments.fleet` calls in vLLM 0.29. Read from the sources, because importing vLLM takes ten seconds."""
+"""What `deployments.launch` and `deployments.engine` call in vLLM 0.29. Read from the sources, because importing vLLM takes ten seconds."""
 
 import ast
 import importlib
@@ -34,10 +34,10 @@ def test_adapters_are_loaded_by_the_name_that_requests_use() -> None:
     assert "async def load_lora_adapter" in source and "self.lora_requests[lora_name] = lora_request" in source
 
 
-def test_only_the_replica_imports_vllm() -> None:
+def test_only_the_engine_imports_vllm() -> None:
     root = Path(__file__).parents[2]
     users = [p for folder in ("cluster", "deployments") for p in (root / folder).rglob("*.py") if imports(p, "vllm")]
-    assert sorted(p.name for p in users) == ["fingerprint.py", "fleet.py", "mend.py"]
+    assert sorted(p.name for p in users) == ["engine.py", "fingerprint.py", "launch.py", "mend.py"]
 
 
 def test_rays_and_serves_private_parts_have_one_file_each() -> None:
