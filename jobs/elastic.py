@@ -5,6 +5,9 @@ stop after the step that is under way, those who have to leave end, and the othe
 memory. Where it is more, new members load everything beside the training and are taken in between two steps. Where it is none, the last
 state is kept in the store, everybody leaves, and the run goes on from there when slots return. A member that is lost is replaced while the
 others go on; one that does not stop within the deadline is ended.
+
+Where a slot is no accelerator, a member that leaves stays as a spare: without a slot, without work, and loaded, so that the next slot on
+its machine trains at once. On a GPU it would keep memory that is not its own any more, so there it ends.
 """
 
 import contextlib
@@ -18,8 +21,10 @@ from typing import Any, Literal, NamedTuple
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import control
+from cluster import client
 from cluster.arbiter import Job
 from cluster.config import Config
 from cluster.errors import BadRequest, JobFailed, PoolUnavailable
@@ -72,7 +77,7 @@ def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[s
             time.sleep(TURN_S)
         return Ended(name, {**run.ended.metrics, "steps_lost": float(run.lost)})
     except (SystemExit, KeyboardInterrupt):  # cancelled
-        run.dismiss(list(run.seats))
+        run.end()
         time.sleep(ENDED_S)
         Checkpoints(Store(config.store), name).remove()
         raise
@@ -80,7 +85,7 @@ def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[s
         error.do = f"Mend what the log says, then go on from its newest checkpoint with --resume {name}."
         raise
     finally:
-        run.dismiss(list(run.seats))
+        run.end()
         claiming.end()
 
 
@@ -172,11 +177,29 @@ def decide(now: Now) -> Next:
 # carrying it out
 
 
+class Place:
+    """Slots that are being got for a member, or that one has: a placement group, which takes no process."""
+
+    def __init__(self, slots: int) -> None:
+        self.group = placement_group([{"slot": slots}])
+        self.since_s = time.monotonic()
+
+    def node(self) -> str | None:
+        """Where they are; None until they are there."""
+        known: Any = placement_group_table(self.group)
+        return known["bundles_to_node_id"][0] if known["state"] == "CREATED" else None
+
+    def free(self) -> None:
+        remove_placement_group(self.group)
+
+
 class Seat:
     """One member, as the driver knows it."""
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, place: Place | None = None, node: str = "") -> None:
         self.actor = actor
+        self.place, self.node = place, node
+        """None where the actor itself holds its slots, and for a spare."""
         self.phase: Literal["preparing", "ready", "learning"] = "preparing"
         self.call = actor.prepare.remote()
         """What it does now; None where it has said how that ended."""
@@ -193,13 +216,17 @@ class Run:
         self.config = config
         self.claiming = claiming
         self.per_worker = config.training.slots_per_worker
-        kind = "GPU" if config.fleet.accelerator == "gpu" else "slot"
-        held = {"num_gpus": self.per_worker} if kind == "GPU" else {"resources": {kind: self.per_worker}}
-        actor = ray.remote(Member).options(num_cpus=0, max_concurrency=4, **held)
+        self.spare = config.fleet.accelerator == "slot"
+        """Whether those who leave stay as spares."""
         shared = ray.put({**settings, "checkpoint_s": config.training.checkpoint_s, "report_s": config.training.report_s})
-        self.member = lambda: actor.remote(work, shared, config.store, claiming.job.id)
+        self.member = lambda **held: (
+            ray.remote(Member).options(num_cpus=0, max_concurrency=4, **held).remote(work, shared, config.store, claiming.job.id)
+        )
+        self.places: list[Place] = []
+        """Those that are not there yet."""
         self.seats: list[Seat] = []
         """Those who have been there the longest first: they stay the longest."""
+        self.spares: list[Seat] = []
         self.formation = 0
         self.told = 0
         """The last formation that was told to end."""
@@ -214,16 +241,17 @@ class Run:
 
     def turn(self, now_s: float) -> None:
         """Look at everybody, then do what is next."""
+        self._place()
         self._hear(now_s)
         wanted = self.claiming.wanted(self.held) // self.per_worker
         learning, ready, preparing = (len(self._in(phase)) for phase in ("learning", "ready", "preparing"))
-        awaited = sum(now_s - seat.heard_s < JOIN_S for seat in self._in("preparing"))
-        do = decide(Now(wanted, learning, ready, preparing, self.config.training.min_workers, awaited))
+        since_s = [*(seat.heard_s for seat in self._in("preparing")), *(place.since_s for place in self.places)]
+        awaited = sum(now_s - at_s < JOIN_S for at_s in since_s)
+        do = decide(Now(wanted, learning, ready, preparing + len(self.places), self.config.training.min_workers, awaited))
         if do.dismiss:
-            idle = [*self._in("ready"), *self._in("preparing")]
-            self._leave(idle[-do.dismiss :])
+            self._leave(do.dismiss)
         for _ in range(do.start):
-            self.seats.append(Seat(self.member()))
+            self._start()
         self._claim()
         if do.stop and self.told < self.formation:
             self.told = self.formation
@@ -236,7 +264,7 @@ class Run:
 
     @property
     def held(self) -> int:
-        return len(self.seats) * self.per_worker
+        return (len(self.seats) + len(self.places)) * self.per_worker
 
     def _claim(self) -> None:
         self.claiming.holds = self.held, len(self._in("learning")) * self.per_worker
@@ -248,7 +276,7 @@ class Run:
 
     def _hear(self, now_s: float) -> None:
         """What has ended since the last turn, and who is still there."""
-        for seat in list(self.seats):
+        for seat in [*self.seats, *self.spares]:
             try:
                 if seat.call and ray.wait([seat.call], timeout=0)[0]:
                     self._heard(seat, ray.get(seat.call), now_s)
@@ -287,6 +315,8 @@ class Run:
     def _lost(self, seats: list[Seat], why: str, now_s: float) -> None:
         if not seats:
             return
+        if all(seat in self.spares for seat in seats):
+            return self.dismiss(seats)
         print(f"{len(seats)} of {len(self.seats)} workers lost: {why}", flush=True)
         if self.broken_s is None:
             self._failed(why)
@@ -314,12 +344,49 @@ class Run:
             seat.phase = "learning"
             seat.call = seat.actor.learn.remote(Formation(self.formation, rank, len(seats), meeting))
 
-    def _leave(self, seats: list[Seat]) -> None:
-        """In order: where nobody would be left who has what was learnt, it is kept in the store first."""
-        loaded = [seat for seat in self.seats if seat.where]
+    def _start(self) -> None:
+        """One more member, or a spare, once there is a slot."""
+        if self.spare:
+            self.places.append(Place(self.per_worker))
+        else:
+            self.seats.append(Seat(self.member(num_gpus=self.per_worker)))
+
+    def _place(self) -> None:
+        """Who is there for the slots that have come: a spare of that machine, or a new member."""
+        for place in list(self.places):
+            if (node := place.node()) is None:
+                continue
+            self.places.remove(place)
+            seat = next((spare for spare in self.spares if spare.node == node), None)
+            if seat is None:
+                here = NodeAffinitySchedulingStrategy(node, soft=False)
+                seat = Seat(self.member(scheduling_strategy=here), node=node)
+            else:
+                self.spares.remove(seat)
+            seat.place = place
+            self.seats.append(seat)
+
+    def _leave(self, count: int) -> None:
+        """The last that came, in order: where nobody would be left who has what was learnt, it is kept in the store first."""
+        for place in self.places[-count:]:
+            self.places.remove(place)
+            place.free()
+            count -= 1
+        idle = [*self._in("ready"), *self._in("preparing")]
+        seats, loaded = idle[len(idle) - count :], [seat for seat in self.seats if seat.where]
         if loaded and all(seat in seats for seat in loaded):
             self._keep(loaded, self.config.training.yield_deadline_s)
-        self.dismiss(seats)
+        if not self.spare:
+            return self.dismiss(seats)
+        for seat in seats:
+            self._free(seat)
+            self.seats.remove(seat)
+            self.spares.append(seat)
+
+    def _free(self, seat: Seat) -> None:
+        if seat.place is not None:
+            seat.place.free()
+            seat.place = None
 
     def _keep(self, seats: list[Seat], within_s: float) -> None:
         """Have the newest state of these written to the store, tried again while there is time."""
@@ -338,16 +405,24 @@ class Run:
         print(f"the state could not be kept within {within_s:.0f} s", flush=True)
 
     def dismiss(self, seats: list[Seat]) -> None:
-        """End members. Their slots are free when Ray has seen the processes end, within some hundredths of a second."""
+        """End members, and give their slots back. Ray sees the processes end within some hundredths of a second."""
         for seat in seats:
             ray.kill(seat.actor)
-            self.seats.remove(seat)
+            self._free(seat)
+            (self.spares if seat in self.spares else self.seats).remove(seat)
+
+    def end(self) -> None:
+        """End everybody."""
+        for place in self.places:
+            place.free()
+        self.places.clear()
+        self.dismiss([*self.seats, *self.spares])
 
     def _enforce(self, wanted: int, now_s: float) -> None:
         """End those who do not answer, who do not stop in time, or who cannot notice that another is gone."""
         learning, deadline_s = self._in("learning"), self.config.training.yield_deadline_s
         self.yielding_s = (self.yielding_s or now_s) if len(learning) > wanted else None
-        if hung := [seat for seat in self.seats if now_s - seat.heard_s > LOST_S and seat.where]:
+        if hung := [seat for seat in [*self.seats, *self.spares] if now_s - seat.heard_s > LOST_S and seat.where]:
             self._lost(hung, f"no answer for {LOST_S} s", now_s)
         elif late := [seat for seat in self.seats if not seat.where and now_s - seat.heard_s > LOAD_S]:
             self._lost(late, f"not ready after {LOAD_S} s", now_s)
@@ -384,11 +459,11 @@ class Claiming:
     def _run(self) -> None:
         while not self.done.is_set():
             with contextlib.suppress(PoolUnavailable, RayError):  # control is away for a moment: nothing changes meanwhile
-                self.share = control.connect().claim(Claim(self.job, *self.holds))
+                self.share = client.connect().claim(Claim(self.job, *self.holds))
             self.done.wait(ASK_S)
 
     def end(self) -> None:
         self.done.set()
         self.thread.join()
         with contextlib.suppress(PoolUnavailable, RayError):
-            control.connect().leave(self.job.id)
+            client.connect().leave(self.job.id)

@@ -114,6 +114,7 @@ class Member:
         if host == LOOPBACK:  # a pool of this machine alone: nothing of it listens to others
             os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         self.work = self.make(self.settings)
+        priority.settle()
         return Where(host, ray.get_runtime_context().get_node_id(), os.getpid())
 
     def meeting(self, alone: bool) -> str:

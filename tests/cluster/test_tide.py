@@ -67,6 +67,7 @@ class Job:
         self.log = folder / f"{time.monotonic_ns()}.log"
         overrides = {f"SPRINGTIDE_TRAINING__{key.upper()}": str(value) for key, value in training.items()}
         environment = {"SPRINGTIDE_HOME": str(pool.config.home), "SPRINGTIDE_TRAINING__WORKERS": str(workers), **overrides}
+        environment["RAY_DEDUP_LOGS"] = "0"  # as in the pool
         self.process = subprocess.Popen(
             [sys.executable, "-m", *line],
             env={**os.environ, **environment},
@@ -168,23 +169,31 @@ def processes(pool: Running, name: str) -> list[psutil.Process]:
     return found
 
 
+def works(process: psutil.Process) -> bool:
+    """Whether it computes while this looks."""
+    before_s = process.cpu_times().user
+    time.sleep(1.5)
+    return process.cpu_times().user - before_s > 0.15
+
+
 def carried_out(record: Record, job: Job, kind: str) -> list[Handover]:
     record.look()
     return [done for done in handovers(record.all()) if done.job == job.name and done.kind == kind]
 
 
 def test_a_planned_yield_and_the_way_back(pool: Running, tmp_path: Path, record: Record) -> None:
-    """H0, H6: the bars of a hand-over, and whoever left is gone when its slot is free."""
+    """H0, H6: the bars of a hand-over. Whoever left does nothing any more, and is who comes back."""
     with running(pool, tmp_path, *finetune()) as job:
         members = {process.pid for process in processes(pool, "ray::Member")}
         assert len(members) == 2
         with scaling(pool, 2):
             when(lambda: job.trains(1), 60)
-            assert len(members & {process.pid for process in processes(pool, "ray::Member")}) == 1
             assert job.goes_on()
+            assert sorted(works(psutil.Process(pid)) for pid in members) == [False, True]
             when(lambda: replicas(pool) == 2, 120)
         scaled(pool, 1)
         when(lambda: job.trains(2), 120)
+        assert {process.pid for process in processes(pool, "ray::Member")} == members
         [gave], [took] = carried_out(record, job, "yield"), carried_out(record, job, "grow")[-1:]
         stopped, began = re.findall(r"stopped after step (\d+)", job.text), re.findall(r"from step (\d+)", job.text)
         print(f"slot free {gave.slots_free_s:.2f} s, training again {gave.training_s:.2f} s, whole again {took.training_s:.2f} s")
