@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs import main
 from jobs.bench.adapters import adapters
+from jobs.bench.curve import curve
 from jobs.bench.memory import memory
 from jobs.bench.publish import publish
 from jobs.bench.report import SYSTEMS
@@ -76,6 +77,12 @@ def arguments() -> argparse.Namespace:
     verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
     verb.add_argument("--json", type=Path, metavar="FILE", help="write one row per system")
     verb.add_argument("--png", type=Path, default=Path("tide.png"), metavar="FILE", help="where the chart goes")
+    verb = verbs.add_parser("curve", help=curve.__doc__)
+    verb.set_defaults(run=curve)
+    verb.add_argument("--epochs", type=float, default=600, help="how long both jobs train")
+    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
+    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures and every step's loss")
+    verb.add_argument("--png", type=Path, default=Path("curve.png"), metavar="FILE", help="where the chart goes")
     return parser.parse_args()
 
 

@@ -16,6 +16,9 @@ from cluster.config import Config
 from cluster.errors import JobFailed
 
 DATA = Path(__file__).parents[1] / "seedling/facts.jsonl"
+EXAMPLES = re.compile(r"(\d+) examples to train on")
+LOSS = re.compile(r"step=(\d+)/\d+ loss=([\d.]+)")
+SIZE = re.compile(r"training with (\d+) workers from step (\d+)")
 STEP = re.compile(r"step=(\d+)/|from step (\d+)|stopped after step (\d+)")
 WORKER = re.compile(r"\((?:Member|RayTrainWorker) pid=(\d+)\)")
 
@@ -34,6 +37,11 @@ class Job:
     @property
     def step(self) -> int:
         return max(steps(self.text), default=0)
+
+    @property
+    def examples(self) -> int:
+        """How many it trains on, once an epoch."""
+        return int(EXAMPLES.findall(self.text)[0])
 
     @property
     def workers(self) -> set[int]:
@@ -80,3 +88,13 @@ def lost(log: str) -> int:
     1
     """
     return sum(max(0, before - after) for before, after in itertools.pairwise(steps(log)))
+
+
+def losses(log: str) -> dict[int, float]:
+    """Step → loss."""
+    return {int(step): float(loss) for step, loss in LOSS.findall(log)}
+
+
+def sizes(log: str) -> list[tuple[int, int]]:
+    """(step, workers), where each formation began."""
+    return [(int(step), int(workers)) for workers, step in SIZE.findall(log)]

@@ -1,12 +1,14 @@
 """A slot as a fixed part of a processor, so that slots are what runs out, as accelerators do, and not the machine's two cores.
 
-Linux's own CPU bandwidth control (cgroup v1 ``cpu.cfs_quota_us``, v2 ``cpu.max``), one group per process; it needs root.
+Linux's own CPU bandwidth control (cgroup v1 ``cpu.cfs_quota_us``, v2 ``cpu.max``), one group per slot; it needs root.
 """
 
 import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+import psutil
 
 PERIOD_US = 20_000
 V1, V2 = Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")
@@ -22,11 +24,13 @@ class Shares:
         self.works = self._try()
 
     def hold(self, pids: Iterable[int]) -> None:
-        """Give each process its part of a core, unless it has it already."""
+        """Give each process, together with those it started, its part of a core, unless it has it already."""
         for pid in set(pids) - self.groups.keys() if self.works else ():
-            with contextlib.suppress(OSError):  # it has ended meanwhile
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):  # it has ended meanwhile
+                process = psutil.Process(pid)
                 self.groups[pid] = self._make(f"springtide-{os.getpid()}-{pid}")
-                (self.groups[pid] / "cgroup.procs").write_text(str(pid))
+                for one in (process, *process.children(recursive=True)):
+                    (self.groups[pid] / "cgroup.procs").write_text(str(one.pid))
 
     def close(self) -> None:
         for group in self.groups.values():

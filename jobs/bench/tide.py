@@ -13,8 +13,10 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -23,7 +25,7 @@ from rich.progress import Progress
 from cluster import admin, graph, pool
 from cluster import config as configuration
 from cluster.config import Config
-from cluster.errors import SpringtideError
+from cluster.errors import PoolUnavailable, SpringtideError
 from cluster.handover import parse
 from jobs.bench import load, tide_report, trace
 from jobs.bench.job import DATA, Job, lost, training
@@ -42,7 +44,7 @@ TOKENS = 32
 WARM_S = 10
 
 FLEET = {
-    "target_running": 4,
+    "target_running": 5,
     "scale_up_after_s": 0,
     "scale_down_after_s": 10,
     "target_ttft_s": TTFT_TARGET_S,
@@ -51,10 +53,10 @@ FLEET = {
 SPLITS: dict[str, dict[str, Any]] = {
     "static": {"fleet": {"min_replicas": 2, "max_replicas": 2}, "training": {"workers": 2, "min_workers": 2}},
     "stock_ray": {
-        "fleet": {"min_replicas": 1, "max_replicas": 3},
+        "fleet": {"min_replicas": 1, "max_replicas": 2, "standby": 0},
         "training": {"budget": {"serving_ceiling_slots": 0}},  # no lease
     },
-    "springtide": {"fleet": {"min_replicas": 1, "max_replicas": 3}, "training": {"workers": 3, "min_workers": 1}},
+    "springtide": {"fleet": {"min_replicas": 1, "max_replicas": 2}, "training": {"workers": 3, "min_workers": 1}},
 }
 
 
@@ -92,7 +94,7 @@ def arrivals(options: argparse.Namespace, shape: trace.Shape) -> list[float]:
 def capacity(config: Config, shares: Shares) -> float:
     """Requests per second that one replica answers where as many are open as it likes."""
     with springtide(arranged(config, {"fleet": {"min_replicas": 1, "max_replicas": 1}}), changes()) as served:
-        shares.hold(replica_pids(config))
+        shares.hold(engine_pids(config))
         samples = asyncio.run(load.run(served.url, served.model, streams=16, duration_s=15, tokens=TOKENS))
         shares.close()
     return load.summarise(samples, streaming=True).requests_per_s
@@ -108,7 +110,7 @@ def arranged(config: Config, split: dict[str, Any]) -> Config:
 def day(base: Config, system: str, times_s: list[float], seconds: float, shares: Shares) -> Day:
     """Run the trace on a pool of its own."""
     config = arranged(base, SPLITS[system])
-    with springtide(config, changes()) as served, training(config, *command(config, system)) as job:
+    with yesterday(config) as served, training(config, *command(config, system)) as job:
         watcher = Watcher(config, job, shares)
         job.wait_until(lambda: "progress" in job.text)
         time.sleep(WARM_S)
@@ -118,9 +120,29 @@ def day(base: Config, system: str, times_s: list[float], seconds: float, shares:
         samples = asyncio.run(replayed(served, times_s, seconds, system))
         time.sleep(max(0.0, began_s + seconds - time.time()))
         steps, log = job.step - from_step, job.text[from_byte:]
+        per_step = job.examples / math.ceil(job.examples / GLOBAL_BATCH)
         looks = watcher.end()
         moments = parse(admin.tide(config, began_s)["moments"])
-    return Day(system, began_s, samples, looks, moments, log, steps, lost(log))
+    return Day(system, began_s, samples, looks, moments, log, round(steps * per_step), lost(log))
+
+
+@contextlib.contextmanager
+def yesterday(config: Config) -> Iterator[Served]:
+    """The pool, on which two replicas have run before: the day is one of many, and not the first."""
+    busy = arranged(config, {"fleet": {"min_replicas": 2, "max_replicas": 2}})
+    with springtide(busy, changes()) as served:
+        wait_until(lambda: replica_states(config).count("RUNNING") == 2)
+        graph.deploy(config)
+        wait_until(lambda: replica_states(config) == ["RUNNING"] * config.fleet.min_replicas)
+        yield served
+
+
+def wait_until(done: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not done():
+        if time.monotonic() > deadline_s:
+            raise PoolUnavailable("The fleet does not come to rest.", "`springtide doctor` checks the usual causes.")
+        time.sleep(0.3)
 
 
 async def replayed(served: Served, times_s: list[float], seconds: float, system: str) -> list[Sample]:
@@ -171,7 +193,7 @@ class Watcher:
     def _run(self) -> None:
         while not self.done.wait(1.0):
             with contextlib.suppress(SpringtideError, OSError):
-                self.shares.hold({*replica_pids(self.config), *self.job.workers})
+                self.shares.hold({*engine_pids(self.config), *self.job.workers})
                 slots = admin.tide(self.config, time.time())["slots"]
                 states = replica_states(self.config)
                 serving, starting = states.count("RUNNING"), states.count("STARTING")
@@ -189,6 +211,6 @@ def replica_states(config: Config) -> list[str]:
     return [replica["state"] for replica in replicas(config)]
 
 
-def replica_pids(config: Config) -> set[int]:
+def engine_pids(config: Config) -> set[int]:
     """Of the replicas that answer."""
-    return {replica["pid"] for replica in replicas(config) if replica["state"] == "RUNNING" and replica["pid"]}
+    return {replica["pid"] for replica in admin.status(config)["replicas"]}

@@ -1,0 +1,142 @@
+"""What a job learns while workers come and go, beside one that nobody disturbs: ``python -m jobs.bench curve``.
+
+Both train on the same data from the same seed, on a pool of four slots of which one serves. In one of them another job of a higher priority
+takes two slots, gives one back, and then the other: three workers, one, two, three.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cluster import config as configuration
+from cluster import show
+from cluster.config import Config
+from jobs.bench import job as jobs
+from jobs.bench.job import Job, training
+from jobs.bench.place import changes, console, finish, machine, passed, springtide, workplace
+
+APART = 100
+"""Steps between one change and the next."""
+DATA = Path(__file__).parents[1] / "seedling/tide.jsonl"
+RATE = 2e-4
+"""A small learning rate: what rounding makes of two runs grows with every step, and the faster the larger the steps are."""
+NOISE = 0.01
+"""The largest difference of a step's loss that is taken for rounding, in units of the first loss: sums in another order, step after step."""
+
+
+def curve(options: argparse.Namespace) -> None:
+    """A job's loss while its workers come and go, beside an undisturbed one's."""
+    console.print(machine())
+    with workplace(options.model) as (base, _):
+        split = {"pool": {"slots": 4}, "training": {"workers": 3, "report_s": 0, "budget": {"cool_down_s": 1}}}
+        config = configuration.parse(configuration.merge(base.dump(), split))
+        with springtide(config, changes()):
+            whole = run(config, options.epochs, disturbed=False)
+            elastic = run(config, options.epochs, disturbed=True)
+    found = compare(whole, elastic)
+    console.print_json(json.dumps({key: value for key, value in found.items() if key != "losses"}))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    draw(found, options.png)
+    finish(verdicts(found))
+
+
+def run(config: Config, epochs: float, disturbed: bool) -> str:
+    """The log of a job from its first step to its last."""
+    with training(config, *line(config, "curve", epochs), "--set", "global_batch=24", "--set", f"learning_rate={RATE}") as job:
+        if disturbed:
+            disturb(config, job)
+        job.wait_until(lambda: "\nresult {" in job.text, timeout_s=900)
+        return job.text
+
+
+def disturb(config: Config, job: Job) -> None:
+    """Take two of three slots from it, give one back, and then the other."""
+    beyond(job, 3, 1)
+    with contending(config, 2):
+        beyond(job, 1, 2)
+    with contending(config, 1):
+        beyond(job, 2, 3)
+    beyond(job, 3, 4)
+
+
+def beyond(job: Job, workers: int, formations: int) -> None:
+    """Wait until it has trained for a while in its n-th formation or a later one, of so many workers."""
+
+    def far() -> bool:
+        sizes = jobs.sizes(job.text)
+        return len(sizes) >= formations and sizes[-1][1] == workers and job.step > sizes[-1][0] + APART
+
+    job.wait_until(far, timeout_s=300)
+
+
+@contextmanager
+def contending(config: Config, slots: int) -> Iterator[None]:
+    """Another job, of a higher priority, that takes so many slots."""
+    fixed = {"training": {"workers": slots, "min_workers": slots, "report_s": 1}}
+    greedy = configuration.parse(configuration.merge(config.dump(), fixed))
+    with training(greedy, *line(config, "rival", 1_000_000), "--priority", "10"):
+        yield
+
+
+def line(config: Config, name: str, epochs: float) -> tuple[str, ...]:
+    return ("jobs.finetune", "--data", str(DATA), "--base", config.fleet.model, "--name", name, "--epochs", str(epochs))
+
+
+def compare(whole: str, elastic: str) -> dict[str, Any]:
+    """Losses step by step, and the figures of both runs' ends."""
+    one, other = jobs.losses(whole), jobs.losses(elastic)
+    ends = [show.result(log) for log in (whole, elastic)]
+    differences = [abs(one[step] - other[step]) for step in sorted(one.keys() & other.keys())]
+    return {
+        "steps": [max(one), max(other)],
+        "steps_seen": [len(one), len(other)],
+        "sizes": jobs.sizes(elastic),
+        "steps_lost": jobs.lost(elastic),
+        "first_loss": one[1],
+        "max_difference": max(differences),
+        "eval_loss": [end["eval_loss"] for end in ends],
+        "losses": {"uninterrupted": one, "elastic": other},
+    }
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    near = found["max_difference"] <= NOISE * found["first_loss"]
+    return [
+        f"both did {found['steps'][0]} and {found['steps'][1]} steps, {found['steps_lost']} lost; "
+        f"{passed(found['steps'][0] == found['steps'][1] and found['steps_lost'] == 0)}",
+        f"no step's loss differs by more than {found['max_difference']:.4f} of {found['first_loss']:.2f}; {passed(near)}",
+        f"held-out loss at the end: {found['eval_loss'][0]:.5f} and {found['eval_loss'][1]:.5f}",
+    ]
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Both losses over steps with the sizes in the background, and beneath them their difference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (curves, apart) = pyplot.subplots(2, 1, figsize=(10, 5), sharex=True, height_ratios=(2, 1), layout="constrained")
+    one, other = ({int(k): v for k, v in found["losses"][name].items()} for name in ("uninterrupted", "elastic"))
+    curves.plot(one.keys(), one.values(), color="#9aa5b1", linewidth=4, label="uninterrupted, 3 workers")
+    curves.plot(other.keys(), other.values(), color="#0f7c8a", linewidth=1, label="elastic")
+    for step, workers in found["sizes"]:
+        for axes in (curves, apart):
+            axes.axvline(step, color="#e0b265", linewidth=1)
+        curves.annotate(
+            f"{workers} workers", (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points"
+        )
+    curves.set_yscale("log")
+    curves.set_title("training loss by step", loc="left")
+    curves.legend(frameon=False)
+    steps = sorted(one.keys() & other.keys())
+    apart.plot(steps, [other[step] - one[step] for step in steps], color="#0f7c8a", linewidth=1)
+    apart.set_title("difference", loc="left")
+    for axes in (curves, apart):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
