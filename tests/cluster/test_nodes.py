@@ -1,20 +1,24 @@
-"""A pool of several nodes on one machine: real raylets that join and die while a job trains."""
+"""A pool of several nodes on one machine: real raylets that join and die while a job trains, or that Ray's autoscaler adds and takes."""
 
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
-from cluster import admin
+from cluster import admin, graph
 from cluster import pool as pools
-from tests.cluster.test_tide import Record, finetune, record, running
-from tests.conftest import Running
+from jobs.bench import load
+from tests.cluster.test_tide import Record, finetune, record, replicas, running, scaled
+from tests.conftest import ROOT, Running, free_ports
 from tests.waiting import when
 
 __all__ = ["record"]
@@ -27,17 +31,20 @@ def node(pool: Running, slots: int) -> Iterator["subprocess.Popen[bytes]"]:
     executable = pools.ray_command(pool.config)[0]
     options = {
         "address": pool.pool.address,
+        "node-ip-address": pools.LOOPBACK,
         "num-cpus": 2,
         "resources": json.dumps({"slot": slots}),
         "object-store-memory": 80 << 20,
     }
     ports = {"min-worker-port": 0, "max-worker-port": 0, "dashboard-agent-listen-port": 0, "metrics-export-port": 0}
     flags = [f"--{name}={value}" for name, value in {**options, **ports}.items()]
+    environment = {**os.environ, **pools.client_environment(pool.config), "RAY_worker_niceness": "0"}
+    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"  # with 0, as the pool has it, nobody else may join
     joined = subprocess.Popen(
         [executable, "start", "--block", "--disable-usage-stats", *flags],
-        env={**os.environ, **pools.client_environment(pool.config), "RAY_worker_niceness": "0"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        env=environment,
+        stdout=(pool.config.home / "node.log").open("wb"),
+        stderr=subprocess.STDOUT,
     )
     try:
         yield joined
@@ -68,3 +75,52 @@ def test_a_job_grows_onto_a_node_that_joins_and_outlives_its_loss(pool: Running,
                 print(f"four again {when(lambda: job.trains(4), 90):.1f} s after another joined")
                 time.sleep(1)
                 assert job.goes_on()
+
+
+@pytest.fixture
+def autoscaled(pool: Running, tmp_path: Path) -> Iterator[Running]:
+    """Another pool on the same store, with one slot, to which Ray's autoscaler adds machines with one each."""
+    gcs, dashboard, gateway = free_ports(3)
+    ports = {"gcs_port": gcs, "dashboard_port": dashboard, "agent_ports": pool.config.pool.agent_ports + 5_000, "slots": 1}
+    quick = {"standby_s": 3.0, "scale_down_after_s": 1.0}
+    config = pool.config.model_copy(
+        update={
+            "home": tmp_path / "home",
+            "pool": pool.config.pool.model_copy(update=ports),
+            "gateway": pool.config.gateway.model_copy(update={"port": gateway}),
+            "fleet": pool.config.fleet.model_copy(update=quick),
+        }
+    )
+    resolved = pools.remember(config)
+    os.environ.update(pools.environment(config))
+    line = [sys.executable, "-m", "tests.autoscaled", str(resolved)]
+    with (config.home / "pool.log").open("wb") as log:
+        supervisor = psutil.Popen(line, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    started = pools.Pool(supervisor.pid, supervisor.create_time(), pools.address(config), pools.dashboard(config))
+    (config.home / "pool.json").write_text(json.dumps(asdict(started)))
+    try:
+        when(lambda: answers(f"{started.dashboard}/api/version"), 60)
+        graph.deploy(config)
+        yield Running(config, pool.registry, started)
+    finally:
+        pools.down(config)
+        pools.find(pool.config)  # its token and network again
+
+
+def answers(url: str) -> bool:
+    with suppress(httpx.HTTPError):
+        return httpx.get(url, headers=pools.bearer(), timeout=2).status_code == 200
+    return False
+
+
+def test_rays_autoscaler_adds_a_machine_for_a_replica_and_takes_it_when_its_engine_has_ended(autoscaled: Running) -> None:
+    assert total(autoscaled) == 1
+    with load.background(f"{autoscaled.url}/v1", "seedling", streams=2) as samples:
+        scaled(autoscaled, 2)
+        print(f"{total(autoscaled):g} slots, {replicas(autoscaled)} replicas")
+        assert total(autoscaled) == 2 and replicas(autoscaled) == 2
+    assert samples and not [sample.error for sample in samples if sample.error]
+    sleepy = autoscaled.config.fleet.model_copy(update={"min_replicas": 0, "sleep_after_s": 1.0})
+    graph.deploy(autoscaled.config.model_copy(update={"fleet": sleepy}))
+    when(lambda: replicas(autoscaled) == 0, 60)
+    print(f"the machine is gone {when(lambda: total(autoscaled) == 1, 120):.1f} s later")
