@@ -77,12 +77,12 @@ class Engine:
         """Whether any replica may own it: its first replica's, and working."""
         return bool(self.base) and self.owner is None and not self.ending and not self.engine.errored
 
-    async def own(self, owner: Owner, weights: str) -> bool:
-        """Host ``weights`` for this replica from now on, and end when its process does. False: another was faster, or it takes an engine of
-        another shape; this one ends then."""
+    async def own(self, owner: Owner, weights: str, config: Config) -> bool:
+        """Host ``weights`` for this replica from now on, as its ``config`` says, and end when its process does. False: another was faster, or
+        it takes an engine of another shape; this one ends then."""
         if self.owner is not None or self.ending:
             return False
-        self.owner, began_s = owner, time.monotonic()
+        self.owner, self.config, began_s = owner, config, time.monotonic()
         if self.expiry is not None:
             self.expiry.cancel()
         self.release = lifeline.when_gone(owner.pid, lambda: os._exit(1))  # nothing to save: whoever could ask for it is gone
@@ -137,7 +137,7 @@ class Engine:
         if keep:
             self.expiry = asyncio.create_task(self._expire())
         else:
-            await self._shut()
+            await self.end()
 
     async def _expire(self) -> None:
         await asyncio.sleep(self.config.fleet.standby_s)

@@ -8,6 +8,7 @@ keeps what it has, and costs memory and no time.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -16,18 +17,15 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import logs
 from cluster.client import ENGINES
 from cluster.config import Config
 from cluster.errors import SpringtideError
 
 ANSWER_S = 0.5
 """How long an engine may take to say whether it sleeps. One that starts, or is busy, does not answer, and does not sleep."""
-
-log = logs.logger(__name__)
 
 
 class Owner(NamedTuple):
@@ -62,11 +60,12 @@ class Standby:
                 sleeper.end.remote()  # what it was started with is not asked for any more
                 continue
             tell("wakes an engine")
-            if await _owned(sleeper, owner, weights):
-                return sleeper
+            with contextlib.suppress(RayActorError):  # it has just ended
+                if await self._owned(sleeper, owner, weights):
+                    return sleeper
         tell("starts its engine")
         engine = self._new()
-        await _owned(engine, owner, weights)
+        await self._owned(engine, owner, weights)
         return engine
 
     async def leave(self, engine: Any) -> None:
@@ -74,6 +73,12 @@ class Standby:
         await engine.rest.remote(self.config.fleet.standby > 0)
         for _, one in (await self._sleepers())[self.config.fleet.standby :]:  # two replicas that leave at once agree on which
             one.end.remote()
+
+    async def _owned(self, engine: Any, owner: Owner, weights: str) -> bool:
+        try:
+            return await engine.own.remote(owner, weights, self.config)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
 
     @property
     def _prefix(self) -> str:
@@ -102,10 +107,3 @@ async def _asleep(name: str) -> Any:
         return engine if await asyncio.wait_for(engine.sleeps.remote(), ANSWER_S) else None
     except (ValueError, RayError, TimeoutError):  # it has ended, or is not there yet
         return None
-
-
-async def _owned(engine: Any, owner: Owner, weights: str) -> bool:
-    try:
-        return await engine.own.remote(owner, weights)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
