@@ -19,8 +19,8 @@ def step_back(niceness: int) -> None:
 def settle() -> None:
     """Take what a process has loaded out of the collector's sight, once it is ready.
 
-    While anything on the pool waits for a resource, Ray has every process collect its garbage, every 10 s (``local_gc_min_interval_s`` in
-    ``ray_config_def.h``). With vLLM or PyTorch loaded that takes half a second of a core each time, in which nothing is answered.
+    While anything on the pool waits for a resource, Ray has every process collect its garbage, every 10 s (its ``local_gc_min_interval_s``).
+    With vLLM loaded that takes half a second of a core each time, in which nothing is answered.
     """
     gc.collect()
     gc.freeze()
