@@ -1,7 +1,7 @@
 """What a job learns while workers come and go, beside one that nobody disturbs: ``python -m jobs.bench curve``.
 
-Both train on the same data from the same seed, on a pool of four slots of which one serves. In one of them another job of a higher priority
-takes two slots, gives one back, and then the other: three workers, one, two, three.
+Both train on the same data from the same seed, on a pool of four slots of which one serves. From one of them a job of a higher priority
+takes two slots and gives them back, and then another takes one: three workers, one, three, two, three.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def run(config: Config, epochs: float, disturbed: bool) -> str:
 
 
 def disturb(config: Config, job: Job) -> None:
-    """Take two of three slots from it, give one back, and then the other."""
+    """Take two of three slots from it for a while, and then one."""
     beyond(job, 3, 1)
     with contending(config, 2):
         beyond(job, 1, 2)
