@@ -27,22 +27,12 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
 @contextmanager
 def node(pool: Running, slots: int) -> Iterator["subprocess.Popen[bytes]"]:
-    """One more node, as `ray start --address` on another machine would join."""
-    executable = pools.ray_command(pool.config)[0]
-    options = {
-        "address": pool.pool.address,
-        "node-ip-address": pools.LOOPBACK,
-        "num-cpus": 2,
-        "resources": json.dumps({"slot": slots}),
-        "object-store-memory": 80 << 20,
-    }
-    ports = {"min-worker-port": 0, "max-worker-port": 0, "dashboard-agent-listen-port": 0, "metrics-export-port": 0}
-    flags = [f"--{name}={value}" for name, value in {**options, **ports}.items()]
+    """One more node, in a process of its own."""
     environment = {**os.environ, **pools.client_environment(pool.config), "RAY_worker_niceness": "0"}
-    environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"  # with 0, as the pool has it, nobody else may join
     joined = subprocess.Popen(
-        [executable, "start", "--block", "--disable-usage-stats", *flags],
+        [sys.executable, "-m", "tests.joined", pool.pool.address, str(slots)],
         env=environment,
+        cwd=ROOT,
         stdout=(pool.config.home / "node.log").open("wb"),
         stderr=subprocess.STDOUT,
     )

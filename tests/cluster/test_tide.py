@@ -232,7 +232,7 @@ def test_a_killed_worker_costs_no_step(pool: Running, tmp_path: Path, record: Re
         then = len(job.text)
         os.kill(processes(pool, "ray::Member")[-1].pid, signal.SIGKILL)
         print(f"one goes on after {when(lambda: 'training with 1 workers' in job.text[then:], 30):.1f} s")
-        before, _, after = job.text[then - 2000 :].partition("training with 1 workers from step ")
+        before, _, after = job.text[max(0, then - 2000) :].partition("training with 1 workers from step ")
         assert int(after.split()[0]) >= max(int(step) for step in re.findall(r"step=(\d+)/", before))
         print(f"two train again {when(lambda: 'training with 2 workers' in job.text[then:], 60):.1f} s later")
         assert job.goes_on()
