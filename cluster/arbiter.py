@@ -77,7 +77,9 @@ class Past(NamedTuple):
     asked: tuple[tuple[float, int], ...] = ()
     """(time, slots wanted by serving), oldest first, as far back as `Budget.memory_s`; only changes are kept."""
     raised_s: tuple[float, ...] = ()
-    """When the lease rose."""
+    """When the lease rose after it had fallen."""
+    fell: bool = True
+    """Whether the lease's last change was no rise."""
     shares: tuple[tuple[str, int], ...] = ()
     """Owner → slots, as last decided."""
 
@@ -116,8 +118,10 @@ def decide(budget: Budget, demand: Demand, past: Past, now_s: float) -> Decision
     verdicts = [verdict(SERVING, lease, before.get(SERVING, 0), why)]
     for job in order(demand.jobs):
         verdicts.append(verdict(job.id, shares[job.id], before.get(job.id, 0), _why(job, shares[job.id], lease)))
-    raised = raised if lease <= before.get(SERVING, lease) else (*raised, now_s)
-    return Decision(tuple(verdicts), Past(asked, raised, tuple((v.owner, v.slots) for v in verdicts)))
+    change = lease - before.get(SERVING, lease)
+    raised = (*raised, now_s) if change > 0 and past.fell else raised
+    fell = change < 0 or (past.fell and change == 0)
+    return Decision(tuple(verdicts), Past(asked, raised, fell, tuple((v.owner, v.slots) for v in verdicts)))
 
 
 def lease_of(

@@ -30,8 +30,7 @@ class Client(Protocol):
 
     def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout: ...
     def claim(self, claim: Claim) -> Share: ...
-    def share(self, job: str, held: int) -> Share: ...
-    def leave(self, job: str) -> None: ...
+    def leave(self, job: str, driver: str) -> None: ...
 
 
 class _Remote:
@@ -46,11 +45,8 @@ class _Remote:
     def claim(self, claim: Claim) -> Share:
         return self._call("claim", ANSWER_S, claim)
 
-    def share(self, job: str, held: int) -> Share:
-        return self._call("share", ANSWER_S, job, held)
-
-    def leave(self, job: str) -> None:
-        self._call("leave", ANSWER_S, job)
+    def leave(self, job: str, driver: str) -> None:
+        self._call("leave", ANSWER_S, job, driver)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         try:

@@ -26,7 +26,7 @@ from cluster.reconcile import Reconciler
 from cluster.registry import Registry
 from cluster.replicas import LOAD_TIMEOUT_S, Replicas
 from cluster.rollout import DIRECT, Facts, Order, Policy, Rollout
-from cluster.slots import Served, served, slots
+from cluster.slots import Served, resource, served, slots
 from cluster.store import Store
 from cluster.tide import Claim, Share, Tide
 from cluster.types import Manifest, ReplicaState, VersionId, View, check_name
@@ -37,6 +37,8 @@ ABORT_TIMEOUT_S = 30
 ASLEEP = "No replica runs, and none is being started."
 STAGE_S = 600
 """How long what a starting replica said about itself is repeated."""
+SOON_S = 2
+"""And how long where Serve does not list it: it lists one that has just begun, and one that failed no more."""
 OPTIONS: dict[str, Any] = {
     "name": ACTOR,
     "namespace": NAMESPACE,
@@ -63,11 +65,11 @@ class Control:
         """Held for each round, and by whoever starts a rollout."""
         self.ticked = threading.Condition()
         self.state = Reconciler(self.config, self.registry, self.replicas, self.gateways)
-        self.lease = Lease("GPU" if self.config.fleet.accelerator == "gpu" else "slot")
+        self.lease = Lease(resource(self.config.fleet.accelerator))
         self.turning = threading.Lock()
         self.serving = Served(0, 0, 0)
         self.stages: dict[str, tuple[str, float]] = {}
-        self.tide = Tide(self.config.training.budget, self.config.training.yield_deadline_s, time.time())
+        self.tide = Tide(self.config.training.budget, time.time())
         self.board = metrics.Board()
         priority.settle()
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
@@ -87,18 +89,20 @@ class Control:
         if self.registry.store.url != Store(self.config.store).url:
             self.registry = Registry(Store(self.config.store))
         self.state.config, self.state.registry = self.config, self.registry
-        self.tide.budget, self.tide.deadline_s = self.config.training.budget, self.config.training.yield_deadline_s
+        self.tide.budget = self.config.training.budget
 
     def status(self) -> dict[str, Any]:
         """What `springtide status` prints: ``{"slots", "aliases", "replicas", …}``, without the replicas' secrets."""
+        with self.turning:
+            tide = self.tide.describe()
         return {
-            "slots": slots(),
+            "slots": slots(self.config.fleet.accelerator),
             "aliases": {name: move.model_dump(mode="json") for name, move in self.gateways.current.aliases.items()},
             "replicas": [public(replica) for replica in self.replicas.observe(fresh=True)],
             "starting": [{"id": id, "stage": stage, "since_s": since_s} for id, (stage, since_s) in self._starting().items()],
             "asleep": max(0, engines() - len(self.replicas.states) - len(self._starting())),
             "rollouts": [self._describe(one) for one in self.state.rollouts.values()],
-            "tide": self.tide.describe(),
+            "tide": tide,
         }
 
     def history(self, alias: str) -> dict[str, Any]:
@@ -165,19 +169,24 @@ class Control:
 
     def starting(self, replica: str, stage: str) -> None:
         """Told by a replica on its way."""
-        self.stages = {**self.stages, replica: (stage, time.time())}
+        with self.turning:
+            self.stages = {**self.stages, replica: (stage, time.time())}
 
     def leaving(self, replica: str) -> None:
         """Told by a replica that ends, so that gateways know at once."""
         self.replicas.leave(replica)
+        with self.turning:
+            self.stages = {id: told for id, told in self.stages.items() if id != replica}
 
     def _starting(self) -> dict[str, tuple[str, float]]:
-        """Replica → (stage, since when), of those that have told anything and are not there yet."""
+        """Replica → (stage, since when), of those that have told anything and are not there yet. Where Serve has none at all, they failed."""
         there = {replica.id for replica in self.replicas.states}
-        self.stages = {
-            id: (stage, at_s) for id, (stage, at_s) in self.stages.items() if id not in there and time.time() - at_s < STAGE_S
-        }
-        return self.stages
+        known_s = STAGE_S if self.serving.wanted else SOON_S
+        with self.turning:
+            self.stages = {
+                id: (stage, at_s) for id, (stage, at_s) in self.stages.items() if id not in there and time.time() - at_s < known_s
+            }
+            return self.stages
 
     def stage(self) -> str:
         """The cold start in a sentence, for whoever waits for a replica."""
@@ -197,14 +206,9 @@ class Control:
         with self.turning:
             return self.tide.claim(claim, time.time())
 
-    def share(self, job: str, held: int) -> Share:
-        """What the job has, for its workers."""
+    def leave(self, job: str, driver: str) -> None:
         with self.turning:
-            return self.tide.share(job, held)
-
-    def leave(self, job: str) -> None:
-        with self.turning:
-            self.tide.end(job)
+            self.tide.end(job, driver)
 
     def moments(self, since_s: float) -> list[list[Any]]:
         """Who held what after ``since_s``, as `cluster.handover.parse` reads it."""
@@ -215,7 +219,7 @@ class Control:
         """What `springtide status --watch` draws: ``{"tide", "moments", "slots"}``, moments after ``since_s`` (seconds since the epoch)."""
         with self.turning:
             tide = self.tide.describe()
-        return {"tide": tide, "moments": self.moments(since_s), "slots": slots()}
+        return {"tide": tide, "moments": self.moments(since_s), "slots": slots(self.config.fleet.accelerator)}
 
     # publishing
 
@@ -298,14 +302,15 @@ class Control:
     def _turn(self) -> None:
         while True:
             try:
-                there, now = slots(), served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
-                self.serving = now
+                there = slots(self.config.fleet.accelerator)
+                self.serving = now = served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
+                self._starting()
                 with self.turning:
                     total, free = int(there["total"]), int(there["free"])
                     held = now.held(total - free, self.tide.claimed)
                     lease = self.tide.turn(total, held, now.wanted, time.time(), free)
                 metrics.publish(self.board, self.tide.moments, self.tide.turns)
-                self.lease.hold(lease)
+                self.lease.hold(lease + self.tide.floor)
             except Exception:
                 # Serve or the coordinator is away for a moment; shares stay as they are, and the loop must go on.
                 log.exception("a turn of the tide")

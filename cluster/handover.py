@@ -38,7 +38,8 @@ class Moment(NamedTuple):
 
 
 class Handover(NamedTuple):
-    """A change of one job's share that it carried out. Seconds count from the decision."""
+    """A change of one job's share that it carried out. Seconds count from when the job's share changed: a smaller one is decided and told at
+    once, a larger one when the slots are free."""
 
     at_s: float
     job: str
@@ -81,7 +82,9 @@ def _of(job: str, way: Iterable[tuple[float, Stake]]) -> Iterable[Handover]:
             began, freed_s = (at_s, stake.held), None
         if began is None:
             continue
-        if freed_s is None and stake.held <= stake.share:
+        if stake.held > stake.share:
+            freed_s = None
+        elif freed_s is None:
             freed_s = at_s - began[0]
         if stake.held == stake.share == stake.learning:
             kind = "yield" if stake.share < began[1] else "grow"
@@ -94,17 +97,6 @@ def _of(job: str, way: Iterable[tuple[float, Stake]]) -> Iterable[Handover]:
 def crowded(moments: Sequence[Moment]) -> list[Moment]:
     """Moments at which more slots were held than there are: two owners of one."""
     return [moment for moment in moments if moment.idle < 0]
-
-
-def slot_seconds(moments: Sequence[Moment], until_s: float) -> dict[str, float]:
-    """``{"serving", "training", "idle"}`` → slots held × seconds, from the first moment to ``until_s``."""
-    sums = {"serving": 0.0, "training": 0.0, "idle": 0.0}
-    for moment, next_s in zip(moments, [*(later.at_s for later in moments[1:]), until_s], strict=True):
-        seconds = max(0.0, next_s - moment.at_s)
-        training = sum(stake.held for stake in moment.jobs)
-        for owner, held in (("serving", moment.serving), ("training", training), ("idle", moment.idle)):
-            sums[owner] += held * seconds
-    return sums
 
 
 def parse(rows: Iterable[Sequence[object]]) -> list[Moment]:

@@ -3,8 +3,9 @@
 An elastic run of Ray Train is as large as Ray's AutoscalingCoordinator reserves for it. The coordinator divides the nodes' *totals* among
 those who ask it, and Serve does not: so a run takes slots into account on which replicas run already, and waits for ever to start there.
 So control asks in serving's name, above every run's priority
-(``ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py`` in 2.60). Our own jobs take what `cluster.tide` gives them; the
-lease is for those that others start on the pool.
+(``ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py`` in 2.60). Our own jobs take what `cluster.tide` gives them, and
+what they hold or wait for is asked for with it: the lease keeps runs off that others start on the pool, and since the coordinator passes
+on what it is asked for, Ray's autoscaler adds a machine for a job that has no room.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -46,9 +47,3 @@ class Lease:
         )
         ray.get(asked, timeout=ANSWER_S)
         self.slots, self.renewed_s = slots, now_s
-
-    def reserved(self) -> int:
-        """The slots that the coordinator reserves for serving now."""
-        actor: Any = coordinator.get_or_create_autoscaling_coordinator()
-        per_node: dict[str, dict[str, float]] = ray.get(actor.get_reserved_resources.remote(REQUESTER), timeout=ANSWER_S)
-        return int(sum(node.get(self.resource, 0) for node in per_node.values()))

@@ -193,7 +193,7 @@ class Reconciler:
         if there:
             seen = placement.settled(there, manifest, {replica.id: manifest.weights for replica in there})
             return seen._replace(replicas=max(self.surge.replicas, len(there)))
-        free = slots()["free"] >= self.config.fleet.tensor_parallel_size
+        free = slots(self.config.fleet.accelerator)["free"] >= self.config.fleet.tensor_parallel_size
         waits = "a second fleet to start" if free else "a slot for a second fleet: none is free"
         return Warmth(1, 0, self.surge.trouble() if self.surge.weights else "", waits)
 
@@ -279,7 +279,7 @@ class Reconciler:
         if self.surge.weights:
             self.surge.end()
         if self.apart:
-            room = int(slots()["free"] // self.config.fleet.tensor_parallel_size)
+            room = int(slots(self.config.fleet.accelerator)["free"] // self.config.fleet.tensor_parallel_size)
             self.surge.start(self.config, self.apart, max(1, min(len(self._own(replicas)), room)))
         self._watch()
 

@@ -15,6 +15,8 @@ DESCRIBE_TIMEOUT_S = 2
 LOAD_TIMEOUT_S = 600
 """How long a replica may take to load a version, or to become one."""
 FORGET_S = 5
+GONE_S = 3_600
+"""A replica that said that it ends answers no more after this long: Serve waits for its streams for a part of that at most."""
 OBSERVE_S = 0.4
 THREADS = 8
 
@@ -30,8 +32,8 @@ class Replicas:
         self.observed_s = 0.0
         self.lock = Lock()
         self.seen: dict[str, tuple[ReplicaState, float]] = {}
-        self.leaving: set[str] = set()
-        """Those that said that they end: nobody shall be sent to them, whatever they still answer."""
+        self.leaving: dict[str, float] = {}
+        """Those that said that they end, and when: nobody shall be sent to them, whatever they still answer."""
         self.asked: dict[str, Future[None]] = {}
         """What was asked for and whether it was answered: `_ask`'s key."""
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ask-replicas")
@@ -70,7 +72,8 @@ class Replicas:
     def leave(self, replica: str) -> None:
         """It ends."""
         with self.lock:
-            self.leaving.add(replica)
+            now_s = time.monotonic()
+            self.leaving = {id: at_s for id, at_s in self.leaving.items() if now_s - at_s < GONE_S} | {replica: now_s}
             self.seen = {id: known for id, known in self.seen.items() if id != replica}
         self.changed()
 

@@ -8,11 +8,16 @@ import ray
 from ray import serve
 
 
-def slots() -> dict[str, float]:
-    """``{"total", "free"}``. GPUs where there are any, else the logical resource."""
+def slots(accelerator: str) -> dict[str, float]:
+    """``{"total", "free"}``. ``accelerator``: `fleet.accelerator`."""
     total, free = ray.cluster_resources(), ray.available_resources()
-    kind = "GPU" if total.get("GPU") else "slot"
+    kind = resource(accelerator)
     return {"total": total.get(kind, 0.0), "free": free.get(kind, 0.0)}
+
+
+def resource(accelerator: str) -> str:
+    """What a slot is to Ray."""
+    return "GPU" if accelerator == "gpu" else "slot"
 
 
 class Served(NamedTuple):
@@ -27,12 +32,14 @@ class Served(NamedTuple):
     """Replicas, not slots: those that wait for their place, or are being started."""
 
     def held(self, used: int, by_jobs: int) -> int:
-        """The slots that replicas hold, given those that Ray says are ``used`` and those that jobs hold.
+        """The slots that replicas hold, given those that Ray says are ``used`` and those that jobs hold: one that starts may have its place,
+        or wait for it.
 
         >>> Served(running=1, ending=2, wanted=1).held(used=3, by_jobs=1)
         2
         """
-        return self.running + min(self.ending, max(0, used - by_jobs - self.running))
+        uncertain = self.ending + max(0, self.wanted - self.running)
+        return self.running + min(uncertain, max(0, used - by_jobs - self.running))
 
 
 def served(apps: tuple[str, ...], slots_per_replica: int) -> Served:

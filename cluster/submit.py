@@ -14,9 +14,17 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from cluster import __version__, pool
 from cluster.config import Config
 from cluster.errors import BadRequest, JobFailed, JobNotFound, PoolUnavailable
+from cluster.store import Store
+from cluster.types import check_name
 
 PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 """The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""
+
+
+RUN = re.compile(r"^run (\S+)$", re.MULTILINE)
+"""The line in which an elastic job says how its run is called, for ``--resume``."""
+STOP_S = 20
+"""Ray gives a job some seconds after SIGTERM, and kills it then."""
 
 
 class Progress(NamedTuple):
@@ -81,9 +89,15 @@ def log(config: Config, submission_id: str) -> str:
 
 
 def cancel(config: Config, submission_id: str) -> None:
-    """Stop a job. Raises `JobNotFound`."""
+    """Stop a job, and remove what it has kept to be resumed. Raises `JobNotFound`."""
     log(config, submission_id)
-    client(config).stop_job(submission_id)
+    asked, deadline_s = client(config), time.monotonic() + STOP_S
+    asked.stop_job(submission_id)
+    while not asked.get_job_status(submission_id).is_terminal() and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    if asked.get_job_status(submission_id) == JobStatus.STOPPED:
+        for run in RUN.findall(log(config, submission_id)):
+            Store(config.store).remove(f"runs/{check_name(run)}")
 
 
 def progress(log: str) -> Progress | None:

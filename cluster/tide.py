@@ -26,6 +26,8 @@ class Claim(NamedTuple):
     held: int = 0
     learning: int = 0
     """Of them, those that train at this moment."""
+    driver: str = ""
+    """The process that claims: of two that run one job, the first has the slots, until it is silent."""
 
 
 class Share(NamedTuple):
@@ -33,8 +35,6 @@ class Share(NamedTuple):
 
     slots: int
     reason: str
-    deadline_s: float
-    """How long it may take to give back what it holds beyond that."""
 
 
 class Turn(NamedTuple):
@@ -48,9 +48,8 @@ class Turn(NamedTuple):
 
 
 class Tide:
-    def __init__(self, budget: Budget, deadline_s: float, now_s: float) -> None:
+    def __init__(self, budget: Budget, now_s: float) -> None:
         self.budget = budget
-        self.deadline_s = deadline_s
         self.began_s = now_s
         self.claims: dict[str, tuple[Claim, float]] = {}
         self.past = Past()
@@ -60,15 +59,20 @@ class Tide:
 
     def claim(self, claim: Claim, now_s: float) -> Share:
         """What the job has now. Its driver claims again and again, as long as the job lives."""
+        known, heard_s = self.claims.get(claim.job.id, (claim, now_s))
+        if known.driver != claim.driver and now_s - heard_s < SILENT_S:
+            return Share(0, "another process runs this job, or did some seconds ago")
         self.claims[claim.job.id] = (claim, now_s)
         return self.share(claim.job.id, claim.held)
 
     def share(self, job: str, held: int) -> Share:
         """The job's share, or what it holds while nothing was decided about it yet."""
-        return self.shares.get(job) or Share(held, "control has not decided yet", self.deadline_s)
+        return self.shares.get(job) or Share(held, "control has not decided yet")
 
-    def end(self, job: str) -> None:
+    def end(self, job: str, driver: str = "") -> None:
         """The job is over, and nobody need wait until it has been silent for long enough."""
+        if job in self.claims and self.claims[job][0].driver != driver:
+            return
         self.claims.pop(job, None)
         self.shares.pop(job, None)
 
@@ -76,6 +80,11 @@ class Tide:
     def claimed(self) -> int:
         """The slots that jobs hold."""
         return sum(claim.held for claim, _ in self.claims.values())
+
+    @property
+    def floor(self) -> int:
+        """The slots that jobs hold, or need in order to run at all."""
+        return sum(max(claim.held, claim.job.least) for claim, _ in self.claims.values())
 
     def turn(self, slots: int, held: int, wanted: int, now_s: float, free: int | None = None) -> int:
         """Decide anew; the slots that serving should hold. ``held``: by replicas, those that end still included. ``wanted``: for all that
@@ -110,7 +119,8 @@ class Tide:
                 has = 0
             given = max(0, has - claim.held)
             free, unheld = max(0, free - given), max(0, unheld - given)
-            promised[verdict.owner] = Share(has, verdict.reason, self.deadline_s)
+            few = f"{verdict.slots} slots are meant for it, and {has} of them are there so far"
+            promised[verdict.owner] = Share(has, verdict.reason if has == verdict.slots else few)
         return promised
 
     def _note(self, decision: Decision, now_s: float) -> None:

@@ -47,17 +47,15 @@ class Standby:
         self.environment = {
             key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if fleet.accelerator == "gpu" and key in os.environ
         }
-        made_of = json.dumps(
-            [fleet.engine_arguments(), fleet.engine_environment(), config.store, self.environment], sort_keys=True
-        )
-        self.kind = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-        """Engines of one kind can stand in for each other: they were started alike, and on the same accelerators."""
+        self.kind = _digest([fleet.engine_arguments(), fleet.engine_environment(), config.store])
+        """Engines of one kind were started alike, and can stand in for each other where they are on the same accelerators."""
 
     async def engine(self, owner: Owner, weights: str, tell: Callable[[str], None]) -> Any:
         """An engine that hosts ``weights`` for this replica: one that slept, or a new one. ``tell`` hears what happens."""
         for name, sleeper in await self._sleepers():
-            if not name.startswith(self._prefix):
+            if not name.startswith(f"{self.node} {self.kind} "):
                 sleeper.end.remote()  # what it was started with is not asked for any more
+            if not name.startswith(self._prefix):
                 continue
             tell("wakes an engine")
             with contextlib.suppress(RayActorError):  # it has just ended
@@ -71,7 +69,8 @@ class Standby:
     async def leave(self, engine: Any) -> None:
         """Let it sleep, where there is room for one more; else it ends."""
         await engine.rest.remote(self.config.fleet.standby > 0)
-        for _, one in (await self._sleepers())[self.config.fleet.standby :]:  # two replicas that leave at once agree on which
+        alike = [one for name, one in await self._sleepers() if name.startswith(self._prefix)]
+        for one in alike[self.config.fleet.standby :]:  # two replicas that leave at once agree on which
             one.end.remote()
 
     async def _owned(self, engine: Any, owner: Owner, weights: str) -> bool:
@@ -82,7 +81,7 @@ class Standby:
 
     @property
     def _prefix(self) -> str:
-        return f"{self.node} {self.kind} "
+        return f"{self.node} {self.kind} {_digest(self.environment)} "
 
     def _new(self) -> Any:
         from deployments.engine import Engine  # and all that it imports, which a replica that wakes one need not wait for
@@ -98,6 +97,10 @@ class Standby:
         names = sorted(one["name"] for one in named if one["namespace"] == ENGINES and one["name"].startswith(self.node))
         answers = await asyncio.gather(*map(_asleep, names))
         return [(name, engine) for name, engine in zip(names, answers, strict=True) if engine is not None]
+
+
+def _digest(made_of: Any) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
 
 
 async def _asleep(name: str) -> Any:

@@ -52,9 +52,9 @@ class Checkpoints:
         for old in self._spare():
             self.store.remove(f"{self.root}/{old:012d}")
 
-    def newest(self) -> Snapshot | None:
-        """The newest that is whole; those that are not are named in the log."""
-        for step in reversed(self.steps()):
+    def newest(self, after: int = -1) -> Snapshot | None:
+        """The newest that is whole, of a step later than ``after``; those that are not whole are named in the log."""
+        for step in sorted((step for step in self.steps() if step > after), reverse=True):
             snapshot = self._read(f"{self.root}/{step:012d}")
             if snapshot:
                 return snapshot
@@ -68,9 +68,6 @@ class Checkpoints:
         """What is older than the newest few that were written to their end."""
         ended = [step for step in self.steps() if self.store.get(f"{self.root}/{step:012d}/{MANIFEST}")]
         return [step for step in self.steps() if ended and step < ended[-KEPT:][0]]
-
-    def remove(self) -> None:
-        self.store.remove(self.root)
 
     def _read(self, folder: str) -> Snapshot | None:
         manifest, data = self.store.get(f"{folder}/{MANIFEST}"), self.store.get(f"{folder}/{FILE}")

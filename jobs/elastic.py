@@ -15,6 +15,7 @@ import json
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,7 +32,6 @@ from cluster.errors import BadRequest, JobFailed, PoolUnavailable
 from cluster.store import Store
 from cluster.tide import Claim, Share
 from cluster.types import check_name
-from jobs.checkpoints import Checkpoints
 from jobs.member import RESULT, Formation, Member, Outcome, Where, Work
 
 TURN_S = 0.1
@@ -64,8 +64,8 @@ class Ended(NamedTuple):
 def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], name: str, priority: int = 0) -> Ended:
     """Train ``work(settings)`` to its end, on as many slots as there are at the time. Its files are then at `result`.
 
-    ``name``: from `begun` or `resumed`. Raises `JobFailed` where it cannot go on; its checkpoints stay then, for whoever resumes it. Of a run
-    that was cancelled nothing is left.
+    ``name``: from `begun` or `resumed`. Raises `JobFailed` where it cannot go on. Its checkpoints stay then, and where it is ended from
+    outside, for whoever resumes it; `springtide cancel` removes them.
     """
     per_worker = config.training.slots_per_worker
     least, most = (workers * per_worker for workers in (config.training.min_workers, config.training.workers))
@@ -76,10 +76,10 @@ def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[s
             run.turn(time.monotonic())
             time.sleep(TURN_S)
         return Ended(name, {**run.ended.metrics, "steps_lost": float(run.lost)})
-    except (SystemExit, KeyboardInterrupt):  # cancelled
+    except (SystemExit, KeyboardInterrupt):  # cancelled, or the pool ends
         run.end()
-        time.sleep(ENDED_S)
-        Checkpoints(Store(config.store), name).remove()
+        print(f"what was learnt is kept: --resume {name}", flush=True)
+        time.sleep(ENDED_S)  # nobody writes any more when this process has ended
         raise
     except JobFailed as error:
         error.do = f"Mend what the log says, then go on from its newest checkpoint with --resume {name}."
@@ -207,6 +207,12 @@ class Seat:
         self.alive = self.call
         """The newest question whether it is there."""
         self.heard_s = time.monotonic()
+        self.left_s = 0.0
+        """When it became a spare."""
+
+    @property
+    def machine(self) -> str:
+        return self.where.node if self.where else self.node
 
 
 class Run:
@@ -231,7 +237,7 @@ class Run:
         self.told = 0
         """The last formation that was told to end."""
         self.yielding_s: float | None = None
-        """Since when more members train than the job has slots for."""
+        """Since when it holds more than it may have."""
         self.broken_s: float | None = None
         """Since when one of its members is gone."""
         self.failures, self.step = 0, 0
@@ -244,6 +250,7 @@ class Run:
         self._place()
         self._hear(now_s)
         wanted = self.claiming.wanted(self.held) // self.per_worker
+        self.yielding_s = (self.yielding_s or now_s) if len(self.seats) > wanted else None
         learning, ready, preparing = (len(self._in(phase)) for phase in ("learning", "ready", "preparing"))
         since_s = [*(seat.heard_s for seat in self._in("preparing")), *(place.since_s for place in self.places)]
         awaited = sum(now_s - at_s < JOIN_S for at_s in since_s)
@@ -253,10 +260,8 @@ class Run:
         for _ in range(do.start):
             self._start()
         self._claim()
-        if do.stop and self.told < self.formation:
-            self.told = self.formation
-            for seat in self._in("learning"):
-                seat.actor.stop.remote(self.formation)
+        if do.stop:
+            self._stop()
         if do.learn:
             self._learn()
         self._enforce(wanted, now_s)
@@ -322,6 +327,7 @@ class Run:
             self._failed(why)
         if any(seat.phase == "learning" for seat in seats):
             self.broken_s = self.broken_s or now_s
+            self._stop()  # a process of a machine that Ray has lost may go on for a while, and the others with it
         self.dismiss(seats)
 
     def _failed(self, why: str) -> None:
@@ -343,6 +349,13 @@ class Run:
         for rank, seat in enumerate(seats):
             seat.phase = "learning"
             seat.call = seat.actor.learn.remote(Formation(self.formation, rank, len(seats), meeting))
+
+    def _stop(self) -> None:
+        """Have the formation end after the step that is under way."""
+        if self.told < self.formation:
+            self.told = self.formation
+            for seat in self._in("learning"):
+                seat.actor.stop.remote(self.formation)
 
     def _start(self) -> None:
         """One more member, or a spare, once there is a slot."""
@@ -372,14 +385,18 @@ class Run:
             self.places.remove(place)
             place.free()
             count -= 1
-        idle = [*self._in("ready"), *self._in("preparing")]
+        among = Counter(seat.machine for seat in self.seats)
+        ready = sorted(self._in("ready"), key=lambda seat: -among[seat.machine])  # a replica may need a whole machine
+        idle = [*ready, *self._in("preparing")]
         seats, loaded = idle[len(idle) - count :], [seat for seat in self.seats if seat.where]
         if loaded and all(seat in seats for seat in loaded):
-            self._keep(loaded, self.config.training.yield_deadline_s)
+            left_s = self.config.training.yield_deadline_s - (time.monotonic() - (self.yielding_s or time.monotonic()))
+            self._keep(loaded, max(KEEP_S, left_s))
         if not self.spare:
             return self.dismiss(seats)
         for seat in seats:
             self._free(seat)
+            seat.left_s = time.monotonic()
             self.seats.remove(seat)
             self.spares.append(seat)
 
@@ -421,7 +438,7 @@ class Run:
     def _enforce(self, wanted: int, now_s: float) -> None:
         """End those who do not answer, who do not stop in time, or who cannot notice that another is gone."""
         learning, deadline_s = self._in("learning"), self.config.training.yield_deadline_s
-        self.yielding_s = (self.yielding_s or now_s) if len(learning) > wanted else None
+        self.dismiss([spare for spare in self.spares if now_s - spare.left_s > self.config.fleet.standby_s])
         if hung := [seat for seat in [*self.seats, *self.spares] if now_s - seat.heard_s > LOST_S and seat.where]:
             self._lost(hung, f"no answer for {LOST_S} s", now_s)
         elif late := [seat for seat in self.seats if not seat.where and now_s - seat.heard_s > LOAD_S]:
@@ -429,8 +446,9 @@ class Run:
         elif self.broken_s is not None and now_s - self.broken_s > LEFT_S:
             self._keep(learning, KEEP_S)  # they stand within a collective, and their state is whole
             self._lost(learning, "they did not notice that another was gone", now_s)
-        elif self.yielding_s is not None and now_s - self.yielding_s > deadline_s:
-            self._lost(learning, f"they did not give their slots back within {deadline_s:.0f} s", now_s)
+        elif len(learning) > wanted and self.yielding_s is not None and now_s - self.yielding_s > deadline_s:
+            late = [seat for seat in learning if seat.call]  # who has stopped has what was learnt
+            self._lost(late, f"they did not give their slots back within {deadline_s:.0f} s", now_s)
 
 
 class Claiming:
@@ -438,6 +456,7 @@ class Claiming:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        self.driver = uuid.uuid4().hex
         self.holds: tuple[int, int] = (0, 0)
         """Slots held, and those that train."""
         self.share: Share | None = None
@@ -459,11 +478,11 @@ class Claiming:
     def _run(self) -> None:
         while not self.done.is_set():
             with contextlib.suppress(PoolUnavailable, RayError):  # control is away for a moment: nothing changes meanwhile
-                self.share = client.connect().claim(Claim(self.job, *self.holds))
+                self.share = client.connect().claim(Claim(self.job, *self.holds, self.driver))
             self.done.wait(ASK_S)
 
     def end(self) -> None:
         self.done.set()
         self.thread.join()
         with contextlib.suppress(PoolUnavailable, RayError):
-            client.connect().leave(self.job.id)
+            client.connect().leave(self.job.id, self.driver)

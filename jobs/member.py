@@ -8,9 +8,11 @@ in this way too; Ray Train ends every worker).
 
 import contextlib
 import os
+import shutil
 import socket
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from cluster import priority
+from cluster.errors import StoreUnavailable
 from cluster.pool import LOOPBACK
 from cluster.store import Store
 from jobs.checkpoints import Checkpoints, Snapshot, Writer
@@ -107,6 +110,8 @@ class Member:
         """The last formation that shall end."""
         self.state = State()
         self.first = -1
+        self.met: Path | None = None
+        """Where the last formation met that this member called."""
 
     def prepare(self) -> Where:
         """Load everything; the first call, and the longest."""
@@ -120,7 +125,8 @@ class Member:
     def meeting(self, alone: bool) -> str:
         """A place where the next formation can meet; ``alone`` where all are on this machine, which then needs no port."""
         if alone:
-            return (Path(tempfile.mkdtemp(prefix="meeting-")) / "file").as_uri()
+            self.met = Path(tempfile.mkdtemp(prefix="meeting-"))
+            return (self.met / "file").as_uri()
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
@@ -148,27 +154,31 @@ class Member:
                 self.first = self.state.step
                 if formation.rank == 0:
                     print(f"training with {formation.world} workers from step {self.first}", flush=True)
+                else:
+                    print(f"training as worker {formation.rank + 1} of {formation.world}", flush=True)
                 ended = self._train(formation)
                 return self._finish(formation) if ended else self._pause(formation)
         except RuntimeError as error:
             # A collective whose peer is gone. What this member has is whole: between two steps, or before the optimizer's.
             self.work.optimizer.zero_grad()
             return Outcome(self.step(), self.first, broken=f"{type(error).__name__}: {error}")
+        finally:
+            if self.met:
+                shutil.rmtree(self.met, ignore_errors=True)
 
     def _level(self, formation: Formation) -> None:
-        """Everybody takes over the state of who has done the most steps, or the newest checkpoint where nobody has done any."""
+        """Everybody takes over the state of who has done the most steps, or the newest checkpoint where that is further: who trains again
+        after a while knows nothing of what others did meanwhile."""
         steps: list[int] = [-1] * formation.world
         dist.all_gather_object(steps, self.state.step)
         first = steps.index(max(steps))
-        if max(steps) < 0 and formation.rank == first:
+        if formation.rank == first:
             self._restore()
-        if min(steps) == max(steps) >= 0:
-            return
         shared: list[Any] = [self.state]
         dist.broadcast_object_list(shared, first)
         if shared[0].step < 0:
             self.state = State(0, before=self.work.measure(formation.rank, formation.world))
-        else:
+        elif min(steps) < shared[0].step:
             self._take_over(shared[0], first, formation.rank)
 
     def _take_over(self, state: State, first: int, rank: int) -> None:
@@ -247,7 +257,13 @@ class Member:
         return Snapshot(self.state.step, self.state._asdict(), tensors)
 
     def _restore(self) -> None:
-        newest = self.checkpoints.newest()
+        """The newest checkpoint, where it is further than this member."""
+        try:
+            newest = self.checkpoints.newest(after=self.state.step)
+        except StoreUnavailable as error:
+            if self.state.step < 0:
+                raise
+            return print(f"going on from memory: {error}", flush=True)
         if newest is None:
             return
         with torch.no_grad():
@@ -269,7 +285,11 @@ def update(work: Work, step: int, batch: list[int], rank: int, world: int, stop:
     for parameter, gradient in zip(work.trained, gradients, strict=True):
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
     torch.nn.utils.clip_grad_norm_(work.trained, 1.0)
-    work.optimizer.step()
+    try:
+        work.optimizer.step()
+    except RuntimeError:  # out of memory: half of it may be done, and must never count as a step, nor as none
+        traceback.print_exc()
+        os._exit(1)
     work.optimizer.zero_grad()
     return rest[0].item(), tokens, rest[1].item() > 0
 

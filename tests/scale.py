@@ -99,7 +99,7 @@ class Days:
     def __init__(self, nodes: int, turns: int, seed: int) -> None:
         self.nodes = nodes
         self.world = World(nodes, turns, seed)
-        self.tide, self.gateways = Tide(BUDGET, 30, 0.0), OneGateway()
+        self.tide, self.gateways = Tide(BUDGET, 0.0), OneGateway()
         self.table = self.gateways.table
         self.board = Board()
         self.flying: deque[str] = deque()

@@ -46,7 +46,7 @@ class Job:
     @property
     def workers(self) -> set[int]:
         """The processes that have trained."""
-        return {int(pid) for line in self.text.splitlines() if "step" in line for pid in WORKER.findall(line)}
+        return {int(pid) for line in self.text.splitlines() if "training " in line for pid in WORKER.findall(line)}
 
     def wait_until(self, done: Callable[[], bool], timeout_s: float = 180) -> None:
         """Raises `JobFailed` with the end of the log where that does not come."""

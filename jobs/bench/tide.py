@@ -14,9 +14,12 @@ import asyncio
 import contextlib
 import json
 import math
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -46,7 +49,7 @@ WARM_S = 10
 FLEET = {
     "target_running": 5,
     "scale_up_after_s": 0,
-    "scale_down_after_s": 10,
+    "scale_down_after_s": 6,
     "target_ttft_s": TTFT_TARGET_S,
     "kv_cache_bytes": 64 << 20,
 }
@@ -102,7 +105,7 @@ def capacity(config: Config, shares: Shares) -> float:
 
 def arranged(config: Config, split: dict[str, Any]) -> Config:
     """The pool's configuration for one way of dividing the slots."""
-    budget = {"cool_down_s": 2}
+    budget = {"cool_down_s": 2, "memory_s": 60}  # a day takes minutes, so yesterday is a minute ago
     common = {"pool": {"slots": SLOTS}, "fleet": FLEET, "training": {"checkpoint_s": 15, "budget": budget}}
     return configuration.parse(configuration.merge(configuration.merge(config.dump(), common), split))
 
@@ -122,8 +125,16 @@ def day(base: Config, system: str, times_s: list[float], seconds: float, shares:
         steps, log = job.step - from_step, job.text[from_byte:]
         per_step = job.examples / math.ceil(job.examples / GLOBAL_BATCH)
         looks = watcher.end()
+        said = serve_said()
         moments = parse(admin.tide(config, began_s)["moments"])
-    return Day(system, began_s, samples, looks, moments, log, round(steps * per_step), lost(log))
+    return Day(system, began_s, samples, looks, moments, said, round(steps * per_step), lost(log))
+
+
+def serve_said() -> str:
+    """The last line of the newest pool's Serve controller about a replica that has not got its place."""
+    logs = (Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray/session_latest/logs/serve").glob("controller_*.log")
+    said = [line for log in logs for line in log.read_text(errors="replace").splitlines() if "taken more than" in line]
+    return said[-1] if said else ""
 
 
 @contextlib.contextmanager
@@ -185,6 +196,8 @@ class Watcher:
         self.began_s, self.looks = time.monotonic(), []
 
     def end(self) -> list[Look]:
+        if not self.thread.is_alive():
+            raise PoolUnavailable("Nobody watched the pool to the end.", "The traceback above says why; run the benchmark again.")
         self.done.set()
         self.thread.join()
         self.shares.close()
@@ -192,7 +205,7 @@ class Watcher:
 
     def _run(self) -> None:
         while not self.done.wait(1.0):
-            with contextlib.suppress(SpringtideError, OSError):
+            with contextlib.suppress(SpringtideError, OSError, RuntimeError):  # Ray's client, where the dashboard is busy
                 self.shares.hold({*engine_pids(self.config), *self.job.workers})
                 slots = admin.tide(self.config, time.time())["slots"]
                 states = replica_states(self.config)

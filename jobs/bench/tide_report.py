@@ -41,8 +41,8 @@ class Day(NamedTuple):
     samples: list[Sample]
     looks: list[Look]
     moments: list[Moment]
-    log: str
-    """The job's, of the day alone."""
+    serve_said: str
+    """The last that Serve's own log has about replicas that wait for a place; empty where none waited long."""
     trained: int
     """Examples."""
     steps_lost: int
@@ -83,6 +83,7 @@ def row(day: Day, seconds: float) -> dict[str, Any]:
         "grow_back_p50_s": percentile(took["grow_back"], 50),
         "grow_back_p99_s": percentile(took["grow_back"], 99),
         "starved_s": starved(day),
+        "serve_said": day.serve_said,
     }
 
 
@@ -148,6 +149,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"{ours['failed']} requests failed; {passed(ours['failed'] == 0)} (0)")
     if stock := found.get("stock_ray"):
         lines.append(f"stock Ray: a replica was wanted and not there for {stock['starved_s']:.0f} s at a stretch")
+        lines.append(f"Serve's log: {stock['serve_said'] or 'nothing about it'}")
     return lines
 
 

@@ -3,7 +3,7 @@
 import csv
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -91,12 +91,3 @@ def seconds(text: str) -> float | None:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
         return None
-
-
-def per_second(times_s: Sequence[float], duration_s: float) -> list[int]:
-    """How many come in each second."""
-    counts = [0] * math.ceil(duration_s)
-    for at_s in times_s:
-        if at_s < duration_s:
-            counts[int(at_s)] += 1
-    return counts

@@ -62,7 +62,7 @@ def test_a_job_grows_onto_a_node_that_joins_and_outlives_its_loss(pool: Running,
             when(lambda: job.trains(2), 30)
             assert job.goes_on()
             with node(pool, slots=2):
-                print(f"four again {when(lambda: job.trains(4), 90):.1f} s after another joined")
+                print(f"four again {when(lambda: job.trains(4), 240):.1f} s after another joined")
                 time.sleep(1)
                 assert job.goes_on()
 
@@ -101,6 +101,14 @@ def answers(url: str) -> bool:
     with suppress(httpx.HTTPError):
         return httpx.get(url, headers=pools.bearer(), timeout=2).status_code == 200
     return False
+
+
+def test_rays_autoscaler_adds_a_machine_for_a_job_that_has_no_room(autoscaled: Running, tmp_path: Path) -> None:
+    began_s = time.monotonic()
+    with running(autoscaled, tmp_path, *finetune(), workers=1) as job:
+        print(f"trains {time.monotonic() - began_s:.1f} s after it was begun")
+        assert total(autoscaled) == 2 and job.goes_on()
+    print(f"the machine is gone {when(lambda: total(autoscaled) == 1, 120):.1f} s later")
 
 
 def test_rays_autoscaler_adds_a_machine_for_a_replica_and_takes_it_when_its_engine_has_ended(autoscaled: Running) -> None:

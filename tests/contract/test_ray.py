@@ -88,7 +88,6 @@ def test_the_coordinator_that_the_lease_is_held_with() -> None:
     actor: Any = coordinator._AutoscalingCoordinatorActor  # pyright: ignore[reportPrivateUsage]
     asked = inspect.signature(actor.request_resources).parameters
     assert {"requester_id", "resources", "expire_after_s", "priority"} <= set(asked)
-    assert "requester_id" in inspect.signature(actor.get_reserved_resources).parameters
     assert callable(coordinator.get_or_create_autoscaling_coordinator)
     levels: Any = vars(coordinator)["ResourceRequestPriority"]
     assert max(level.value for level in levels) < PRIORITY.value

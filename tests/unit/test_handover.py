@@ -1,6 +1,6 @@
 """What a hand-over took, read from the record of who held what."""
 
-from cluster.handover import Handover, Moment, Stake, crowded, handovers, slot_seconds
+from cluster.handover import Handover, Moment, Stake, crowded, handovers
 
 
 def at(at_s: float, share: int, held: int, learning: int, serving: int = 1) -> Moment:
@@ -34,7 +34,6 @@ def test_two_owners_of_a_slot_are_seen() -> None:
     assert crowded([at(0, 3, 3, 3, serving=1), at(1, 3, 3, 3, serving=2)]) == [at(1, 3, 3, 3, serving=2)]
 
 
-def test_slot_seconds_add_up() -> None:
-    sums = slot_seconds([at(0, 3, 3, 3), at(10, 1, 1, 1)], until_s=20)
-    assert sums == {"serving": 20.0, "training": 40.0, "idle": 20.0}
-    assert sum(sums.values()) == 4 * 20
+def test_slots_are_free_when_the_last_of_overlapping_yields_has_given_them_back() -> None:
+    [done] = handovers([at(0, 3, 3, 3), at(1, 2, 3, 3), at(2, 2, 2, 2 - 1), at(3, 1, 2, 1), at(9, 1, 1, 1)])
+    assert done.slots_free_s == 8

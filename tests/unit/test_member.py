@@ -76,3 +76,20 @@ def test_everybody_leaves_and_others_go_on_from_what_was_kept(group: Group, alon
     group.learn(2)
     [end] = group.hear(2)
     assert end.first == stopped[0].step and end.metrics["eval_loss"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_who_comes_back_alone_goes_on_from_what_others_did_meanwhile(group: Group, alone: float) -> None:
+    group.come(0, 1)
+    group.learn(0, 1)
+    time.sleep(0.2)
+    group.stop(1)
+    left = group.hear(0, 1)[1].step
+    group.learn(0)
+    time.sleep(0.3)
+    group.stop(0)
+    [kept] = group.hear(0)
+    assert group.settle(0) == kept.step > left
+    group.leave(0)
+    group.learn(1)
+    [end] = group.hear(1)
+    assert end.first == kept.step and end.metrics["eval_loss"] == pytest.approx(alone, rel=1e-3)

@@ -14,13 +14,13 @@ def job(id: str, most: int = 4, least: int = 1, priority: int = 0) -> Job:
 
 
 def started(slots: int = 4, held: int = 1, wanted: int = 1) -> Tide:
-    tide = Tide(BUDGET, 30, 0.0)
+    tide = Tide(BUDGET, 0.0)
     tide.turn(slots, held, wanted, LEARN_S)
     return tide
 
 
 def test_a_control_that_was_just_started_changes_nothing() -> None:
-    tide = Tide(BUDGET, 30, 0.0)
+    tide = Tide(BUDGET, 0.0)
     tide.claim(Claim(job("a"), held=3), 0.1)
     assert tide.turn(4, 1, 1, 0.2) == 1
     assert tide.claim(Claim(job("a"), held=3), 0.3).slots == 3
@@ -87,7 +87,7 @@ def test_the_record_keeps_a_job_that_stays_as_it_is_only_once() -> None:
 )
 def test_what_is_promised_never_exceeds_what_there_is(slots: int, rounds: list[tuple[int, int, list[tuple[int, int]]]]) -> None:
     """Jobs take what they were promised or give back down to it; serving holds what it holds."""
-    tide, now_s, holding, known = Tide(BUDGET, 30, 0.0), LEARN_S, dict[str, int](), dict[str, Job]()
+    tide, now_s, holding, known = Tide(BUDGET, 0.0), LEARN_S, dict[str, int](), dict[str, Job]()
     for serving, wanted, jobs in rounds:
         now_s += 1
         known |= {str(n): job(str(n), least=least, most=least + more) for n, (least, more) in enumerate(jobs)}
@@ -100,3 +100,15 @@ def test_what_is_promised_never_exceeds_what_there_is(slots: int, rounds: list[t
         assert 0 <= lease <= slots and growing <= max(0, slots - held - sum(holding.get(id, 0) for id in shares))
         assert sum(shares.values()) <= slots - lease
         holding = {id: has for id, has in shares.items() if has}
+
+
+def test_of_two_processes_that_run_one_job_the_first_has_the_slots_until_it_is_silent() -> None:
+    tide = Tide(Budget(), 0.0)
+    tide.claim(Claim(job("a"), held=2, driver="first"), 10.0)
+    tide.turn(3, 1, 1, 10.1)
+    assert tide.claim(Claim(job("a"), driver="second"), 10.2).slots == 0 and tide.claimed == 2
+    tide.end("a", "second")
+    assert tide.claimed == 2
+    tide.claim(Claim(job("a"), driver="second"), 10.0 + SILENT_S)
+    tide.turn(3, 1, 1, 10.1 + SILENT_S)
+    assert tide.share("a", 0).slots == 2
