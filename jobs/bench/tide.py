@@ -79,6 +79,7 @@ def tide(options: argparse.Namespace) -> None:
         for system in options.systems:
             days.append(day(config, system, times_s, options.seconds, Shares(CORES_PER_SLOT)))
             console.print(tide_report.line(days[-1], options.seconds))
+    days.sort(key=lambda one: SYSTEMS.index(one.system))
     rows = [tide_report.row(one, options.seconds) for one in days]
     console.print(tide_report.table(rows))
     if options.json:
