@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 WINDOW_S = 5.0
 """How far back first tokens count."""
-STEPS_S = 2.0
+STEPS_S = 1.0
 """How far back steps count. Requests that began together end together, so a single look may find an overloaded engine without any."""
 KEPT = 1_000
 
@@ -64,7 +64,7 @@ def mean(steps: Collection[Step], field: str, now_s: float) -> float:
     """Over the last `STEPS_S`, each step counting for as long as it was the last one.
 
     >>> mean([Step(7.0, 4, 0, 0.1), Step(9.5, 0, 0, 0.0)], "running", now_s=10.0)
-    3.0
+    2.0
     """
     began_s = now_s - STEPS_S
     ends_s = [*(step.at_s for step in steps), now_s][1:]

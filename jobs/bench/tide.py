@@ -36,7 +36,7 @@ from jobs.bench.load import Sample
 from jobs.bench.peers import Served
 from jobs.bench.place import changes, console, finish, machine, springtide, warn_if_busy, workplace
 from jobs.bench.shares import Shares
-from jobs.bench.tide_report import GLOBAL_BATCH, TTFT_TARGET_S, Day, Look
+from jobs.bench.tide_report import GLOBAL_BATCH, MICRO_BATCH, TTFT_TARGET_S, Day, Look
 
 SYSTEMS = ("static", "stock_ray", "springtide")
 SLOTS = 4
@@ -47,7 +47,7 @@ TOKENS = 32
 WARM_S = 10
 
 FLEET = {
-    "target_running": 5,
+    "target_running": 7,
     "scale_up_after_s": 0,
     "scale_down_after_s": 6,
     "target_ttft_s": TTFT_TARGET_S,
@@ -176,6 +176,8 @@ def command(config: Config, system: str) -> list[str]:
         "1000000",
         "--set",
         f"global_batch={GLOBAL_BATCH}",
+        "--set",
+        f"micro_batch={MICRO_BATCH}",
     ]
 
 
