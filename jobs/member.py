@@ -198,8 +198,9 @@ class Member:
         saved_s = time.monotonic()
         for batch in self.work.plan.batches(self.state.step):
             began_s = time.monotonic()
-            stop = self.stopped >= formation.number
-            loss, tokens, stops = update(self.work, self.state.step, batch, formation.rank, formation.world, stop)
+            loss, tokens, stops = update(
+                self.work, self.state.step, batch, formation.rank, formation.world, lambda: self.stopped >= formation.number
+            )
             state = self.state
             self.state = state._replace(
                 step=state.step + 1,
@@ -273,13 +274,16 @@ class Member:
         print(f"going on from the checkpoint of step {self.state.step}", flush=True)
 
 
-def update(work: Work, step: int, batch: list[int], rank: int, world: int, stop: bool) -> tuple[float, int, bool]:
-    """One global batch, with the same result on every member. Its loss and tokens, and whether anybody was told to ``stop``."""
+def update(
+    work: Work, step: int, batch: list[int], rank: int, world: int, told: Callable[[], bool] = lambda: False
+) -> tuple[float, int, bool]:
+    """One global batch, with the same result on every member. Its loss and tokens, and whether anybody was ``told`` to stop: asked after the
+    gradients, which take the time, so that it is this step's end that all stop at, and not the next one's."""
     for group in work.optimizer.param_groups:
         group["lr"] = work.plan.rate(step)
     loss, tokens = work.gradients(batch, rank, world)
     gradients = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in work.trained]
-    flat = torch.cat([*gradients, torch.stack([loss, loss.new_tensor(float(stop))]).to(gradients[0])])
+    flat = torch.cat([*gradients, torch.stack([loss, loss.new_tensor(float(told()))]).to(gradients[0])])
     dist.all_reduce(flat)
     *gradients, rest = flat.split([*(p.numel() for p in work.trained), 2])
     for parameter, gradient in zip(work.trained, gradients, strict=True):

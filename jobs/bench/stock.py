@@ -69,7 +69,7 @@ def work(settings: dict[str, Any]) -> None:
     print(f"training with {world} workers from step {step}", flush=True)
     progress = Progress("finetune", rank, step)
     for batch in tuning.plan.batches(step):
-        loss, _, _ = update(tuning, step, batch, rank, world, stop=False)
+        loss, _, _ = update(tuning, step, batch, rank, world)
         step += 1
         progress(step, tuning.plan.steps, loss, 0)
         if step % 50 == 0:  # every worker must report equally often, so this cannot go by each one's clock

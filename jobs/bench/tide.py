@@ -41,8 +41,8 @@ from jobs.bench.tide_report import GLOBAL_BATCH, MICRO_BATCH, TTFT_TARGET_S, Day
 SYSTEMS = ("static", "stock_ray", "springtide")
 SLOTS = 4
 CORES_PER_SLOT = 0.2
-LOW, HIGH = 0.08, 0.38
-"""Requests per second at night and at noon, as shares of what one replica can do: bursts of three times that need a second one."""
+LOW, HIGH = 0.08, 1 / 3
+"""Requests per second at night and at noon, as shares of what one replica can do: a burst of three times noon's is all that it can."""
 TOKENS = 32
 WARM_S = 10
 

@@ -12,9 +12,9 @@ from jobs.bench.load import Sample, percentile
 from jobs.bench.place import passed
 
 TTFT_TARGET_S = 1.0
-GLOBAL_BATCH, MICRO_BATCH = 120, 10
-"""They divide evenly among one, two and three workers, and are large enough that examples, and not what every step and every portion costs,
-take the time: on this model a portion costs as much as five examples."""
+GLOBAL_BATCH, MICRO_BATCH = 114, 10
+"""All the examples that there are. Four, six or twelve portions for a worker, so the work divides among three, two or one, and it is examples,
+and not what every step and every portion costs, that take the time: on this model a portion costs as much as five examples."""
 COLOURS = {"serving": "#0f7c8a", "training": "#e0b265", "idle": "#eef1f4", "starting": "#8cc4cc"}
 LABELS = {"static": "static split", "stock_ray": "stock Ray", "springtide": "Springtide"}
 POINT = 0.01
