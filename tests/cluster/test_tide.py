@@ -68,7 +68,8 @@ class Job:
         self.pool = pool
         self.log = folder / f"{time.monotonic_ns()}.log"
         overrides = {f"SPRINGTIDE_TRAINING__{key.upper()}": str(value) for key, value in training.items()}
-        environment = {"SPRINGTIDE_HOME": str(pool.config.home), "SPRINGTIDE_TRAINING__WORKERS": str(workers), **overrides}
+        here = {"SPRINGTIDE_HOME": str(pool.config.home), "SPRINGTIDE_STORE": pool.config.store}
+        environment = {**here, "SPRINGTIDE_TRAINING__WORKERS": str(workers), **overrides}
         environment["RAY_DEDUP_LOGS"] = "0"  # as in the pool
         self.process = subprocess.Popen(
             [sys.executable, "-m", *line],
