@@ -15,13 +15,12 @@ from cluster import __version__, pool
 from cluster.config import Config
 from cluster.errors import BadRequest, JobFailed, JobNotFound, PoolUnavailable
 from cluster.store import Store
-from cluster.types import check_name
 
 PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 """The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""
 
 
-RUN = re.compile(r"^run (\S+)$", re.MULTILINE)
+RUN = re.compile(r"^run ([a-z]+-[0-9a-f]{12})$", re.MULTILINE)
 """The line in which an elastic job says how its run is called, for ``--resume``."""
 STOP_S = 20
 """Ray gives a job some seconds after SIGTERM, and kills it then."""
@@ -97,7 +96,7 @@ def cancel(config: Config, submission_id: str) -> None:
         time.sleep(0.1)
     if asked.get_job_status(submission_id) == JobStatus.STOPPED:
         for run in RUN.findall(log(config, submission_id)):
-            Store(config.store).remove(f"runs/{check_name(run)}")
+            Store(config.store).remove(f"runs/{run}")
 
 
 def progress(log: str) -> Progress | None:

@@ -107,6 +107,7 @@ def resumed(store: Store, name: str, of: dict[str, Any]) -> str:
         was = "; ".join(f"{key} {before.get(key)}" for key in other)
         words = f"The run {name} was begun with another {', '.join(other)}."
         raise BadRequest(words, f"Give it what it was begun with: {was}.", "resume")
+    print(f"run {name}", flush=True)
     return name
 
 
