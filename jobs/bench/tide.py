@@ -47,9 +47,9 @@ TOKENS = 32
 WARM_S = 10
 
 FLEET = {
-    "target_running": 7,
+    "target_running": 5,
     "scale_up_after_s": 0,
-    "scale_down_after_s": 6,
+    "scale_down_after_s": 10,
     "target_ttft_s": TTFT_TARGET_S,
     "kv_cache_bytes": 64 << 20,
 }
