@@ -194,6 +194,8 @@ class Control:
         if told:
             stage, since_s = max(told.values(), key=lambda one: one[1])
             return f"A replica {stage}, since {time.time() - since_s:.0f} s."
+        if self.replicas.states:
+            return "A replica has just come."
         if not self.serving.starting:
             return ASLEEP
         holders = [job for job, slots in self.tide.past.shares if job != SERVING and slots]

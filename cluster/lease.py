@@ -6,6 +6,10 @@ So control asks in serving's name, above every run's priority
 (``ray/data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py`` in 2.60). Our own jobs take what `cluster.tide` gives them, and
 what they hold or wait for is asked for with it: the lease keeps runs off that others start on the pool, and since the coordinator passes
 on what it is asked for, Ray's autoscaler adds a machine for a job that has no room.
+
+What is asked for names the nodes on which slots are in use. Ray's autoscaler keeps every machine on which it has put a part of a request,
+and puts it where it leaves the least over, in use or not (``_compute_score`` in ``ray/autoscaler/v2/scheduler.py``): a lease that named
+none would hold an idle machine in the place of the one that works.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -15,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import ray
+import ray._private.state as cluster_state
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator  # pyright: ignore[reportPrivateImportUsage]
 
 REQUESTER = "springtide-serving"
@@ -24,6 +29,8 @@ EXPIRES_S = 60
 """When the lease ends by itself, should nobody be left to renew it."""
 RENEW_S = 15
 ANSWER_S = 5
+NODE = "ray.io/node-id"
+"""A label that Ray gives every node."""
 
 
 class Lease:
@@ -32,18 +39,36 @@ class Lease:
     def __init__(self, resource: str) -> None:
         """``resource``: what a slot is to Ray, ``slot`` or ``GPU``."""
         self.resource = resource
-        self.slots = -1
+        self.places: list[dict[str, str]] | None = None
         self.renewed_s = float("-inf")
 
     def hold(self, slots: int) -> None:
         """Reserve this many slots. Cheap where nothing changed; raises what Ray raises where the coordinator does not answer."""
-        now_s = time.monotonic()
-        if slots == self.slots and now_s - self.renewed_s < RENEW_S:
+        now_s, places = time.monotonic(), placed(slots, in_use(self.resource))
+        if places == self.places and now_s - self.renewed_s < RENEW_S:
             return
         actor: Any = coordinator.get_or_create_autoscaling_coordinator()
-        bundles = [{self.resource: 1.0} for _ in range(slots)]
+        bundles = [{self.resource: 1.0} for _ in places]
         asked = actor.request_resources.remote(
-            requester_id=REQUESTER, resources=bundles, expire_after_s=EXPIRES_S, priority=PRIORITY
+            requester_id=REQUESTER, resources=bundles, expire_after_s=EXPIRES_S, priority=PRIORITY, label_selectors=places
         )
         ray.get(asked, timeout=ANSWER_S)
-        self.slots, self.renewed_s = slots, now_s
+        self.places, self.renewed_s = places, now_s
+
+
+def placed(slots: int, used: dict[str, int]) -> list[dict[str, str]]:
+    """A label selector for each slot: on the nodes where slots are in use, the fullest first, and anywhere for those that are not yet.
+
+    >>> placed(3, {"a": 0, "b": 2})
+    [{'ray.io/node-id': 'b'}, {'ray.io/node-id': 'b'}, {}]
+    """
+    nodes = sorted(used, key=lambda node: (-used[node], node))
+    somewhere = [{NODE: node} for node in nodes for _ in range(used[node])][:slots]
+    return [*somewhere, *({} for _ in range(slots - len(somewhere)))]
+
+
+def in_use(resource: str) -> dict[str, int]:
+    """Node → slots on which something runs, whoever's it is."""
+    free: dict[str, dict[str, float]] = cluster_state.available_resources_per_node()
+    total: dict[str, dict[str, float]] = cluster_state.total_resources_per_node()
+    return {node: round(has.get(resource, 0) - free[node].get(resource, 0)) for node, has in total.items() if node in free}

@@ -63,7 +63,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
         overrides={
             "home": str(home),
             "pool": {"gcs_port": gcs, "dashboard_port": dashboard, "agent_ports": 21000 + os.getpid() % 50 * 100, "slots": 3},
-            "gateway": {"port": gateway},
+            "gateway": {"port": gateway, "max_held": 24},
             "training": {"budget": {"cool_down_s": 2}},
         }
     )

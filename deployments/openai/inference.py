@@ -58,6 +58,7 @@ class Inference:
         model, session = model_name(body), session_of(scope["headers"], body)
         began_s, patience_s = time.monotonic(), self.limits.hold_timeout_s
         meant: tuple[VersionId, Generation | None] | None = None
+        waits = False
         while True:
             try:
                 version, move = meant = await self.router.resolve(model, session)
@@ -71,7 +72,8 @@ class Inference:
                 left_s = began_s + patience_s - time.monotonic()
                 if left_s <= 0:
                     return await self._give_up(error, meant, send)
-                await self._hold(min(left_s, ASK_AGAIN_S), limited=cold)
+                await self._hold(min(left_s, ASK_AGAIN_S), limited=cold and not waits)
+                waits = True  # nobody who came later takes its place
 
     async def _give_up(self, error: NoReplica, meant: tuple[VersionId, Generation | None] | None, send: Send) -> None:
         told = NoReplica(f"{error.message} {await self.router.stage()}".strip(), error.do)

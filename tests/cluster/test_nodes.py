@@ -103,11 +103,15 @@ def answers(url: str) -> bool:
     return False
 
 
-def test_rays_autoscaler_adds_a_machine_for_a_job_that_has_no_room(autoscaled: Running, tmp_path: Path) -> None:
+def test_rays_autoscaler_adds_a_machine_for_a_job_that_has_no_room_and_takes_it_when_the_job_has_ended(
+    autoscaled: Running, tmp_path: Path
+) -> None:
     began_s = time.monotonic()
     with running(autoscaled, tmp_path, *finetune(), workers=1) as job:
         print(f"trains {time.monotonic() - began_s:.1f} s after it was begun")
         assert total(autoscaled) == 2 and job.goes_on()
+    print(f"the machine is gone {when(lambda: total(autoscaled) == 1, 60):.1f} s after the job ended")
+    assert replicas(autoscaled) == 1
 
 
 def test_rays_autoscaler_adds_a_machine_for_a_replica_and_takes_it_when_its_engine_has_ended(autoscaled: Running) -> None:

@@ -87,9 +87,22 @@ def test_the_coordinator_that_the_lease_is_held_with() -> None:
 
     actor: Any = coordinator._AutoscalingCoordinatorActor  # pyright: ignore[reportPrivateUsage]
     asked = inspect.signature(actor.request_resources).parameters
-    assert {"requester_id", "resources", "expire_after_s", "priority"} <= set(asked)
+    assert {"requester_id", "resources", "expire_after_s", "priority", "label_selectors"} <= set(asked)
     assert callable(coordinator.get_or_create_autoscaling_coordinator)
     levels: Any = vars(coordinator)["ResourceRequestPriority"]
     assert max(level.value for level in levels) < PRIORITY.value
     assert "ResourceRequestPriority.HIGH" in inspect.getsource(train)
     assert "priority.value" in inspect.getsource(actor.request_resources), "it reads nothing else of a priority"
+
+
+def test_a_lease_can_name_the_nodes_that_it_is_meant_for() -> None:
+    """cluster/lease.py: Ray's label of a node, what each one has, and that the autoscaler keeps a machine for what was put on it."""
+    import ray._private.state as cluster_state
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler
+
+    from cluster.lease import NODE
+
+    assert NODE in inspect.getsource(sys.modules["ray.util.placement_group"])
+    assert callable(cluster_state.available_resources_per_node) and callable(cluster_state.total_resources_per_node)
+    idle = inspect.getsource(ResourceDemandScheduler._enforce_idle_termination)  # pyright: ignore[reportPrivateUsage]
+    assert "node.sched_requests[ResourceRequestSource.CLUSTER_RESOURCE_CONSTRAINT]" in idle
