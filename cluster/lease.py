@@ -70,5 +70,5 @@ def placed(slots: int, used: dict[str, int]) -> list[dict[str, str]]:
 def in_use(resource: str) -> dict[str, int]:
     """Node → slots on which something runs, whoever's it is."""
     free: dict[str, dict[str, float]] = cluster_state.available_resources_per_node()
-    total: dict[str, dict[str, float]] = cluster_state.total_resources_per_node()
+    total = cluster_state.total_resources_per_node()
     return {node: round(has.get(resource, 0) - free[node].get(resource, 0)) for node, has in total.items() if node in free}
