@@ -1,5 +1,6 @@
 """What `ray job submit -- python -m jobs.<verb>` runs: one verb, one module."""
 
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,8 @@ def main(verb: Callable[[], None]) -> None:
 
     Exit status 2 is for what the caller can mend (data, names, configuration), as argparse does; 1 is for everything else.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # into a file too: what workers say comes through Ray, which does not flush
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cancelled: what runs cleans up on its way out
     try:
         verb()

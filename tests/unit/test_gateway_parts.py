@@ -2,7 +2,11 @@
 
 import asyncio
 import contextlib
+import os
 import pickle
+import select
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -95,6 +99,17 @@ def test_progress_is_the_last_line_of_its_kind() -> None:
     now = submit.progress(log)
     assert now is not None and (now.step, now.steps, now.fields["loss"]) == (2, 9, "2.25")
     assert submit.progress("no such line") is None
+
+
+def test_what_a_job_says_reaches_a_file_at_once() -> None:
+    """Python keeps lines for a file until they are 8 KiB; a line of progress a second took a minute to be seen."""
+    code = "import sys; from jobs import main; main(lambda: (print('a line'), sys.stdin.read()))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as job:
+        assert job.stdin and job.stdout
+        seen, _, _ = select.select([job.stdout], [], [], 20)
+        assert seen and job.stdout.readline() == b"a line\n"
+        job.stdin.close()
 
 
 def test_a_failed_deployment_is_told_without_its_tracebacks() -> None:
