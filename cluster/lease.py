@@ -7,13 +7,14 @@ So control asks in serving's name, above every run's priority
 what they hold or wait for is asked for with it: the lease keeps runs off that others start on the pool, and since the coordinator passes
 on what it is asked for, Ray's autoscaler adds a machine for a job that has no room.
 
-What is asked for names the nodes on which slots are in use. Ray's autoscaler keeps every machine on which it has put a part of a request,
-and puts it where it leaves the least over, in use or not (``_compute_score`` in ``ray/autoscaler/v2/scheduler.py``): a lease that named
-none would hold an idle machine in the place of the one that works.
+What is asked for says where it is not: on nodes without a slot in use. Ray's autoscaler keeps every machine on which it has put a part of
+a request, and puts it where it leaves the least over, in use or not (``_compute_score`` in ``ray/autoscaler/v2/scheduler.py``): it would
+keep an idle machine in the place of one that works and stays anyway. The coordinator passes that on, and does not read it.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
+import math
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,8 @@ RENEW_S = 15
 ANSWER_S = 5
 NODE = "ray.io/node-id"
 """A label that Ray gives every node."""
+IDLE_NODES = 64
+"""How many are named at once; the next ones when these are gone. The autoscaler compares every slot of a request with every node."""
 
 
 class Lease:
@@ -57,18 +60,20 @@ class Lease:
 
 
 def placed(slots: int, used: dict[str, int]) -> list[dict[str, str]]:
-    """A label selector for each slot: on the nodes where slots are in use, the fullest first, and anywhere for those that are not yet.
+    """A label selector for each slot: not on an idle node for those that are in use, and anywhere for those that are not yet.
 
     >>> placed(3, {"a": 0, "b": 2})
-    [{'ray.io/node-id': 'b'}, {'ray.io/node-id': 'b'}, {}]
+    [{'ray.io/node-id': '!in(a)'}, {'ray.io/node-id': '!in(a)'}, {}]
     """
-    nodes = sorted(used, key=lambda node: (-used[node], node))
-    somewhere = [{NODE: node} for node in nodes for _ in range(used[node])][:slots]
-    return [*somewhere, *({} for _ in range(slots - len(somewhere)))]
+    idle = sorted(node for node, slots_in_use in used.items() if not slots_in_use)[:IDLE_NODES]
+    elsewhere = {NODE: f"!in({','.join(idle)})"} if idle else {}
+    settled = min(slots, sum(used.values()))
+    return [*(elsewhere for _ in range(settled)), *({} for _ in range(slots - settled))]
 
 
 def in_use(resource: str) -> dict[str, int]:
-    """Node → slots on which something runs, whoever's it is."""
+    """Node that has any → slots on which something runs, whoever's it is."""
     free: dict[str, dict[str, float]] = cluster_state.available_resources_per_node()
     total = cluster_state.total_resources_per_node()
-    return {node: round(has.get(resource, 0) - free[node].get(resource, 0)) for node, has in total.items() if node in free}
+    there = {node: has[resource] for node, has in total.items() if has.get(resource) and node in free}
+    return {node: math.ceil(round(slots - free[node].get(resource, 0), 3)) for node, slots in there.items()}
