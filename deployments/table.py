@@ -53,13 +53,13 @@ class Table:
 
     def _regroup(self, replica: str, before: Mapping[str, str], after: Mapping[str, str]) -> None:
         """One replica held these versions, and now holds those."""
-        for id in before.keys() ^ after.keys():
-            self.listed.pop(id, None)
         for id in before.keys() - after.keys():
+            self.listed.pop(id, None)
             self.holders[id].remove(replica)
             if not self.holders[id]:
                 del self.holders[id]
         for id in after.keys() - before.keys():
+            self.listed.pop(id, None)
             self.holders.setdefault(id, set()).add(replica)
 
     def resolve(self, model: str, session: str = "") -> tuple[VersionId, Generation | None]:
