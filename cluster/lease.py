@@ -1,4 +1,6 @@
-"""The lease: the slots that Ray Train must leave to serving. The only file that touches Ray's private API; a contract test names Ray 2.60.
+"""The lease: the slots that Ray Train must leave to serving.
+
+With `deployments/seal.py` the only file that touches Ray's private API; contract tests name Ray 2.60.
 
 An elastic run of Ray Train is as large as Ray's AutoscalingCoordinator reserves for it. The coordinator divides the nodes' *totals* among
 those who ask it, and Serve does not: so a run takes slots into account on which replicas run already, and waits for ever to start there.

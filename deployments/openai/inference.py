@@ -71,12 +71,12 @@ class Inference:
                 patience_s = max(patience_s, self.limits.cold_start_timeout_s if cold else 0)
                 left_s = began_s + patience_s - time.monotonic()
                 if left_s <= 0:
-                    return await self._give_up(error, meant, send)
+                    return await self._give_up(error, meant, cold, send)
                 await self._hold(min(left_s, ASK_AGAIN_S), limited=cold and not waits)
-                waits = True  # nobody who came later takes its place
+                waits = waits or cold  # nobody who came later takes its place
 
-    async def _give_up(self, error: NoReplica, meant: tuple[VersionId, Generation | None] | None, send: Send) -> None:
-        told = NoReplica(f"{error.message} {await self.router.stage()}".strip(), error.do)
+    async def _give_up(self, error: NoReplica, meant: tuple[VersionId, Generation | None] | None, cold: bool, send: Send) -> None:
+        told = NoReplica(f"{error.message} {await self.router.stage()}".strip(), error.do) if cold else error
         if meant is None:
             raise told
         self._note_failure(*meant)
