@@ -22,8 +22,12 @@ PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 
 RUN = re.compile(r"^run ([a-z]+-[0-9a-f]{12})$", re.MULTILINE)
 """The line in which an elastic job says how its run is called, for ``--resume``."""
-STOP_S = 20
-"""Ray gives a job some seconds after SIGTERM, and kills it then."""
+NO_AGENT = "No available agent"
+"""Ray's words where the process that starts jobs has not registered yet, on a slow machine some seconds after everything else."""
+AGENT_S = 60
+"""How long that is waited for."""
+STOP_S = 10
+"""How long a job may take to keep its state when it is asked to end; Ray kills it then, after 3 s where it was submitted without this."""
 
 
 class Progress(NamedTuple):
@@ -51,17 +55,16 @@ def submit(config: Config, verb: str, *arguments: str) -> str:
     """Start ``python -m jobs.<verb> …`` on the pool, like ``ray job submit --working-dir .``; returns the submission id."""
     here = Path.cwd()
     folder = {"working_dir": str(here)} if (here / "jobs" / f"{verb}.py").is_file() else {}
-    runtime: dict[str, Any] = {**folder, "env_vars": {"CODE_REVISION": revision()}}
+    runtime: dict[str, Any] = {**folder, "env_vars": {"CODE_REVISION": revision(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
     entrypoint = shlex.join(["python", "-m", f"jobs.{verb}", *arguments])
-    try:
-        return client(config).submit_job(entrypoint=entrypoint, runtime_env=runtime, metadata={"springtide_verb": verb})
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # what Ray's client raises where it cannot upload the folder, or the server refuses
-        raise BadRequest(
-            f"Ray did not take the job: {error}", "Large files here belong into .gitignore, or elsewhere."
-        ) from error
+    deadline_s = time.monotonic() + AGENT_S
+    while True:
+        try:
+            return client(config).submit_job(entrypoint=entrypoint, runtime_env=runtime, metadata={"springtide_verb": verb})
+        except (RuntimeError, ValueError) as error:  # Ray's client could not upload the folder, or the server refuses
+            if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
+                words = "Large files here belong into .gitignore, or elsewhere."
+                raise BadRequest(f"Ray did not take the job: {error}", words) from error
 
 
 def revision() -> str:
@@ -90,7 +93,7 @@ def log(config: Config, submission_id: str) -> str:
 def cancel(config: Config, submission_id: str) -> None:
     """Stop a job, and remove what it has kept to be resumed. Raises `JobNotFound`."""
     log(config, submission_id)
-    asked, deadline_s = client(config), time.monotonic() + STOP_S
+    asked, deadline_s = client(config), time.monotonic() + 2 * STOP_S
     asked.stop_job(submission_id)
     while not asked.get_job_status(submission_id).is_terminal() and time.monotonic() < deadline_s:
         time.sleep(0.1)

@@ -96,7 +96,8 @@ class Writer:
 
     def give(self, snapshot: Snapshot) -> None:
         with self.changed:
-            self.waiting, self.given = [snapshot], snapshot.step
+            if snapshot.step >= self.given:  # two threads may have made one, and the older one comes last
+                self.waiting, self.given = [snapshot], snapshot.step
             self.changed.notify_all()
 
     def settle(self) -> int:

@@ -12,6 +12,7 @@ its machine trains at once. On a GPU it would keep memory that is not its own an
 
 import contextlib
 import json
+import os
 import threading
 import time
 import uuid
@@ -32,7 +33,7 @@ from cluster.errors import BadRequest, JobFailed, PoolUnavailable
 from cluster.store import Store
 from cluster.tide import Claim, Share
 from cluster.types import check_name
-from jobs.member import RESULT, Formation, Member, Outcome, Where, Work
+from jobs.member import RESULT, Formation, Member, Outcome, Reached, Where, Work
 
 TURN_S = 0.1
 ASK_S = 0.25
@@ -44,6 +45,10 @@ LEFT_S = 10
 """How long members may take to notice that one of them is gone."""
 ABOUT = "about.json"
 KEEP_S = 5
+ENDING_S = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) - 1
+"""How long a run that is ended from outside may take to keep its state, before Ray kills it."""
+ANSWER_S = 1
+"""How long members may take to say how far they are."""
 ENDED_S = 0.7
 """Within this time Ray has ended a process that was to be killed, whatever it was writing."""
 LOAD_S = 900
@@ -77,11 +82,13 @@ def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[s
             time.sleep(TURN_S)
         return Ended(name, {**run.ended.metrics, "steps_lost": float(run.lost)})
     except (SystemExit, KeyboardInterrupt):  # cancelled, or the pool ends
+        run.keep(ENDING_S)
         run.end()
         print(f"what was learnt is kept: --resume {name}", flush=True)
         time.sleep(ENDED_S)  # nobody writes any more when this process has ended
         raise
     except JobFailed as error:
+        run.keep(KEEP_S)
         error.do = f"Mend what the log says, then go on from its newest checkpoint with --resume {name}."
         raise
     finally:
@@ -210,6 +217,8 @@ class Seat:
         self.heard_s = time.monotonic()
         self.left_s = 0.0
         """When it became a spare."""
+        self.trained = 0
+        """The last formation in which it has done a step, as far as is known."""
 
     @property
     def machine(self) -> str:
@@ -235,8 +244,8 @@ class Run:
         """Those who have been there the longest first: they stay the longest."""
         self.spares: list[Seat] = []
         self.formation = 0
-        self.told = 0
-        """The last formation that was told to end."""
+        self.told, self.kept = 0, 0
+        """The last formation that was told to end, and the last one whose state was kept because it did not."""
         self.yielding_s: float | None = None
         """Since when it holds more than it may have."""
         self.broken_s: float | None = None
@@ -273,7 +282,8 @@ class Run:
         return (len(self.seats) + len(self.places)) * self.per_worker
 
     def _claim(self) -> None:
-        self.claiming.holds = self.held, len(self._in("learning")) * self.per_worker
+        training = [seat for seat in self._in("learning") if seat.trained == self.formation]
+        self.claiming.holds = self.held, len(training) * self.per_worker
 
     def _in(self, phase: str) -> list[Seat]:
         return [seat for seat in self.seats if seat.phase == phase]
@@ -287,10 +297,11 @@ class Run:
                 if seat.call and ray.wait([seat.call], timeout=0)[0]:
                     self._heard(seat, ray.get(seat.call), now_s)
                 if ray.wait([seat.alive], timeout=0)[0]:
-                    if isinstance(step := ray.get(seat.alive), int):
-                        self._reached(step)
-                    if now_s - seat.heard_s > ASK_ALIVE_S or seat.phase == "preparing":
-                        seat.alive, seat.heard_s = seat.actor.step.remote(), now_s
+                    if isinstance(said := ray.get(seat.alive), Reached):
+                        seat.trained = said.formation
+                        self._reached(said.step)
+                    if now_s - seat.heard_s > ASK_ALIVE_S or (seat.phase == "learning" and seat.trained < self.formation):
+                        seat.alive, seat.heard_s = seat.actor.reached.remote(), now_s
             except RayTaskError as error:  # the work cannot even be loaded
                 self._lost([seat], f"{error.cause or error}", now_s)
             except RayError as error:  # it died, or Ray could not start it, or had to end it
@@ -392,7 +403,7 @@ class Run:
         seats, loaded = idle[len(idle) - count :], [seat for seat in self.seats if seat.where]
         if loaded and all(seat in seats for seat in loaded):
             left_s = self.config.training.yield_deadline_s - (time.monotonic() - (self.yielding_s or time.monotonic()))
-            self._keep(loaded, max(KEEP_S, left_s))
+            self.keep(max(KEEP_S, left_s))
         if not self.spare:
             return self.dismiss(seats)
         for seat in seats:
@@ -406,21 +417,22 @@ class Run:
             seat.place.free()
             seat.place = None
 
-    def _keep(self, seats: list[Seat], within_s: float) -> None:
-        """Have the newest state of these written to the store, tried again while there is time."""
+    def keep(self, within_s: float) -> None:
+        """Have the newest state that anybody has who answers written to the store, tried again while there is time."""
         deadline_s = time.monotonic() + within_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            try:
-                steps: dict[Seat, Any] = {seat: ray.get(seat.actor.step.remote(), timeout=left_s) for seat in seats}
-                newest = max(steps, key=lambda seat: steps[seat])
-                kept: Any = ray.get(newest.actor.keep.remote(), timeout=left_s)
-                if kept >= steps[newest] or steps[newest] == 0:  # before the first step there is nothing to keep
+        seats = [seat for seat in self.seats if seat.where]
+        while seats and (left_s := deadline_s - time.monotonic()) > 0:
+            said = answers({seat: seat.actor.reached.remote() for seat in seats}, min(left_s, ANSWER_S))
+            newest = max(said, key=lambda seat: said[seat].step, default=None)
+            if newest is not None:
+                kept = answers({newest: newest.actor.keep.remote()}, max(0, deadline_s - time.monotonic()))
+                if not kept:
+                    seats.remove(newest)  # it is gone, or hangs; another has as much, or nearly
+                elif kept[newest] >= said[newest].step or said[newest].step == 0:  # nothing to keep before the first step
                     return
-            except RayError as error:
-                print(f"the state could not be kept: {error}", flush=True)
-                return
             time.sleep(TURN_S)
-        print(f"the state could not be kept within {within_s:.0f} s", flush=True)
+        if self.step > 0:
+            print(f"the state could not be kept within {within_s:.0f} s; the newest checkpoint counts", flush=True)
 
     def dismiss(self, seats: list[Seat]) -> None:
         """End members, and give their slots back. Ray sees the processes end within some hundredths of a second."""
@@ -438,18 +450,41 @@ class Run:
 
     def _enforce(self, wanted: int, now_s: float) -> None:
         """End those who do not answer, who do not stop in time, or who cannot notice that another is gone."""
-        learning, deadline_s = self._in("learning"), self.config.training.yield_deadline_s
+        learning = self._in("learning")
         self.dismiss([spare for spare in self.spares if now_s - spare.left_s > self.config.fleet.standby_s])
         if hung := [seat for seat in [*self.seats, *self.spares] if now_s - seat.heard_s > LOST_S and seat.where]:
             self._lost(hung, f"no answer for {LOST_S} s", now_s)
         elif late := [seat for seat in self.seats if not seat.where and now_s - seat.heard_s > LOAD_S]:
             self._lost(late, f"not ready after {LOAD_S} s", now_s)
         elif self.broken_s is not None and now_s - self.broken_s > LEFT_S:
-            self._keep(learning, KEEP_S)  # they stand within a collective, and their state is whole
-            self._lost(learning, "they did not notice that another was gone", now_s)
-        elif len(learning) > wanted and self.yielding_s is not None and now_s - self.yielding_s > deadline_s:
-            late = [seat for seat in learning if seat.call]  # who has stopped has what was learnt
-            self._lost(late, f"they did not give their slots back within {deadline_s:.0f} s", now_s)
+            self.keep(KEEP_S)
+            self._cut("they did not notice that another was gone", now_s)
+        elif len(learning) > wanted and self.yielding_s is not None:
+            self._press(now_s - self.yielding_s, now_s)
+
+    def _press(self, since_s: float, now_s: float) -> None:
+        """They were asked for slots ``since_s`` ago, and train on: half of their time is for the step under way, half to keep the state."""
+        deadline_s = self.config.training.yield_deadline_s
+        if since_s > deadline_s / 2 and self.kept < self.formation:
+            self.kept = self.formation
+            self.keep(deadline_s / 2)
+        if since_s > deadline_s:
+            self._cut(f"they did not give their slots back within {deadline_s:.0f} s", now_s)
+
+    def _cut(self, why: str, now_s: float) -> None:
+        """End those who are still in a formation: who is out of it has what was learnt."""
+        self._lost([seat for seat in self._in("learning") if seat.call], why, now_s)
+
+
+def answers(asked: dict[Seat, Any], within_s: float) -> dict[Seat, Any]:
+    """What those said who answered in time."""
+    done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=within_s)
+    said: dict[Seat, Any] = {}
+    for seat, call in asked.items():
+        with contextlib.suppress(RayError):  # it is gone
+            if call in done:
+                said[seat] = ray.get(call)
+    return said
 
 
 class Claiming:

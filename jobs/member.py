@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -83,6 +84,18 @@ class State(NamedTuple):
     before: dict[str, float] = {}  # noqa: RUF012 (never written to)
     """What was measured before the first step."""
 
+    def after(self, tokens: int, loss: float, seconds: float) -> "State":
+        """One step on."""
+        return State(self.step + 1, self.tokens + tokens, loss, self.seconds + seconds, self.before)
+
+
+class Reached(NamedTuple):
+    """How far a member is."""
+
+    step: int
+    formation: int
+    """The last one in which it has done a step."""
+
 
 class Outcome(NamedTuple):
     """How a formation ended for one member."""
@@ -109,7 +122,10 @@ class Member:
         self.stopped = 0
         """The last formation that shall end."""
         self.state = State()
-        self.first = -1
+        self.whole = threading.Lock()
+        """Held while the state changes: whoever has it finds tensors and step of one moment."""
+        self.first, self.trained = -1, 0
+        """The step that the last formation began with, and the last formation in which a step was done."""
         self.met: Path | None = None
         """Where the last formation met that this member called."""
 
@@ -135,14 +151,16 @@ class Member:
         """End the formation after the step that is under way."""
         self.stopped = max(self.stopped, number)
 
-    def step(self) -> int:
+    def reached(self) -> Reached:
         """How far it is; whoever cannot answer this is gone."""
-        return self.state.step
+        return Reached(self.state.step, self.trained)
 
     def keep(self) -> int:
-        """See to it that the state is kept in the store; the newest step that is. Not while an optimizer's step may be under way."""
-        if self.state.step > max(0, self.writer.written):
-            self.writer.give(self._snapshot())
+        """See to it that the state is kept in the store, as it is now, whether it trains or stands still; the newest step that is kept."""
+        with self.whole:
+            snapshot = self._snapshot() if self.state.step > max(0, self.writer.written) else None
+        if snapshot is not None:
+            self.writer.give(snapshot)
         return self.writer.settle()
 
     def learn(self, formation: Formation) -> Outcome:
@@ -161,7 +179,7 @@ class Member:
         except RuntimeError as error:
             # A collective whose peer is gone. What this member has is whole: between two steps, or before the optimizer's.
             self.work.optimizer.zero_grad()
-            return Outcome(self.step(), self.first, broken=f"{type(error).__name__}: {error}")
+            return Outcome(self.state.step, self.first, broken=f"{type(error).__name__}: {error}")
         finally:
             if self.met:
                 shutil.rmtree(self.met, ignore_errors=True)
@@ -182,15 +200,16 @@ class Member:
             self._take_over(shared[0], first, formation.rank)
 
     def _take_over(self, state: State, first: int, rank: int) -> None:
-        """Everybody's tensors become those of the ``first``."""
-        try:
-            for tensor in self._tensors(state.step).values():
-                dist.broadcast(tensor, first)
-        except RuntimeError:
-            if rank != first:
-                os._exit(1)  # what is in memory here is neither the one state nor the other, and must never count as either
-            raise
-        self.state = state
+        """Everybody's tensors become those of the ``first``, who may be asked to keep them meanwhile."""
+        with contextlib.nullcontext() if rank == first else self.whole:
+            try:
+                for tensor in self._tensors(state.step).values():
+                    dist.broadcast(tensor, first)
+            except RuntimeError:
+                if rank != first:
+                    os._exit(1)  # what is in memory here is neither the one state nor the other, and must never count as either
+                raise
+            self.state = state
 
     def _train(self, formation: Formation) -> bool:
         """Steps until the run's end, or until somebody was told to stop. Whether it is the end."""
@@ -198,16 +217,13 @@ class Member:
         saved_s = time.monotonic()
         for batch in self.work.plan.batches(self.state.step):
             began_s = time.monotonic()
-            loss, tokens, stops = update(
-                self.work, self.state.step, batch, formation.rank, formation.world, lambda: self.stopped >= formation.number
+            loss, tokens, stops = gather(
+                self.work, batch, formation.rank, formation.world, lambda: self.stopped >= formation.number
             )
-            state = self.state
-            self.state = state._replace(
-                step=state.step + 1,
-                tokens=state.tokens + tokens,
-                loss=loss,
-                seconds=state.seconds + time.monotonic() - began_s,
-            )
+            with self.whole:
+                update(self.work, self.state.step)
+                self.state = self.state.after(tokens, loss, time.monotonic() - began_s)
+            self.trained = formation.number
             progress(self.state.step, self.work.plan.steps, loss, self.state.tokens)
             if self.state.step == self.work.plan.steps:
                 break
@@ -222,7 +238,7 @@ class Member:
         if formation.rank == 0:
             print(f"stopped after step {self.state.step}", flush=True)
             self.writer.give(self._snapshot())
-        return Outcome(self.step(), self.first)
+        return Outcome(self.state.step, self.first)
 
     def _finish(self, formation: Formation) -> Outcome:
         if formation.rank == 0:
@@ -235,7 +251,7 @@ class Member:
                     self.checkpoints.store.upload(f"{self.checkpoints.root}/{RESULT}/{file.relative_to(folder)}", file)
         before = {f"{key}_before": value for key, value in self.state.before.items()}
         facts = {"train_loss": self.state.loss, "tokens": float(self.state.tokens), "seconds": self.state.seconds}
-        return Outcome(self.step(), self.first, ended=formation.rank == 0, metrics={**before, **metrics, **facts})
+        return Outcome(self.state.step, self.first, ended=formation.rank == 0, metrics={**before, **metrics, **facts})
 
     # the state as tensors
 
@@ -267,20 +283,18 @@ class Member:
             return print(f"going on from memory: {error}", flush=True)
         if newest is None:
             return
-        with torch.no_grad():
+        with self.whole, torch.no_grad():
             for name, tensor in self._tensors(newest.step).items():
                 tensor.copy_(newest.tensors[name])
-        self.state = State(**newest.meta)
+            self.state = State(**newest.meta)
         print(f"going on from the checkpoint of step {self.state.step}", flush=True)
 
 
-def update(
-    work: Work, step: int, batch: list[int], rank: int, world: int, told: Callable[[], bool] = lambda: False
+def gather(
+    work: Work, batch: list[int], rank: int, world: int, told: Callable[[], bool] = lambda: False
 ) -> tuple[float, int, bool]:
-    """One global batch, with the same result on every member. Its loss and tokens, and whether anybody was ``told`` to stop: asked after the
-    gradients, which take the time, so that it is this step's end that all stop at, and not the next one's."""
-    for group in work.optimizer.param_groups:
-        group["lr"] = work.plan.rate(step)
+    """The gradients of one global batch, the same on every member. Its loss and tokens, and whether anybody was ``told`` to stop: asked after
+    the gradients, which take the time, so that it is this step's end that all stop at, and not the next one's."""
     loss, tokens = work.gradients(batch, rank, world)
     gradients = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in work.trained]
     flat = torch.cat([*gradients, torch.stack([loss, loss.new_tensor(float(told()))]).to(gradients[0])])
@@ -288,6 +302,13 @@ def update(
     *gradients, rest = flat.split([*(p.numel() for p in work.trained), 2])
     for parameter, gradient in zip(work.trained, gradients, strict=True):
         parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+    return rest[0].item(), tokens, rest[1].item() > 0
+
+
+def update(work: Work, step: int) -> None:
+    """The optimizer's step, with the gradients that were gathered."""
+    for group in work.optimizer.param_groups:
+        group["lr"] = work.plan.rate(step)
     torch.nn.utils.clip_grad_norm_(work.trained, 1.0)
     try:
         work.optimizer.step()
@@ -295,7 +316,6 @@ def update(
         traceback.print_exc()
         os._exit(1)
     work.optimizer.zero_grad()
-    return rest[0].item(), tokens, rest[1].item() > 0
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """What a job learns while workers come and go, beside one that nobody disturbs: ``python -m jobs.bench curve``.
 
-Both train on the same data from the same seed, on a pool of four slots of which one serves. From one of them a job of a higher priority
-takes two slots and gives them back, and then another takes one: three workers, one, three, two, three.
+Both train on the same data from the same seed, on a pool of four slots of which one serves. From one of them two jobs of a higher priority
+take a slot each, and give them back one after the other: three workers, one, two, three.
 """
 
 import argparse
@@ -54,11 +54,11 @@ def run(config: Config, epochs: float, disturbed: bool) -> str:
 
 
 def disturb(config: Config, job: Job) -> None:
-    """Take two of three slots from it for a while, and then one."""
+    """Take two of three slots from it, and give them back one after the other."""
     beyond(job, 3, 1)
-    with contending(config, 2):
-        beyond(job, 1, 2)
-    with contending(config, 1):
+    with contending(config):
+        with contending(config):
+            beyond(job, 1, 2)
         beyond(job, 2, 3)
     beyond(job, 3, 4)
 
@@ -74,9 +74,9 @@ def beyond(job: Job, workers: int, formations: int) -> None:
 
 
 @contextmanager
-def contending(config: Config, slots: int) -> Iterator[None]:
-    """Another job, of a higher priority, that takes so many slots."""
-    fixed = {"training": {"workers": slots, "min_workers": slots, "report_s": 1}}
+def contending(config: Config) -> Iterator[None]:
+    """Another job, of a higher priority, that takes a slot."""
+    fixed = {"training": {"workers": 1, "report_s": 1}}
     greedy = configuration.parse(configuration.merge(config.dump(), fixed))
     with training(greedy, *line(config, "rival", 1_000_000), "--priority", "10"):
         yield

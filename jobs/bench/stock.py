@@ -57,7 +57,7 @@ def work(settings: dict[str, Any]) -> None:
     import ray.train
 
     from cluster import priority
-    from jobs.member import update
+    from jobs.member import gather, update
     from jobs.progress import Progress
     from jobs.tuning import Tuning
 
@@ -69,7 +69,8 @@ def work(settings: dict[str, Any]) -> None:
     print(f"training with {world} workers from step {step}", flush=True)
     progress = Progress("finetune", rank, step)
     for batch in tuning.plan.batches(step):
-        loss, _, _ = update(tuning, step, batch, rank, world)
+        loss, _, _ = gather(tuning, batch, rank, world)
+        update(tuning, step)
         step += 1
         progress(step, tuning.plan.steps, loss, 0)
         if step % 50 == 0:  # every worker must report equally often, so this cannot go by each one's clock

@@ -22,6 +22,7 @@ from cluster.errors import SpringtideError
 from cluster.handover import Handover, Moment, Stake, crowded, handovers, parse
 from cluster.types import VersionId
 from jobs.bench import load
+from jobs.checkpoints import Checkpoints
 from tests.conftest import ROOT, Running
 from tests.waiting import when
 
@@ -231,12 +232,31 @@ def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_
 
 
 def test_a_job_that_does_not_yield_is_stopped_at_the_deadline(pool: Running, tmp_path: Path, record: Record) -> None:
-    """H2"""
+    """H2: one of two never ends its step, and the other waits for it. What both have learnt is kept first."""
     with running(pool, tmp_path, "tests.unwilling", "stubborn", yield_deadline_s=5) as job, scaling(pool, 2):
-        took_s = when(lambda: "did not give their slots back within 5 s" in job.text, 60)
-        print(f"stopped {took_s:.1f} s after serving asked")
-        when(lambda: job.trains(1), 60)
-        assert job.goes_on()
+        stopped_at_the_deadline(record, job)
+
+
+def test_a_worker_that_hangs_while_serving_asks_is_stopped_at_the_deadline(pool: Running, tmp_path: Path, record: Record) -> None:
+    """H2 and T5: the one that hangs does not even answer, and the other has what both have learnt."""
+    with running(pool, tmp_path, *finetune(), yield_deadline_s=5, checkpoint_s=3600) as job:
+        os.kill(processes(pool, "ray::Member")[-1].pid, signal.SIGSTOP)
+        with scaling(pool, 2):
+            stopped_at_the_deadline(record, job)
+
+
+def stopped_at_the_deadline(record: Record, job: Job) -> None:
+    """Of 5 s."""
+    when(lambda: "did not give their slots back within 5 s" in job.text, 60)
+    reached, then = job.steps, len(job.text)
+    when(lambda: job.trains(1), 60)
+    assert job.goes_on()
+    when(lambda: bool(carried_out(record, job, "yield")), 5)
+    [gave] = carried_out(record, job, "yield")
+    began = int(re.findall(r"from step (\d+)", job.text[then:])[0])
+    print(f"slots free {gave.slots_free_s:.1f} s after the decision; it had done {reached} steps and went on from {began}")
+    assert gave.slots_free_s is not None and 5 <= gave.slots_free_s <= 7
+    assert began >= reached > 0
 
 
 def test_a_killed_worker_costs_no_step(pool: Running, tmp_path: Path, record: Record) -> None:
@@ -276,6 +296,15 @@ def test_a_killed_driver_frees_its_slots_and_the_run_can_be_resumed(pool: Runnin
     made = show.result(again.text)
     assert pool.registry.manifest(VersionId.parse(made["version"])).lineage.metrics["eval_loss"] < 1
     assert pool.registry.store.children(f"runs/{name}") == []
+
+
+def test_a_driver_that_is_asked_to_end_keeps_what_was_learnt(pool: Running, tmp_path: Path, record: Record) -> None:
+    """As by `ray job stop`, or with the pool. T4 without a loss."""
+    with running(pool, tmp_path, *finetune(), checkpoint_s=3600) as job:
+        job.process.terminate()
+        job.process.wait(10)
+        kept = Checkpoints(pool.registry.store, job.name).newest()
+    assert kept and kept.step >= job.steps > 0 and f"--resume {job.name}" in job.text
 
 
 def test_a_job_without_memory_fails_in_words_and_serving_goes_on(pool: Running, tmp_path: Path, record: Record) -> None:
