@@ -69,6 +69,8 @@ class Demand(NamedTuple):
     wanted: int
     """Slots that serving's load asks for."""
     jobs: tuple[Job, ...] = ()
+    most: int | None = None
+    """Slots that there can be, as far as the autoscaler has told: it has refused one more."""
 
 
 class Past(NamedTuple):
@@ -117,7 +119,7 @@ def decide(budget: Budget, demand: Demand, past: Past, now_s: float) -> Decision
     shares = divide(demand.jobs, left)
     verdicts = [verdict(SERVING, lease, before.get(SERVING, 0), why)]
     for job in order(demand.jobs):
-        verdicts.append(verdict(job.id, shares[job.id], before.get(job.id, 0), _why(job, shares[job.id], lease)))
+        verdicts.append(verdict(job.id, shares[job.id], before.get(job.id, 0), _why(job, shares[job.id], lease, demand)))
     change = lease - before.get(SERVING, lease)
     raised = (*raised, now_s) if change > 0 and past.fell else raised
     fell = change < 0 or (past.fell and change == 0)
@@ -193,7 +195,12 @@ def verdict(owner: str, slots: int, before: int, reason: str) -> Verdict:
     return Verdict(owner, "grow" if slots > before else "shrink" if slots < before else "hold", slots, reason)
 
 
-def _why(job: Job, slots: int, lease: int) -> str:
+def _why(job: Job, slots: int, lease: int, demand: Demand) -> str:
+    if job.least > demand.slots:
+        there, fewer = f"it needs {job.least} slots, and the pool has {demand.slots}", "give it fewer with training.min_workers"
+        if demand.most is not None and lease + job.least > demand.most:
+            return f"{there}, and the autoscaler adds no more for it: {fewer}, or allow more machines"
+        return f"{there}: it waits for machines; or {fewer}"
     if slots == 0 and job.least:
         return f"it needs {job.least} slots; serving has {lease} and jobs before it the rest"
     if slots == job.most:

@@ -12,6 +12,11 @@ on what it is asked for, Ray's autoscaler adds a machine for a job that has no r
 What is asked for says where it is not: on nodes without a slot in use. Ray's autoscaler keeps every machine on which it has put a part of
 a request, and puts it where it leaves the least over, in use or not (``_compute_score`` in ``ray/autoscaler/v2/scheduler.py``): it would
 keep an idle machine in the place of one that works and stays anyway. The coordinator passes that on, and does not read it.
+
+All of what is asked for is one request to Ray's autoscaler: where not all of it fits, it adds nothing for anybody
+(``_enforce_resource_constraints`` there). How large the pool can become it keeps to itself (Ray has a place for that, ``get_cluster_config``
+in ``ray/_private/state.py``, and no autoscaler of the open Ray fills it). But it says which request it refuses, so what the pool can have is
+learnt from that.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -23,7 +28,9 @@ from typing import Any
 
 import ray
 import ray._private.state as cluster_state
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # pyright: ignore[reportAttributeAccessIssue, reportMissingTypeStubs]
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator  # pyright: ignore[reportPrivateImportUsage]
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 REQUESTER = "springtide-serving"
 PRIORITY = SimpleNamespace(value=100)
@@ -32,6 +39,10 @@ EXPIRES_S = 60
 """When the lease ends by itself, should nobody be left to renew it."""
 RENEW_S = 15
 ANSWER_S = 5
+LISTEN_S = 5
+"""How often is looked whether the request was refused; the autoscaler decides as often, unless told otherwise."""
+REFUSED_S = 300
+"""How long a refusal counts. Somebody may have allowed more machines since, so it is tried again, and nobody gets one until that is refused."""
 NODE = "ray.io/node-id"
 """A label that Ray gives every node."""
 IDLE_NODES = 64
@@ -45,7 +56,18 @@ class Lease:
         """``resource``: what a slot is to Ray, ``slot`` or ``GPU``."""
         self.resource = resource
         self.places: list[dict[str, str]] | None = None
-        self.renewed_s = float("-inf")
+        self.renewed_s = self.heard_s = self.refused_s = float("-inf")
+        self.too_many = 0
+        """The slots that were asked for when the autoscaler last refused."""
+
+    def most(self) -> int | None:
+        """The most slots that may be asked for: fewer than were refused. None where nothing was."""
+        now_s = time.monotonic()
+        if self.places and now_s - self.heard_s >= LISTEN_S:
+            self.heard_s = now_s
+            if refused():
+                self.too_many, self.refused_s = len(self.places), now_s
+        return self.too_many - 1 if now_s - self.refused_s < REFUSED_S else None
 
     def hold(self, slots: int) -> None:
         """Reserve this many slots. Cheap where nothing changed; raises what Ray raises where the coordinator does not answer."""
@@ -59,6 +81,15 @@ class Lease:
         )
         ray.get(asked, timeout=ANSWER_S)
         self.places, self.renewed_s = places, now_s
+
+
+def refused() -> bool:
+    """Whether Ray's autoscaler says of what it is asked for at this moment that no machines that it may add are enough. One that was asked
+    for before, or where there is no autoscaler that says so, is no refusal."""
+    client: Any = internal_kv_get_gcs_client()
+    status: Any = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=ANSWER_S))
+    asked = status.cluster_resource_state.cluster_resource_constraints
+    return any(request in asked for request in status.autoscaling_state.infeasible_cluster_resource_constraints)
 
 
 def placed(slots: int, used: dict[str, int]) -> list[dict[str, str]]:

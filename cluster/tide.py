@@ -7,7 +7,7 @@ gets more than is free: what it is promised beyond that comes when who holds it 
 from collections import deque
 from typing import Any, NamedTuple
 
-from cluster.arbiter import SERVING, Budget, Decision, Demand, Job, Past, decide
+from cluster.arbiter import SERVING, Budget, Decision, Demand, Job, Past, decide, order
 from cluster.handover import Moment, Stake
 
 SILENT_S = 10
@@ -81,20 +81,29 @@ class Tide:
         """The slots that jobs hold."""
         return sum(claim.held for claim, _ in self.claims.values())
 
-    @property
-    def floor(self) -> int:
-        """The slots that jobs hold, or need in order to run at all."""
-        return sum(max(claim.held, claim.job.least) for claim, _ in self.claims.values())
+    def floor(self, lease: int, most: int | None) -> int:
+        """The slots that jobs hold, or need in order to run at all, as far as serving's ``lease`` and they are at most ``most`` together.
 
-    def turn(self, slots: int, held: int, wanted: int, now_s: float, free: int | None = None) -> int:
+        What jobs hold always counts. One that waits and does not fit is passed over for those after it, in the order in which they would
+        get slots: it could not run, and asked for beside it they would get no machine either.
+        """
+        slots = self.claimed
+        lacks = {claim.job.id: max(0, claim.job.least - claim.held) for claim, _ in self.claims.values()}
+        for job in order([claim.job for claim, _ in self.claims.values()]):
+            if most is None or lease + slots + lacks[job.id] <= most:
+                slots += lacks[job.id]
+        return slots
+
+    def turn(self, slots: int, held: int, wanted: int, now_s: float, free: int | None = None, most: int | None = None) -> int:
         """Decide anew; the slots that serving should hold. ``held``: by replicas, those that end still included. ``wanted``: for all that
-        Serve has and wants. ``free``: what nobody holds, as Ray counts: others may be on the pool that claim nothing."""
+        Serve has and wants. ``free``: what nobody holds, as Ray counts: others may be on the pool that claim nothing. ``most``: as in
+        `Demand`."""
         if now_s - self.began_s < LEARN_S:
             self._record(slots, held, wanted, now_s)
             return wanted
         self.claims = {id: (claim, at_s) for id, (claim, at_s) in self.claims.items() if now_s - at_s < SILENT_S}
         jobs = tuple(claim.job for claim, _ in self.claims.values())
-        decision = decide(self.budget, Demand(slots, wanted, jobs), self.past, now_s)
+        decision = decide(self.budget, Demand(slots, wanted, jobs, most), self.past, now_s)
         self._note(decision, now_s)
         self.past = decision.past
         unheld = slots - held - self.claimed

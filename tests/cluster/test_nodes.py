@@ -17,7 +17,7 @@ import pytest
 from cluster import admin, graph
 from cluster import pool as pools
 from jobs.bench import load
-from tests.cluster.test_tide import Record, finetune, record, replicas, running, scaled
+from tests.cluster.test_tide import Job, Record, finetune, record, replicas, running, scaled
 from tests.conftest import ROOT, Running, free_ports
 from tests.waiting import when
 
@@ -106,10 +106,15 @@ def answers(url: str) -> bool:
 def test_rays_autoscaler_adds_a_machine_for_a_job_that_has_no_room_and_takes_it_when_the_job_has_ended(
     autoscaled: Running, tmp_path: Path
 ) -> None:
+    """Beside one that never has any: Ray adds nothing where not all that it is asked for fits."""
+    huge = Job(autoscaled, tmp_path, *finetune(), workers=9, min_workers=9)
+    print(f"is told so {when(lambda: 'and the autoscaler adds no more for it' in huge.text, 120):.1f} s after it was begun")
     began_s = time.monotonic()
     with running(autoscaled, tmp_path, *finetune(), workers=1) as job:
         print(f"trains {time.monotonic() - began_s:.1f} s after it was begun")
-        assert total(autoscaled) == 2 and job.goes_on()
+        assert total(autoscaled) == 2 and job.goes_on() and not huge.steps
+    huge.process.terminate()
+    huge.process.wait(30)
     print(f"the machine is gone {when(lambda: total(autoscaled) == 1, 60):.1f} s after the job ended")
     assert replicas(autoscaled) == 1
 

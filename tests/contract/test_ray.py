@@ -1,5 +1,6 @@
 """What we rely on in Ray 2.60 beyond its documented interface. A failure here means: read the named file again before upgrading."""
 
+import importlib
 import importlib.metadata
 import inspect
 import subprocess
@@ -106,3 +107,55 @@ def test_a_lease_can_name_the_nodes_that_it_is_meant_for() -> None:
     assert callable(cluster_state.available_resources_per_node) and callable(cluster_state.total_resources_per_node)
     idle = inspect.getsource(ResourceDemandScheduler._enforce_idle_termination)  # pyright: ignore[reportPrivateUsage]
     assert "node.sched_requests[ResourceRequestSource.CLUSTER_RESOURCE_CONSTRAINT]" in idle
+
+
+def test_the_autoscaler_adds_nothing_for_a_request_that_does_not_fit_as_a_whole_and_says_which_one_that_was() -> None:
+    """cluster/lease.py::refused. No autoscaler tells how large the pool can become: one that did would be asked instead."""
+    from ray.autoscaler.v2 import autoscaler, monitor, scheduler
+    from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+    from ray.autoscaler.v2.instance_manager.reconciler import Reconciler
+
+    machines = {"one-slot": NodeTypeConfig("one-slot", min_worker_nodes=0, max_worker_nodes=2, resources={"slot": 1})}
+    for slots, launched in ((2, 2), (3, 0)):
+        asked = [constraint(slots)]
+        request = scheduler.SchedulingRequest(True, machines, cluster_resource_constraints=asked)
+        reply = scheduler.ResourceDemandScheduler().schedule(request)
+        assert sum(launch.count for launch in reply.to_launch) == launched
+        assert reply.infeasible_cluster_resource_constraints == ([] if launched else asked)
+    assert "infeasible_cluster_resource_constraints.extend" in inspect.getsource(Reconciler)
+    assert "report_autoscaling_state" in inspect.getsource(monitor)
+    assert "cluster_config" not in inspect.getsource(monitor) + inspect.getsource(autoscaler)
+
+
+def constraint(slots: int) -> Any:
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+    one, ray = ResourceRequestUtil.make({"slot": 1.0}), messages()
+    return ray.ClusterResourceConstraint(resource_requests=[ray.ResourceRequestByCount(request=one, count=slots)])
+
+
+def messages() -> Any:
+    return importlib.import_module("ray.core.generated.autoscaler_pb2")
+
+
+@pytest.mark.parametrize(("now", "refused", "most"), [(3, [3], 2), (3, [], None), (2, [3], None)])
+def test_the_lease_hears_a_refusal_of_what_is_asked_for_now(
+    now: int, refused: list[int], most: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster import lease
+
+    status = messages().GetClusterStatusReply()
+    status.cluster_resource_state.cluster_resource_constraints.append(constraint(now))
+    status.autoscaling_state.infeasible_cluster_resource_constraints.extend(constraint(slots) for slots in refused)
+
+    class Client:
+        def get_cluster_status(self, timeout_s: float) -> bytes:
+            return status.SerializeToString()
+
+    monkeypatch.setattr(lease, "internal_kv_get_gcs_client", Client)
+    one = lease.Lease("slot")
+    assert one.most() is None, "nothing was asked for yet"
+    one.places = [{}] * now
+    assert one.most() == most
+    one.refused_s -= lease.REFUSED_S
+    assert one.most() is None, "it is tried again"

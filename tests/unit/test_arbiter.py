@@ -121,3 +121,16 @@ def test_a_rise_in_many_steps_is_no_flapping() -> None:
     for now_s, wanted in [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 1)]:
         past = decide(budget, Demand(8, wanted), past, now_s).past
     assert decide(budget, Demand(8, 1), past, 15.1).shares[SERVING] == 1
+
+
+def test_a_job_that_cannot_run_is_told_what_to_do_about_it() -> None:
+    def reason(demand: Demand) -> str:
+        return decide(Budget(), demand, Past(), 0.0).verdicts[1].reason
+
+    huge = (Job("huge", 0, 0, 8, 8),)
+    assert reason(Demand(8, 1, huge)) == "it needs 8 slots; serving has 1 and jobs before it the rest"
+    there = "it needs 8 slots, and the pool has 4"
+    assert reason(Demand(4, 1, huge)) == f"{there}: it waits for machines; or give it fewer with training.min_workers"
+    assert reason(Demand(4, 1, huge, most=9)) == reason(Demand(4, 1, huge)), "as many as that were not refused"
+    fewer = "give it fewer with training.min_workers, or allow more machines"
+    assert reason(Demand(4, 1, huge, most=8)) == f"{there}, and the autoscaler adds no more for it: {fewer}"

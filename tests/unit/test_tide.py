@@ -112,3 +112,39 @@ def test_of_two_processes_that_run_one_job_the_first_has_the_slots_until_it_is_s
     tide.claim(Claim(job("a"), driver="second"), 10.0 + SILENT_S)
     tide.turn(3, 1, 1, 10.1 + SILENT_S)
     assert tide.share("a", 0).slots == 2
+
+
+def waiting(*jobs: Job, held: int = 0) -> Tide:
+    """Each job waits, but the first one, which holds ``held``."""
+    tide = started(slots=8)
+    for n, one in enumerate(jobs):
+        tide.claim(Claim(one, held=0 if n else held), 4.0)
+    return tide
+
+
+def test_a_job_that_never_fits_is_not_asked_for() -> None:
+    huge, fits = job("huge", most=9, least=9, priority=1), job("fits")
+    assert waiting(huge, fits).floor(lease=1, most=None) == 10
+    assert waiting(huge, fits).floor(lease=1, most=9) == 1
+    assert waiting(huge, held=9).floor(lease=1, most=4) == 9, "what a job holds always counts"
+
+
+def test_of_jobs_that_fit_singly_but_not_together_the_first_are_asked_for() -> None:
+    first, second, third = job("first", least=3, priority=2), job("second", least=2, priority=1), job("third")
+    assert waiting(third, second, first).floor(lease=1, most=4) == 3
+    assert waiting(third, second, first).floor(lease=0, most=4) == 4, "the third one beside the first"
+    assert waiting(third, second, first).floor(lease=1, most=6) == 5
+
+
+@given(st.integers(0, 4), st.integers(0, 12), st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), max_size=6))
+def test_refusals_lead_to_a_request_that_fits(lease: int, slots: int, jobs: list[tuple[int, int]]) -> None:
+    """Nobody says how many slots there can be, only that so many there cannot."""
+    tide = waiting(*(job(str(n), least=least, most=9, priority=priority) for n, (least, priority) in enumerate(jobs)))
+    most, refusals = None, 0
+    while (asked := lease + tide.floor(lease, most)) > max(slots, lease):
+        most, refusals = asked - 1, refusals + 1
+    assert refusals <= sum(least for least, _ in jobs)
+    if all(least > slots - lease for least, _ in jobs):
+        assert asked == lease
+    else:
+        assert asked > lease
