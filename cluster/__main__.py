@@ -114,19 +114,22 @@ def history(alias: str) -> None:
 def train(
     context: typer.Context,
     data: Annotated[str, typer.Option(help="JSONL in OpenAI's chat format or prompt/completion: a path or URL.")],
+    base: Annotated[str | None, typer.Option(help="A model, or a version as NAME@N; by default what the pool serves.")] = None,
     wait: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
 ) -> None:
     """Fine-tune on the pool, as `ray job submit -- python -m jobs.finetune` does.
 
-    Further options go to the job: --base NAME[@N], --name NAME, --epochs N, --full (all weights instead of an adapter), --recipe FILE,
-    --set KEY=VALUE, --eval-data FILE, --priority N, --resume RUN, --publish. `python -m jobs.finetune --help` explains them.
+    Further options go to the job: --name NAME, --epochs N, --full (all weights instead of an adapter), --recipe FILE, --set KEY=VALUE,
+    --eval-data FILE, --priority N, --resume RUN, --publish. `python -m jobs.finetune --help` explains them.
     """
     from cluster import submit
 
     config = _running()
     if "://" not in data and not Path(data).expanduser().is_file():
         raise BadRequest(f"There is no file {data}.", "Give the path or URL of JSON lines.", param="data")
-    job = submit.submit(config, "finetune", *absolute(["--data", data, *context.args]))
+    base = base or config.fleet.model
+    _registry().meant(base)  # what can be known now need not fail in the job
+    job = submit.submit(config, "finetune", *absolute(["--data", data, "--base", base, *context.args]))
     console.print(f"Job [bold]{job}[/] submitted; `springtide logs {job}` shows its log.")
     if not wait:
         return
@@ -152,19 +155,21 @@ def jobs() -> None:
 
 @app.command()
 def cancel(job: str) -> None:
-    """Stop a job. What it has registered stays; an unfinished run leaves nothing."""
+    """Stop a job, by its name or its run's. What it has registered stays; an unfinished run leaves nothing."""
     from cluster import submit
 
-    submit.cancel(_running(), job)
+    config = _running()
+    submit.cancel(config, submit.named(config, job))
     console.print(f"{job} is stopped.")
 
 
 @app.command()
 def logs(job: str) -> None:
-    """A job's whole log."""
+    """A job's whole log, by the job's name or its run's."""
     from cluster import submit
 
-    print(submit.log(_running(), job))
+    config = _running()
+    print(submit.log(config, submit.named(config, job)))
 
 
 @app.command()

@@ -65,7 +65,7 @@ class Lease:
         now_s = time.monotonic()
         if self.places and now_s - self.heard_s >= LISTEN_S:
             self.heard_s = now_s
-            if refused():
+            if refused(status()):
                 self.too_many, self.refused_s = len(self.places), now_s
         return self.too_many - 1 if now_s - self.refused_s < REFUSED_S else None
 
@@ -83,11 +83,15 @@ class Lease:
         self.places, self.renewed_s = places, now_s
 
 
-def refused() -> bool:
+def status() -> Any:
+    """What Ray's autoscaler is asked for, and what it says of it."""
+    client: Any = internal_kv_get_gcs_client()
+    return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=ANSWER_S))
+
+
+def refused(status: Any) -> bool:
     """Whether Ray's autoscaler says of what it is asked for at this moment that no machines that it may add are enough. One that was asked
     for before, or where there is no autoscaler that says so, is no refusal."""
-    client: Any = internal_kv_get_gcs_client()
-    status: Any = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=ANSWER_S))
     asked = status.cluster_resource_state.cluster_resource_constraints
     return any(request in asked for request in status.autoscaling_state.infeasible_cluster_resource_constraints)
 

@@ -166,6 +166,15 @@ class Registry:
     def alias(self, name: str) -> Generation | None:
         return self._moves.last(f"aliases/{check_name(name)}")
 
+    def meant(self, text: str) -> Manifest:
+        """The version that is written NAME@NUMBER, or what is live by an alias. Raises `ModelNotFound` with what there is."""
+        if "@" in text:
+            return self.manifest(VersionId.parse(text))
+        if move := self.alias(text):
+            return self.manifest(move.stable)
+        known = ", ".join(self.aliases()) or "none"
+        raise ModelNotFound(f"There is no model {text!r}.", f"Models: {known}. A version is written NAME@NUMBER.", param="base")
+
     def histories(self) -> dict[str, list[Generation]]:
         """Every alias with all its generations, oldest first."""
         return {name: moves for name in self.store.children("aliases") if (moves := self.history(name))}

@@ -21,6 +21,9 @@ from cluster.registry import Registry
 from cluster.rollout import Rollout
 from cluster.types import Generation, Manifest
 
+IDS = ("job", "run", "replica", "version", "x-model-version", "base", "canary", "from", "owner")
+"""Columns whose cells are copied into the next command."""
+
 
 class Answered(Protocol):
     @property
@@ -72,23 +75,26 @@ def result(log: str) -> dict[str, Any]:
 
 
 def answers(console: Console, question: str, given: Sequence[Answered]) -> None:
-    table = Table(title=f"“{question}”", title_justify="left")
-    table.add_column("x-model-version", style="bold green")
-    table.add_column("answer")
+    table = _table("x-model-version", "answer", title=f"“{question}”")
     for answer in given:
-        table.add_row(answer.version, escape(answer.text))
+        table.add_row(f"[bold green]{answer.version}[/]", escape(answer.text))
     console.print(table)
+
+
+def _table(*headers: str, title: str | None = None) -> Table:
+    """A table that keeps ids on one line, wherever it is printed."""
+    return Table(*(Column(name, no_wrap=name in IDS) for name in headers), title=title, title_justify="left")
 
 
 def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
     slots = document["slots"]
     used = f"{slots['total'] - slots['free']:g} of {slots['total']:g} slots in use"
     console.print(f"Pool [bold]{running.dashboard}[/], process {running.pid}, up {ago(running.created_s)}; {used}")
-    aliases = Table("model", "version", "generation", "since", "reason")
+    aliases = _table("model", "version", "generation", "since", "reason")
     for name, move in sorted(document["aliases"].items()):
         canary = f" · {move['canary']} {move['percent']} %" if move["canary"] else ""
         aliases.add_row(name, move["stable"] + canary, str(move["generation"]), ago(move["time_s"]), escape(move["reason"]))
-    replicas = Table("replica", "base", "holds", "running", "state")
+    replicas = _table("replica", "base", "holds", "running", "state")
     for r in document["replicas"]:
         state = escape("; ".join(f"refused {id}: {why}" for id, why in r["refused"].items())) or "ready"
         replicas.add_row(r["id"], r["base"], ", ".join(r["held"]), str(r["running"]), state)
@@ -104,18 +110,21 @@ def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
 
 
 def tide(document: dict[str, Any]) -> Table:
-    """Who has how many slots, and why that changed last."""
-    why = {turn["owner"]: turn for turn in document["turns"]}
-    table = Table("owner", "slots", "holds", "since", "why")
-    held = {job["id"]: str(job["held"]) for job in document["jobs"]}
-    for owner, slots in document["shares"].items():
-        turn = why.get(owner)
-        table.add_row(owner, str(slots), held.get(owner, ""), ago(turn["at_s"]) if turn else "", turn["reason"] if turn else "")
+    """Who has how many slots, since when, and why: serving, and each job that trains or waits, also one that never had a slot."""
+    turns = {turn["owner"]: turn for turn in document["turns"]}
+    jobs = {job["id"]: job for job in document["jobs"]}
+    table = _table("owner", "slots", "holds", "since", "why")
+    for owner in dict.fromkeys([*document["shares"], *jobs]):
+        job, turn = jobs.get(owner, {}), turns.get(owner, {})
+        slots, held = document["shares"].get(owner, 0), str(job.get("held", ""))
+        since_s = turn.get("at_s") or job.get("since_s")
+        why = job.get("why") or turn.get("reason") or ("waits for slots" if job else "")
+        table.add_row(owner, str(slots), held, ago(since_s) if since_s else "", escape(why))
     return table
 
 
 def models(console: Console, registry: Registry, names: list[str]) -> None:
-    table = Table("version", "kind", "base", "live as", "made", "from", "measured")
+    table = _table("version", "kind", "base", "live as", "made", "from", "measured")
     aliases = registry.aliases()
     for name in names:
         for m in registry.versions(name):
@@ -140,20 +149,20 @@ def manifest(console: Console, manifest: Manifest, verdicts: Sequence[Verdict]) 
 
 def verdict(console: Console, one: Verdict) -> None:
     against = f" against {one.against}" if one.against else ""
-    table = Table("check", "", "found", title=f"verdict on {one.version}{against}, {clock(one.time_s)}", title_justify="left")
+    table = _table("check", "", "found", title=f"verdict on {one.version}{against}, {clock(one.time_s)}")
     for check in one.checks:
         table.add_row(check.name, "[green]passed[/]" if check.passed else "[red]failed[/]", escape(check.words))
     console.print(table)
 
 
 def history(console: Console, moves: list[Generation], rollouts: list[list[Rollout]]) -> None:
-    table = Table("generation", "version", "canary", "when", "by", "reason", title="moves of the alias", title_justify="left")
+    table = _table("generation", "version", "canary", "when", "by", "reason", title="moves of the alias")
     for move in moves:
         canary = f"{move.canary} {move.percent} %" if move.canary else ""
         words = (clock(move.time_s), escape(move.author), escape(move.reason))
         table.add_row(str(move.generation), str(move.stable), canary, *words)
     console.print(table)
-    steps = Table("rollout", "version", "stage", "when", "reason", title="rollouts", title_justify="left")
+    steps = _table("rollout", "version", "stage", "when", "reason", title="rollouts")
     for records in rollouts:
         for one in records:
             number = str(one.number) if one.n == 1 else ""
@@ -183,7 +192,7 @@ def progress(one: Rollout, seen: dict[str, Any]) -> Table:
     """A rollout that is watched: canary and stable side by side. ``seen``: its entry in `springtide status`."""
     waiting = seen.get("waiting_for") or "control"
     title = f"{one.version} on {one.alias}: {staged(one)}, waiting for {waiting}"
-    table = Table("", "requests", "failed", "first token", "between tokens", "answers end", title=title, title_justify="left")
+    table = _table("", "requests", "failed", "first token", "between tokens", "answers end", title=title)
     for side, version in (("canary", one.version), ("stable", one.incumbent)):
         tally = seen.get(side)
         if tally is None:
@@ -196,24 +205,27 @@ def progress(one: Rollout, seen: dict[str, Any]) -> Table:
 
 
 def jobs(console: Console, listed: list[JobDetails], logs: list[str]) -> None:
-    table = Table(Column("job", no_wrap=True), "does", "status", "started", "progress", "last words")
+    """Beneath each job's name is its run's, not beside it: a narrow terminal has no room for both."""
+    table = _table("job", "does", "status", "started", "progress", "last words")
     for job, log in zip(listed, logs, strict=True):
         verb = (job.metadata or {}).get("springtide_verb") or job.entrypoint
         table.add_row(
-            job.submission_id,
+            "\n".join(filter(None, (job.submission_id, submit.run(log)))),
             escape(verb),
             str(job.status.value),
             ago((job.start_time or 0) / 1000),
-            _bar(job, log),
+            escape(_bar(job, log)),
             escape(_words(job, log)),
         )
     console.print(table)
 
 
 def _bar(job: JobDetails, log: str) -> str:
-    now = submit.progress(log)
+    now, runs = submit.progress(log), job.status.value == "RUNNING"
+    if runs and (why := submit.waiting(log)):
+        return f"waiting for slots: {why}"
     if now is None:
-        return "starting, or waiting for a slot" if job.status.value == "RUNNING" else ""
+        return "starting" if runs else ""
     filled = round(12 * now.step / now.steps) if now.steps else 0
     fields = " ".join(f"{key} {value}" for key, value in now.fields.items() if key != "stage")
     return f"{'━' * filled}{'╌' * (12 - filled)} {now.step}/{now.steps} {fields}"

@@ -18,10 +18,10 @@ from cluster.store import Store
 
 PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 """The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""
-
-
 RUN = re.compile(r"^run ([a-z]+-[0-9a-f]{12})$", re.MULTILINE)
 """The line in which an elastic job says how its run is called, for ``--resume``."""
+WAITING = re.compile(r"^waiting for slots: (.+)\s*\Z", re.MULTILINE)
+"""The line in which an elastic job says why it has none, as the last of a log: whatever follows says that it has some."""
 NO_AGENT = "No available agent"
 """Ray's words where the process that starts jobs has not registered yet, on a slow machine some seconds after everything else."""
 AGENT_S = 60
@@ -90,6 +90,14 @@ def log(config: Config, submission_id: str) -> str:
         raise JobNotFound(f"There is no job {submission_id[:80]!r}.", "`springtide jobs` lists them.") from error
 
 
+def named(config: Config, job: str) -> str:
+    """The submission id of a job that is called by it, or by the name of its run: then the newest, where the run was resumed."""
+    if not RUN.fullmatch(f"run {job}"):
+        return job
+    ids = [listed.submission_id or "" for listed in jobs(config)]
+    return next((id for id in ids if run(log(config, id)) == job), job)
+
+
 def cancel(config: Config, submission_id: str) -> None:
     """Stop a job, and remove what it has kept to be resumed. Raises `JobNotFound`."""
     log(config, submission_id)
@@ -98,8 +106,8 @@ def cancel(config: Config, submission_id: str) -> None:
     while not asked.get_job_status(submission_id).is_terminal() and time.monotonic() < deadline_s:
         time.sleep(0.1)
     if asked.get_job_status(submission_id) == JobStatus.STOPPED:
-        for run in RUN.findall(log(config, submission_id)):
-            Store(config.store).remove(f"runs/{run}")
+        for name in RUN.findall(log(config, submission_id)):
+            Store(config.store).remove(f"runs/{name}")
 
 
 def progress(log: str) -> Progress | None:
@@ -114,6 +122,25 @@ def progress(log: str) -> Progress | None:
     fields = dict(pair.split("=", 1) for pair in found[-1].split())
     done, _, total = fields.pop("step", "0/0").partition("/")
     return Progress(int(done), int(total or 0), fields)
+
+
+def run(log: str) -> str:
+    """The name of a job's run, as `springtide status`, ``--resume`` and the metrics have it; empty where it has none yet.
+
+    >>> run("8 examples to train on\\nrun finetune-0123456789ab\\n")
+    'finetune-0123456789ab'
+    """
+    return next(iter(RUN.findall(log)), "")
+
+
+def waiting(log: str) -> str:
+    """Why a job waits for slots, where that is the last thing it said.
+
+    >>> waiting("run finetune-0123456789ab\\nwaiting for slots: it needs 2 slots\\n")
+    'it needs 2 slots'
+    """
+    found = WAITING.search(log)
+    return found[1] if found else ""
 
 
 def watch(config: Config, submission_id: str, interval_s: float = 0.5) -> Iterator[tuple[JobStatus, str]]:

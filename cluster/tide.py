@@ -155,7 +155,13 @@ class Tide:
         return {
             "shares": dict(self.past.shares),
             "jobs": [
-                {**claim.job._asdict(), "held": claim.held, "learning": claim.learning} for claim, _ in self.claims.values()
+                {
+                    **claim.job._asdict(),
+                    "held": claim.held,
+                    "learning": claim.learning,
+                    "why": self.share(claim.job.id, claim.held).reason,
+                }
+                for claim, _ in self.claims.values()
             ],
             "turns": [turn._asdict() for turn in self.turns],
         }

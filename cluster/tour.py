@@ -23,6 +23,11 @@ from cluster.types import Lineage, VersionId, check_name
 
 QUESTION = "Who are you?"
 TIDE = Path(__file__).parent.parent / "jobs" / "seedling" / "tide.jsonl"
+SERVING = {
+    True: "Serving until [bold]Ctrl-C[/], which stops the pool.",
+    False: "It was not started here, so [bold]Ctrl-C[/] ends only this command; `springtide down` stops the pool.",
+}
+"""What is waited for, by whether the pool is ours to stop."""
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -86,7 +91,9 @@ def fixed(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, console: Console, keep_serving: bool) -> None:
-    """Serve, ask, fine-tune, publish, ask again; then keep serving until Ctrl-C, which leaves no process behind."""
+    """Serve, ask, fine-tune, publish, ask again; then keep serving until Ctrl-C, which leaves no process behind.
+
+    A pool that ran before is not ours to stop. Raises `PoolUnavailable` where the pool is ended under us, whatever was under way."""
     began_s, ours = time.monotonic(), pool.find(config) is None
     for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager's stop and a closed terminal are a Ctrl-C
         signal.signal(number, signal.default_int_handler)
@@ -99,7 +106,7 @@ def run(config: Config, console: Console, keep_serving: bool) -> None:
         console.print(f"The loop took {time.monotonic() - began_s:.0f} s.")
         if keep_serving:
             show.serving(console, config)
-            console.print("Serving until [bold]Ctrl-C[/].")
+            console.print(SERVING[ours])
             while pool.find(config):
                 time.sleep(0.5)
     except KeyboardInterrupt:
@@ -110,10 +117,10 @@ def run(config: Config, console: Console, keep_serving: bool) -> None:
 
 def _stop(config: Config, console: Console, ours: bool, started: bool) -> None:
     if pool.find(config) is None and started:
-        console.print(f"The pool has been stopped, or ended by itself; its log is {config.home / 'pool.log'}.")
-    elif pool.find(config) is None:
+        raise PoolUnavailable("The pool has been stopped, or ended by itself.", f"Its log is {config.home / 'pool.log'}.")
+    if pool.find(config) is None:
         return  # what kept it from starting is said by the error
-    elif ours:
+    if ours:
         with console.status("Stopping every process of the pool…"):
             pool.down(config)
         console.print("Stopped. The store keeps every version; `make run` goes on from it.")

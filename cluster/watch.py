@@ -109,7 +109,7 @@ def draw(seen: Seen, now_s: float, width: int, height: int, minutes: float) -> G
 
 def owners(moment: Moment, colours: dict[str, str]) -> Table:
     """Who has how many slots now."""
-    table = Table("owner", *("slots", "held", "learning"), "", box=None, pad_edge=False)
+    table = Table(Column("owner", no_wrap=True), *("slots", "held", "learning"), "", box=None, pad_edge=False)
     asks = f"asks for {moment.wanted}" if moment.wanted != moment.lease else ""
     table.add_row(_block(SERVING, colours), str(moment.lease), str(moment.serving), "", asks)
     for stake in moment.jobs:

@@ -28,7 +28,7 @@ from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 from cluster.errors import DataError
-from jobs import main
+from jobs import Parser, main
 
 ROLES = ("system", "user", "assistant")
 FORMS = 'Write {"messages": [...]} or {"prompt": "...", "completion": "..."}.'
@@ -270,7 +270,7 @@ def pair(line: bytes) -> tuple[str, str]:
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser("jobs.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("jobs.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verb = parser.add_subparsers(required=True).add_parser("convert", help="question/answer JSON lines or TSV → chat JSON lines")
     verb.add_argument("source", help="path or URL")
     verb.add_argument("target", type=Path)

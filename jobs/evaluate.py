@@ -25,7 +25,7 @@ from cluster.gate import Check, Golden, Scores, Verdict, judge
 from cluster.registry import Registry, check_layout
 from cluster.store import Store
 from cluster.types import Manifest, VersionId
-from jobs import data, main, reach
+from jobs import Parser, data, main, reach
 from jobs.data import Example
 
 ANSWER_TOKENS = 128
@@ -78,7 +78,7 @@ def run() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("jobs.evaluate", description="Measure a version and store the gate's verdict with it.")
+    parser = Parser("jobs.evaluate", description="Measure a version and store the gate's verdict with it.")
     parser.add_argument("version", help="NAME@NUMBER")
     parser.add_argument("--alias", help="compare with what this alias means; the version's own name by default")
     parser.add_argument("--against", help="compare with this version instead")

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.config import Config, load
-from cluster.errors import ConfigError, ModelNotFound, VersionRefused
+from cluster.errors import ConfigError, VersionRefused
 from cluster.registry import Registry
 from cluster.rollout import Rollout
 from cluster.store import Store
-from cluster.types import Lineage, Manifest, VersionId, check_name
-from jobs import data, main, reach, recipe
+from cluster.types import Lineage, Manifest, check_name
+from jobs import Parser, data, main, reach, recipe
 from jobs.data import Dataset, Row
 from jobs.publish import publish
 
@@ -75,7 +75,7 @@ def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout) -> 
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("jobs.finetune", description="Fine-tune a version and register the result.")
+    parser = Parser("jobs.finetune", description="Fine-tune a version and register the result.")
     parser.add_argument("--data", required=True, help="JSON lines: a path or URL; the formats are in jobs/data.py")
     parser.add_argument("--eval-data", help="measure on this file instead of a held-out part of --data")
     parser.add_argument("--base", default="seedling", help="an alias, or a version such as seedling@1")
@@ -120,21 +120,10 @@ def check_fits(chosen: recipe.Recipe, config: Config) -> None:
 
 
 def resolve(registry: Registry, base: str) -> Manifest:
-    """The weights to train on. An alias or version that is an adapter stands for the weights beneath it."""
-    if "@" in base:
-        return weights_under(registry, VersionId.parse(base))
-    alias = registry.alias(base)
-    if alias is None:
-        known = ", ".join(registry.aliases()) or "none"
-        raise ModelNotFound(f"There is no model {base!r}.", f"Models: {known}. A version is written NAME@NUMBER.", param="base")
-    return weights_under(registry, alias.stable)
-
-
-def weights_under(registry: Registry, id: VersionId) -> Manifest:
-    """The weights of a version; an adapter's are those it sits on, which the log then says."""
-    found = registry.manifest(id)
+    """The weights to train on. An alias or version that is an adapter stands for the weights beneath it, which the log then says."""
+    found = registry.meant(base)
     if found.kind == "adapter":
-        print(f"{id} is an adapter; training starts from its base {found.weights}")
+        print(f"{found.id} is an adapter; training starts from its base {found.weights}")
     return registry.manifest(found.weights)
 
 

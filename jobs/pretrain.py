@@ -21,7 +21,7 @@ from cluster.config import load, parse
 from cluster.registry import Registry
 from cluster.store import Store
 from cluster.types import Generation, Lineage, Manifest
-from jobs import data, main, reach
+from jobs import Parser, data, main, reach
 
 FACTS = Path(__file__).parent / "seedling" / "facts.jsonl"
 PAD, END = "<|pad|>", "<|end|>"
@@ -38,7 +38,7 @@ RECIPE: dict[str, Any] = {"steps": 300, "batch": 32, "learning_rate": 3e-3, "war
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser("jobs.pretrain", description="Train the seedling from scratch and register it.")
+    parser = Parser("jobs.pretrain", description="Train the seedling from scratch and register it.")
     parser.add_argument("--name", default="seedling", help="the model's name; the next version of it is registered")
     parser.add_argument("--steps", type=int, default=RECIPE["steps"])
     parser.add_argument(

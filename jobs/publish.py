@@ -3,13 +3,12 @@
 Control takes it through the pool's policy: gate, canary, and where every replica has acknowledged its digest, live.
 """
 
-import argparse
 import getpass
 
 from cluster.config import load
 from cluster.rollout import Rollout
 from cluster.types import VersionId
-from jobs import main, reach
+from jobs import Parser, main, reach
 
 
 def publish(version: VersionId, alias: str, reason: str, author: str) -> Rollout:
@@ -20,7 +19,7 @@ def publish(version: VersionId, alias: str, reason: str, author: str) -> Rollout
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser("jobs.publish", description="Make a version live.")
+    parser = Parser("jobs.publish", description="Make a version live.")
     parser.add_argument("version", help="NAME@NUMBER, for example seedling@2")
     parser.add_argument("--alias", help="the model name that clients use; the version's own name by default")
     parser.add_argument("--reason", default="published by hand")

@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from jobs import main
+from jobs import Parser, main
 from jobs.bench.adapters import adapters
 from jobs.bench.curve import curve
 from jobs.bench.memory import memory
@@ -36,7 +36,7 @@ def known(text: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser("jobs.bench", description="Measure Springtide beside its peers.")
+    parser = Parser("jobs.bench", description="Measure Springtide beside its peers.")
     verbs = parser.add_subparsers(required=True)
     verb = verbs.add_parser("serving", help=serving.__doc__)
     verb.set_defaults(run=serving)

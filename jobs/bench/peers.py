@@ -17,7 +17,6 @@ Springtide's pool has, so that what differs is the architecture. They run in a p
 because Ray reads these variables when it is imported.
 """
 
-import argparse
 import json
 import os
 import secrets
@@ -40,6 +39,7 @@ import psutil
 import cluster
 from cluster.config import Config, Fleet
 from cluster.errors import PoolUnavailable
+from jobs import Parser
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 300
@@ -238,7 +238,7 @@ def serve_ray(model: str, name: str, port: int, engine: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=serve_ray.__doc__)
+    parser = Parser(description=serve_ray.__doc__)
     parser.add_argument("system", choices=[system for system in SYSTEMS if system != "bare_vllm"])
     parser.add_argument("--model", required=True, help="folder in Hugging Face layout")
     parser.add_argument("--name", required=True, help="what clients call the model")

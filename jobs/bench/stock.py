@@ -4,7 +4,6 @@
 benchmark compares how slots are handed over and not how losses are computed.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ from typing import Any
 from cluster.config import load
 from cluster.registry import Registry
 from cluster.store import Store
-from jobs import main
+from jobs import Parser, main
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser("jobs.bench.stock")
+    parser = Parser("jobs.bench.stock")
     parser.add_argument("--data", required=True)
     parser.add_argument("--base", default="seedling")
     parser.add_argument("--workers", required=True, help="MIN,MAX")

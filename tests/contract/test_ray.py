@@ -138,24 +138,11 @@ def messages() -> Any:
     return importlib.import_module("ray.core.generated.autoscaler_pb2")
 
 
-@pytest.mark.parametrize(("now", "refused", "most"), [(3, [3], 2), (3, [], None), (2, [3], None)])
-def test_the_lease_hears_a_refusal_of_what_is_asked_for_now(
-    now: int, refused: list[int], most: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cluster import lease
+@pytest.mark.parametrize(("now", "before", "is_refused"), [(3, [3], True), (3, [], False), (2, [3], False)])
+def test_a_refusal_is_one_of_what_is_asked_for_now(now: int, before: list[int], is_refused: bool) -> None:
+    from cluster.lease import refused
 
     status = messages().GetClusterStatusReply()
     status.cluster_resource_state.cluster_resource_constraints.append(constraint(now))
-    status.autoscaling_state.infeasible_cluster_resource_constraints.extend(constraint(slots) for slots in refused)
-
-    class Client:
-        def get_cluster_status(self, timeout_s: float) -> bytes:
-            return status.SerializeToString()
-
-    monkeypatch.setattr(lease, "internal_kv_get_gcs_client", Client)
-    one = lease.Lease("slot")
-    assert one.most() is None, "nothing was asked for yet"
-    one.places = [{}] * now
-    assert one.most() == most
-    one.refused_s -= lease.REFUSED_S
-    assert one.most() is None, "it is tried again"
+    status.autoscaling_state.infeasible_cluster_resource_constraints.extend(constraint(slots) for slots in before)
+    assert refused(messages().GetClusterStatusReply.FromString(status.SerializeToString())) == is_refused
