@@ -122,11 +122,12 @@ def test_full_weights_have_the_bases_shape_and_tokenizer(pool: Running, trained:
 def test_a_run_opens_no_port_to_others_and_leaves_nothing_when_it_is_cancelled(pool: Running) -> None:
     others = set(pool.registry.store.children("runs"))
     job = submit.submit(pool.config, "finetune", "--data", TIDE, "--base", "seedling@1", "--name", "cancelled", "--epochs", "500")
+    log = ""
     for _, log in submit.watch(pool.config, job):
         if "progress stage=finetune" in log:
             break
     assert exposed(pool) == []
-    assert pool.command("cancel", job).returncode == 0
+    assert pool.command("cancel", submit.run(log)).returncode == 0, "by the name that `springtide status` has"
     assert set(pool.registry.store.children("runs")) == others and pool.registry.versions("cancelled") == []
 
 
