@@ -61,7 +61,9 @@ def follow(console: Console, config: Config, job: str, label: str) -> dict[str, 
     with Progress(*columns, console=console, transient=False) as bar:
         task = bar.add_task(f"{label}: starting", total=None, words="")
         for _, log in submit.watch(config, job):
-            if (now := submit.progress(log)) is not None:
+            if why := submit.waiting(log):
+                bar.update(task, words=f"waiting for slots: {why}")
+            elif (now := submit.progress(log)) is not None:
                 words = " ".join(f"{key} {value}" for key, value in now.fields.items() if key != "stage")
                 bar.update(task, description=label, completed=now.step, total=now.steps or None, words=words)
         bar.update(task, description=label)

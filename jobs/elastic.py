@@ -506,10 +506,14 @@ class Claiming:
         share = self.share
         if share is None:
             return held
-        if not share.slots and not held and share.reason != self.said:
-            self.said = share.reason
-            print(f"waiting for slots: {share.reason}", flush=True)
+        self._say("" if share.slots or held else share.reason, share.slots)
         return share.slots
+
+    def _say(self, why: str, slots: int) -> None:
+        """Once, that it waits and ``why``, and once that it does not any more."""
+        if why != self.said:
+            print(f"waiting for slots: {why}" if why else f"may have {slots} slots", flush=True)
+        self.said = why
 
     def _run(self) -> None:
         while not self.done.is_set():
