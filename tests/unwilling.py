@@ -1,9 +1,14 @@
-"""Jobs that misbehave, through the real driver: ``python -m tests.unwilling stubborn``, ``greedy``."""
+"""Jobs that misbehave, through the real driver: ``python -m tests.unwilling stubborn``, ``greedy``, ``disturbed``; more of
+`jobs.finetune`'s options may follow."""
 
+import errno
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import obstore
 import torch
 
 from cluster import config as configuration
@@ -31,13 +36,45 @@ class Greedy(Tuning):
         return super().gradients(batch, rank, world)
 
 
+STALLED, FULL, STALLING = "stalled", "full", "stalling"
+"""Files in the pool's home: what a disturbed job's disk does while they are there, and the process that waits for it."""
+
+
+class Disturbed(Tuning):
+    """Trains well, on a disk that stands still, or that is full, while somebody says so."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.home, self.put = configuration.parse(settings["config"]).home, obstore.put
+        obstore.put = self.disturb
+
+    def disturb(self, backend: Any, path: str, data: Any, **how: Any) -> Any:
+        """As `obstore.put`. A state's file is half written when it goes wrong, under its own name: no backend is that careless."""
+        if isinstance(data, Path) and any((self.home / word).exists() for word in (STALLED, FULL)):
+            half = Path(str(backend.prefix)) / path
+            half.parent.mkdir(parents=True, exist_ok=True)
+            half.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+            self.wait()
+        if (self.home / FULL).exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return self.put(backend, path, data, **how)
+
+    def wait(self) -> None:
+        while (self.home / STALLED).exists():
+            (self.home / STALLING).write_text(str(os.getpid()))
+            time.sleep(0.1)
+
+
+KINDS = {"stubborn": Stubborn, "greedy": Greedy, "disturbed": Disturbed}
+
+
 def run() -> None:
     import argparse
 
     from jobs import elastic, finetune, loop
 
     line = ["--data", "jobs/seedling/tide.jsonl", "--base", "seedling@1", "--epochs", "300"]
-    sys.argv[1:], kind = line, {"stubborn": Stubborn, "greedy": Greedy}[sys.argv[1]]
+    sys.argv[1:], kind = [*line, *sys.argv[2:]], KINDS[sys.argv[1]]
     arguments: argparse.Namespace = finetune.parse_arguments()
     config = configuration.load()
     reach(config)
@@ -45,7 +82,12 @@ def run() -> None:
     loop.connect()
     settings: dict[str, Any] = {"config": config.dump(), "recipe": plan.recipe.model_dump(), "base": str(plan.base.id)}
     settings |= {"train": plan.train, "held_out": plan.held_out}
-    name = elastic.begun(Store(config.store), "unwilling", {})
+    of = {
+        "base": settings["base"],
+        "recipe": settings["recipe"],
+        "data": plan.dataset_sha256,
+    }  # so that `jobs.finetune` can go on
+    name = elastic.begun(Store(config.store), "unwilling", of)
     print("ended", elastic.fit(config, kind, settings, name).metrics)
 
 

@@ -20,6 +20,9 @@ def run() -> None:
     parser.add_argument("--base", default="seedling")
     parser.add_argument("--workers", required=True, help="MIN,MAX")
     parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument(
+        "--look-s", type=float, default=60, help="how often Ray Train looks whether it may have more, or must give"
+    )
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
     arguments.recipe, arguments.name, arguments.eval_data = "lora", None, None
@@ -32,10 +35,11 @@ def run() -> None:
     loop.connect()
     settings = {"config": config.dump(), "recipe": plan.recipe.model_dump(), "base": str(plan.base.id)}
     low, high = map(int, arguments.workers.split(","))
-    train({**settings, "train": plan.train, "held_out": plan.held_out, "checkpoint_s": config.training.checkpoint_s}, low, high)
+    settings |= {"train": plan.train, "held_out": plan.held_out, "checkpoint_s": config.training.checkpoint_s}
+    train(settings, low, high, arguments.look_s)
 
 
-def train(settings: dict[str, Any], low: int, high: int) -> None:
+def train(settings: dict[str, Any], low: int, high: int, look_s: float) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -46,7 +50,9 @@ def train(settings: dict[str, Any], low: int, high: int) -> None:
     TorchTrainer(
         work,
         train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=(low, high), resources_per_worker=resources),
+        scaling_config=ScalingConfig(
+            num_workers=(low, high), resources_per_worker=resources, elastic_resize_monitor_interval_s=look_s
+        ),
         run_config=RunConfig(storage_path=f"{config.store}/runs", failure_config=FailureConfig(max_failures=-1)),
     ).fit()
 

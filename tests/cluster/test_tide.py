@@ -125,7 +125,7 @@ def running(pool: Running, folder: Path, *line: str, workers: int = 2, **trainin
     """A job that trains with all its workers."""
     job = Job(pool, folder, *line, workers=workers, **training)
     try:
-        when(lambda: "progress" in job.text and job.trains(workers), 120)
+        when(lambda: "progress" in job.text and job.trains(workers), 300)  # a minute where others use the machine
         yield job
     finally:
         job.process.terminate()
