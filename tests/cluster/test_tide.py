@@ -55,11 +55,13 @@ class Record:
         return [self.moments[at_s] for at_s in sorted(self.moments)]
 
     def audit(self) -> None:
-        """No slot ever had two owners. Those of a machine that was lost are nobody's any more, whoever has not heard of it yet."""
+        """No slot ever had two owners, and nobody trained on one that was not its own. Those of a machine that was lost are nobody's any more,
+        whoever has not heard of it yet."""
         self.done.set()
         self.thread.join()
-        most = max(moment.slots for moment in self.all())
+        most = max((moment.slots for moment in self.all()), default=0)
         assert crowded([moment._replace(slots=most) for moment in self.all()]) == []
+        assert not [stake for moment in self.all() for stake in moment.jobs if stake.learning > stake.held]
 
 
 class Job:
