@@ -20,8 +20,8 @@ PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 """The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""
 RUN = re.compile(r"^run ([a-z]+-[0-9a-f]{12})$", re.MULTILINE)
 """The line in which an elastic job says how its run is called, for ``--resume``."""
-WAITING = re.compile(r"^waiting for slots: (.+)\s*\Z", re.MULTILINE)
-"""The line in which an elastic job says why it has none, as the last of a log: whatever follows says that it has some."""
+WAITING = re.compile(r"^(?:waiting for slots: (.+)|may have \d+ slots)$", re.MULTILINE)
+"""The lines in which an elastic job says why it has none, or that it has some; what its workers say may come late and between."""
 NO_AGENT = "No available agent"
 """Ray's words where the process that starts jobs has not registered yet, on a slow machine some seconds after everything else."""
 AGENT_S = 60
@@ -65,6 +65,7 @@ def submit(config: Config, verb: str, *arguments: str) -> str:
             if NO_AGENT not in str(error) or time.monotonic() > deadline_s:
                 words = "Large files here belong into .gitignore, or elsewhere."
                 raise BadRequest(f"Ray did not take the job: {error}", words) from error
+            time.sleep(0.5)
 
 
 def revision() -> str:
@@ -134,13 +135,13 @@ def run(log: str) -> str:
 
 
 def waiting(log: str) -> str:
-    """Why a job waits for slots, where that is the last thing it said.
+    """Why a job waits for slots; empty where it does not.
 
     >>> waiting("run finetune-0123456789ab\\nwaiting for slots: it needs 2 slots\\n")
     'it needs 2 slots'
     """
-    found = WAITING.search(log)
-    return found[1] if found else ""
+    found: list[str] = WAITING.findall(log)
+    return found[-1] if found else ""
 
 
 def watch(config: Config, submission_id: str, interval_s: float = 0.5) -> Iterator[tuple[JobStatus, str]]:

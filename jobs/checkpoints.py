@@ -98,6 +98,7 @@ class Writer:
         with self.changed:
             if snapshot.step >= self.given:  # two threads may have made one, and the older one comes last
                 self.waiting, self.given = [snapshot], snapshot.step
+                self.tried = min(self.tried, snapshot.step - 1)  # again, where it was tried and could not be written
             self.changed.notify_all()
 
     def settle(self) -> int:

@@ -51,6 +51,9 @@ ANSWER_S = 1
 """How long members may take to say how far they are."""
 ENDED_S = 0.7
 """Within this time Ray has ended a process that was to be killed, whatever it was writing."""
+STUCK_S = 45
+"""Members of whom none has ended its step for this long, or for `STUCK_TIMES` the longest before, are taken for hung, though they answer."""
+STUCK_TIMES = 10
 LOAD_S = 900
 """How long a member may take to load everything; a large model from a remote store takes its time."""
 JOIN_S = 30
@@ -81,15 +84,15 @@ def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[s
             run.turn(time.monotonic())
             time.sleep(TURN_S)
         return Ended(name, {**run.ended.metrics, "steps_lost": float(run.lost)})
-    except (SystemExit, KeyboardInterrupt):  # cancelled, or the pool ends
-        run.keep(ENDING_S)
-        run.end()
-        print(f"what was learnt is kept: --resume {name}", flush=True)
-        time.sleep(ENDED_S)  # nobody writes any more when this process has ended
-        raise
     except JobFailed as error:
         run.keep(KEEP_S)
         error.do = f"Mend what the log says, then go on from its newest checkpoint with --resume {name}."
+        raise
+    except BaseException:  # cancelled, or the pool ends, or Ray is away
+        words = "what was learnt is kept" if run.leave_off(ENDING_S) else "its newest checkpoint is kept"
+        run.end()
+        print(f"{words}: --resume {name}", flush=True)
+        time.sleep(ENDED_S)  # nobody writes any more when this process has ended
         raise
     finally:
         run.end()
@@ -219,6 +222,7 @@ class Seat:
         """When it became a spare."""
         self.trained = 0
         """The last formation in which it has done a step, as far as is known."""
+        self.stepping = False
 
     @property
     def machine(self) -> str:
@@ -236,7 +240,7 @@ class Run:
         """Whether those who leave stay as spares."""
         shared = ray.put({**settings, "checkpoint_s": config.training.checkpoint_s, "report_s": config.training.report_s})
         self.member = lambda **held: (
-            ray.remote(Member).options(num_cpus=0, max_concurrency=4, **held).remote(work, shared, config.store, claiming.job.id)
+            ray.remote(Member).options(num_cpus=0, max_concurrency=8, **held).remote(work, shared, config.store, claiming.job.id)
         )
         self.places: list[Place] = []
         """Those that are not there yet."""
@@ -253,6 +257,8 @@ class Run:
         self.failures, self.step = 0, 0
         self.begun, self.lost = 0, 0
         """Steps that were done when this formation began, and those that had to be done again so far."""
+        self.moved_s, self.longest_s = time.monotonic(), 0.0
+        """When a step was last seen to be done, or could begin, and the longest that one took so far."""
         self.ended: Outcome | None = None
 
     def turn(self, now_s: float) -> None:
@@ -298,7 +304,7 @@ class Run:
                     self._heard(seat, ray.get(seat.call), now_s)
                 if ray.wait([seat.alive], timeout=0)[0]:
                     if isinstance(said := ray.get(seat.alive), Reached):
-                        seat.trained = said.formation
+                        seat.trained, seat.stepping = said.formation, said.stepping
                         self._reached(said.step)
                     if now_s - seat.heard_s > ASK_ALIVE_S or (seat.phase == "learning" and seat.trained < self.formation):
                         seat.alive, seat.heard_s = seat.actor.reached.remote(), now_s
@@ -321,13 +327,17 @@ class Run:
         if said.first >= 0:
             self.lost, self.begun = self.lost + max(0, self.begun - said.first), 0  # each formation's loss counts once
         self._reached(said.step)
+        if said.step > said.first:
+            seat.trained = self.formation
         if said.broken and self.broken_s is None:
             self._failed(said.broken)
             self.broken_s = now_s
 
     def _reached(self, step: int) -> None:
         if step > self.step:
-            self.step, self.failures = step, 0
+            now_s = time.monotonic()
+            self.longest_s = max(self.longest_s, (now_s - self.moved_s) / (step - self.step))
+            self.step, self.failures, self.moved_s = step, 0, now_s
 
     def _lost(self, seats: list[Seat], why: str, now_s: float) -> None:
         if not seats:
@@ -357,7 +367,7 @@ class Run:
             meeting: Any = ray.get(seats[0].actor.meeting.remote(len(hosts) == 1), timeout=LOST_S)
         except RayError as error:
             return self._lost(seats[:1], str(error), time.monotonic())
-        self.formation, self.begun = self.formation + 1, self.step
+        self.formation, self.begun, self.moved_s = self.formation + 1, self.step, time.monotonic()
         for rank, seat in enumerate(seats):
             seat.phase = "learning"
             seat.call = seat.actor.learn.remote(Formation(self.formation, rank, len(seats), meeting))
@@ -392,16 +402,19 @@ class Run:
             self.seats.append(seat)
 
     def _leave(self, count: int) -> None:
-        """The last that came, in order: where nobody would be left who has what was learnt, it is kept in the store first."""
+        """The last that came, in order, and of those who have what was learnt the last: where none of them stays, it is kept first."""
         for place in self.places[-count:]:
             self.places.remove(place)
             place.free()
             count -= 1
         among = Counter(seat.machine for seat in self.seats)
-        ready = sorted(self._in("ready"), key=lambda seat: -among[seat.machine])  # a replica may need a whole machine
+        ready = sorted(
+            self._in("ready"), key=lambda seat: (-seat.trained, -among[seat.machine])
+        )  # a replica may need a whole one
         idle = [*ready, *self._in("preparing")]
         seats, loaded = idle[len(idle) - count :], [seat for seat in self.seats if seat.where]
-        if loaded and all(seat in seats for seat in loaded):
+        newest = max((seat.trained for seat in loaded), default=0)
+        if loaded and not any(seat.trained == newest for seat in loaded if seat not in seats):
             left_s = self.config.training.yield_deadline_s - (time.monotonic() - (self.yielding_s or time.monotonic()))
             self.keep(max(KEEP_S, left_s))
         if not self.spare:
@@ -417,22 +430,30 @@ class Run:
             seat.place.free()
             seat.place = None
 
-    def keep(self, within_s: float) -> None:
-        """Have the newest state that anybody has who answers written to the store, tried again while there is time."""
+    def leave_off(self, within_s: float) -> bool:
+        """Stop after the step that is under way, unless that takes too long, and keep what was learnt. Whether that was possible."""
+        self._stop()
+        if calls := [seat.call for seat in self._in("learning") if seat.call]:
+            ray.wait(calls, num_returns=len(calls), timeout=within_s / 2)
+        return self.keep(within_s / 2)
+
+    def keep(self, within_s: float) -> bool:
+        """Have the newest state that anybody has who answers written to the store, tried again while there is time. Whether it is."""
         deadline_s = time.monotonic() + within_s
         seats = [seat for seat in self.seats if seat.where]
         while seats and (left_s := deadline_s - time.monotonic()) > 0:
             said = answers({seat: seat.actor.reached.remote() for seat in seats}, min(left_s, ANSWER_S))
             newest = max(said, key=lambda seat: said[seat].step, default=None)
             if newest is not None:
-                kept = answers({newest: newest.actor.keep.remote()}, max(0, deadline_s - time.monotonic()))
+                kept = answers({newest: newest.actor.keep.remote()}, max(0, deadline_s - time.monotonic()) / 2)
                 if not kept:
                     seats.remove(newest)  # it is gone, or hangs; another has as much, or nearly
                 elif kept[newest] >= said[newest].step or said[newest].step == 0:  # nothing to keep before the first step
-                    return
+                    return True
             time.sleep(TURN_S)
         if self.step > 0:
             print(f"the state could not be kept within {within_s:.0f} s; the newest checkpoint counts", flush=True)
+        return False
 
     def dismiss(self, seats: list[Seat]) -> None:
         """End members, and give their slots back. Ray sees the processes end within some hundredths of a second."""
@@ -459,8 +480,16 @@ class Run:
         elif self.broken_s is not None and now_s - self.broken_s > LEFT_S:
             self.keep(KEEP_S)
             self._cut("they did not notice that another was gone", now_s)
+        elif learning and self._stuck(now_s):
+            self.keep(KEEP_S)
+            self._cut(f"no step was done for {now_s - self.moved_s:.0f} s", now_s)
         elif len(learning) > wanted and self.yielding_s is not None:
             self._press(now_s - self.yielding_s, now_s)
+
+    def _stuck(self, now_s: float) -> bool:
+        """Whether a step takes far longer than any before, on members that answer: one of them, or their network, hangs."""
+        patience_s = max(STUCK_S, STUCK_TIMES * self.longest_s) if self.longest_s else LOAD_S
+        return now_s - self.moved_s > patience_s and all(seat.stepping for seat in self._in("learning"))
 
     def _press(self, since_s: float, now_s: float) -> None:
         """They were asked for slots ``since_s`` ago, and train on: half of their time is for the step under way, half to keep the state."""
@@ -517,7 +546,9 @@ class Claiming:
 
     def _run(self) -> None:
         while not self.done.is_set():
-            with contextlib.suppress(PoolUnavailable, RayError):  # control is away for a moment: nothing changes meanwhile
+            with contextlib.suppress(
+                Exception
+            ):  # whatever it was, nothing changes meanwhile; a job that heard no more would never yield
                 self.share = client.connect().claim(Claim(self.job, *self.holds, self.driver))
             self.done.wait(ASK_S)
 

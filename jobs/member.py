@@ -95,6 +95,8 @@ class Reached(NamedTuple):
     step: int
     formation: int
     """The last one in which it has done a step."""
+    stepping: bool = False
+    """Whether a step is under way: not while it measures, or saves the result."""
 
 
 class Outcome(NamedTuple):
@@ -126,6 +128,7 @@ class Member:
         """Held while the state changes: whoever has it finds tensors and step of one moment."""
         self.first, self.trained = -1, 0
         """The step that the last formation began with, and the last formation in which a step was done."""
+        self.stepping = False
         self.met: Path | None = None
         """Where the last formation met that this member called."""
 
@@ -140,6 +143,7 @@ class Member:
 
     def meeting(self, alone: bool) -> str:
         """A place where the next formation can meet; ``alone`` where all are on this machine, which then needs no port."""
+        self._forget_meeting()
         if alone:
             self.met = Path(tempfile.mkdtemp(prefix="meeting-"))
             return (self.met / "file").as_uri()
@@ -153,7 +157,7 @@ class Member:
 
     def reached(self) -> Reached:
         """How far it is; whoever cannot answer this is gone."""
-        return Reached(self.state.step, self.trained)
+        return Reached(self.state.step, self.trained, self.stepping)
 
     def keep(self) -> int:
         """See to it that the state is kept in the store, as it is now, whether it trains or stands still; the newest step that is kept."""
@@ -174,21 +178,23 @@ class Member:
                     print(f"training with {formation.world} workers from step {self.first}", flush=True)
                 else:
                     print(f"training as worker {formation.rank + 1} of {formation.world}", flush=True)
+                self.stepping = True
                 ended = self._train(formation)
+                self.stepping = False
                 return self._finish(formation) if ended else self._pause(formation)
         except RuntimeError as error:
             # A collective whose peer is gone. What this member has is whole: between two steps, or before the optimizer's.
             self.work.optimizer.zero_grad()
+            self.stepping = False
             return Outcome(self.state.step, self.first, broken=f"{type(error).__name__}: {error}")
-        finally:
-            if self.met:
-                shutil.rmtree(self.met, ignore_errors=True)
 
     def _level(self, formation: Formation) -> None:
         """Everybody takes over the state of who has done the most steps, or the newest checkpoint where that is further: who trains again
         after a while knows nothing of what others did meanwhile."""
         steps: list[int] = [-1] * formation.world
         dist.all_gather_object(steps, self.state.step)
+        if not self.work.trained[0].is_cuda:  # NCCL may look there again
+            self._forget_meeting()
         first = steps.index(max(steps))
         if formation.rank == first:
             self._restore()
@@ -197,16 +203,24 @@ class Member:
         if shared[0].step < 0:
             self.state = State(0, before=self.work.measure(formation.rank, formation.world))
         elif min(steps) < shared[0].step:
-            self._take_over(shared[0], first, formation.rank)
+            self._take_over(shared[0], first)
 
-    def _take_over(self, state: State, first: int, rank: int) -> None:
-        """Everybody's tensors become those of the ``first``, who may be asked to keep them meanwhile."""
-        with contextlib.nullcontext() if rank == first else self.whole:
+    def _forget_meeting(self) -> None:
+        """Only when everybody has met, and not when some may still be leaving: PyTorch's `FileStore` looks at its end whether the file is there,
+        and where it vanishes just then it waits for it, as long as for another member."""
+        if self.met:
+            shutil.rmtree(self.met, ignore_errors=True)
+            self.met = None
+
+    def _take_over(self, state: State, first: int) -> None:
+        """Everybody's tensors become those of the ``first``. Who has done as many steps gets what it has, and may be asked for it meanwhile."""
+        behind = self.state.step < state.step
+        with self.whole if behind else contextlib.nullcontext():
             try:
                 for tensor in self._tensors(state.step).values():
                     dist.broadcast(tensor, first)
             except RuntimeError:
-                if rank != first:
+                if behind:
                     os._exit(1)  # what is in memory here is neither the one state nor the other, and must never count as either
                 raise
             self.state = state

@@ -80,7 +80,8 @@ def job(status: JobStatus = JobStatus.RUNNING) -> JobDetails:
         ("", "starting"),
         (BEGUN, "starting"),
         (f"{BEGUN}waiting for slots: {WHY}\n", f"waiting for slots: {WHY}"),
-        (f"{BEGUN}waiting for slots: {WHY}\n{STEP}", "1/9 loss 2.5"),
+        (f"{BEGUN}waiting for slots: {WHY}\nmay have 2 slots\n{STEP}", "1/9 loss 2.5"),
+        (f"{BEGUN}{STEP}waiting for slots: {WHY}\n(Member pid=1) checkpoint step=3 seconds=0.1\n", f"waiting for slots: {WHY}"),
         (f"{BEGUN}{STEP}waiting for slots: [{WHY}]\n", f"waiting for slots: [{WHY}]"),
     ],
 )

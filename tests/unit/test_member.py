@@ -1,12 +1,16 @@
 """Members come and go, and what is learnt stays the same: real processes and process groups, no Ray."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from tests.members import Group
+from jobs.member import Formation, Member
+from tests.members import Group, Small
 
 EPOCHS = 600
 STEPS = EPOCHS * 5
@@ -93,3 +97,43 @@ def test_who_comes_back_alone_goes_on_from_what_others_did_meanwhile(group: Grou
     group.learn(1)
     [end] = group.hear(1)
     assert end.first == kept.step and end.metrics["eval_loss"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_where_a_formation_met_is_gone_before_anybody_leaves(tmp_path: Path) -> None:
+    """PyTorch waits for its file, if it vanishes while a member leaves: for ten minutes, and with the slots."""
+    settings = {"epochs": 2, "stage": "small", "checkpoint_s": 3600, "report_s": 3600}
+    member = Member(Small, settings, (tmp_path / "store").as_uri(), "run")
+    member.work, seen = Small(settings), list[bool]()
+    member.work.gradients, gradients = lambda *step: seen.append(folder.exists()) or gradients(*step), member.work.gradients
+    meeting = member.meeting(alone=True)
+    folder = Path(meeting.removeprefix("file://")).parent
+    assert folder.exists() and member.reached() == (-1, 0, False)
+    assert member.learn(Formation(1, 0, 1, meeting)).ended and member.reached() == (10, 1, False)
+    assert seen == [False] * 10
+
+
+class Slow(Small):
+    """Its optimizer takes a moment between the tensors and the end of the step; remembers what every step began with."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.began, step = list[torch.Tensor](), self.optimizer.step
+        self.optimizer.step = lambda: (step(), time.sleep(0.002))
+
+    def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
+        self.began.append(self.trained[0].detach().clone())
+        return super().gradients(batch, rank, world)
+
+
+def test_what_is_kept_while_it_trains_is_the_state_of_one_moment(tmp_path: Path) -> None:
+    member = Member(Slow, {"epochs": 60, "stage": "small", "checkpoint_s": 3600, "report_s": 3600}, tmp_path.as_uri(), "run")
+    member.work = work = Slow(member.settings)
+    training = threading.Thread(target=member.learn, args=(Formation(1, 0, 1, member.meeting(alone=True)),))
+    training.start()
+    seen = dict[int, torch.Tensor]()
+    while training.is_alive():
+        member.keep()
+        if newest := member.checkpoints.newest():
+            seen[newest.step] = newest.tensors["0"]
+    training.join()
+    assert len(seen) > 10 and all(torch.equal(weights, work.began[step]) for step, weights in seen.items() if step < 300)
