@@ -70,7 +70,7 @@ class Demand(NamedTuple):
     """Slots that serving's load asks for."""
     jobs: tuple[Job, ...] = ()
     most: int | None = None
-    """Slots that there can be, as far as the autoscaler has told: it has refused one more."""
+    """Slots that may be asked for, as far as is known from what the autoscaler refused; None where it refused nothing."""
 
 
 class Past(NamedTuple):

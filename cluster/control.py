@@ -307,14 +307,14 @@ class Control:
                 there = slots(self.config.fleet.accelerator)
                 self.serving = now = served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
                 self._starting()
-                most = self.lease.most()
+                most = self.lease.most(int(there["total"]))
                 with self.turning:
                     total, free = int(there["total"]), int(there["free"])
                     held = now.held(total - free, self.tide.claimed)
                     lease = self.tide.turn(total, held, now.wanted, time.time(), free, most)
                     floor = self.tide.floor(lease, most)
                 metrics.publish(self.board, self.tide.moments, self.tide.turns)
-                self.lease.hold(lease + floor)
+                self.lease.hold(lease + floor, most)
             except Exception:
                 # Serve or the coordinator is away for a moment; shares stay as they are, and the loop must go on.
                 log.exception("a turn of the tide")

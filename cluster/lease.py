@@ -16,7 +16,10 @@ keep an idle machine in the place of one that works and stays anyway. The coordi
 All of what is asked for is one request to Ray's autoscaler: where not all of it fits, it adds nothing for anybody
 (``_enforce_resource_constraints`` there). How large the pool can become it keeps to itself (Ray has a place for that, ``get_cluster_config``
 in ``ray/_private/state.py``, and no autoscaler of the open Ray fills it). But it says which request it refuses, so what the pool can have is
-learnt from that.
+learnt from that (`cluster.refusals`).
+
+The coordinator merges the requests of all who ask it into one (``_merge_and_send_requests``). One that is refused may be too large because
+of somebody else's part, and nothing is learnt from that: asking for less of our own would not help.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -30,7 +33,10 @@ import ray
 import ray._private.state as cluster_state
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # pyright: ignore[reportAttributeAccessIssue, reportMissingTypeStubs]
 from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator  # pyright: ignore[reportPrivateImportUsage]
+from ray.exceptions import RpcError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+from cluster.refusals import Known
 
 REQUESTER = "springtide-serving"
 PRIORITY = SimpleNamespace(value=100)
@@ -39,6 +45,8 @@ EXPIRES_S = 60
 """When the lease ends by itself, should nobody be left to renew it."""
 RENEW_S = 15
 ANSWER_S = 5
+STATUS_S = 1
+"""How long is waited for the autoscaler's words: the turn in which they are asked for waits too."""
 LISTEN_S = 5
 """How often is looked whether the request was refused; the autoscaler decides as often, unless told otherwise."""
 REFUSED_S = 300
@@ -57,22 +65,40 @@ class Lease:
         self.resource = resource
         self.places: list[dict[str, str]] | None = None
         self.renewed_s = self.heard_s = self.refused_s = float("-inf")
-        self.too_many = 0
-        """The slots that were asked for when the autoscaler last refused."""
+        self.known = Known()
+        self.allowed: int | None = None
+        """The most that might be asked for when ``places`` were."""
+        self.since: int | None = None
+        """The first version of the cluster's state, as Ray counts them, that was seen when as many slots as now were asked for."""
 
-    def most(self) -> int | None:
-        """The most slots that may be asked for: fewer than were refused. None where nothing was."""
+    def most(self, total: int) -> int | None:
+        """The most slots that may be asked for, of a pool that has ``total`` now. None where nothing was refused."""
         now_s = time.monotonic()
+        self.known = self.known.has(total)
         if self.places and now_s - self.heard_s >= LISTEN_S:
             self.heard_s = now_s
-            if refused(status()):
-                self.too_many, self.refused_s = len(self.places), now_s
-        return self.too_many - 1 if now_s - self.refused_s < REFUSED_S else None
+            self._listen(len(self.places), total, now_s)
+        return self.known.most(again=now_s - self.refused_s >= REFUSED_S)
 
-    def hold(self, slots: int) -> None:
-        """Reserve this many slots. Cheap where nothing changed; raises what Ray raises where the coordinator does not answer."""
+    def _listen(self, asked: int, total: int, now_s: float) -> None:
+        try:
+            told = status()
+        except RpcError:
+            return  # Ray is away or slow; what is known still holds, and serving's turn must not be missed for want of news
+        version: int = told.cluster_resource_state.cluster_resource_state_version
+        self.since = version if self.since is None else min(self.since, version)  # Ray counts from 0 again when it is restarted
+        refused = answer(told, self.resource, asked, self.since)
+        if refused:
+            self.known, self.refused_s = self.known.refused(asked, total), now_s
+        elif refused is not None:
+            self.known = self.known.granted(asked, self.allowed)
+
+    def hold(self, slots: int, most: int | None) -> None:
+        """Reserve this many slots, of ``most`` that might be asked for. Cheap where nothing changed; raises what Ray raises where the
+        coordinator does not answer."""
         now_s, places = time.monotonic(), placed(slots, in_use(self.resource))
         if places == self.places and now_s - self.renewed_s < RENEW_S:
+            self.allowed = most
             return
         actor: Any = coordinator.get_or_create_autoscaling_coordinator()
         bundles = [{self.resource: 1.0} for _ in places]
@@ -80,20 +106,34 @@ class Lease:
             requester_id=REQUESTER, resources=bundles, expire_after_s=EXPIRES_S, priority=PRIORITY, label_selectors=places
         )
         ray.get(asked, timeout=ANSWER_S)
-        self.places, self.renewed_s = places, now_s
+        if len(places) != len(self.places or []):
+            self.since = None
+        self.places, self.allowed, self.renewed_s = places, most, now_s
 
 
 def status() -> Any:
     """What Ray's autoscaler is asked for, and what it says of it."""
     client: Any = internal_kv_get_gcs_client()
-    return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=ANSWER_S))
+    return GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=STATUS_S))
 
 
-def refused(status: Any) -> bool:
-    """Whether Ray's autoscaler says of what it is asked for at this moment that no machines that it may add are enough. One that was asked
-    for before, or where there is no autoscaler that says so, is no refusal."""
+def answer(status: Any, resource: str, slots: int, since: int) -> bool | None:
+    """Whether Ray's autoscaler refuses our ``slots``: no machines that it may add are enough for what it is asked for at this moment. None
+    where it does not tell: it refused an earlier request or one in which others ask too, has not seen any state of the cluster ``since``
+    we asked, or there is no autoscaler."""
     asked = status.cluster_resource_state.cluster_resource_constraints
-    return any(request in asked for request in status.autoscaling_state.infeasible_cluster_resource_constraints)
+    refused = list(status.autoscaling_state.infeasible_cluster_resource_constraints)
+    if refused:
+        return True if any(request in asked and ours(request, resource, slots) for request in refused) else None
+    return False if status.autoscaling_state.last_seen_cluster_resource_state_version >= since else None
+
+
+def ours(request: Any, resource: str, slots: int) -> bool:
+    """Whether a request asks for our ``slots`` and nothing else. Others may ask for other things than slots, and be refused for them."""
+    parts = request.resource_requests
+    return sum(part.count for part in parts) == slots and all(
+        dict(part.request.resources_bundle) == {resource: 1.0} for part in parts
+    )
 
 
 def placed(slots: int, used: dict[str, int]) -> list[dict[str, str]]:

@@ -110,7 +110,7 @@ def test_a_lease_can_name_the_nodes_that_it_is_meant_for() -> None:
 
 
 def test_the_autoscaler_adds_nothing_for_a_request_that_does_not_fit_as_a_whole_and_says_which_one_that_was() -> None:
-    """cluster/lease.py::refused. No autoscaler tells how large the pool can become: one that did would be asked instead."""
+    """cluster/lease.py::answer. No autoscaler tells how large the pool can become: one that did would be asked instead."""
     from ray.autoscaler.v2 import autoscaler, monitor, scheduler
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.instance_manager.reconciler import Reconciler
@@ -122,27 +122,77 @@ def test_the_autoscaler_adds_nothing_for_a_request_that_does_not_fit_as_a_whole_
         reply = scheduler.ResourceDemandScheduler().schedule(request)
         assert sum(launch.count for launch in reply.to_launch) == launched
         assert reply.infeasible_cluster_resource_constraints == ([] if launched else asked)
-    assert "infeasible_cluster_resource_constraints.extend" in inspect.getsource(Reconciler)
+    reconciler = inspect.getsource(Reconciler)
+    assert "infeasible_cluster_resource_constraints.extend" in reconciler
+    assert "autoscaling_state.last_seen_cluster_resource_state_version = (" in reconciler
     assert "report_autoscaling_state" in inspect.getsource(monitor)
     assert "cluster_config" not in inspect.getsource(monitor) + inspect.getsource(autoscaler)
 
 
-def constraint(slots: int) -> Any:
+def constraint(slots: int, others: tuple[dict[str, float], ...] = ()) -> Any:
+    """``slots`` of ours, and what others ask for, as the coordinator merges them."""
     from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-    one, ray = ResourceRequestUtil.make({"slot": 1.0}), messages()
-    return ray.ClusterResourceConstraint(resource_requests=[ray.ResourceRequestByCount(request=one, count=slots)])
+    asked = [ResourceRequestUtil.make(one) for one in [{"slot": 1.0}] * slots + list(others)]
+    return messages().ClusterResourceConstraint(resource_requests=ResourceRequestUtil.group_by_count(asked))
 
 
 def messages() -> Any:
     return importlib.import_module("ray.core.generated.autoscaler_pb2")
 
 
-@pytest.mark.parametrize(("now", "before", "is_refused"), [(3, [3], True), (3, [], False), (2, [3], False)])
-def test_a_refusal_is_one_of_what_is_asked_for_now(now: int, before: list[int], is_refused: bool) -> None:
-    from cluster.lease import refused
+def answered(now: Any, refused: list[Any], seen: int = 7) -> bool | None:
+    """What we take the autoscaler's words for, of 3 slots that we have asked for since version 7 of the cluster's state."""
+    from cluster.lease import answer
 
     status = messages().GetClusterStatusReply()
-    status.cluster_resource_state.cluster_resource_constraints.append(constraint(now))
-    status.autoscaling_state.infeasible_cluster_resource_constraints.extend(constraint(slots) for slots in before)
-    assert refused(messages().GetClusterStatusReply.FromString(status.SerializeToString())) == is_refused
+    status.cluster_resource_state.cluster_resource_constraints.append(now)
+    status.autoscaling_state.infeasible_cluster_resource_constraints.extend(refused)
+    status.autoscaling_state.last_seen_cluster_resource_state_version = seen
+    return answer(messages().GetClusterStatusReply.FromString(status.SerializeToString()), "slot", 3, since=7)
+
+
+def test_a_refusal_is_one_of_what_is_asked_for_now_and_what_the_autoscaler_has_not_seen_is_not_granted() -> None:
+    three, two = constraint(3), constraint(2)
+    assert answered(three, [three]) is True
+    assert answered(three, []) is False
+    assert answered(three, [], seen=6) is None, "it has not decided about it"
+    assert answered(three, [two]) is None and answered(two, [two]) is None
+
+
+@pytest.mark.parametrize("theirs", [{"slot": 1.0}, {"slot": 1.0, "CPU": 1.0}, {"CPU": 8.0}])
+def test_a_refusal_that_is_due_to_what_others_ask_for_is_not_ours(theirs: dict[str, float]) -> None:
+    merged = constraint(3, (theirs,) * 40)
+    assert answered(merged, [merged]) is None
+    assert answered(merged, [constraint(3, (theirs,) * 41)]) is None, "nor does it say that ours fits"
+    assert answered(merged, []) is False
+
+
+def test_the_coordinator_merges_what_everybody_asks_for_into_one_request() -> None:
+    """cluster/lease.py::ours. One that passed on each request by itself would be read by itself."""
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
+
+    from cluster.lease import PRIORITY, REQUESTER
+
+    sent: list[Any] = []
+    actor: Any = coordinator._AutoscalingCoordinatorActor(  # pyright: ignore[reportPrivateUsage]
+        send_resources_request=lambda bundles, label_selectors=None: sent.append(bundles), get_cluster_nodes=list
+    )
+    actor.request_resources(requester_id="a-run", resources=[{"slot": 1.0, "CPU": 1.0}] * 2, expire_after_s=60)
+    actor.request_resources(requester_id=REQUESTER, resources=[{"slot": 1.0}], expire_after_s=60, priority=PRIORITY)
+    assert sent[-1] == [{"slot": 1.0, "CPU": 1.0}] * 2 + [{"slot": 1.0}]
+
+
+def test_a_status_that_ray_does_not_give_is_no_news_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client raises `RpcError`, for a timeout too; a turn of the tide goes on without the autoscaler's words."""
+    from ray.exceptions import RpcError
+
+    from cluster import lease
+
+    def away() -> Any:
+        raise RpcError("Timed out")
+
+    monkeypatch.setattr(lease, "status", away)
+    held = lease.Lease("slot")
+    held.places = [{}, {}]
+    assert held.most(total=1) is None and held.heard_s > 0

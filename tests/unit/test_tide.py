@@ -1,9 +1,12 @@
 """The tide under random claims and loads: no slot is promised twice, none is lost for ever."""
 
+import math
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.arbiter import Budget, Job
+from cluster.refusals import Known
 from cluster.tide import LEARN_S, SILENT_S, Claim, Tide
 
 BUDGET = Budget(cool_down_s=5, headroom_slots=0, serving_floor_slots=1)
@@ -136,15 +139,60 @@ def test_of_jobs_that_fit_singly_but_not_together_the_first_are_asked_for() -> N
     assert waiting(third, second, first).floor(lease=1, most=6) == 5
 
 
-@given(st.integers(0, 4), st.integers(0, 12), st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), max_size=6))
-def test_refusals_lead_to_a_request_that_fits(lease: int, slots: int, jobs: list[tuple[int, int]]) -> None:
+def settle(tide: Tide, lease: int, room: int, total: int, known: Known, again: bool = False) -> tuple[Known, int, int]:
+    """Ask until nothing more is learnt: what is known then, what is asked for, and how often the autoscaler refused on the way."""
+    before, asked, refusals = None, 0, 0
+    while again or asked > room or known != before:
+        before, most = known, known.has(total).most(again)
+        asked, again = lease + tide.floor(lease, most), False
+        refused = asked > room
+        known = known.has(total).refused(asked, total) if refused else known.has(total).granted(asked, most)
+        refusals += refused
+    return known, asked, refusals
+
+
+def largest(tide: Tide, lease: int, room: int) -> int:
+    return max(asked for most in range(room + 1) if (asked := lease + tide.floor(lease, most)) <= room)
+
+
+JOBS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), max_size=40)
+
+
+def waiters(jobs: list[tuple[int, int]]) -> Tide:
+    return waiting(*(job(str(n), least=least, most=9, priority=priority) for n, (least, priority) in enumerate(jobs)))
+
+
+def halvings(slots: int) -> int:
+    return math.ceil(math.log2(max(1, slots)))
+
+
+@given(st.integers(0, 4), st.integers(0, 12), st.integers(0, 12), JOBS)
+def test_a_few_refusals_lead_to_the_largest_request_that_fits(
+    lease: int, total: int, more: int, jobs: list[tuple[int, int]]
+) -> None:
     """Nobody says how many slots there can be, only that so many there cannot."""
-    tide = waiting(*(job(str(n), least=least, most=9, priority=priority) for n, (least, priority) in enumerate(jobs)))
-    most, refusals = None, 0
-    while (asked := lease + tide.floor(lease, most)) > max(slots, lease):
-        most, refusals = asked - 1, refusals + 1
-    assert refusals <= sum(least for least, _ in jobs)
-    if all(least > slots - lease for least, _ in jobs):
-        assert asked == lease
-    else:
-        assert asked > lease
+    tide, room = waiters(jobs), max(lease, total + more)
+    _, asked, refusals = settle(tide, lease, room, total, Known())
+    assert asked == largest(tide, lease, room)
+    assert refusals <= 1 + halvings(lease + tide.floor(lease, None) - total)
+
+
+@given(st.integers(0, 4), st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), JOBS), min_size=2, max_size=5))
+def test_what_the_pool_can_have_is_learnt_anew_when_it_or_the_jobs_change(
+    lease: int, rounds: list[tuple[int, int, list[tuple[int, int]]]]
+) -> None:
+    known = Known()
+    for total, more, jobs in rounds:
+        tide, room = waiters(jobs), max(lease, total + more)
+        known, asked, refusals = settle(tide, lease, room, total, known, again=True)
+        assert asked == largest(tide, lease, room)
+        assert refusals <= 3 + 2 * halvings(360)
+
+
+def test_a_refusal_that_is_tried_again_in_vain_costs_one_round() -> None:
+    tide = waiters([(1, 0)] * 100)
+    known, asked, refusals = settle(tide, 1, 4, 1, Known())
+    assert (known, asked) == (Known(4, 5), 4) and refusals <= 7
+    assert settle(tide, 1, 4, 4, known, again=True) == (known, 4, 1)
+    assert known.has(9) == known, "a pool that grows elsewhere is found when the refusal is tried again"
+    assert Known(2, 9).has(5) == Known(5, 9)
