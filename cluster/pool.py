@@ -30,6 +30,8 @@ from cluster.errors import PoolUnavailable
 PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
+JOBS_S = 5
+"""How long jobs may take to keep their state when the pool ends."""
 STOP_TIMEOUT_S = 3
 SERVING_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # 15 by default, which starves the gateway beside a busy engine
@@ -269,7 +271,8 @@ def ray_environment(config: Config, resolved: Path, run: Path) -> dict[str, str]
 def supervise(config: Config, resolved: Path) -> int:
     """Run Ray until a signal, then end every descendant. Returns Ray's exit status.
 
-    All at once: Ray's own way waits up to 30 s for one process after the other, and nothing here has state to save.
+    Jobs first, which keep what they have learnt. Then all at once: Ray's own way waits up to 30 s for one process after the other, and
+    nothing else here has state to save.
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     run = Path(tempfile.mkdtemp(prefix="springtide-"))  # ours alone: 0700
@@ -279,11 +282,22 @@ def supervise(config: Config, resolved: Path) -> int:
     ray = subprocess.Popen(ray_command(config), env=ray_environment(config, resolved, run), preexec_fn=_end_with_parent)
     while ray.poll() is None and not stopping.wait(0.2):
         _reap(keep=ray.pid)
+    _end(_jobs(), grace_s=JOBS_S)
     while left := psutil.Process().children(recursive=True):  # a process that ends may leave others to us
         _end(left, grace_s=STOP_TIMEOUT_S)
         _reap()
     shutil.rmtree(run, ignore_errors=True)
     return ray.returncode or 0
+
+
+def _jobs() -> list[psutil.Process]:
+    """``python -m jobs.<verb>``, as Ray runs what was submitted."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[1:2] == ["-m"] and process.cmdline()[2].startswith("jobs."):
+                found.append(process)
+    return found
 
 
 def _end_with_parent() -> None:

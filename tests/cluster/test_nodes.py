@@ -14,10 +14,11 @@ import httpx
 import psutil
 import pytest
 
-from cluster import admin, graph
+from cluster import admin, graph, submit
 from cluster import pool as pools
 from jobs.bench import load
-from tests.cluster.test_tide import Job, Record, finetune, record, replicas, running, scaled
+from jobs.checkpoints import Checkpoints
+from tests.cluster.test_tide import LONG, TIDE, Job, Record, finetune, record, replicas, running, scaled
 from tests.conftest import ROOT, Running, free_ports
 from tests.waiting import when
 
@@ -130,3 +131,15 @@ def test_rays_autoscaler_adds_a_machine_for_a_replica_and_takes_it_when_its_engi
     graph.deploy(autoscaled.config.model_copy(update={"fleet": sleepy}))
     when(lambda: replicas(autoscaled) == 0, 60)
     print(f"the machine is gone {when(lambda: total(autoscaled) == 1, 120):.1f} s later")
+
+
+def test_a_pool_that_ends_lets_its_jobs_keep_what_they_learnt(autoscaled: Running) -> None:
+    """As by Ctrl-C in the terminal of `springtide run`."""
+    line = ("--data", str(ROOT / TIDE), "--base", "seedling@1", "--name", "ebb", "--epochs", str(LONG))
+    job = submit.submit(autoscaled.config, "finetune", *line)
+    when(lambda: submit.progress(submit.log(autoscaled.config, job)) is not None, 120)
+    log = submit.log(autoscaled.config, job)
+    done = submit.progress(log)
+    pools.down(autoscaled.config)
+    kept = Checkpoints(autoscaled.registry.store, submit.run(log)).newest()
+    assert kept and done and kept.step >= done.step > 0
