@@ -119,8 +119,9 @@ def train(
 ) -> None:
     """Fine-tune on the pool, as `ray job submit -- python -m jobs.finetune` does.
 
-    Further options go to the job: --name NAME, --epochs N, --full (all weights instead of an adapter), --recipe FILE, --set KEY=VALUE,
-    --eval-data FILE, --priority N, --resume RUN, --publish. `python -m jobs.finetune --help` explains them.
+    Further options go to the job: --name NAME, --epochs N, --full (all weights instead of an adapter), --recipe FILE, --set KEY=VALUE (of
+    the recipe), --eval-data FILE, --priority N, --resume RUN, --publish. `python -m jobs.finetune --help` explains them. How many workers
+    it may have: SPRINGTIDE_TRAINING__WORKERS=4 SPRINGTIDE_TRAINING__MIN_WORKERS=2 springtide train …
     """
     from cluster import submit
 

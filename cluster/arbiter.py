@@ -136,12 +136,12 @@ def lease_of(
     most = min(ceiling, demand.slots - (budget.training_floor_slots if demand.jobs else 0))
     lease = max(0, min(max(peak + spare, budget.serving_floor_slots), most))
     if lease < demand.wanted:
-        return lease, f"the load asks for {demand.wanted} slots, more than serving may have"
+        return lease, f"the load asks for {counted(demand.wanted)}, more than serving may have"
     if peak > demand.wanted:
-        return lease, f"the load asks for {demand.wanted} slots, and asked for {peak} within the last {cool_down_s:.0f} s"
+        return lease, f"the load asks for {counted(demand.wanted)}, and asked for {peak} within the last {cool_down_s:.0f} s"
     if lease > demand.wanted and spare:
-        return lease, f"the load asks for {demand.wanted} slots, and rose by {spare} within {budget.hand_over_s:.0f} s before"
-    return lease, f"the load asks for {demand.wanted} slots"
+        return lease, f"the load asks for {counted(demand.wanted)}, and rose by {spare} within {budget.hand_over_s:.0f} s before"
+    return lease, f"the load asks for {counted(demand.wanted)}"
 
 
 def remember(asked: Sequence[tuple[float, int]], wanted: int, since_s: float, now_s: float) -> tuple[tuple[float, int], ...]:
@@ -195,14 +195,22 @@ def verdict(owner: str, slots: int, before: int, reason: str) -> Verdict:
     return Verdict(owner, "grow" if slots > before else "shrink" if slots < before else "hold", slots, reason)
 
 
+def counted(slots: int) -> str:
+    """``1 slot``, ``2 slots``"""
+    return f"{slots} slot{'' if slots == 1 else 's'}"
+
+
 def _why(job: Job, slots: int, lease: int, demand: Demand) -> str:
     if job.least > demand.slots:
-        there, fewer = f"it needs {job.least} slots, and the pool has {demand.slots}", "give it fewer with training.min_workers"
+        there, fewer = (
+            f"it needs {counted(job.least)}, and the pool has {demand.slots}",
+            "give it fewer with training.min_workers",
+        )
         if demand.most is not None and lease + job.least > demand.most:
             return f"{there}, and the autoscaler adds no more for it: {fewer}, or allow more machines"
         return f"{there}: it waits for machines; or {fewer}"
     if slots == 0 and job.least:
-        return f"it needs {job.least} slots; serving has {lease} and jobs before it the rest"
+        return f"it needs {counted(job.least)}; serving has {lease} and jobs before it the rest"
     if slots == job.most:
         return "it has the most that it can use"
-    return f"serving has {lease} slots and jobs before it theirs"
+    return f"serving has {counted(lease)} and jobs before it theirs"

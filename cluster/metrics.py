@@ -67,7 +67,13 @@ SLOTS_FREE = Metric(
 TRAINING_AGAIN = Metric(
     "springtide_handover_training_seconds", "histogram", "From a decision until the job trained on all that it has.", ("kind",)
 )
-METRICS = (SLOTS, JOB_SLOTS, LEASE, WANTED, WAITING, DECISIONS, SLOTS_FREE, TRAINING_AGAIN)
+CHECKPOINTS = Metric(
+    "springtide_checkpoints_total",
+    "counter",
+    "Checkpoints of a job, by outcome: written or failed. Its workers tell these themselves.",
+    ("job_id", "outcome"),
+)
+METRICS = (SLOTS, JOB_SLOTS, LEASE, WANTED, WAITING, DECISIONS, SLOTS_FREE, TRAINING_AGAIN, CHECKPOINTS)
 
 
 class Sample(NamedTuple):

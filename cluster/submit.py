@@ -1,6 +1,7 @@
 """Configuration → Ray job. The CLI uses it now; the fine-tuning API will."""
 
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster import __version__, pool
-from cluster.config import Config
+from cluster.config import ENV_PREFIX, Config
 from cluster.errors import BadRequest, JobFailed, JobNotFound, PoolUnavailable
 from cluster.store import Store
 
@@ -20,8 +21,10 @@ PROGRESS = re.compile(r"^.*?\bprogress ((?:\w+=\S+ ?)+)$", re.MULTILINE)
 """The line that a job prints about once a second: ``progress stage=finetune step=12/100 loss=1.23 tokens_per_s=5310 eta_s=17``."""
 RUN = re.compile(r"^run ([a-z]+-[0-9a-f]{12})$", re.MULTILINE)
 """The line in which an elastic job says how its run is called, for ``--resume``."""
-WAITING = re.compile(r"^(?:waiting for slots: (.+)|may have \d+ slots)$", re.MULTILINE)
+WAITING = re.compile(r"^(?:waiting for slots: (.+)|may have \d+ slots?)$", re.MULTILINE)
 """The lines in which an elastic job says why it has none, or that it has some; what its workers say may come late and between."""
+TRAINING = f"{ENV_PREFIX}TRAINING__"
+"""What the caller's environment says of training is meant for the job; the pool's configuration has the rest."""
 NO_AGENT = "No available agent"
 """Ray's words where the process that starts jobs has not registered yet, on a slow machine some seconds after everything else."""
 AGENT_S = 60
@@ -55,7 +58,9 @@ def submit(config: Config, verb: str, *arguments: str) -> str:
     """Start ``python -m jobs.<verb> …`` on the pool, like ``ray job submit --working-dir .``; returns the submission id."""
     here = Path.cwd()
     folder = {"working_dir": str(here)} if (here / "jobs" / f"{verb}.py").is_file() else {}
-    runtime: dict[str, Any] = {**folder, "env_vars": {"CODE_REVISION": revision(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}}
+    meant = {key: value for key, value in os.environ.items() if key.startswith(TRAINING)}
+    told = {**meant, "CODE_REVISION": revision(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}
+    runtime: dict[str, Any] = {**folder, "env_vars": told}
     entrypoint = shlex.join(["python", "-m", f"jobs.{verb}", *arguments])
     deadline_s = time.monotonic() + AGENT_S
     while True:
@@ -155,9 +160,8 @@ def watch(config: Config, submission_id: str, interval_s: float = 0.5) -> Iterat
             break
         time.sleep(interval_s)
     if status != JobStatus.SUCCEEDED:
-        raise JobFailed(
-            f"Job {submission_id} {status.value.lower()}: {last_words(log)}", f"See `springtide logs {submission_id}`."
-        )
+        ended = "was stopped." if status == JobStatus.STOPPED else f"failed: {last_words(log)}"
+        raise JobFailed(f"Job {submission_id} {ended}", f"See `springtide logs {submission_id}`.")
 
 
 def last_words(log: str) -> str:

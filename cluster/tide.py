@@ -7,7 +7,7 @@ gets more than is free: what it is promised beyond that comes when who holds it 
 from collections import deque
 from typing import Any, NamedTuple
 
-from cluster.arbiter import SERVING, Budget, Decision, Demand, Job, Past, decide, order
+from cluster.arbiter import SERVING, Budget, Decision, Demand, Job, Past, counted, decide, order
 from cluster.handover import Moment, Stake
 
 SILENT_S = 10
@@ -128,7 +128,7 @@ class Tide:
                 has = 0
             given = max(0, has - claim.held)
             free, unheld = max(0, free - given), max(0, unheld - given)
-            few = f"{verdict.slots} slots are meant for it, and {has} of them are there so far"
+            few = f"{counted(verdict.slots)} meant for it, {has} there so far"
             promised[verdict.owner] = Share(has, verdict.reason if has == verdict.slots else few)
         return promised
 

@@ -9,7 +9,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,8 +86,9 @@ class Writer:
     """Writes the newest snapshot that it was given, in a thread of its own. One that could not be written is named in the log, and the
     training goes on: the next one is due soon."""
 
-    def __init__(self, checkpoints: Checkpoints) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Checkpoints, tell: Callable[[str], None] = lambda outcome: None) -> None:
+        """``tell`` hears of each one whether it was ``written`` or ``failed``."""
+        self.checkpoints, self.tell = checkpoints, tell
         self.changed = threading.Condition()
         self.waiting: list[Snapshot] = []
         """The newest, where there is one."""
@@ -116,8 +117,10 @@ class Writer:
             try:
                 self.checkpoints.write(snapshot)
                 self.written = snapshot.step
+                self.tell("written")
                 print(f"checkpoint step={snapshot.step} seconds={time.monotonic() - began_s:.2f}", flush=True)
             except Exception as error:  # noqa: BLE001 (this thread must live: the next one may succeed)
+                self.tell("failed")
                 print(f"checkpoint step={snapshot.step} could not be written, the one before stays: {error}", flush=True)
             with self.changed:
                 self.tried = snapshot.step

@@ -27,7 +27,7 @@ from ray.util import placement_group, placement_group_table, remove_placement_gr
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import client
-from cluster.arbiter import Job
+from cluster.arbiter import Job, counted
 from cluster.config import Config
 from cluster.errors import BadRequest, JobFailed, PoolUnavailable
 from cluster.store import Store
@@ -541,7 +541,7 @@ class Claiming:
     def _say(self, why: str, slots: int) -> None:
         """Once, that it waits and ``why``, and once that it does not any more."""
         if why != self.said:
-            print(f"waiting for slots: {why}" if why else f"may have {slots} slots", flush=True)
+            print(f"waiting for slots: {why}" if why else f"may have {counted(slots)}", flush=True)
         self.said = why
 
     def _run(self) -> None:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from cluster import priority
 from cluster.errors import StoreUnavailable
+from cluster.metrics import CHECKPOINTS
 from cluster.pool import LOOPBACK
 from cluster.store import Store
 from jobs.checkpoints import Checkpoints, Snapshot, Writer
@@ -119,7 +120,8 @@ class Member:
         priority.step_back(priority.TRAINING)
         self.make, self.settings = work, settings
         self.checkpoints = Checkpoints(Store(store), run)
-        self.writer = Writer(self.checkpoints)
+        counter: Any = CHECKPOINTS.make()
+        self.writer = Writer(self.checkpoints, lambda outcome: counter.inc(1, {"job_id": run, "outcome": outcome}))
         self.checkpoint_s: float = settings["checkpoint_s"]
         self.stopped = 0
         """The last formation that shall end."""

@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from cluster import admin, show
 from cluster.handover import parse
+from cluster.metrics import CHECKPOINTS
+from cluster.pool import metrics_port
 from cluster.types import VersionId
 from jobs.checkpoints import FILE, MANIFEST, Checkpoints
 from tests.cluster.test_tide import TIDE, Job, Record, finetune, processes, record, running
@@ -156,6 +159,12 @@ def test_a_writer_killed_while_it_writes_a_checkpoint_costs_that_checkpoint_alon
         when(lambda: job.trains(2), 60)
 
 
+def alarmed(pool: Running, job: Job) -> bool:
+    """Whether Prometheus would hear of a checkpoint that could not be written."""
+    told = httpx.get(f"http://{pool.config.pool.host}:{metrics_port(pool.config)}/metrics").text
+    return any(CHECKPOINTS.name in line and job.name in line and 'outcome="failed"' in line for line in told.splitlines())
+
+
 def test_a_full_disk_costs_checkpoints_and_no_step(pool: Running, tmp_path: Path, record: Record) -> None:
     """T3"""
     with running(pool, tmp_path, *disturbed(), checkpoint_s=1) as job:
@@ -166,6 +175,7 @@ def test_a_full_disk_costs_checkpoints_and_no_step(pool: Running, tmp_path: Path
         assert "No space left on device" in job.text[then:] and job.goes_on()
         kept = checkpoints(pool, job).newest()
         assert kept and kept.step == committed(pool, job)[-1] and job.trains(2)
+        when(lambda: alarmed(pool, job), 30)
         reached = job.steps
         (pool.config.home / FULL).unlink()
         took_s = when(lambda: committed(pool, job)[-1] > reached, 60)

@@ -58,7 +58,7 @@ def test_a_job_without_slots_waits_and_goes_on_from_the_step_it_kept(
             at = stopped(job)[-1]
             assert kept(pool, job) == at and not job.goes_on()
             print(f"three replicas {when(lambda: replicas(pool) == 3, 300):.1f} s later")
-        assert holds(job, 0) and "it needs 1 slots; serving has 3" in job.text
+        assert holds(job, 0) and "it needs 1 slot; serving has 3" in job.text
         scaled(pool, 1)
         print(f"whole again {when(lambda: job.trains(2), 120):.1f} s after serving gave two back")
         assert job.goes_on()
