@@ -71,20 +71,19 @@ def total(pool: Running) -> float:
 
 def test_a_job_grows_onto_a_node_that_joins_and_outlives_its_loss(pool: Running, tmp_path: Path, record: Record) -> None:
     assert total(pool) == 3
-    with node(pool, slots=2) as lost:
-        with running(pool, tmp_path, *finetune(), workers=4) as job:
-            raylets = [one for one in psutil.Process(lost.pid).children(recursive=True) if "raylet" in one.name()]
-            then = len(job.text)
-            for raylet in raylets:
-                raylet.kill()
-            print(f"two go on {when(lambda: 'training with 2 workers' in job.text[then:], 60):.1f} s after the node died")
-            print(f"the pool has noticed {when(lambda: total(pool) == 3, 60):.1f} s later")
-            when(lambda: job.trains(2), 30)
+    with node(pool, slots=2) as lost, running(pool, tmp_path, *finetune(), workers=4) as job:
+        raylets = [one for one in psutil.Process(lost.pid).children(recursive=True) if "raylet" in one.name()]
+        then = len(job.text)
+        for raylet in raylets:
+            raylet.kill()
+        print(f"two go on {when(lambda: 'training with 2 workers' in job.text[then:], 60):.1f} s after the node died")
+        print(f"the pool has noticed {when(lambda: total(pool) == 3, 60):.1f} s later")
+        when(lambda: job.trains(2), 30)
+        assert job.goes_on()
+        with node(pool, slots=2):
+            print(f"four again {when(lambda: job.trains(4), 240):.1f} s after another joined")
+            time.sleep(1)
             assert job.goes_on()
-            with node(pool, slots=2):
-                print(f"four again {when(lambda: job.trains(4), 240):.1f} s after another joined")
-                time.sleep(1)
-                assert job.goes_on()
 
 
 @pytest.fixture
