@@ -222,6 +222,8 @@ class Seat:
         """When it became a spare."""
         self.trained = 0
         """The last formation in which it has done a step, as far as is known."""
+        self.trains: Any = None
+        """The question whether it has in this one."""
         self.stepping = False
 
     @property
@@ -300,14 +302,7 @@ class Run:
         """What has ended since the last turn, and who is still there."""
         for seat in [*self.seats, *self.spares]:
             try:
-                if seat.call and ray.wait([seat.call], timeout=0)[0]:
-                    self._heard(seat, ray.get(seat.call), now_s)
-                if ray.wait([seat.alive], timeout=0)[0]:
-                    if isinstance(said := ray.get(seat.alive), Reached):
-                        seat.trained, seat.stepping = said.formation, said.stepping
-                        self._reached(said.step)
-                    if now_s - seat.heard_s > ASK_ALIVE_S or (seat.phase == "learning" and seat.trained < self.formation):
-                        seat.alive, seat.heard_s = seat.actor.reached.remote(), now_s
+                self._listen(seat, now_s)
             except RayTaskError as error:  # the work cannot even be loaded
                 self._lost([seat], f"{error.cause or error}", now_s)
             except RayError as error:  # it died, or Ray could not start it, or had to end it
@@ -317,6 +312,20 @@ class Run:
             self.broken_s = None
             for seat in learning:
                 seat.phase = "ready"
+
+    def _listen(self, seat: Seat, now_s: float) -> None:
+        if over(seat.call):
+            self._heard(seat, ray.get(seat.call), now_s)
+        if over(seat.trains):
+            trained: Any = ray.get(seat.trains)
+            seat.trained, seat.trains = trained, None
+        if not over(seat.alive):
+            return
+        if isinstance(said := ray.get(seat.alive), Reached):
+            seat.stepping = said.stepping
+            self._reached(said.step)
+        if now_s - seat.heard_s > ASK_ALIVE_S or seat.phase == "preparing":
+            seat.alive, seat.heard_s = seat.actor.reached.remote(), now_s
 
     def _heard(self, seat: Seat, said: "Where | Outcome", now_s: float) -> None:
         seat.call = None
@@ -371,6 +380,7 @@ class Run:
         for rank, seat in enumerate(seats):
             seat.phase = "learning"
             seat.call = seat.actor.learn.remote(Formation(self.formation, rank, len(seats), meeting))
+            seat.trains = seat.actor.trains.remote(self.formation)
 
     def _stop(self) -> None:
         """Have the formation end after the step that is under way."""
@@ -503,6 +513,11 @@ class Run:
     def _cut(self, why: str, now_s: float) -> None:
         """End those who are still in a formation: who is out of it has what was learnt."""
         self._lost([seat for seat in self._in("learning") if seat.call], why, now_s)
+
+
+def over(call: Any) -> bool:
+    """Whether there is one, and it has ended."""
+    return call is not None and bool(ray.wait([call], timeout=0)[0])
 
 
 def answers(asked: dict[Seat, Any], within_s: float) -> dict[Seat, Any]:

@@ -94,8 +94,6 @@ class Reached(NamedTuple):
     """How far a member is."""
 
     step: int
-    formation: int
-    """The last one in which it has done a step."""
     stepping: bool = False
     """Whether a step is under way: not while it measures, or saves the result."""
 
@@ -128,8 +126,10 @@ class Member:
         self.state = State()
         self.whole = threading.Lock()
         """Held while the state changes: whoever has it finds tensors and step of one moment."""
-        self.first, self.trained = -1, 0
-        """The step that the last formation began with, and the last formation in which a step was done."""
+        self.first = -1
+        """The step that the last formation began with."""
+        self.stepped, self.trained, self.left = threading.Condition(), 0, 0
+        """The last formation in which a step was done, and the last one that is over."""
         self.stepping = False
         self.met: Path | None = None
         """Where the last formation met that this member called."""
@@ -159,7 +159,13 @@ class Member:
 
     def reached(self) -> Reached:
         """How far it is; whoever cannot answer this is gone."""
-        return Reached(self.state.step, self.trained, self.stepping)
+        return Reached(self.state.step, self.stepping)
+
+    def trains(self, number: int) -> int:
+        """Wait until it has done a step in this formation, or that is over. The last one in which it has done a step."""
+        with self.stepped:
+            self.stepped.wait_for(lambda: max(self.trained, self.left) >= number)
+            return self.trained
 
     def keep(self) -> int:
         """See to it that the state is kept in the store, as it is now, whether it trains or stands still; the newest step that is kept."""
@@ -189,6 +195,13 @@ class Member:
             self.work.optimizer.zero_grad()
             self.stepping = False
             return Outcome(self.state.step, self.first, broken=f"{type(error).__name__}: {error}")
+        finally:
+            self._note(left=formation.number)
+
+    def _note(self, trained: int = 0, left: int = 0) -> None:
+        with self.stepped:
+            self.trained, self.left = max(self.trained, trained), max(self.left, left)
+            self.stepped.notify_all()
 
     def _level(self, formation: Formation) -> None:
         """Everybody takes over the state of who has done the most steps, or the newest checkpoint where that is further: who trains again
@@ -239,7 +252,7 @@ class Member:
             with self.whole:
                 update(self.work, self.state.step)
                 self.state = self.state.after(tokens, loss, time.monotonic() - began_s)
-            self.trained = formation.number
+            self._note(trained=formation.number)
             progress(self.state.step, self.work.plan.steps, loss, self.state.tokens)
             if self.state.step == self.work.plan.steps:
                 break

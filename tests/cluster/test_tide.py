@@ -228,7 +228,7 @@ def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_
     with running(pool, tmp_path, *finetune()) as job:
         with load.background(f"{pool.url}/v1", "seedling", streams=12) as samples:
             began_s = time.time()
-            starts_s = when(lambda: bool(admin.status(pool.config)["starting"]), 60)
+            starts_s = when(lambda: bool(admin.status(pool.config)["starting"]) or replicas(pool) == 2, 60)
             came_s = starts_s + when(lambda: replicas(pool) == 2, 120)
             asked_s, gave_s = (
                 since(record, began_s, lambda m: m.wanted > 1),
