@@ -30,7 +30,7 @@ from cluster.errors import PoolUnavailable
 PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
-JOBS_S = 5
+JOBS_S = 10
 """How long jobs may take to keep their state when the pool ends."""
 STOP_TIMEOUT_S = 3
 SERVING_ENVIRONMENT = {

@@ -418,9 +418,8 @@ class Run:
             place.free()
             count -= 1
         among = Counter(seat.machine for seat in self.seats)
-        ready = sorted(
-            self._in("ready"), key=lambda seat: (-seat.trained, -among[seat.machine])
-        )  # a replica may need a whole one
+        # A replica may need a whole machine.
+        ready = sorted(self._in("ready"), key=lambda seat: (-seat.trained, -among[seat.machine]))
         idle = [*ready, *self._in("preparing")]
         seats, loaded = idle[len(idle) - count :], [seat for seat in self.seats if seat.where]
         newest = max((seat.trained for seat in loaded), default=0)
@@ -561,9 +560,8 @@ class Claiming:
 
     def _run(self) -> None:
         while not self.done.is_set():
-            with contextlib.suppress(
-                Exception
-            ):  # whatever it was, nothing changes meanwhile; a job that heard no more would never yield
+            # Whatever it was, nothing changes meanwhile; a job that heard no more would never yield.
+            with contextlib.suppress(Exception):
                 self.share = client.connect().claim(Claim(self.job, *self.holds, self.driver))
             self.done.wait(ASK_S)
 
