@@ -11,14 +11,10 @@ its machine trains at once. On a GPU it would keep memory that is not its own an
 """
 
 import contextlib
-import json
 import os
-import threading
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import ray
@@ -26,24 +22,18 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import client
-from cluster.arbiter import Job, counted
+from cluster.arbiter import Job
 from cluster.config import Config
-from cluster.errors import BadRequest, JobFailed, PoolUnavailable
-from cluster.store import Store
-from cluster.tide import Claim, Share
-from cluster.types import check_name
-from jobs.member import RESULT, Formation, Member, Outcome, Reached, Where, Work
+from cluster.errors import JobFailed
+from jobs.claiming import Claiming
+from jobs.member import Formation, Member, Outcome, Reached, Where, Work
 
 TURN_S = 0.1
-ASK_S = 0.25
-"""How often control is asked what the job has."""
 ASK_ALIVE_S = 5
 LOST_S = 30
 """A member that has not answered for this long is taken for hung, and ended."""
 LEFT_S = 10
 """How long members may take to notice that one of them is gone."""
-ABOUT = "about.json"
 KEEP_S = 5
 ENDING_S = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) - 1
 """How long a run that is ended from outside may take to keep its state, before Ray kills it."""
@@ -70,9 +60,9 @@ class Ended(NamedTuple):
 
 
 def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], name: str, priority: int = 0) -> Ended:
-    """Train ``work(settings)`` to its end, on as many slots as there are at the time. Its files are then at `result`.
+    """Train ``work(settings)`` to its end, on as many slots as there are at the time. Its files are then at `runs.result`.
 
-    ``name``: from `begun` or `resumed`. Raises `JobFailed` where it cannot go on. Its checkpoints stay then, and where it is ended from
+    ``name``: from `runs.begun` or `runs.resumed`. Raises `JobFailed` where it cannot go on. Its checkpoints stay then, and where it is ended from
     outside, for whoever resumes it; `springtide cancel` removes them.
     """
     per_worker = config.training.slots_per_worker
@@ -97,44 +87,6 @@ def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[s
     finally:
         run.end()
         claiming.end()
-
-
-def begun(store: Store, verb: str, of: dict[str, Any]) -> str:
-    """The name of a new run. ``of``: what it consists of, in plain JSON values, so that `resumed` can compare."""
-    name = f"{verb}-{uuid.uuid4().hex[:12]}"
-    store.put_new(f"runs/{name}/{ABOUT}", json.dumps(of, sort_keys=True).encode())
-    print(f"run {name}", flush=True)
-    return name
-
-
-def resumed(store: Store, name: str, of: dict[str, Any]) -> str:
-    """The name of a run that was begun. Raises `BadRequest` where there is none, or where it was of something else."""
-    about = store.get(f"runs/{check_name(name)}/{ABOUT}")
-    if about is None:
-        raise BadRequest(f"There is no run {name}.", "One that ended, or was cancelled, leaves nothing to go on from.", "resume")
-    before, now = json.loads(about), json.loads(json.dumps(of))
-    if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-        was = "; ".join(f"{key} {before.get(key)}" for key in other)
-        words = f"The run {name} was begun with another {', '.join(other)}."
-        raise BadRequest(words, f"Give it what it was begun with: {was}.", "resume")
-    print(f"run {name}", flush=True)
-    return name
-
-
-@contextlib.contextmanager
-def result(config: Config, run: str, scratch: Path) -> Any:
-    """A folder with the run's files. Nothing is left of the run afterwards, unless they could not be used: then it can be resumed."""
-    store = Store(config.store)
-    prefix = f"runs/{run}/{RESULT}"
-    if store.local_root is None:
-        for name in store.children(prefix):
-            store.download(f"{prefix}/{name}", scratch / name)
-    try:
-        yield store.local_root / prefix if store.local_root else scratch
-    except BaseException:
-        print(f"what was learnt is kept: --resume {run}", flush=True)
-        raise
-    store.remove(f"runs/{run}")
 
 
 # what is done next: pure
@@ -233,7 +185,7 @@ class Seat:
 
 class Run:
     def __init__(
-        self, config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], claiming: "Claiming"
+        self, config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], claiming: Claiming
     ) -> None:
         self.config = config
         self.claiming = claiming
@@ -528,45 +480,3 @@ def answers(asked: dict[Seat, Any], within_s: float) -> dict[Seat, Any]:
             if call in done:
                 said[seat] = ray.get(call)
     return said
-
-
-class Claiming:
-    """Says to control, beside everything else, that the job lives and what it holds, and hears what it may have."""
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.driver = uuid.uuid4().hex
-        self.holds: tuple[int, int] = (0, 0)
-        """Slots held, and those that train."""
-        self.share: Share | None = None
-        self.said = ""
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="claim", daemon=True)
-        self.thread.start()
-
-    def wanted(self, held: int) -> int:
-        """Slots that the job may have; what it holds while control does not answer."""
-        share = self.share
-        if share is None:
-            return held
-        self._say("" if share.slots or held else share.reason, share.slots)
-        return share.slots
-
-    def _say(self, why: str, slots: int) -> None:
-        """Once, that it waits and ``why``, and once that it does not any more."""
-        if why != self.said:
-            print(f"waiting for slots: {why}" if why else f"may have {counted(slots)}", flush=True)
-        self.said = why
-
-    def _run(self) -> None:
-        while not self.done.is_set():
-            # Whatever it was, nothing changes meanwhile; a job that heard no more would never yield.
-            with contextlib.suppress(Exception):
-                self.share = client.connect().claim(Claim(self.job, *self.holds, self.driver))
-            self.done.wait(ASK_S)
-
-    def end(self) -> None:
-        self.done.set()
-        self.thread.join()
-        with contextlib.suppress(PoolUnavailable, RayError):
-            client.connect().leave(self.job.id, self.driver)

@@ -158,7 +158,7 @@ def tokenized(
 
 def train(config: Config, registry: Registry, plan: Plan, target: str, priority: int = 0, resume: str = "") -> Manifest:
     """Run the plan and register what comes out of it as ``target``'s next version: an adapter on the base, or weights descended from it."""
-    from jobs import elastic, loop, tuning
+    from jobs import elastic, loop, runs, tuning
 
     loop.connect()
     settings = {
@@ -169,7 +169,7 @@ def train(config: Config, registry: Registry, plan: Plan, target: str, priority:
         "held_out": plan.held_out,
     }
     of = {"base": settings["base"], "recipe": settings["recipe"], "data": plan.dataset_sha256}
-    name = elastic.resumed(registry.store, resume, of) if resume else elastic.begun(registry.store, "finetune", of)
+    name = runs.resumed(registry.store, resume, of) if resume else runs.begun(registry.store, "finetune", of)
     ended = elastic.fit(config, tuning.Tuning, settings, name, priority)
     lineage = Lineage(
         parent=plan.base.id,
@@ -180,7 +180,7 @@ def train(config: Config, registry: Registry, plan: Plan, target: str, priority:
         metrics={**ended.metrics, "examples": len(plan.train)},
     )
     kind, base = ("adapter", plan.base.id) if plan.recipe.lora else ("weights", None)
-    with tempfile.TemporaryDirectory() as scratch, elastic.result(config, ended.name, Path(scratch)) as folder:
+    with tempfile.TemporaryDirectory() as scratch, runs.result(config, ended.name, Path(scratch)) as folder:
         return registry.register(target, kind, base, folder, lineage)
 
 

@@ -71,7 +71,7 @@ KINDS = {"stubborn": Stubborn, "greedy": Greedy, "disturbed": Disturbed}
 def run() -> None:
     import argparse
 
-    from jobs import elastic, finetune, loop
+    from jobs import elastic, finetune, loop, runs
 
     line = ["--data", "jobs/seedling/tide.jsonl", "--base", "seedling@1", "--epochs", "300"]
     sys.argv[1:], kind = [*line, *sys.argv[2:]], KINDS[sys.argv[1]]
@@ -87,7 +87,7 @@ def run() -> None:
         "recipe": settings["recipe"],
         "data": plan.dataset_sha256,
     }  # so that `jobs.finetune` can go on
-    name = elastic.begun(Store(config.store), "unwilling", of)
+    name = runs.begun(Store(config.store), "unwilling", of)
     print("ended", elastic.fit(config, kind, settings, name).metrics)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from cluster.errors import BadRequest, StoreUnavailable
 from cluster.store import Store
-from jobs import elastic
+from jobs import runs
 from jobs.checkpoints import FILE, KEPT, Checkpoints, Snapshot, Writer
 from jobs.elastic import Next, Now, decide
 
@@ -108,14 +108,14 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, capsys: 
 def test_a_run_is_resumed_with_what_it_was_begun_with_and_with_nothing_else(tmp_path: Path) -> None:
     store = Store(tmp_path.as_uri())
     of = {"base": "m@1", "recipe": {"epochs": 3.0}, "data": "sha"}
-    name = elastic.begun(store, "finetune", of)
-    assert elastic.resumed(store, name, dict(of)) == name
+    name = runs.begun(store, "finetune", of)
+    assert runs.resumed(store, name, dict(of)) == name
     with pytest.raises(BadRequest, match="another data, recipe"):
-        elastic.resumed(store, name, {**of, "recipe": {"epochs": 4.0}, "data": "other"})
+        runs.resumed(store, name, {**of, "recipe": {"epochs": 4.0}, "data": "other"})
     with pytest.raises(BadRequest, match="no run finetune-0"):
-        elastic.resumed(store, "finetune-0", of)
+        runs.resumed(store, "finetune-0", of)
     with pytest.raises(BadRequest):
-        elastic.resumed(store, "../versions", of)
+        runs.resumed(store, "../versions", of)
 
 
 @pytest.mark.parametrize(
