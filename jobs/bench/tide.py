@@ -45,6 +45,8 @@ LOW, HIGH = 0.08, 1 / 3
 """Requests per second at night and at noon, as shares of what one replica can do: a burst of three times noon's is all that it can."""
 TOKENS = 32
 WARM_S = 10
+UNPLACED = "s to be scheduled"
+"""In what Serve's controller logs of a replica that gets no slot."""
 
 FLEET = {
     "target_running": 5,
@@ -133,8 +135,10 @@ def day(base: Config, system: str, times_s: list[float], seconds: float, shares:
 
 def serve_said() -> str:
     """The last line of the newest pool's Serve controller about a replica that has not got its place."""
-    logs = (Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray/session_latest/logs/serve").glob("controller_*.log")
-    said = [line for log in logs for line in log.read_text(errors="replace").splitlines() if "taken more than" in line]
+    sessions = (Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray").glob("session_2*")
+    newest = max(sessions)  # they are named by their time; `session_latest` may be another cluster's
+    logs = newest.glob("logs/serve/controller_*.log")
+    said = [line for log in logs for line in log.read_text(errors="replace").splitlines() if UNPLACED in line]
     return said[-1] if said else ""
 
 

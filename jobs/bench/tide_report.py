@@ -191,7 +191,7 @@ def _draw_slots(axes: Any, day: Day) -> None:
     axes.set_ylim(0, 4)
     axes.set_yticks(range(5))
     axes.set_title(f"{LABELS[day.system]}: slots", loc="left", weight="bold")
-    axes.legend(frameon=False, loc="upper right", ncols=3, fontsize=8)
+    axes.legend(loc="upper right", ncols=3, fontsize=8, framealpha=1)  # training has the colour that lies behind it
 
 
 def _draw_requests(axes: Any, day: Day) -> None:
