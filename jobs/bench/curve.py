@@ -18,7 +18,7 @@ from jobs.bench import job as jobs
 from jobs.bench.job import Job, training
 from jobs.bench.place import changes, console, finish, machine, passed, springtide, workplace
 
-APART = 100
+APART = 50
 """Steps between one change and the next."""
 DATA = Path(__file__).parents[1] / "seedling/tide.jsonl"
 RATE = 2e-4
