@@ -21,8 +21,8 @@ from jobs.bench.place import changes, console, finish, machine, passed, springti
 APART = 50
 """Steps between one change and the next."""
 DATA = Path(__file__).parents[1] / "seedling/tide.jsonl"
-RATE = 2e-4
-"""A small learning rate: what rounding makes of two runs grows with every step, and the faster the larger the steps are."""
+RECIPE = {"global_batch": 24, "micro_batch": 2, "learning_rate": 5e-5}
+"""Small portions and a small learning rate, so that what is learnt is still under way when the first slot is taken."""
 NOISE = 0.01
 """The largest difference of a step's loss that is taken for rounding, in units of the first loss: sums in another order, step after step."""
 
@@ -46,7 +46,8 @@ def curve(options: argparse.Namespace) -> None:
 
 def run(config: Config, epochs: float, disturbed: bool) -> str:
     """The log of a job from its first step to its last."""
-    with training(config, *line(config, "curve", epochs), "--set", "global_batch=24", "--set", f"learning_rate={RATE}") as job:
+    settings = [word for key, value in RECIPE.items() for word in ("--set", f"{key}={value}")]
+    with training(config, *line(config, "curve", epochs), *settings) as job:
         if disturbed:
             disturb(config, job)
         job.wait_until(lambda: "\nresult {" in job.text, timeout_s=900)
@@ -114,29 +115,28 @@ def verdicts(found: dict[str, Any]) -> list[str]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Both losses over steps with the sizes in the background, and beneath them their difference."""
+    """Both losses over steps, and beneath them their difference and the workers at the time."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (curves, apart) = pyplot.subplots(2, 1, figsize=(10, 5), sharex=True, height_ratios=(2, 1), layout="constrained")
+    figure, axes = pyplot.subplots(3, 1, figsize=(10, 6), sharex=True, height_ratios=(3, 1, 1), layout="constrained")
+    curves, apart, sizes = axes
     one, other = ({int(k): v for k, v in found["losses"][name].items()} for name in ("uninterrupted", "elastic"))
     curves.plot(one.keys(), one.values(), color="#9aa5b1", linewidth=4, label="uninterrupted, 3 workers")
     curves.plot(other.keys(), other.values(), color="#0f7c8a", linewidth=1, label="elastic")
-    for step, workers in found["sizes"]:
-        for axes in (curves, apart):
-            axes.axvline(step, color="#e0b265", linewidth=1)
-        curves.annotate(
-            f"{workers} workers", (step, 1), xycoords=("data", "axes fraction"), xytext=(3, -12), textcoords="offset points"
-        )
     curves.set_yscale("log")
     curves.set_title("training loss by step", loc="left")
     curves.legend(frameon=False)
     steps = sorted(one.keys() & other.keys())
     apart.plot(steps, [other[step] - one[step] for step in steps], color="#0f7c8a", linewidth=1)
     apart.set_title("difference", loc="left")
-    for axes in (curves, apart):
-        axes.spines[["top", "right"]].set_visible(False)
+    begun, workers = zip(*found["sizes"], strict=True)
+    sizes.step([*begun, steps[-1]], [*workers, workers[-1]], where="post", color="#e0b265", linewidth=2)
+    sizes.set_yticks(range(4))
+    sizes.set_title("workers of the elastic run", loc="left")
+    for one_of in axes:
+        one_of.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
