@@ -222,8 +222,8 @@ def since(record: Record, began_s: float, holds: Callable[[Moment], bool]) -> fl
 
 
 def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_path: Path, record: Record) -> None:
-    """H1"""
-    fleet = {"min_replicas": 1, "max_replicas": 2, "target_running": 4, "scale_up_after_s": 0.0, "scale_down_after_s": 2.0}
+    """H1. While a process starts on two busy cores the engine may see few requests, so replicas are not given back within two seconds."""
+    fleet = {"min_replicas": 1, "max_replicas": 2, "target_running": 4, "scale_up_after_s": 0.0, "scale_down_after_s": 10.0}
     graph.deploy(pool.config.model_copy(update={"fleet": pool.config.fleet.model_copy(update=fleet)}))
     with running(pool, tmp_path, *finetune()) as job:
         with load.background(f"{pool.url}/v1", "seedling", streams=12) as samples:
