@@ -164,13 +164,13 @@ def replicas(pool: Running) -> int:
 
 
 def processes(pool: Running, name: str) -> list[psutil.Process]:
-    """Of the pool, by what Ray calls them."""
+    """Of the pool, by what Ray calls them, the oldest first: process ids begin anew at some time."""
     found: list[psutil.Process] = []
     for process in pool.pool.descendants():
         with suppress(psutil.NoSuchProcess):
             if name in " ".join(process.cmdline()):
                 found.append(process)
-    return found
+    return sorted(found, key=lambda process: process.create_time())
 
 
 def control(pool: Running) -> psutil.Process:
