@@ -48,6 +48,9 @@ class Budget(Durable):
         ceiling = self.serving_ceiling_slots
         if ceiling is not None and ceiling < self.serving_floor_slots:
             raise ValueError(f"serving_ceiling_slots {ceiling} is below serving_floor_slots {self.serving_floor_slots}; raise it")
+        most = self.training_ceiling_slots
+        if most is not None and most < self.training_floor_slots:
+            raise ValueError(f"training_ceiling_slots {most} is below training_floor_slots {self.training_floor_slots}; raise it")
         return self
 
 
@@ -77,7 +80,7 @@ class Past(NamedTuple):
     """What earlier decisions leave to later ones."""
 
     asked: tuple[tuple[float, int], ...] = ()
-    """(time, slots wanted by serving), oldest first, as far back as `Budget.memory_s`; only changes are kept."""
+    """(time, slots wanted by serving), oldest first, as far back as `Budget.memory_s` or the cool-down; only changes are kept."""
     raised_s: tuple[float, ...] = ()
     """When the lease rose after it had fallen."""
     fell: bool = True
@@ -108,9 +111,9 @@ class Decision(NamedTuple):
 
 def decide(budget: Budget, demand: Demand, past: Past, now_s: float) -> Decision:
     """Divide the slots. Never more than there are, and never two owners for one."""
-    asked = remember(past.asked, demand.wanted, now_s - budget.memory_s, now_s)
     raised = tuple(at_s for at_s in past.raised_s if at_s > now_s - budget.memory_s)
     cool_down_s = budget.cool_down_s * 2 ** min(MOST_PATIENCE, max(0, len(raised) - 1))
+    asked = remember(past.asked, demand.wanted, now_s - max(budget.memory_s, cool_down_s), now_s)
     lease, why = lease_of(budget, demand, asked, cool_down_s, now_s)
     before = dict(past.shares)
     left = max(0, demand.slots - lease)

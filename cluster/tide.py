@@ -98,7 +98,7 @@ class Tide:
         """Decide anew; the slots that serving should hold. ``held``: by replicas, those that end still included. ``wanted``: for all that
         Serve has and wants. ``free``: what nobody holds, as Ray counts: others may be on the pool that claim nothing. ``most``: as in
         `Demand`."""
-        if now_s - self.began_s < LEARN_S:
+        if 0 <= now_s - self.began_s < LEARN_S:  # a clock may be set back
             self._record(slots, held, wanted, now_s)
             return wanted
         self.claims = {id: (claim, at_s) for id, (claim, at_s) in self.claims.items() if now_s - at_s < SILENT_S}

@@ -33,7 +33,8 @@ CALM = 0.5
 
 
 def replicas_for(loads: Sequence[Load], target: Target) -> int:
-    """The least with which every target would be met; one more than there are where the first token comes too late.
+    """The least with which every target would be met; one more than there are where the first token comes too late while requests wait: late
+    with none that waits, it is late because the request is large, and another replica would not help.
 
     >>> replicas_for([Load(running=32, waiting=20, kv_use=0.3)], Target())
     2

@@ -1,7 +1,7 @@
 """Where a run is, kept in the store: written beside the training, digests checked, the newest that is whole wins.
 
-``runs/<name>/<step>/state.safetensors`` holds the tensors; ``manifest.json`` beside it, written last, what they mean and their digest. So a
-checkpoint that was cut short does not exist, and one that was damaged later is passed over.
+``runs/<name>/<step>/state.safetensors`` holds the tensors; ``manifest.json`` beside it, written last, what they mean, their digest and one of
+its own. So a checkpoint that was cut short does not exist, and one that was damaged later is passed over.
 """
 
 import hashlib
@@ -47,8 +47,8 @@ class Checkpoints:
             file = Path(scratch) / FILE
             save_file(dict(snapshot.tensors), file)
             self.store.upload(f"{folder}/{FILE}", file)
-            manifest = {"step": snapshot.step, "sha256": sha256(file), "meta": dict(snapshot.meta)}
-        self.store.put_new(f"{folder}/{MANIFEST}", json.dumps(manifest).encode())
+            known = {"step": snapshot.step, "sha256": sha256(file), "meta": dict(snapshot.meta)}
+        self.store.put_new(f"{folder}/{MANIFEST}", json.dumps({**known, "seal": seal(known)}).encode())
         for old in self._spare():
             self.store.remove(f"{self.root}/{old:012d}")
 
@@ -71,15 +71,27 @@ class Checkpoints:
 
     def _read(self, folder: str) -> Snapshot | None:
         manifest, data = self.store.get(f"{folder}/{MANIFEST}"), self.store.get(f"{folder}/{FILE}")
-        if manifest is None or data is None:
-            return None
-        try:
-            known = json.loads(manifest)
-        except ValueError:
-            return None
-        if hashlib.sha256(data).hexdigest() != known.get("sha256"):
+        known = opened(manifest or b"")
+        if known is None or data is None or hashlib.sha256(data).hexdigest() != known["sha256"]:
             return None
         return Snapshot(known["step"], known["meta"], load(data))
+
+
+def seal(known: Mapping[str, Any]) -> str:
+    """The digest of a manifest without its seal."""
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def opened(manifest: bytes) -> dict[str, Any] | None:
+    """What it says; None where it is not what was written."""
+    try:
+        known = json.loads(manifest)
+    except ValueError:
+        return None
+    if not isinstance(known, dict):
+        return None
+    sealed = known.pop("seal", None)
+    return known if sealed == seal(known) else None
 
 
 class Writer:

@@ -219,6 +219,8 @@ class Run:
         """Look at everybody, then do what is next."""
         self._place()
         self._hear(now_s)
+        if self.ended is not None:  # nobody begins once more what is done
+            return
         wanted = self.claiming.wanted(self.held) // self.per_worker
         self.yielding_s = (self.yielding_s or now_s) if len(self.seats) > wanted else None
         learning, ready, preparing = (len(self._in(phase)) for phase in ("learning", "ready", "preparing"))

@@ -19,6 +19,7 @@ class Lora(Section):
     alpha: int = Field(32, ge=1)
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = Field(0, ge=0, lt=1)
+    """Above 0 each process draws its own masks, so losses depend on the number of workers."""
 
 
 class Recipe(Section):

@@ -28,10 +28,14 @@ class Small:
         self.optimizer = torch.optim.AdamW(self.trained, 0.05)
         self.points = torch.randn(EXAMPLES, 3)
         self.values = self.points @ torch.tensor([1.0, -2.0, 0.5]) + 0.3
-        self.seen: list[tuple[int, list[int]]] = []
+        self.seen = Path(settings["seen"]) / str(os.getpid()) if "seen" in settings else None
+        """Where it writes down the examples of every step."""
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
         mine = [example for portion in share_out(batch, rank, world, 4) for example in portion]
+        if self.seen:
+            with self.seen.open("a") as file:
+                print(*mine, file=file)
         loss = ((self.model(self.points[mine]).squeeze(1) - self.values[mine]) ** 2).sum() / len(batch)
         loss.backward()
         return loss.detach(), len(batch)

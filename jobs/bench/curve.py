@@ -23,8 +23,9 @@ APART = 50
 DATA = Path(__file__).parents[1] / "seedling/tide.jsonl"
 RATE = 2e-4
 """A small learning rate: what rounding makes of two runs grows with every step, and the faster the larger the steps are."""
-NOISE = 0.01
-"""The largest difference of a step's loss that is taken for rounding, in units of the first loss: sums in another order, step after step."""
+NOISE, PRINTED = 0.01, 1e-4
+"""The largest difference of a step's loss that is taken for rounding, in units of that loss: sums in another order, step after step. And what
+the log rounds away."""
 
 
 def curve(options: argparse.Namespace) -> None:
@@ -98,17 +99,18 @@ def compare(whole: str, elastic: str) -> dict[str, Any]:
         "steps_lost": jobs.lost(elastic),
         "first_loss": one[1],
         "max_difference": max(differences),
+        "beyond_noise": sum(abs(one[step] - other[step]) > NOISE * one[step] + PRINTED for step in one.keys() & other.keys()),
         "eval_loss": [end["eval_loss"] for end in ends],
         "losses": {"uninterrupted": one, "elastic": other},
     }
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
-    near = found["max_difference"] <= NOISE * found["first_loss"]
+    whole = len({*found["steps"], *found["steps_seen"]}) == 1 and found["steps_lost"] == 0
     return [
-        f"both did {found['steps'][0]} and {found['steps'][1]} steps, {found['steps_lost']} lost; "
-        f"{passed(found['steps'][0] == found['steps'][1] and found['steps_lost'] == 0)}",
-        f"no step's loss differs by more than {found['max_difference']:.4f} of {found['first_loss']:.2f}; {passed(near)}",
+        f"both did {found['steps'][0]} and {found['steps'][1]} steps, {found['steps_lost']} lost; {passed(whole)}",
+        f"no step's loss differs by more than {found['max_difference']:.4f}; {found['beyond_noise']} by more than {NOISE:.0%} of itself; "
+        f"{passed(found['beyond_noise'] == 0)}",
         f"held-out loss at the end: {found['eval_loss'][0]:.5f} and {found['eval_loss'][1]:.5f}",
     ]
 

@@ -119,7 +119,9 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         ("slots free, p50", "slots_free_p50_s", "{:.2f} s"),
         ("slots free, p99", "slots_free_p99_s", "{:.2f} s"),
         ("training again, p50", "resume_p50_s", "{:.2f} s"),
+        ("training again, p99", "resume_p99_s", "{:.2f} s"),
         ("whole again, p50", "grow_back_p50_s", "{:.2f} s"),
+        ("whole again, p99", "grow_back_p99_s", "{:.2f} s"),
         ("longest wait for a replica", "starved_s", "{:.0f} s"),
     ):
         shown.add_row(words, *("–" if row[key] is None else form.format(row[key]) for row in rows))
@@ -139,14 +141,13 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"{ours['steps_lost']} steps lost; {passed(ours['steps_lost'] == 0)} (0)")
         bars = (
             ("slots free", "slots_free_p99_s", 3),
-            ("training again", "resume_p50_s", 8),
-            ("whole again", "grow_back_p50_s", 10),
+            ("training again", "resume_p99_s", 8),
+            ("whole again", "grow_back_p99_s", 10),
         )
-        lines += [
-            f"{words}: {ours[key]:.2f} s; {passed(ours[key] <= limit)} (≤ {limit} s)"
-            for words, key, limit in bars
-            if ours[key] is not None
-        ]
+        for words, key, limit in bars:
+            took_s = ours[key]
+            within = took_s is not None and took_s <= limit
+            lines.append(f"{words}, p99: {'never' if took_s is None else f'{took_s:.2f} s'}; {passed(within)} (≤ {limit} s)")
         lines.append(f"{ours['failed']} requests failed; {passed(ours['failed'] == 0)} (0)")
     if stock := found.get("stock_ray"):
         lines.append(f"stock Ray: a replica was wanted and not there for {stock['starved_s']:.0f} s at a stretch")

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,6 +31,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 TIDE = "jobs/seedling/tide.jsonl"
 LONG = 100_000
 """Epochs that no test waits for."""
+NOTICED_S = 60
+"""The longest that a job may take to hear that a machine of its workers is lost."""
 
 
 class Record:
@@ -56,10 +59,17 @@ class Record:
 
     def audit(self) -> None:
         """No slot ever had two owners. Those of a machine that was lost are nobody's any more, whoever has not heard of it yet."""
+        assert self.thread.is_alive(), "what control recorded was not looked at to the end"
         self.done.set()
         self.thread.join()
-        most = max((moment.slots for moment in self.all()), default=0)
-        assert crowded([moment._replace(slots=most) for moment in self.all()]) == []
+        moments = self.all()
+        ends_s = [*(moment.at_s for moment in moments[1:]), time.time()]
+        spans = list(zip(moments, ends_s, strict=True))
+
+        def lately(at_s: float) -> int:
+            return max(one.slots for one, end_s in spans if one.at_s <= at_s and end_s >= at_s - NOTICED_S)
+
+        assert moments and crowded([moment._replace(slots=lately(moment.at_s)) for moment in moments]) == []
 
 
 class Job:
@@ -191,7 +201,8 @@ def carried_out(record: Record, job: Job, kind: str) -> list[Handover]:
 
 
 def test_a_planned_yield_and_the_way_back(pool: Running, tmp_path: Path, record: Record) -> None:
-    """H0, H6: the bars of a hand-over. Whoever left does nothing any more, and is who comes back."""
+    """H0: the bars of a hand-over. And what H6 is on a CPU, where no accelerator's memory could stay taken: whoever left does nothing any
+    more, and is who comes back."""
     with running(pool, tmp_path, *finetune()) as job:
         members = {process.pid for process in processes(pool, "ray::Member")}
         assert len(members) == 2
@@ -231,7 +242,7 @@ def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_
     graph.deploy(pool.config.model_copy(update={"fleet": pool.config.fleet.model_copy(update=fleet)}))
     with running(pool, tmp_path, *finetune()) as job:
         with load.background(f"{pool.url}/v1", "seedling", streams=12) as samples:
-            began_s = time.time()
+            began_s, first_s = time.time(), time.monotonic()
             starts_s = when(lambda: bool(admin.status(pool.config)["starting"]) or replicas(pool) == 2, 60)
             came_s = starts_s + when(lambda: replicas(pool) == 2, 120)
             asked_s, gave_s = (
@@ -241,9 +252,15 @@ def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_
             print(f"a burst: Serve asks after {asked_s:.1f} s, a slot is free after {gave_s:.1f}, ", end="")
             print(f"the replica's process is there after {starts_s:.1f} and it answers after {came_s:.1f}")
             assert came_s < 25  # without a sleeper an engine takes twice as long
+            time.sleep(5)
         print(f"whole again {when(lambda: job.trains(2), 60):.1f} s after it ended")
-        assert job.times("lost") == 0
+        stopped, began = re.findall(r"stopped after step (\d+)", job.text), re.findall(r"from step (\d+)", job.text)
+        assert job.times("lost") == 0 and stopped and stopped == began[1:]
     assert samples and not [sample.error for sample in samples if sample.error]
+    after = [sample.ttft_s for sample in samples if sample.start_s > first_s + came_s]
+    late = sum(ttft_s > pool.config.fleet.target_ttft_s for ttft_s in after)
+    print(f"{late} of {len(after)} first tokens late once it answered")
+    assert late <= 0.1 * len(after)
 
 
 def test_a_job_that_does_not_yield_is_stopped_at_the_deadline(pool: Running, tmp_path: Path, record: Record) -> None:
@@ -385,12 +402,16 @@ def test_a_storm_of_changes_costs_no_step_and_little_progress(pool: Running, tmp
         time.sleep(15)
         quiet = (job.steps - first) / (time.monotonic() - began_s)
         began_s, first = time.monotonic(), job.steps
-        for wanted in (2, 1) * 4:
-            threading.Thread(target=scaled, args=(pool, wanted), daemon=True).start()
-            time.sleep(5)
-        stormy = (job.steps - first) / (time.monotonic() - began_s)
+        with ThreadPoolExecutor() as asking:
+            asked: list[Future[None]] = []
+            for wanted in (2, 1) * 4:
+                asked.append(asking.submit(scaled, pool, wanted))
+                time.sleep(5)
+            stormy = (job.steps - first) / (time.monotonic() - began_s)
+        for one in asked:
+            one.result()
         stopped = [int(step) for step in re.findall(r"stopped after step (\d+)", job.text)]
         began = [int(step) for step in re.findall(r"from step (\d+)", job.text)]
         print(f"{stormy / quiet:.0%} of the quiet speed, {len(stopped)} changes of size")
-        assert began[1:] == stopped
+        assert 0 < len(stopped) < len(asked) and began[1:] == stopped
         assert stormy > 0.3 * quiet

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from cluster.errors import BadRequest, StoreUnavailable
 from cluster.store import Store
 from jobs import runs
-from jobs.checkpoints import FILE, KEPT, Checkpoints, Snapshot, Writer
+from jobs.checkpoints import FILE, KEPT, MANIFEST, Checkpoints, Snapshot, Writer
 from jobs.elastic import Next, Now, decide
 
 ROOT = Path(__file__).parents[2]
@@ -46,12 +47,26 @@ def test_what_was_written_last_is_read_and_few_are_kept(tmp_path: Path) -> None:
     assert made.steps() == [4, 5] and len(made.steps()) == KEPT
 
 
-def test_a_damaged_one_is_passed_over_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (FILE, lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        (MANIFEST, lambda data: data.replace(b'"tokens": 20', b'"tokens": 21')),
+        (MANIFEST, lambda data: data.replace(b'"step": 2', b'"step": 3')),
+        (MANIFEST, lambda data: data.replace(b'"seal"', b'"sea1"')),
+        (MANIFEST, lambda data: b"[]"),
+        (MANIFEST, lambda data: data[:9]),
+    ],
+)
+def test_a_damaged_one_is_passed_over_and_named(
+    name: str, damage: Callable[[bytes], bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """T9"""
     made = checkpoints(tmp_path, range(1, 3))
-    file = tmp_path / f"runs/run/{2:012d}/{FILE}"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+    file = tmp_path / f"runs/run/{2:012d}/{name}"
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert file.read_bytes() != whole
     newest = made.newest()
     assert newest and newest.step == 1
     assert "the checkpoint of step 2 is damaged" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from jobs.member import Formation, Member
-from tests.members import Group, Small
+from tests.members import EXAMPLES, Group, Small
 
 EPOCHS = 600
 STEPS = EPOCHS * 5
@@ -35,7 +36,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> float:
     return end.metrics["eval_loss"]
 
 
-def test_three_then_one_then_two_then_three_learn_what_one_alone_does(group: Group, alone: float) -> None:
+def test_three_then_one_then_two_then_three_learn_what_one_alone_does(group: Group, alone: float, tmp_path: Path) -> None:
+    """From every example once an epoch."""
+    (tmp_path / "seen").mkdir()
+    group.settings["seen"] = str(tmp_path / "seen")
     group.come(0, 1, 2)
     first = 0
     for members, told in (((0, 1, 2), 1), ((0,), 0), ((0, 2), 2)):
@@ -52,6 +56,8 @@ def test_three_then_one_then_two_then_three_learn_what_one_alone_does(group: Gro
     ends = group.hear(0, 1, 2)
     assert {one.first for one in ends} == {first} and [one.ended for one in ends] == [True, False, False]
     assert {one.metrics["eval_loss"] for one in ends} == {ends[0].metrics["eval_loss"]}
+    seen = Counter(example for file in (tmp_path / "seen").iterdir() for example in file.read_text().split())
+    assert seen == {str(example): EPOCHS for example in range(EXAMPLES)}
     assert ends[0].metrics["eval_loss"] == pytest.approx(alone, rel=1e-3)
 
 
