@@ -12,7 +12,7 @@ BUDGETS = st.builds(
     serving_floor_slots=st.integers(0, 2),
     serving_ceiling_slots=st.none() | st.integers(2, 8),
     training_floor_slots=st.integers(0, 2),
-    training_ceiling_slots=st.none() | st.integers(0, 8),
+    training_ceiling_slots=st.none() | st.integers(2, 8),
     cool_down_s=st.sampled_from([0.0, 10.0, 60.0]),
     headroom_slots=st.integers(0, 2),
 )
@@ -73,6 +73,12 @@ def test_the_lease_falls_only_after_the_cool_down(
         if after.shares[SERVING] < before.shares[SERVING]:
             recent = [(at_s, demand.wanted) for at_s, demand, _ in seen if at_s <= now_s]
             assert all(wanted <= after.shares[SERVING] for at_s, wanted in recent if at_s > now_s - budget.cool_down_s)
+
+
+def test_a_cool_down_may_be_longer_than_the_memory_of_traffic() -> None:
+    budget = Budget(cool_down_s=60, memory_s=30)
+    leases = [decision.shares[SERVING] for _, _, decision in live(budget, 4, (), [(1.0, 3), *[(1.0, 1)] * 65])]
+    assert leases[:60] == [3] * 60 and leases[-1] == 1
 
 
 def test_a_flapping_load_makes_the_cool_down_longer() -> None:
