@@ -100,6 +100,7 @@ def test_progress_reaches_the_log_from_first_step_to_last(trained: dict[str, Tra
     assert last and last.step == last.steps > 0
     assert last.fields.keys() == {"stage", "loss", "tokens_per_s", "eta_s"}
     assert f"progress stage=finetune step=1/{last.steps} " in log
+    assert f"from step {last.steps}" not in log, "nobody begins once more what is done"
 
 
 def test_an_adapter_is_two_files_that_name_no_path_of_this_machine(trained: dict[str, Trained]) -> None:
