@@ -21,7 +21,7 @@ from jobs.bench.place import changes, console, finish, machine, passed, springti
 APART = 50
 """Steps between one change and the next."""
 DATA = Path(__file__).parents[1] / "seedling/tide.jsonl"
-RATE = 2e-4
+RATE = 5e-5
 """A small learning rate: what rounding makes of two runs grows with every step, and the faster the larger the steps are."""
 NOISE, PRINTED = 0.01, 1e-4
 """The largest difference of a step's loss that is taken for rounding, in units of that loss: sums in another order, step after step. And what
