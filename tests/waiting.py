@@ -7,12 +7,12 @@ from collections.abc import Callable
 def when(condition: Callable[[], bool], timeout_s: float) -> float:
     """Seconds until the condition held. Fails where it does not in time.
 
-    Looks ten times a second, and after five seconds a fiftieth of the time so far apart: asking a pool how it is takes half of a processor
-    at ten times a second, and what is waited for needs it.
+    Looks ten times a second, and after five seconds less often, down to three times: asking a pool how it is ten times a second takes half
+    of a processor, and what is waited for needs it.
     """
     began_s = time.monotonic()
     while not condition():
         waited_s = time.monotonic() - began_s
         assert waited_s < timeout_s, f"not within {timeout_s} s"
-        time.sleep(max(0.1, waited_s / 50))
+        time.sleep(min(0.3, max(0.1, waited_s / 50)))
     return time.monotonic() - began_s
