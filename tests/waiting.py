@@ -7,8 +7,8 @@ from collections.abc import Callable
 def when(condition: Callable[[], bool], timeout_s: float) -> float:
     """Seconds until the condition held. Fails where it does not in time.
 
-    Looks ten times a second, and after five seconds less often, down to three times: asking a pool how it is ten times a second takes half
-    of a processor, and what is waited for needs it.
+    Looks ten times a second, and after five seconds less often, down to three times: asking a pool how it is is work for control and
+    for Serve's controller, and what is waited for needs their processors.
     """
     began_s = time.monotonic()
     while not condition():

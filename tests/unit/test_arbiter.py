@@ -2,19 +2,26 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cluster.arbiter import SERVING, Budget, Decision, Demand, Job, Past, decide, divide, largest_rise
 
-BUDGETS = st.builds(
-    Budget,
-    serving_floor_slots=st.integers(0, 2),
-    serving_ceiling_slots=st.none() | st.integers(2, 8),
-    training_floor_slots=st.integers(0, 2),
-    training_ceiling_slots=st.none() | st.integers(2, 8),
-    cool_down_s=st.sampled_from([0.0, 10.0, 60.0]),
-    headroom_slots=st.integers(0, 2),
+BUDGETS = (
+    st.fixed_dictionaries(
+        dict(
+            serving_floor_slots=st.integers(0, 2),
+            serving_ceiling_slots=st.none() | st.integers(2, 8),
+            training_floor_slots=st.integers(0, 2),
+            training_ceiling_slots=st.none() | st.integers(0, 8),
+            cool_down_s=st.sampled_from([0.0, 10.0, 60.0]),
+            headroom_slots=st.integers(0, 2),
+        )
+    )
+    .filter(lambda bounds: bounds["training_ceiling_slots"] in (None, *range(bounds["training_floor_slots"], 9)))
+    .map(Budget.model_validate)
 )
 JOBS = st.lists(
     st.builds(Job, st.just(""), st.integers(0, 3), st.floats(0, 100), st.integers(0, 3), st.integers(3, 8), st.integers(1, 2)),
@@ -73,6 +80,12 @@ def test_the_lease_falls_only_after_the_cool_down(
         if after.shares[SERVING] < before.shares[SERVING]:
             recent = [(at_s, demand.wanted) for at_s, demand, _ in seen if at_s <= now_s]
             assert all(wanted <= after.shares[SERVING] for at_s, wanted in recent if at_s > now_s - budget.cool_down_s)
+
+
+def test_bounds_that_contradict_each_other_are_refused() -> None:
+    for who in ("serving", "training"):
+        with pytest.raises(ValidationError, match=f"{who}_ceiling_slots 1 is below {who}_floor_slots 2; raise it"):
+            Budget.model_validate({f"{who}_ceiling_slots": 1, f"{who}_floor_slots": 2})
 
 
 def test_a_cool_down_may_be_longer_than_the_memory_of_traffic() -> None:

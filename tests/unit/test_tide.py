@@ -29,6 +29,13 @@ def test_a_control_that_was_just_started_changes_nothing() -> None:
     assert tide.claim(Claim(job("a"), held=3), 0.3).slots == 3
 
 
+def test_a_clock_that_is_set_back_does_not_stop_decisions() -> None:
+    tide = Tide(BUDGET, 1000.0)
+    tide.claim(Claim(job("a")), 10.0)
+    tide.turn(4, 1, 1, 10.1)
+    assert tide.share("a", 0).slots == 3
+
+
 def test_a_waiting_job_gets_what_is_free_and_yields_when_serving_wants_it() -> None:
     tide = started()
     tide.claim(Claim(job("a")), 4.0)
