@@ -1,8 +1,7 @@
 """The tide on a real GPU: one accelerator that an engine and a job take in turns. Skipped where there is none.
 
 In an environment of ``requirements/gpu.txt``: ``pytest -m chaos -s tests/gpu``. The model has 0.8 billion random parameters, so that what
-moves has the size of something; what it says is nonsense. These have not run to their end anywhere yet: on an H200 the seedling was trained
-through Ray Train and an engine found its memory free, and then the engine lacked a package (flashinfer).
+moves has the size of something; what it says is nonsense.
 """
 
 import os
