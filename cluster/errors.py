@@ -109,12 +109,6 @@ class Overloaded(SpringtideError):
     status, code, retry_after_s = 503, "overloaded", 15
 
 
-class NoMemory(SpringtideError):
-    """Something else holds the memory of an accelerator that is free by Ray's count."""
-
-    status, code, retry_after_s = 503, "accelerator_memory_taken", 15
-
-
 class AnswerTimeout(SpringtideError):
     """The replica took longer than allowed. It is not asked elsewhere: the same work would take as long again."""
 

@@ -24,7 +24,7 @@ from cluster.errors import SpringtideError, VersionRefused
 from cluster.registry import Registry
 from cluster.store import Store
 from cluster.types import Manifest, ReplicaState, VersionId
-from deployments import lifeline, memory
+from deployments import lifeline
 from deployments.guard import Guard
 from deployments.launch import serve_http, start_engine
 from deployments.load import STEPS_S, EngineLoad
@@ -68,9 +68,6 @@ class Engine:
         self.secret = secrets.token_urlsafe(32)
         self.release = lambda: None
         self.ending = False
-        self.accelerators = environment.get("CUDA_VISIBLE_DEVICES", "")
-        self.given_back: list[int] = []
-        """Bytes of memory that each accelerator had more while it slept."""
         self.expiry: asyncio.Task[None] | None = None
         """Ends it when it has slept for long enough."""
 
@@ -103,10 +100,6 @@ class Engine:
         return True
 
     async def _start(self, manifest: Manifest, folder: Path) -> None:
-        if self.accelerators:
-            share = self.config.fleet.gpu_memory_utilization
-            there = memory.memories(self.accelerators)
-            await self._room([int(one.total * share) for one in there])
         self.folder, self.base = folder, str(manifest.id)
         self.engine, app = await start_engine(self.config.fleet, folder, self.base, self.load)
         self.models = app.state.openai_serving_models
@@ -121,7 +114,6 @@ class Engine:
         """Answer again, by other weights where those went live meanwhile; False where that takes another engine."""
         fits = self.base == str(manifest.id) or await self._fits(folder)
         if fits and self.config.fleet.sleeps:
-            await self._room(self.given_back)
             await self.engine.wake_up()
         if fits and self.base != str(manifest.id):
             async with self._standing_still(True):
@@ -129,18 +121,6 @@ class Engine:
         self.refused.clear()
         self.staged.clear()
         return fits
-
-    async def _room(self, needed: list[int]) -> None:
-        waited_s = await memory.room(self.accelerators, needed)
-        log.info("%s found its memory free after %.2f s", self.owner and self.owner.id, waited_s)
-
-    async def _sleep(self) -> None:
-        """On accelerators: the weights to the machine's memory, and the rest away."""
-        before = memory.memories(self.accelerators)
-        await self.engine.sleep(level=1)
-        after = memory.memories(self.accelerators)
-        self.given_back = [late.free - early.free for early, late in zip(before, after, strict=True)]
-        log.info("its sleep freed %.1f GiB", sum(self.given_back) / memory.GIB)
 
     async def rest(self, keep: bool) -> None:
         """The replica ends: let the streams finish, then sleep, where it is to be kept, for another to own; else end."""
@@ -150,7 +130,7 @@ class Engine:
         if keep:
             self.guard.cut()
             if self.config.fleet.sleeps:
-                await self._sleep()
+                await self.engine.sleep(level=1)
         self.release()
         log.info("%s ends; its engine %s", self.owner and self.owner.id, "sleeps" if keep else "ends too")
         self.owner = None

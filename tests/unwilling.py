@@ -1,4 +1,4 @@
-"""Jobs that misbehave, through the real driver: ``python -m tests.unwilling stubborn``, ``stuck``, ``greedy``, ``disturbed``; more of
+"""Jobs that misbehave, through the real driver: ``python -m tests.unwilling stubborn``, ``greedy``, ``disturbed``; more of
 `jobs.finetune`'s options may follow."""
 
 import errno
@@ -18,22 +18,14 @@ from jobs import main, reach
 from jobs.tuning import Tuning
 
 
-class Stuck(Tuning):
-    """Does not end its eleventh step, whatever it is asked."""
-
-    company = 0
+class Stubborn(Tuning):
+    """Does not end its tenth step while it has company, whatever it is asked."""
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
         self.steps = getattr(self, "steps", 0) + 1
-        while world > self.company and self.steps > 10:
+        while world > 1 and self.steps > 10:
             time.sleep(0.01)
         return super().gradients(batch, rank, world)
-
-
-class Stubborn(Stuck):
-    """Neither while it has company."""
-
-    company = 1
 
 
 class Greedy(Tuning):
@@ -73,7 +65,7 @@ class Disturbed(Tuning):
             time.sleep(0.1)
 
 
-KINDS = {"stubborn": Stubborn, "stuck": Stuck, "greedy": Greedy, "disturbed": Disturbed}
+KINDS = {"stubborn": Stubborn, "greedy": Greedy, "disturbed": Disturbed}
 
 
 def run() -> None:
