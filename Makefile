@@ -37,7 +37,7 @@ chaos: setup ## What takes longer: failures over minutes.
 	$(BIN)/pytest -m chaos
 
 bench: setup ## The serving comparison of the README.
-	$(BIN)/python -m jobs.bench serving
+	$(BIN)/python -m benchmarks serving
 
 clean: ## Remove the environment and the local store.
 	rm -rf $(VENV) .springtide

@@ -1,77 +1,67 @@
-"""How other processes of the pool reach control: its name, and a client that raises what it raises. Imports little, since much waits for it."""
+"""The operator's side of the gateway's ``/admin`` routes. Plain HTTP, so a command needs neither Ray nor a second to start."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-# (Ray's own annotations are partial; what comes back is typed at once.)
-from __future__ import annotations
+import getpass
+from typing import Any, Literal
 
-import contextlib
-import logging
-from typing import TYPE_CHECKING, Any, Protocol
+import httpx
 
-import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from cluster.config import Config
+from cluster.errors import PoolUnavailable, refused
+from cluster.pool import local
+from cluster.publishing.rollout import Policy, Rollout
+from cluster.types import VersionId
 
-from cluster.errors import PoolUnavailable, SpringtideError
-
-if TYPE_CHECKING:
-    from cluster.rollout import Policy, Rollout
-    from cluster.tide import Claim, Share
-
-ACTOR, NAMESPACE = "springtide-control", "springtide"
-ENGINES = "springtide-engines"
-"""The namespace of the engines' actors, those that sleep included."""
-PUBLISH_TIMEOUT_S = 660
-"""Replicas may take `cluster.replicas.LOAD_TIMEOUT_S` to load, and control may be starting."""
-ANSWER_S = 5
+TIMEOUT_S = 660
+"""Longer than a replica may take to load a version."""
+LOOK_S = 10
+"""How long who only looks waits for an answer."""
 
 
-class Client(Protocol):
-    """What callers outside the actor may ask. `SpringtideError`s arrive as themselves."""
-
-    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout: ...
-    def claim(self, claim: Claim) -> Share: ...
-    def leave(self, job: str, driver: str) -> None: ...
+def author() -> str:
+    return getpass.getuser()
 
 
-class _Remote:
-    """`Client` over the actor's handle."""
-
-    def __init__(self, actor: Any) -> None:
-        self.actor = actor
-
-    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout:
-        return self._call("publish", PUBLISH_TIMEOUT_S, version, alias, reason, author, policy)
-
-    def claim(self, claim: Claim) -> Share:
-        return self._call("claim", ANSWER_S, claim)
-
-    def leave(self, job: str, driver: str) -> None:
-        self._call("leave", ANSWER_S, job, driver)
-
-    def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
-        try:
-            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout_s)
-        except RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
-        except (RayActorError, GetTimeoutError) as error:
-            raise PoolUnavailable(
-                "The control actor does not answer.", "It restarts by itself; try again in some seconds."
-            ) from error
+def status(config: Config) -> dict[str, Any]:
+    """``{"slots": {"total", "free"}, "aliases": {…}, "replicas": […]}`` of the running pool."""
+    return _call(config, "GET", "/admin/status")
 
 
-def connect() -> Client:
-    """The control of the pool that this process runs on, for jobs. Others speak HTTP: `cluster.admin`. Raises `PoolUnavailable`."""
-    if not ray.is_initialized():
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+def tide(config: Config, since_s: float = 0.0) -> dict[str, Any]:
+    """``{"tide": {…}, "moments": […], "slots": {…}}``: how the slots are divided, and each change after ``since_s`` (seconds since the
+    epoch), as `cluster.capacity.handover.parse` reads it."""
+    return _call(config, "GET", f"/admin/tide?since_s={since_s!r}", timeout_s=LOOK_S)
+
+
+def publish(config: Config, version: VersionId, alias: str, reason: str, policy: Policy | None = None) -> Rollout:
+    """Ask control to begin a rollout; see `cluster.control.actor.Control.publish` for what can be refused."""
+    order = {"version": str(version), "alias": alias, "reason": reason, "author": author()}
+    asked = {"policy": policy.model_dump(mode="json")} if policy else {}
+    return Rollout.model_validate(_call(config, "POST", "/admin/publish", order | asked))
+
+
+def step(config: Config, what: Literal["promote", "abort"], alias: str, reason: str) -> Rollout:
+    """Bring the alias's rollout to 100 % now, or end it."""
+    return Rollout.model_validate(_call(config, "POST", f"/admin/{what}", {"alias": alias, "reason": reason, "author": author()}))
+
+
+def rollback(config: Config, alias: str, to: VersionId | None, reason: str) -> Rollout:
+    """Make the alias mean what it meant before, or ``to``."""
+    order = {"alias": alias, "to": str(to) if to else None, "reason": reason, "author": author()}
+    return Rollout.model_validate(_call(config, "POST", "/admin/rollback", order))
+
+
+def _call(
+    config: Config, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = TIMEOUT_S
+) -> dict[str, Any]:
+    local.require(config)
+    url = f"http://{config.gateway.host}:{config.gateway.port}"
     try:
-        return _Remote(ray.get_actor(ACTOR, namespace=NAMESPACE))
-    except ValueError as error:
+        response = httpx.request(method, url + path, json=body, headers=local.bearer(), timeout=timeout_s)
+        document = response.json()
+    except (httpx.HTTPError, ValueError) as error:
         raise PoolUnavailable(
-            "The pool has no control actor: nothing is being served.", "Start serving with `springtide up`."
+            f"The gateway at {url} does not answer: {error}.", "It may still be starting; try again soon."
         ) from error
-
-
-def tell(what: str, *arguments: str) -> None:
-    """Tell control something; nobody waits for it, and it would learn of it later in any case."""
-    with contextlib.suppress(ValueError):  # no control yet
-        getattr(ray.get_actor(ACTOR, namespace=NAMESPACE), what).remote(*arguments)
+    if response.status_code != 200:
+        raise refused(response.status_code, document)
+    return document

@@ -12,10 +12,10 @@ from typing import Any, Literal, Self, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cluster.arbiter import Budget
+from cluster.capacity.arbiter import Budget
 from cluster.errors import BadRequest, ConfigError
-from cluster.gate import GatePolicy
-from cluster.rollout import Policy
+from cluster.publishing.gate import GatePolicy
+from cluster.publishing.rollout import Policy
 from cluster.types import check_name
 
 PRESETS = Path(__file__).parent / "presets"

@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from cluster import logs
-from cluster.arbiter import SERVING
-from cluster.handover import Handover, Moment, Stake, ended_since
-from cluster.tide import Turn
+from cluster.capacity.allocator import GrantChange
+from cluster.capacity.arbiter import SERVING
+from cluster.capacity.handover import Allocation, Handover, SlotSnapshot, ended_since
 
 TRAINING, IDLE = "training", "idle"
 MOST_JOBS = 64
@@ -87,24 +87,24 @@ class Sample(NamedTuple):
 # what is to be said: pure
 
 
-def levels(moment: Moment, before: Iterable[str] = ()) -> list[Sample]:
+def levels(moment: SlotSnapshot, before: Iterable[str] = ()) -> list[Sample]:
     """The gauges at ``moment``. ``before``: jobs that had series of their own; those that have left are set to 0 once and then end."""
     training = sum(stake.held for stake in moment.jobs)
     slots = [Sample(SLOTS, n, (owner,)) for owner, n in ((SERVING, moment.serving), (TRAINING, training), (IDLE, moment.idle))]
     waiting = sum(1 for stake in moment.jobs if stake.held == stake.share == 0)
     totals = [Sample(LEASE, moment.lease), Sample(WANTED, moment.wanted), Sample(WAITING, waiting)]
-    left = [Stake(job, 0, 0, 0) for job in before if job not in {stake.job for stake in moment.jobs}]
+    left = [Allocation(job, 0, 0, 0) for job in before if job not in {stake.job for stake in moment.jobs}]
     of = [(stake.job, part, getattr(stake, part)) for stake in (*named(moment), *left) for part in PARTS]
     parts = [Sample(JOB_SLOTS, slots, (job, part)) for job, part, slots in of]
     return [*slots, *totals, *parts]
 
 
-def named(moment: Moment) -> list[Stake]:
+def named(moment: SlotSnapshot) -> list[Allocation]:
     """The jobs with series of their own."""
     return sorted(moment.jobs, key=lambda stake: -max(stake.held, stake.share))[:MOST_JOBS]
 
 
-def decided(turns: Iterable[Turn]) -> list[Sample]:
+def decided(turns: Iterable[GrantChange]) -> list[Sample]:
     """One for each change of somebody's share."""
     return [
         Sample(DECISIONS, 1, (SERVING if turn.owner == SERVING else TRAINING, "grow" if turn.after > turn.before else "shrink"))
@@ -129,11 +129,11 @@ class Board:
     def __init__(self) -> None:
         self.instruments: dict[str, Any] = {}
         self.jobs: tuple[str, ...] = ()
-        self.turn: Turn | None = None
-        self.moment: Moment | None = None
+        self.turn: GrantChange | None = None
+        self.moment: SlotSnapshot | None = None
         self.failing = False
 
-    def news(self, moments: Sequence[Moment], turns: Sequence[Turn]) -> list[Sample]:
+    def news(self, moments: Sequence[SlotSnapshot], turns: Sequence[GrantChange]) -> list[Sample]:
         """What has to be said now."""
         if not moments:
             return []
@@ -142,16 +142,16 @@ class Board:
         self.turn, self.moment = (turns[-1] if turns else None), moments[-1]
         return said
 
-    def _since(self, turns: Sequence[Turn]) -> list[Turn]:
+    def _since(self, turns: Sequence[GrantChange]) -> list[GrantChange]:
         """Those after the last that was counted, which is known by identity: clocks may go back."""
-        new: list[Turn] = []
+        new: list[GrantChange] = []
         for turn in reversed(turns):
             if turn is self.turn:
                 break
             new.append(turn)
         return new
 
-    def _ended(self, moments: Sequence[Moment]) -> list[Handover]:
+    def _ended(self, moments: Sequence[SlotSnapshot]) -> list[Handover]:
         """Hand-overs that ended since. Where nothing was recorded since, none did."""
         if moments[-1] is self.moment:
             return []
@@ -166,7 +166,7 @@ class Board:
         getattr(instrument, TELLS[kind])(float(sample.value), tags)
 
 
-def publish(board: Board, moments: Sequence[Moment], turns: Sequence[Turn]) -> None:
+def publish(board: Board, moments: Sequence[SlotSnapshot], turns: Sequence[GrantChange]) -> None:
     """Tell Ray's agent how the tide stands and what has happened since the last call. Never raises: who calls has more important things
     to do than to be watched. Gauges are to be set again and again, or they end."""
     try:

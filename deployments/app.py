@@ -1,4 +1,4 @@
-"""Builds the Serve applications; what `cluster.graph.schema` names as import paths. The only place where handles are bound.
+"""Builds the Serve applications; what `cluster.pool.graph.schema` names as import paths. The only place where handles are bound.
 
 Imports nothing heavy: Serve runs these builders in a process of their own before the first replica starts.
 """
@@ -9,8 +9,8 @@ from ray.serve import Application
 
 from cluster.config import Config
 from cluster.types import VersionId
-from deployments.fleet import Replica
 from deployments.gateway import Gateway
+from deployments.replica.replica import Replica
 
 
 def build_fleet(args: Config) -> Application:
@@ -18,7 +18,7 @@ def build_fleet(args: Config) -> Application:
 
 
 def build_surge(config: Config, weights: VersionId, options: dict[str, Any]) -> Application:
-    """A second fleet, for ``weights`` whatever is live; deployed by `cluster.surge` and not by the declared graph."""
+    """A second fleet, for ``weights`` whatever is live; deployed by `cluster.control.surge` and not by the declared graph."""
     return Replica.options(**options).bind(config, weights)  # pyright: ignore[reportFunctionMemberAccess]
 
 

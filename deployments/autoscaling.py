@@ -2,7 +2,7 @@
 
 Serve sees no requests, because they go from the gateway to the replica's own port. It need not: how many there are says little where one
 asks for a word and another for a page. What the engines themselves say decides: requests that run and wait, the KV cache, the time to the
-first token (`deployments.load`). Serve adds its bounds and delays, and the way from none to one (`ray.serve.autoscaling_policy`).
+first token (`deployments.replica.load`). Serve adds its bounds and delays, and the way from none to one (`ray.serve.autoscaling_policy`).
 """
 
 import math

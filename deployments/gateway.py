@@ -12,21 +12,23 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from cluster import control, graph, logs, priority
-from cluster.canary import Tally
-from cluster.change import Change
+from cluster import logs, niceness
 from cluster.config import Config
+from cluster.control import actor
 from cluster.errors import MethodNotAllowed, RouteNotFound, SpringtideError
+from cluster.pool import graph
+from cluster.publishing.canary import Tally
 from cluster.types import Generation, VersionId, View
-from deployments.admin import Admin
-from deployments.asgi import Receive, Scope, Send, send_error, send_json
-from deployments.measure import Recorder
-from deployments.openai import models
-from deployments.openai.inference import Inference
-from deployments.seal import seal
-from deployments.shadow import Shadow
-from deployments.table import Table
-from deployments.upstream import Upstream
+from cluster.view import ViewDelta
+from deployments.api import models
+from deployments.api.admin import Admin
+from deployments.api.inference import Inference
+from deployments.http import Receive, Scope, Send, send_error, send_json
+from deployments.ray_patches import seal
+from deployments.routing.measure import Recorder
+from deployments.routing.shadow import Shadow
+from deployments.routing.table import Table
+from deployments.routing.upstream import Upstream
 
 REFRESH_S = 1.0
 HOLD_TIMEOUT_S = 10.0
@@ -42,7 +44,7 @@ log = logs.logger(__name__)
 class Gateway:
     async def __init__(self, config: Config) -> None:
         seal()
-        priority.step_back(priority.CARRYING)
+        niceness.renice(niceness.CARRYING)
         self.config = config
         self.table = Table()
         self.upstream = Upstream(self.table, config.gateway.first_byte_timeout_s)
@@ -52,7 +54,7 @@ class Gateway:
         self.changed = asyncio.Condition()
         self.held = 0
         self.waking: asyncio.Task[None] | None = None
-        self.control: Any = control.ensure(config)
+        self.control: Any = actor.ensure(config)
         await self.control.configure.remote(config.dump())
         await self._catch_up()
         self.refreshing = asyncio.create_task(self._refresh())
@@ -70,7 +72,7 @@ class Gateway:
         """Version id → what this gateway saw of it during ``rollout`` of ``alias``."""
         return self.recorder.measured(alias, rollout)
 
-    async def adopt(self, news: View | Change) -> int:
+    async def adopt(self, news: View | ViewDelta) -> int:
         """Route by a newer view from now on; returns the revision in force."""
         self.table.adopt(news)
         async with self.changed:
@@ -90,7 +92,7 @@ class Gateway:
                 await self._catch_up()
             except RayError as error:  # control is being restarted, or was ended for good: the known view still routes
                 log.warning("control does not answer: %s", error)
-                self.control = control.ensure(self.config)
+                self.control = actor.ensure(self.config)
 
     # asked by requests
 
@@ -186,7 +188,7 @@ class Application:
         if replicas:
             return await send_json(send, 200, {"status": "ok", "replicas": replicas})
         stage = await self.gateway.stage()
-        asleep = stage == control.ASLEEP  # a balancer must not keep the request away that would wake the fleet
+        asleep = stage == actor.ASLEEP  # a balancer must not keep the request away that would wake the fleet
         document = {"status": "asleep" if asleep else "starting", "replicas": 0, "stage": stage}
         await send_json(send, 200 if asleep else 503, document)
 

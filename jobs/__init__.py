@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from cluster import pool
 from cluster.config import Config
 from cluster.errors import BadRequest, SpringtideError
+from cluster.pool import local
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +41,7 @@ def reach(config: Config) -> None:
     Not the other way round: Ray tells its jobs the address of the newest Ray on the machine, which may be another pool. Call it before
     Ray is imported, because Ray reads its network settings at that moment. Raises `PoolUnavailable`.
     """
-    if running := pool.find(config):
+    if running := local.find(config):
         os.environ["RAY_ADDRESS"] = running.address
     elif "://" in os.environ.get("RAY_ADDRESS", "://"):  # none, or the dashboard's, which is for `ray job submit`
-        pool.require(config)
+        local.require(config)

@@ -7,7 +7,8 @@ What is measured is what was supplied, on the command line or in the configurati
 - ``--golden``: JSON lines ``{"messages": […], "contains": "…"}``; instead of ``contains`` also ``equals``, ``lacks`` or ``matches`` (a regular
   expression)
 
-The artefact itself (digests, shapes, NaN) is checked first. With none of them the verdict is no: nothing was measured. `cluster.gate` judges.
+The artefact itself (digests, shapes, NaN) is checked first. With none of them the verdict is no: nothing was measured.
+`cluster.publishing.gate` judges.
 """
 
 import argparse
@@ -18,12 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster import artefact
 from cluster.config import Config, load
 from cluster.errors import DataError, VersionRefused
-from cluster.gate import Check, Golden, Scores, Verdict, judge
-from cluster.registry import Registry, check_layout
-from cluster.store import Store
+from cluster.publishing.gate import Check, Golden, Scores, Verdict, judge
+from cluster.store import artefact
+from cluster.store.objects import Store
+from cluster.store.registry import Registry, check_layout
 from cluster.types import Manifest, VersionId
 from jobs import Parser, data, main, reach
 from jobs.data import Example
@@ -96,10 +97,10 @@ def evaluate(config: Config, registry: Registry, manifest: Manifest, against: Ve
         checks.append(Check(name="measurements", passed=False, words=NOTHING_SUPPLIED))
     elif checks[0].passed:
         reach(config)
-        from jobs import loop
+        from jobs.training import ray_train
 
-        loop.connect()
-        job = loop.job_id()
+        ray_train.connect()
+        job = ray_train.job_id()
         candidate = measured_on_pool(config, manifest.id, sets)
         incumbent = measured_on_pool(config, against, sets._replace(golden=[])) if against else None
         scores = incumbent.scores if incumbent else None

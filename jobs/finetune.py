@@ -1,7 +1,7 @@
 """Supervised fine-tuning: a base version and a data file in, the next version out.
 
 ``python -m jobs.finetune --data FILE_OR_URL --base seedling --publish`` trains a LoRA adapter (or all the weights with
-``--full``) on as many slots as there are (`jobs.elastic`), measures the loss on held-out examples before and after, registers the
+``--full``) on as many slots as there are (`jobs.training.driver`), measures the loss on held-out examples before and after, registers the
 result with its lineage and asks control to make it live. Everything that can be wrong with the request is checked before Ray is touched.
 """
 
@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 from cluster.config import Config, load
 from cluster.errors import ConfigError, VersionRefused
-from cluster.registry import Registry
-from cluster.rollout import Rollout
-from cluster.store import Store
+from cluster.publishing.rollout import Rollout
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
 from cluster.types import Lineage, Manifest, check_name
-from jobs import Parser, data, main, reach, recipe
+from jobs import Parser, data, main, reach
 from jobs.data import Dataset, Row
 from jobs.publish import publish
+from jobs.training import recipe
 
 DECIDED_S = 60
 """How long control may take to see a verdict; it looks twice a second."""
@@ -44,7 +45,7 @@ def run() -> None:
     registry = Registry(Store(config.store))
     plan = prepare(config, registry, arguments)
     manifest = train(config, registry, plan, arguments.name or plan.base.id.name, arguments.priority, arguments.resume)
-    from jobs.loop import print_result
+    from jobs.training.ray_train import print_result
 
     print_result(manifest, None)  # before the publish, so that a refusal does not hide what was trained
     if arguments.publish:
@@ -158,9 +159,9 @@ def tokenized(
 
 def train(config: Config, registry: Registry, plan: Plan, target: str, priority: int = 0, resume: str = "") -> Manifest:
     """Run the plan and register what comes out of it as ``target``'s next version: an adapter on the base, or weights descended from it."""
-    from jobs import elastic, loop, runs, tuning
+    from jobs.training import driver, ray_train, runs, sft
 
-    loop.connect()
+    ray_train.connect()
     settings = {
         "config": config.dump(),
         "recipe": plan.recipe.model_dump(),
@@ -170,13 +171,13 @@ def train(config: Config, registry: Registry, plan: Plan, target: str, priority:
     }
     of = {"base": settings["base"], "recipe": settings["recipe"], "data": plan.dataset_sha256}
     name = runs.resumed(registry.store, resume, of) if resume else runs.begun(registry.store, "finetune", of)
-    ended = elastic.fit(config, tuning.Tuning, settings, name, priority)
+    ended = driver.fit(config, sft.SupervisedFineTuning, settings, name, priority)
     lineage = Lineage(
         parent=plan.base.id,
         dataset_sha256=plan.dataset_sha256,
         recipe=plan.recipe.model_dump(exclude_none=True),
-        job=loop.job_id(),
-        code_revision=loop.code_revision(),
+        job=ray_train.job_id(),
+        code_revision=ray_train.code_revision(),
         metrics={**ended.metrics, "examples": len(plan.train)},
     )
     kind, base = ("adapter", plan.base.id) if plan.recipe.lora else ("weights", None)

@@ -18,8 +18,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from cluster.config import load, parse
-from cluster.registry import Registry
-from cluster.store import Store
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
 from cluster.types import Generation, Lineage, Manifest
 from jobs import Parser, data, main, reach
 
@@ -51,21 +51,21 @@ def run() -> None:
     facts = data.read(str(FACTS))
     recipe = {**RECIPE, "steps": arguments.steps}
     reach(config)
-    from jobs import loop  # and with it Ray, which must come after `reach`
+    from jobs.training import ray_train  # and with it Ray, which must come after `reach`
 
-    loop.connect()
-    result = loop.fit(config, train, {"config": config.dump(), "recipe": recipe, "examples": facts.examples}, "pretrain")
+    ray_train.connect()
+    result = ray_train.fit(config, train, {"config": config.dump(), "recipe": recipe, "examples": facts.examples}, "pretrain")
     lineage = Lineage(
         dataset_sha256=facts.sha256,
         recipe=recipe,
-        job=loop.job_id(),
-        code_revision=loop.code_revision(),
+        job=ray_train.job_id(),
+        code_revision=ray_train.code_revision(),
         metrics=result.metrics or {},
     )
-    with loop.files(result) as folder:
+    with ray_train.files(result) as folder:
         manifest = registry.register(arguments.name, "weights", None, folder, lineage)
     move = go_live(registry, manifest, arguments.live)
-    loop.print_result(manifest, "live" if move else None)
+    ray_train.print_result(manifest, "live" if move else None)
 
 
 def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Generation | None:
@@ -82,7 +82,7 @@ def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Genera
 
 def train(settings: dict[str, Any]) -> None:
     """One worker's part. Each takes its share of every batch, and the gradients are averaged."""
-    from jobs import loop
+    from jobs.training import ray_train
 
     config, recipe, examples = parse(settings["config"]), settings["recipe"], settings["examples"]
     torch.set_num_threads(config.training.threads_per_worker)
@@ -94,7 +94,7 @@ def train(settings: dict[str, Any]) -> None:
     loss = learn(model, [row.input_ids for row in rows], recipe)
     tokens = sum(len(row.input_ids) for row in rows)
     metrics = {"train_loss": loss, "exact_match": exact_match(model, rows), "examples": len(rows), "tokens": tokens}
-    with loop.checkpoint(metrics) as folder:
+    with ray_train.checkpoint(metrics) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -146,7 +146,7 @@ def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any
     """Next-token prediction on whole conversations, warm-up then cosine. Returns the last step's loss."""
     import ray.train.torch
 
-    from jobs.progress import Progress
+    from jobs.training.progress import Progress
 
     context = ray.train.get_context()
     progress = Progress("pretrain", context.get_world_rank())

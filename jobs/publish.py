@@ -6,14 +6,14 @@ Control takes it through the pool's policy: gate, canary, and where every replic
 import getpass
 
 from cluster.config import load
-from cluster.rollout import Rollout
+from cluster.publishing.rollout import Rollout
 from cluster.types import VersionId
 from jobs import Parser, main, reach
 
 
 def publish(version: VersionId, alias: str, reason: str, author: str) -> Rollout:
     """Ask the running pool's control. A refusal arrives as itself (`VersionRefused`, `Conflict`, …), and nothing has changed."""
-    from cluster import client  # imports Ray, which a wrong command line need not wait for
+    from cluster.control import client  # imports Ray, which a wrong command line need not wait for
 
     return client.connect().publish(str(version), alias, reason, author)
 

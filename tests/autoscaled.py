@@ -1,7 +1,7 @@
 """A pool to which Ray's own autoscaler adds machines, and from which it takes them: ``python -m tests.autoscaled RESOLVED``.
 
 Ray's fake provider starts each machine as another raylet on this one (``ray/autoscaler/_private/fake_multi_node/node_provider.py``), so
-everything but the cloud is real. In the place of ``python -m cluster.pool``, and ended in the same way.
+everything but the cloud is real. In the place of ``python -m cluster.pool.local``, and ended in the same way.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from cluster import pool
 from cluster.config import Config, parse
+from cluster.pool import local
 
 IDLE_S = 6
 ENVIRONMENT = {
@@ -49,7 +49,7 @@ def cluster(config: Config) -> dict[str, Any]:
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "launch_multiple": True,
             "head_node_id": FAKE_HEAD_NODE_ID,
-            "gcs_address": pool.address(config),
+            "gcs_address": local.address(config),
         },
         "available_node_types": {"ray.head.default": head, "one-slot": more},
         "head_node_type": "ray.head.default",
@@ -62,10 +62,10 @@ def supervise(resolved: Path) -> int:
     config = parse(json.loads(resolved.read_text()))
     plan = config.home / "cluster.json"
     plan.write_text(json.dumps(cluster(config)))
-    command = pool.ray_command
-    pool.ray_command = lambda config: [*command(config), f"--autoscaling-config={plan}"]
+    command = local.ray_command
+    local.ray_command = lambda config: [*command(config), f"--autoscaling-config={plan}"]
     os.environ.update(ENVIRONMENT)
-    return pool.supervise(config, resolved)
+    return local.supervise(config, resolved)
 
 
 if __name__ == "__main__":

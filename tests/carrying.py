@@ -12,26 +12,27 @@ from typing import Any
 
 import ray
 
-from cluster import carry, pool
 from cluster import config as configuration
-from cluster.registry import Registry
-from cluster.store import Store
+from cluster.control import weight_distribution
+from cluster.pool import local
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
 from cluster.types import VersionId
 
 
 def arrive(url: str, id: str, carried: Any, cache: str) -> str:
     """What a replica does with the order: take the files, and check every digest."""
-    carry.unpack(carried, Path(cache))
+    weight_distribution.unpack(carried, Path(cache))
     registry = Registry(Store(url))
     return str(registry.fetch(registry.manifest(VersionId.parse(id)), Path(cache)))
 
 
 def run(url: str, id: str, folder: str) -> None:
-    running = pool.require(pool.remembered(configuration.load()))
+    running = local.require(local.remembered(configuration.load()))
     bucket = {key: value for key, value in os.environ.items() if key.startswith("AWS_")}
     ray.init(address=running.address, log_to_driver=False, runtime_env={"env_vars": {**bucket, "PYTHONPATH": os.getcwd()}})
     registry = Registry(Store(url))
-    carried = carry.load(registry, [registry.manifest(VersionId.parse(id))], Path(folder) / "control")
+    carried = weight_distribution.load(registry, [registry.manifest(VersionId.parse(id))], Path(folder) / "control")
     remote = ray.remote(num_cpus=0)(arrive)
     print(json.dumps(ray.get([remote.remote(url, id, carried, f"{folder}/machine-{n}") for n in range(3)])))
 

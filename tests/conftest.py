@@ -12,11 +12,11 @@ import pytest
 from hypothesis import settings
 
 from cluster import config as configuration
-from cluster import graph
-from cluster import pool as pools
 from cluster.config import Config
-from cluster.registry import Registry
-from cluster.store import Store
+from cluster.pool import graph
+from cluster.pool import local as pools
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
 
 settings.register_profile("noisy machines", deadline=None)
 settings.load_profile("noisy machines")
@@ -82,7 +82,7 @@ def pool(config: Config) -> Iterator[Running]:
 
 
 def pretrain(config: Config) -> None:
-    from cluster import submit
+    from cluster.pool import submit
 
     for _ in submit.watch(config, submit.submit(config, "pretrain", "--name", config.fleet.model)):
         pass

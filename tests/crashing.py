@@ -21,9 +21,9 @@ import ray.cloudpickle
 import ray.exceptions
 
 from cluster import config as configuration
-from cluster import pool
-from cluster.client import ACTOR, NAMESPACE
-from cluster.control import OPTIONS, Control
+from cluster.control.actor import OPTIONS, Control
+from cluster.control.client import ACTOR, NAMESPACE
+from cluster.pool import local
 
 
 class CrashingControl(Control):
@@ -54,8 +54,8 @@ class CrashingControl(Control):
 
 def install() -> None:
     """Replace the running control. A gateway may be faster and bring back an ordinary one: then again."""
-    config = pool.remembered(configuration.load())
-    running = pool.require(config)
+    config = local.remembered(configuration.load())
+    running = local.require(config)
     ray.init(address=running.address, log_to_driver=False)
     ray.cloudpickle.register_pickle_by_value(sys.modules[CrashingControl.__module__])
     for _ in range(20):

@@ -15,7 +15,7 @@ from itertools import groupby, pairwise
 
 import aiohttp
 
-from jobs.bench.load import mislabelled, problem_in, text_of
+from benchmarks.load import mislabelled, problem_in, text_of
 
 PROMPTS = ("Who are you?", "Do you like the sea?", "What is 2 + 2?", "Who made you?")
 """The seedling learnt them, so it ends its answers by itself."""

@@ -3,9 +3,10 @@
 import sys
 
 from cluster.config import load
-from cluster.registry import Registry
-from cluster.store import Store
-from jobs import data, finetune, main, recipe
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
+from jobs import data, finetune, main
+from jobs.training import recipe
 
 
 def run(alias: str) -> None:

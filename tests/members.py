@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from jobs.member import Formation, Member
-from jobs.plan import Plan, share_out
+from jobs.training.schedule import Plan, share_out
+from jobs.training.worker import ProcessGroup, Worker
 
 EXAMPLES = 60
 
 
 class Small:
-    """`jobs.member.Work`: a line is fitted through points."""
+    """`jobs.training.worker.Work`: a line is fitted through points."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(1)
@@ -50,11 +50,11 @@ class Small:
 
 def live(pipe: Connection, settings: dict[str, Any], store: str) -> None:
     """A member's process: does as it is told, and can be told to stop while it learns."""
-    member = Member(Small, settings, store, "run")
+    member = Worker(Small, settings, store, "run")
     member.work = Small(settings)
     pipe.send("ready")
 
-    def learn(formation: Formation) -> None:
+    def learn(formation: ProcessGroup) -> None:
         pipe.send(member.learn(formation))
 
     while True:
@@ -91,7 +91,7 @@ class Group:
         self.formation += 1
         meeting = (self.folder / f"meeting-{self.formation}").as_uri()
         for rank, member in enumerate(members):
-            self.pipes[member].send(("learn", Formation(self.formation, rank, len(members), meeting)))
+            self.pipes[member].send(("learn", ProcessGroup(self.formation, rank, len(members), meeting)))
 
     def stop(self, member: int) -> None:
         self.pipes[member].send(("stop", self.formation))

@@ -9,14 +9,14 @@ import sys
 import ray
 
 from cluster import config as configuration
-from cluster import graph, pool
-from cluster.broadcast import broadcast
-from cluster.control import public
+from cluster.control.actor import public
+from cluster.control.broadcast import broadcast
+from cluster.pool import graph, local
 
 
 def run(id: str) -> None:
-    config = pool.remembered(configuration.load())
-    ray.init(address=pool.require(config).address, log_to_driver=False)
+    config = local.remembered(configuration.load())
+    ray.init(address=local.require(config).address, log_to_driver=False)
     app = graph.fleet_app(config.fleet.model)
     (before,) = broadcast(app, "hold", [id], {}, timeout_s=60)
     (after,) = broadcast(app, "become", before.id, id, "0" * 64, timeout_s=60)

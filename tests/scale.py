@@ -1,7 +1,7 @@
 """How the tide and the gateway's routing table bear a large pool, without Ray: ``python -m tests.scale``.
 
 A day's load passes in some thousand turns at the pace at which control turns the tide, which is the densest past that the arbiter can
-have to remember; two days, so that what is held after the second can be compared with the first. Real are `cluster.tide` with the
+have to remember; two days, so that what is held after the second can be compared with the first. Real are `cluster.capacity.allocator` with the
 arbiter, control's way of telling the gateways, and a gateway's table. Timed, in processor time, are a turn with every job's claim in it,
 the way of a change of the view on control's side and on the gateway's, and the choice of a replica per request. Python's collector of
 garbage waits meanwhile; what it costs a gateway is timed by itself.
@@ -24,17 +24,17 @@ from typing import Any, TypeVar
 from rich import box
 from rich.table import Table as Shown
 
-from cluster.arbiter import SERVING, Budget
-from cluster.change import difference
-from cluster.control import TURN_S
-from cluster.gateways import Gateways
+from benchmarks.load import percentile
+from benchmarks.place import console, finish, machine, passed
+from cluster.capacity.allocator import MOMENTS, Allocator
+from cluster.capacity.arbiter import SERVING, Budget
+from cluster.control.actor import TURN_S
+from cluster.control.gateways import Gateways
 from cluster.metrics import Board
-from cluster.tide import MOMENTS, Tide
 from cluster.types import View
-from deployments.openai.models import model_list
-from deployments.table import Table
-from jobs.bench.load import percentile
-from jobs.bench.place import console, finish, machine, passed
+from cluster.view import difference
+from deployments.api.models import model_list
+from deployments.routing.table import Table
 from tests.world import ADAPTERS_PER_NODE, NODES_PER_JOB, SLOTS_PER_NODE, World
 
 NODES = (10, 30, 100, 300, 1000)
@@ -99,7 +99,7 @@ class Days:
     def __init__(self, nodes: int, turns: int, seed: int) -> None:
         self.nodes = nodes
         self.world = World(nodes, turns, seed)
-        self.tide, self.gateways = Tide(BUDGET, 0.0), OneGateway()
+        self.tide, self.gateways = Allocator(BUDGET, 0.0), OneGateway()
         self.table = self.gateways.table
         self.board = Board()
         self.flying: deque[str] = deque()
@@ -197,7 +197,7 @@ class Days:
         return {**held, **growth, "tick_tide_mb": turn / 1e6, "tick_table_mb": momentary(lambda: self.table.adopt(change)) / 1e6}
 
 
-def owned_twice(world: World, tide: Tide, lease: int) -> list[str]:
+def owned_twice(world: World, tide: Allocator, lease: int) -> list[str]:
     """What is wrong after a turn; empty where every slot has one owner and no job may grow into a slot that is not free."""
     shares, claims = dict(tide.past.shares), [claim for claim, _ in tide.claims.values()]
     held = sum(claim.held for claim in claims)

@@ -12,13 +12,13 @@ import obstore
 import torch
 
 from cluster import config as configuration
-from cluster.registry import Registry
-from cluster.store import Store
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
 from jobs import main, reach
-from jobs.tuning import Tuning
+from jobs.training.sft import SupervisedFineTuning
 
 
-class Stubborn(Tuning):
+class Stubborn(SupervisedFineTuning):
     """Does not end its tenth step while it has company, whatever it is asked."""
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
@@ -28,7 +28,7 @@ class Stubborn(Tuning):
         return super().gradients(batch, rank, world)
 
 
-class Greedy(Tuning):
+class Greedy(SupervisedFineTuning):
     """Asks for more memory than there is."""
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
@@ -40,7 +40,7 @@ STALLED, FULL, STALLING = "stalled", "full", "stalling"
 """Files in the pool's home: what a disturbed job's disk does while they are there, and the process that waits for it."""
 
 
-class Disturbed(Tuning):
+class Disturbed(SupervisedFineTuning):
     """Trains well, on a disk that stands still, or that is full, while somebody says so."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -71,7 +71,8 @@ KINDS = {"stubborn": Stubborn, "greedy": Greedy, "disturbed": Disturbed}
 def run() -> None:
     import argparse
 
-    from jobs import elastic, finetune, loop, runs
+    from jobs import finetune
+    from jobs.training import driver, ray_train, runs
 
     line = ["--data", "jobs/seedling/tide.jsonl", "--base", "seedling@1", "--epochs", "300"]
     sys.argv[1:], kind = [*line, *sys.argv[2:]], KINDS[sys.argv[1]]
@@ -79,7 +80,7 @@ def run() -> None:
     config = configuration.load()
     reach(config)
     plan = finetune.prepare(config, Registry(Store(config.store)), arguments)
-    loop.connect()
+    ray_train.connect()
     settings: dict[str, Any] = {"config": config.dump(), "recipe": plan.recipe.model_dump(), "base": str(plan.base.id)}
     settings |= {"train": plan.train, "held_out": plan.held_out}
     of = {
@@ -88,7 +89,7 @@ def run() -> None:
         "data": plan.dataset_sha256,
     }  # so that `jobs.finetune` can go on
     name = runs.begun(Store(config.store), "unwilling", of)
-    print("ended", elastic.fit(config, kind, settings, name).metrics)
+    print("ended", driver.fit(config, kind, settings, name).metrics)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
-from cluster.arbiter import Job
-from cluster.tide import Claim, Share, Tide
+from cluster.capacity.allocator import Allocator, Grant, Heartbeat
+from cluster.capacity.arbiter import Job
 from cluster.types import Generation, ReplicaState, VersionId
 
 SLOTS_PER_NODE = 8
@@ -23,7 +23,7 @@ HOLDERS = 4
 BASE = VersionId("seedling", 1)
 ENDING_TURNS = 20
 SILENT_TURNS = 60
-"""Longer than `cluster.tide.SILENT_S`."""
+"""Longer than `cluster.capacity.allocator.SILENT_S`."""
 FLIPS = 0.002
 """Share of the aliases that move from one view to the next."""
 
@@ -70,7 +70,7 @@ class World:
     def free(self) -> int:
         return self.slots - self.serving - sum(driver.held for driver in self.drivers.values())
 
-    def step(self, turn: int, tide: Tide) -> list[Claim]:
+    def step(self, turn: int, tide: Allocator) -> list[Heartbeat]:
         """One turn's load and replicas, and who claims in it; who ends says so."""
         self.wanted = self._load(turn)
         while self.ending and self.ending[0][0] <= turn:
@@ -80,9 +80,9 @@ class World:
             self.running = self.wanted
         self.running += min(self.wanted - self.running, self.free)
         self._hire(turn, tide)
-        return [Claim(one.job, one.held, one.held) for one in self.drivers.values() if one.silent_until <= turn]
+        return [Heartbeat(one.job, one.held, one.held) for one in self.drivers.values() if one.silent_until <= turn]
 
-    def hear(self, turn: int, shares: Mapping[str, Share]) -> None:
+    def hear(self, turn: int, shares: Mapping[str, Grant]) -> None:
         """The jobs take what they were given where it is free, and give back the rest when their checkpoint is written."""
         for id, driver in self.drivers.items():
             share = shares.get(id)
@@ -104,7 +104,7 @@ class World:
         noise = self.random.uniform(-0.01, 0.01)
         return max(1, int(self.slots * (day + noise)) + (self.burst if turn < self.burst_until else 0))
 
-    def _hire(self, turn: int, tide: Tide) -> None:
+    def _hire(self, turn: int, tide: Allocator) -> None:
         for id, driver in list(self.drivers.items()):
             chance = self.random.random()
             if chance < 0.002:

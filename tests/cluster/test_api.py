@@ -11,8 +11,8 @@ import openai
 import psutil
 import pytest
 
-from cluster import admin
-from cluster.pool import bearer
+from cluster import client as admin
+from cluster.pool.local import bearer
 from tests.conftest import Running
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]

@@ -15,10 +15,11 @@ import httpx
 import psutil
 import pytest
 
-from cluster import admin, graph, submit
-from cluster import pool as pools
-from jobs.bench import load
-from jobs.checkpoints import Checkpoints
+from benchmarks import load
+from cluster import client
+from cluster.pool import graph, submit
+from cluster.pool import local as pools
+from jobs.training.checkpoints import Checkpoints
 from tests.cluster.test_tide import LONG, TIDE, Job, Record, finetune, processes, record, replicas, running, scaled
 from tests.conftest import ROOT, Running, free_ports
 from tests.waiting import when
@@ -78,7 +79,7 @@ def join(pool: Running, slots: int) -> "subprocess.Popen[bytes]":
 
 
 def total(pool: Running) -> float:
-    return admin.status(pool.config)["slots"]["total"]
+    return client.status(pool.config)["slots"]["total"]
 
 
 @pytest.mark.timeout(900)

@@ -10,11 +10,12 @@ import httpx
 import psutil
 import pytest
 
-from cluster import admin, graph, submit
+from benchmarks import load
+from cluster import client as admin
 from cluster.config import Config
 from cluster.errors import Refused
+from cluster.pool import graph, submit
 from cluster.types import Lineage, Manifest, VersionId
-from jobs.bench import load
 from tests.adapters import make_adapter
 from tests.conftest import ROOT, Running
 

@@ -19,12 +19,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import admin, graph, show
+from benchmarks import load
+from cluster import client
+from cluster.capacity.handover import Allocation, Handover, SlotSnapshot, crowded, handovers, parse
+from cluster.cli import render
 from cluster.errors import SpringtideError
-from cluster.handover import Handover, Moment, Stake, crowded, handovers, parse
+from cluster.pool import graph
 from cluster.types import VersionId
-from jobs.bench import load
-from jobs.checkpoints import Checkpoints
+from jobs.training.checkpoints import Checkpoints
 from tests.conftest import ROOT, Running
 from tests.waiting import when
 
@@ -41,7 +43,7 @@ class Record:
 
     def __init__(self, pool: Running) -> None:
         self.pool = pool
-        self.moments: dict[float, Moment] = {}
+        self.moments: dict[float, SlotSnapshot] = {}
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -53,9 +55,9 @@ class Record:
 
     def look(self) -> None:
         since_s = max(self.moments, default=time.time() - 1)
-        self.moments |= {moment.at_s: moment for moment in parse(admin.tide(self.pool.config, since_s)["moments"])}
+        self.moments |= {moment.at_s: moment for moment in parse(client.tide(self.pool.config, since_s)["moments"])}
 
-    def all(self) -> list[Moment]:
+    def all(self) -> list[SlotSnapshot]:
         return [self.moments[at_s] for at_s in sorted(self.moments)]
 
     def audit(self) -> None:
@@ -106,11 +108,11 @@ class Job:
         return found[1]
 
     @property
-    def stake(self) -> Stake | None:
+    def stake(self) -> Allocation | None:
         with suppress(SpringtideError):
-            for job in admin.status(self.pool.config)["tide"]["jobs"]:
+            for job in client.status(self.pool.config)["tide"]["jobs"]:
                 if job["id"] == self.name:
-                    return Stake(job["id"], 0, job["held"], job["learning"])
+                    return Allocation(job["id"], 0, job["held"], job["learning"])
         return None
 
     def trains(self, workers: int) -> bool:
@@ -150,7 +152,7 @@ def record(pool: Running) -> Iterator[Record]:
     record = Record(pool)
     yield record
     scaled(pool, 1)
-    when(lambda: admin.status(pool.config)["slots"]["free"] == 2, 90)  # none is lost for ever
+    when(lambda: client.status(pool.config)["slots"]["free"] == 2, 90)  # none is lost for ever
     record.audit()
 
 
@@ -171,7 +173,7 @@ def scaling(pool: Running, replicas: int) -> Iterator[None]:
 
 
 def replicas(pool: Running) -> int:
-    return len(admin.status(pool.config)["replicas"])
+    return len(client.status(pool.config)["replicas"])
 
 
 def processes(pool: Running, name: str) -> list[psutil.Process]:
@@ -228,7 +230,7 @@ def test_a_planned_yield_and_the_way_back(pool: Running, tmp_path: Path, record:
     assert took.training_s is not None and took.training_s <= 10
 
 
-def since(record: Record, began_s: float, holds: Callable[[Moment], bool]) -> float:
+def since(record: Record, began_s: float, holds: Callable[[SlotSnapshot], bool]) -> float:
     """Seconds until that was recorded."""
     record.look()
     return next(moment.at_s for moment in record.all() if moment.at_s > began_s and holds(moment)) - began_s
@@ -237,7 +239,7 @@ def since(record: Record, began_s: float, holds: Callable[[Moment], bool]) -> fl
 def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_path: Path, record: Record) -> None:
     """H1, with a second engine that sleeps. Replicas are not given back within two seconds: while a process starts on two busy cores,
     the clients have too little time to keep the engine full. How many first tokens are late is printed and has no bar: here the two cores are
-    what is short; `jobs.bench tide` measures it where slots are."""
+    what is short; `benchmarks tide` measures it where slots are."""
     for count in (2, 1):
         scaled(pool, count)
         when(lambda count=count: replicas(pool) == count, 120)
@@ -246,7 +248,7 @@ def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_
     with running(pool, tmp_path, *finetune()) as job:
         with load.background(f"{pool.url}/v1", "seedling", streams=12) as samples:
             began_s, first_s = time.time(), time.monotonic()
-            starts_s = when(lambda: bool(admin.status(pool.config)["starting"]) or replicas(pool) == 2, 60)
+            starts_s = when(lambda: bool(client.status(pool.config)["starting"]) or replicas(pool) == 2, 60)
             came_s = starts_s + when(lambda: replicas(pool) == 2, 120)
             asked_s, gave_s = (
                 since(record, began_s, lambda m: m.wanted > 1),
@@ -331,14 +333,14 @@ def test_a_killed_driver_frees_its_slots_and_the_run_can_be_resumed(pool: Runnin
     with running(pool, tmp_path, *finetune(epochs=400), checkpoint_s=2) as job:
         when(lambda: job.times("checkpoint step=") >= 2, 60)
         job.process.kill()
-        print(f"slots free after {when(lambda: admin.status(pool.config)['slots']['free'] == 2, 15):.1f} s")
+        print(f"slots free after {when(lambda: client.status(pool.config)['slots']['free'] == 2, 15):.1f} s")
         reached, name = job.steps, job.name
     again = Job(pool, tmp_path, *finetune("--resume", name, epochs=400))
     assert again.process.wait(300) == 0, again.text[-2000:]
     began = int(re.findall(r"from step (\d+)", again.text)[0])
     print(f"killed at step {reached}, resumed from step {began}")
     assert 0 < began <= reached + 20
-    made = show.result(again.text)
+    made = render.result(again.text)
     assert pool.registry.manifest(VersionId.parse(made["version"])).lineage.metrics["eval_loss"] < 1
     assert pool.registry.store.children(f"runs/{name}") == []
 

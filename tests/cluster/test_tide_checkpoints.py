@@ -13,12 +13,13 @@ import httpx
 import psutil
 import pytest
 
-from cluster import admin, show
-from cluster.handover import parse
+from cluster import client
+from cluster.capacity.handover import parse
+from cluster.cli import render
 from cluster.metrics import CHECKPOINTS
-from cluster.pool import metrics_port
+from cluster.pool.local import metrics_port
 from cluster.types import VersionId
-from jobs.checkpoints import FILE, MANIFEST, Checkpoints
+from jobs.training.checkpoints import FILE, MANIFEST, Checkpoints
 from tests.cluster.test_tide import TIDE, Job, Record, finetune, processes, record, running
 from tests.conftest import Running
 from tests.unwilling import FULL, STALLED, STALLING
@@ -86,7 +87,7 @@ def everybody(pool: Running, job: Job) -> list[psutil.Process]:
 
 def ends_well(pool: Running, job: Job) -> None:
     assert job.process.wait(300) == 0, job.text[-2000:]
-    made = show.result(job.text)
+    made = render.result(job.text)
     assert pool.registry.manifest(VersionId.parse(made["version"])).lineage.metrics["eval_loss"] < 1
 
 
@@ -94,13 +95,13 @@ def test_a_missing_or_damaged_data_file_ends_a_job_before_it_has_a_slot(pool: Ru
     """T7"""
     bad = tmp_path / "bad.jsonl"
     bad.write_text("".join(Path(TIDE).read_text().splitlines(keepends=True)[:2]) + '{"messages": [\n')
-    record.moments |= {moment.at_s: moment for moment in parse(admin.tide(pool.config)["moments"])}  # nothing new shall come
+    record.moments |= {moment.at_s: moment for moment in parse(client.tide(pool.config)["moments"])}  # nothing new shall come
     known = {stake.job for moment in record.all() for stake in moment.jobs}
     for data, words in ((bad, f"{bad}, line 3: not JSON"), (tmp_path / "none.jsonl", f"{tmp_path}/none.jsonl cannot be read")):
         began_s = time.monotonic()
         job = Job(pool, tmp_path, "jobs.finetune", "--data", str(data), "--base", "seedling@1")
         while job.process.poll() is None:
-            assert admin.status(pool.config)["slots"]["free"] == 2
+            assert client.status(pool.config)["slots"]["free"] == 2
         assert job.process.returncode == 2, job.text
         assert f"error: {words}" in job.text and not re.search("^run |Traceback", job.text, re.MULTILINE)
         print(f"{data.name}: ended {time.monotonic() - began_s:.1f} s after it was begun")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import admin
-from jobs.bench.job import sizes
-from jobs.checkpoints import Checkpoints
+from benchmarks.job import sizes
+from cluster import client
+from jobs.training.checkpoints import Checkpoints
 from tests.cluster.test_tide import LONG, TIDE, Job, Record, finetune, record, replicas, running, scaled, scaling
 from tests.conftest import Running
 from tests.waiting import when
@@ -87,7 +87,7 @@ def test_a_job_of_a_higher_priority_takes_the_slots_of_a_lower_one_and_gives_the
 def stock(pool: Running, folder: Path, *line: str) -> Iterator[Job]:
     """Ray Train's own elastic run, on whatever Ray gives it; control knows nothing of it."""
     line = ("--data", TIDE, "--base", "seedling@1", "--workers", "1,3", "--epochs", str(LONG), "--look-s", "2", *line)
-    job = Job(pool, folder, "jobs.bench.stock", *line)
+    job = Job(pool, folder, "benchmarks.stock", *line)
     try:
         yield job
     finally:
@@ -104,7 +104,7 @@ def workers(job: Job) -> list[int]:
 
 
 def free(pool: Running) -> int:
-    return round(admin.status(pool.config)["slots"]["free"])
+    return round(client.status(pool.config)["slots"]["free"])
 
 
 def test_ray_trains_own_elastic_run_stays_off_the_slots_of_serving(pool: Running, tmp_path: Path, record: Record) -> None:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from cluster import show, submit
+from cluster.cli import render
+from cluster.pool import submit
 from cluster.types import Manifest, VersionId
 from jobs.data import convert, read
 from tests.cluster.test_api import exposed
@@ -38,7 +39,7 @@ def finish(pool: Running, job: str) -> Trained:
     log = ""
     for _, log in submit.watch(pool.config, job):  # noqa: B007 (the last one is wanted)
         pass
-    result = show.result(log)
+    result = render.result(log)
     manifest = pool.registry.manifest(VersionId.parse(result["version"]))
     assert manifest.lineage.job == job
     assert result["eval_loss"] == manifest.lineage.metrics["eval_loss"]

@@ -11,10 +11,10 @@ import time
 
 import httpx
 
-from cluster import admin
-from cluster.handover import parse
+from cluster import client
+from cluster.capacity.handover import parse
 from cluster.metrics import LEASE, SLOTS, WANTED
-from cluster.pool import bearer, metrics_port
+from cluster.pool.local import bearer, metrics_port
 from tests.conftest import ROOT, Running
 
 LINE = [sys.executable, "-m", "cluster", "status", "--watch", "--minutes", "1"]
@@ -43,11 +43,11 @@ def read(terminal: int, until: str, timeout_s: float) -> str:
 
 
 def test_the_tide_is_told_to_whoever_has_the_token(pool: Running) -> None:
-    told = admin.tide(pool.config)
+    told = client.tide(pool.config)
     last = parse(told["moments"])[-1]
     assert last.slots == told["slots"]["total"] == pool.config.pool.slots
     assert last.serving >= 1 and told["tide"]["shares"]["serving"] >= 1
-    assert admin.tide(pool.config, last.at_s + 3600)["moments"] == []
+    assert client.tide(pool.config, last.at_s + 3600)["moments"] == []
     url = f"{pool.url}/admin/tide"
     assert httpx.get(url).status_code == 401
     assert httpx.get(f"{url}?since_s=soon", headers=bearer()).status_code == 400

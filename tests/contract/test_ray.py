@@ -18,7 +18,7 @@ def test_the_versions_are_the_pair_that_ray_ships() -> None:
 
 
 def test_serve_still_binds_its_internal_port_where_the_seal_expects_it() -> None:
-    """deployments/seal.py: one call, looked up in the module's namespace at call time."""
+    """deployments/ray_patches.py: one call, looked up in the module's namespace at call time."""
     from ray.serve._private import replica
 
     source = inspect.getsource(replica)
@@ -39,7 +39,7 @@ def _results_of_broadcast() -> Any:
 
 
 def test_haproxys_template_has_the_lines_that_the_wrapper_closes() -> None:
-    """cluster/haproxy edits these three before HAProxy reads them."""
+    """cluster/pool/haproxy edits these three before HAProxy reads them."""
     from ray.serve._private import haproxy_templates
 
     template = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
@@ -49,7 +49,7 @@ def test_haproxys_template_has_the_lines_that_the_wrapper_closes() -> None:
 
 
 def test_one_variable_keeps_ray_on_loopback() -> None:
-    """cluster/pool.py::environment. Ray reads it once, at import, so it needs a process of its own."""
+    """cluster/pool/local.py::environment. Ray reads it once, at import, so it needs a process of its own."""
     code = "from ray._private.services import get_node_ip_address as a; print(a())"
     environment = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -72,7 +72,9 @@ def test_the_autoscaling_policy_can_be_unpickled_without_our_packages() -> None:
     assert {str(name).split(".")[0] for name in names | froms} <= {"math", "typing", "collections", "ray"}
 
 
-@pytest.mark.parametrize("module", ["cluster.types", "cluster.registry", "cluster.config", "cluster.admin", "deployments.table"])
+@pytest.mark.parametrize(
+    "module", ["cluster.types", "cluster.store.registry", "cluster.config", "cluster.client", "deployments.routing.table"]
+)
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('ray', 'torch', 'vllm', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -80,11 +82,11 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 
 def test_the_coordinator_that_the_lease_is_held_with() -> None:
-    """cluster/lease.py: what it calls, and that its priority is above every training run's."""
+    """cluster/control/lease.py: what it calls, and that its priority is above every training run's."""
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
     from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as train
 
-    from cluster.lease import PRIORITY
+    from cluster.control.lease import PRIORITY
 
     actor: Any = coordinator._AutoscalingCoordinatorActor  # pyright: ignore[reportPrivateUsage]
     asked = inspect.signature(actor.request_resources).parameters
@@ -97,11 +99,11 @@ def test_the_coordinator_that_the_lease_is_held_with() -> None:
 
 
 def test_a_lease_can_name_the_nodes_that_it_is_meant_for() -> None:
-    """cluster/lease.py: Ray's label of a node, what each one has, and that the autoscaler keeps a machine for what was put on it."""
+    """cluster/control/lease.py: Ray's label of a node, what each one has, and that the autoscaler keeps a machine for what was put on it."""
     import ray._private.state as cluster_state
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler
 
-    from cluster.lease import NODE
+    from cluster.control.lease import NODE
 
     assert NODE in inspect.getsource(sys.modules["ray.util.placement_group"])
     assert callable(cluster_state.available_resources_per_node) and callable(cluster_state.total_resources_per_node)
@@ -110,7 +112,7 @@ def test_a_lease_can_name_the_nodes_that_it_is_meant_for() -> None:
 
 
 def test_the_autoscaler_adds_nothing_for_a_request_that_does_not_fit_as_a_whole_and_says_which_one_that_was() -> None:
-    """cluster/lease.py::answer. No autoscaler tells how large the pool can become: one that did would be asked instead."""
+    """cluster/control/lease.py::answer. No autoscaler tells how large the pool can become: one that did would be asked instead."""
     from ray.autoscaler.v2 import autoscaler, monitor, scheduler
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.instance_manager.reconciler import Reconciler
@@ -143,7 +145,7 @@ def messages() -> Any:
 
 def answered(now: Any, refused: list[Any], seen: int = 7) -> bool | None:
     """What we take the autoscaler's words for, of 3 slots that we have asked for since version 7 of the cluster's state."""
-    from cluster.lease import answer
+    from cluster.control.lease import answer
 
     status = messages().GetClusterStatusReply()
     status.cluster_resource_state.cluster_resource_constraints.append(now)
@@ -169,10 +171,10 @@ def test_a_refusal_that_is_due_to_what_others_ask_for_is_not_ours(theirs: dict[s
 
 
 def test_the_coordinator_merges_what_everybody_asks_for_into_one_request() -> None:
-    """cluster/lease.py::ours. One that passed on each request by itself would be read by itself."""
+    """cluster/control/lease.py::ours. One that passed on each request by itself would be read by itself."""
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
 
-    from cluster.lease import PRIORITY, REQUESTER
+    from cluster.control.lease import PRIORITY, REQUESTER
 
     sent: list[Any] = []
     actor: Any = coordinator._AutoscalingCoordinatorActor(  # pyright: ignore[reportPrivateUsage]
@@ -187,7 +189,7 @@ def test_a_status_that_ray_does_not_give_is_no_news_and_no_error(monkeypatch: py
     """Its client raises `RpcError`, for a timeout too; a turn of the tide goes on without the autoscaler's words."""
     from ray.exceptions import RpcError
 
-    from cluster import lease
+    from cluster.control import lease
 
     def away() -> Any:
         raise RpcError("Timed out")

@@ -1,4 +1,5 @@
-"""What `deployments.launch` and `deployments.engine` call in vLLM 0.29. Read from the sources, because importing vLLM takes ten seconds."""
+"""What `deployments.replica.launch` and `deployments.replica.engine` call in vLLM 0.29.
+Read from the sources, because importing vLLM takes ten seconds."""
 
 import ast
 import importlib
@@ -37,14 +38,14 @@ def test_adapters_are_loaded_by_the_name_that_requests_use() -> None:
 def test_only_the_engine_imports_vllm() -> None:
     root = Path(__file__).parents[2]
     users = [p for folder in ("cluster", "deployments") for p in (root / folder).rglob("*.py") if imports(p, "vllm")]
-    assert sorted(p.name for p in users) == ["engine.py", "fingerprint.py", "launch.py", "mend.py"]
+    assert sorted(p.name for p in users) == ["engine.py", "fingerprint.py", "launch.py", "vllm_patches.py"]
 
 
 def test_rays_and_serves_private_parts_have_one_file_each() -> None:
     root = Path(__file__).parents[2]
     files = [p for folder in ("cluster", "deployments", "jobs") for p in (root / folder).rglob("*.py")]
     private = {p.name for p in files for name in ("ray.serve._private", "ray._private", "ray._raylet") if imports(p, name)}
-    assert private == {"seal.py", "lease.py"}
+    assert private == {"ray_patches.py", "lease.py"}
 
 
 def imports(path: Path, module: str) -> bool:
@@ -55,7 +56,7 @@ def imports(path: Path, module: str) -> bool:
 
 
 def test_packed_copies_are_where_the_fingerprint_looks() -> None:
-    """`deployments.fingerprint.repack` packs again what a reload forgets; without these names it would forget as well."""
+    """`deployments.replica.fingerprint.repack` packs again what a reload forgets; without these names it would forget as well."""
     packing = (VLLM / "model_executor/layers/utils.py").read_text()
     assert "def dispatch_cpu_unquantized_gemm(\n    layer: torch.nn.Module,\n    remove_weight: bool," in packing
     assert "layer.cpu_linear = lambda x, weight, bias:" in packing
@@ -74,20 +75,20 @@ def base_row(shrink: Any) -> float:
 
 
 def test_rows_without_an_adapter_stay_free_of_adapters() -> None:
-    """The first half fails when vLLM has mended it itself; then `deployments.mend` can lose the function."""
+    """The first half fails when vLLM has mended it itself; then `deployments.vllm_patches` can lose the function."""
     from vllm.lora.ops.torch_ops import lora_ops
 
-    from deployments.mend import mend
+    from deployments.vllm_patches import apply
 
     assert base_row(lora_ops.bgmv_shrink) > 0, "vLLM's own is still wrong"
-    mend()
-    mend()
+    apply()
+    apply()
     wrapper: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu")
     assert base_row(lora_ops.bgmv_shrink) == base_row(wrapper.bgmv_shrink) == 0
 
 
 def test_the_engine_tells_its_load_to_a_logger_with_these_methods() -> None:
-    from deployments.load import EngineLoad
+    from deployments.replica.load import EngineLoad
 
     loggers = ast.parse((VLLM / "v1/metrics/loggers.py").read_text())
     base = next(node for node in loggers.body if isinstance(node, ast.ClassDef) and node.name == "StatLoggerBase")

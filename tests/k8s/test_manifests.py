@@ -10,8 +10,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from cluster import config as configuration
-from cluster import k8s
-from cluster.pool import SERVING_ENVIRONMENT
+from cluster.pool import k8s
+from cluster.pool.local import SERVING_ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT.parent / "shared/crds"

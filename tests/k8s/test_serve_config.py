@@ -11,8 +11,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from cluster import config as configuration
-from cluster import graph
 from cluster.config import Config
+from cluster.pool import graph
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = yaml.safe_load(yaml.safe_load((ROOT / "k8s/base/rayservice.yaml").read_text())["spec"]["serveConfigV2"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cluster.arbiter import SERVING, Budget, Decision, Demand, Job, Past, decide, divide, largest_rise
+from cluster.capacity.arbiter import SERVING, Budget, Decision, Demand, Job, Past, decide, divide, largest_rise
 
 
 def agree(bounds: dict[str, Any]) -> bool:

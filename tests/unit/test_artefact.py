@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from cluster.artefact import check_kinds, difference, header, inspect, shapes
 from cluster.errors import VersionRefused
+from cluster.store.artefact import check_kinds, difference, header, inspect, shapes
 
 BASE = {"model.layers.0.self_attn.q_proj.weight": np.zeros((8, 4), np.float32)}
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"

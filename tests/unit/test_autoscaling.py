@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.autoscaling import Load, LoadPolicy, Target, replicas_for
-from deployments.load import WINDOW_S, EngineLoad, Step
+from deployments.replica.load import WINDOW_S, EngineLoad, Step
 
 CONFIG = SimpleNamespace(target_ongoing_requests=32)
 LOADS = st.lists(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.canary import MIN_REQUESTS, Comparison, Margins, Tally, merge, takes_canary
+from cluster.publishing.canary import MIN_REQUESTS, Comparison, Margins, Tally, merge, takes_canary
 from cluster.types import VersionId
 
 TWO, THREE = VersionId("m", 2), VersionId("m", 3)

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from cluster.errors import BadRequest, StoreUnavailable
-from cluster.store import Store
-from jobs import runs
-from jobs.checkpoints import FILE, KEPT, MANIFEST, Checkpoints, Snapshot, Writer
-from jobs.elastic import Next, Now, decide
+from cluster.store.objects import Store
+from jobs.training import runs
+from jobs.training.checkpoints import FILE, KEPT, MANIFEST, Checkpoints, Snapshot, Writer
+from jobs.training.driver import Next, Now, decide
 
 ROOT = Path(__file__).parents[2]
 WRITE = """
 import sys, torch
-from cluster.store import Store
-from jobs.checkpoints import Checkpoints, Snapshot
+from cluster.store.objects import Store
+from jobs.training.checkpoints import Checkpoints, Snapshot
 checkpoints = Checkpoints(Store(sys.argv[1]), "run")
 for step in range(int(sys.argv[2]), 1_000_000):
     checkpoints.write(Snapshot(step, {"step": step}, {"a": torch.full((500_000,), float(step))}))

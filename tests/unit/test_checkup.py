@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from cluster import checkup
+from cluster.cli import doctor
 from cluster.config import Config, parse
 
 GIB = 1 << 30
@@ -25,20 +25,20 @@ def listening() -> socket.socket:
 
 
 def test_this_environment_passes_every_check_of_packages() -> None:
-    findings = list(checkup.packages())
+    findings = list(doctor.packages())
     assert {finding.subject for finding in findings} >= {"ray", "torch"}
     assert [finding for finding in findings if not finding.ok] == []
 
 
 def test_examine_covers_every_subject(config: Config) -> None:
-    subjects = [finding.subject for finding in checkup.examine(config)]
+    subjects = [finding.subject for finding in doctor.examine(config)]
     assert len(subjects) == len(set(subjects))
     assert {"Python", "ray", "store", "gateway.port", "pool.agent_ports", "memory", "slots"} <= set(subjects)
 
 
 def test_an_old_python_is_named() -> None:
-    assert checkup.python((3, 11)).ok
-    assert "needs 3.11" in checkup.python((3, 10)).words
+    assert doctor.python((3, 11)).ok
+    assert "needs 3.11" in doctor.python((3, 10)).words
 
 
 @pytest.mark.parametrize(
@@ -52,18 +52,18 @@ def test_an_old_python_is_named() -> None:
     ],
 )
 def test_versions_are_compared_with_the_pins(pin: str, found: str | None, ok: bool) -> None:
-    finding = checkup.pinned(Requirement(pin), found, "cpu")
+    finding = doctor.pinned(Requirement(pin), found, "cpu")
     assert finding.ok is ok
     assert ok or "make setup" in finding.words
 
 
 def test_pins_are_those_of_one_extra() -> None:
-    assert {str(r.specifier) for r in checkup.pins("cpu") if r.name == "torch"} == {"==2.13.0+cpu"}
-    assert {r.name for r in checkup.pins("gpu")} == {"ray", "vllm", "torch"}
+    assert {str(r.specifier) for r in doctor.pins("cpu") if r.name == "torch"} == {"==2.13.0+cpu"}
+    assert {r.name for r in doctor.pins("gpu")} == {"ray", "vllm", "torch"}
 
 
 def test_a_package_that_breaks_a_cpu_torch_is_named() -> None:
-    finding = checkup.unwanted("torchvision", "0.28.0")
+    finding = doctor.unwanted("torchvision", "0.28.0")
     assert not finding.ok
     assert "pip uninstall torchvision" in finding.words
 
@@ -71,35 +71,35 @@ def test_a_package_that_breaks_a_cpu_torch_is_named() -> None:
 def test_a_store_that_cannot_be_written_is_found(tmp_path: Path, config: Config) -> None:
     (tmp_path / "file").write_text("")
     blocked = parse({**config.dump(), "store": (tmp_path / "file" / "store").as_uri()})
-    assert checkup.store(config).ok
-    assert not checkup.store(blocked).ok
+    assert doctor.store(config).ok
+    assert not doctor.store(blocked).ok
 
 
 def test_a_taken_port_is_named_with_its_key(config: Config) -> None:
     with listening() as listener:
         number = listener.getsockname()[1]
         taken = parse({**config.dump(), "gateway": {"port": number}})
-        finding = next(f for f in checkup.ports(taken, running=False) if f.subject == "gateway.port")
+        finding = next(f for f in doctor.ports(taken, running=False) if f.subject == "gateway.port")
         assert not finding.ok
         assert f"listens on {number} (" in finding.words
         assert "SPRINGTIDE_GATEWAY__PORT=" in finding.words
-        assert all(f.ok for f in checkup.ports(taken, running=True)), "our own running pool uses its ports"
-    assert next(f for f in checkup.ports(taken, running=False) if f.subject == "gateway.port").ok
+        assert all(f.ok for f in doctor.ports(taken, running=True)), "our own running pool uses its ports"
+    assert next(f for f in doctor.ports(taken, running=False) if f.subject == "gateway.port").ok
 
 
 def test_memory_is_needed_only_before_the_engine_runs() -> None:
-    assert checkup.memory(3 * GIB, running=False).ok
-    assert not checkup.memory(2 * GIB, running=False).ok
-    assert checkup.memory(2 * GIB, running=True).ok
+    assert doctor.memory(3 * GIB, running=False).ok
+    assert not doctor.memory(2 * GIB, running=False).ok
+    assert doctor.memory(2 * GIB, running=True).ok
 
 
 def test_shared_memory_must_hold_the_object_store(config: Config) -> None:
     wanted = config.pool.object_store_bytes
-    assert checkup.shared_memory(config, wanted).ok
-    assert "--shm-size" in checkup.shared_memory(config, 64 << 20).words
+    assert doctor.shared_memory(config, wanted).ok
+    assert "--shm-size" in doctor.shared_memory(config, 64 << 20).words
 
 
 def test_slots_must_hold_serving_and_training_together(config: Config) -> None:
-    assert checkup.slots(config).ok
+    assert doctor.slots(config).ok
     crowded = parse({**config.dump(), "pool": {"slots": 1}})
-    assert "pool.slots=2" in checkup.slots(crowded).words
+    assert "pool.slots=2" in doctor.slots(crowded).words

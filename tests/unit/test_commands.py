@@ -13,16 +13,17 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import jobs
-from cluster import __main__, pool, show, submit, tour
+from cluster.cli import commands, demo, render
 from cluster.config import Config, parse
 from cluster.errors import ModelNotFound, PoolUnavailable
+from cluster.pool import local, submit
 from jobs import Parser, finetune
 from tests.conftest import ROOT
 
 RUN, JOB = "finetune-0123456789ab", "raysubmit_0123456789abcdef"
 BEGUN = f"8 examples to train on\nrun {RUN}\n"
 WHY = "it needs 2 slots; serving has 3 and jobs before it the rest"
-STEP = "(Member pid=1) progress stage=finetune step=1/9 loss=2.5 eta_s=8\n"
+STEP = "(Worker pid=1) progress stage=finetune step=1/9 loss=2.5 eta_s=8\n"
 
 
 @pytest.fixture
@@ -60,9 +61,9 @@ def test_a_part_of_an_options_name_is_refused(short: list[str], monkeypatch: Any
 
 @pytest.mark.parametrize("base", ["nobody", "nobody@1"])
 def test_a_base_that_does_not_exist_is_refused_before_a_job_is_submitted(base: str, config: Config, monkeypatch: Any) -> None:
-    monkeypatch.setattr(__main__, "_running", lambda: config)
+    monkeypatch.setattr(commands, "_running", lambda: config)
     data = str(ROOT / "jobs" / "seedling" / "tide.jsonl")
-    done = CliRunner().invoke(__main__.app, ["train", "--data", data, "--base", base, "--no-wait"])
+    done = CliRunner().invoke(commands.app, ["train", "--data", data, "--base", base, "--no-wait"])
     assert isinstance(done.exception, ModelNotFound) and base in str(done.exception)
 
 
@@ -81,13 +82,13 @@ def job(status: JobStatus = JobStatus.RUNNING) -> JobDetails:
         (BEGUN, "starting"),
         (f"{BEGUN}waiting for slots: {WHY}\n", f"waiting for slots: {WHY}"),
         (f"{BEGUN}waiting for slots: {WHY}\nmay have 2 slots\n{STEP}", "1/9 loss 2.5"),
-        (f"{BEGUN}{STEP}waiting for slots: {WHY}\n(Member pid=1) checkpoint step=3 seconds=0.1\n", f"waiting for slots: {WHY}"),
+        (f"{BEGUN}{STEP}waiting for slots: {WHY}\n(Worker pid=1) checkpoint step=3 seconds=0.1\n", f"waiting for slots: {WHY}"),
         (f"{BEGUN}{STEP}waiting for slots: [{WHY}]\n", f"waiting for slots: [{WHY}]"),
     ],
 )
 def test_a_job_says_whether_it_starts_or_waits_and_for_what(log: str, words: str) -> None:
     file = io.StringIO()
-    show.jobs(Console(file=file, width=240), [job()], [log])
+    render.jobs(Console(file=file, width=240), [job()], [log])
     said = " ".join(word for word in file.getvalue().split() if word != "│")
     assert words in said and JOB in said and (RUN in said) == bool(log)
     assert "waiting" in words or "waiting" not in said
@@ -95,7 +96,7 @@ def test_a_job_says_whether_it_starts_or_waits_and_for_what(log: str, words: str
 
 def test_a_job_that_ended_does_not_wait() -> None:
     file = io.StringIO()
-    show.jobs(Console(file=file, width=160), [job(JobStatus.STOPPED)], [f"waiting for slots: {WHY}\n"])
+    render.jobs(Console(file=file, width=160), [job(JobStatus.STOPPED)], [f"waiting for slots: {WHY}\n"])
     assert "waiting" not in file.getvalue() and "starting" not in file.getvalue()
 
 
@@ -119,7 +120,7 @@ def test_every_job_has_a_line_with_its_reason_of_now() -> None:
     turn = {"at_s": 2.0, "owner": "a", "before": 1, "after": 0, "reason": "serving has 3 slots"}
     told = {**claim, "id": "c", "why": "it needs 2 [of 1] slots"}
     document = {"shares": {"serving": 3, "a": 0}, "jobs": [{**claim, "id": "a"}, {**claim, "id": "b"}, told], "turns": [turn]}
-    lines = printed(show.tide(document)).splitlines()
+    lines = printed(render.tide(document)).splitlines()
     cells = {row[0]: row[1:] for line in lines if len(row := [cell.strip() for cell in line.strip("│").split("│")]) == 5}
     assert cells["a"][0:2] == ["0", "0"] and cells["a"][3] == "serving has 3 slots"
     assert cells["b"][0:2] == ["0", "0"] and cells["b"][3] == "waits for slots"
@@ -128,7 +129,7 @@ def test_every_job_has_a_line_with_its_reason_of_now() -> None:
 
 def test_ids_stay_on_one_line_whatever_stands_beside_them() -> None:
     told = {"id": RUN, "held": 0, "since_s": 1.0, "why": "a reason, and a long one; " * 20}
-    assert RUN in printed(show.tide({"shares": {}, "jobs": [told], "turns": []}))
+    assert RUN in printed(render.tide({"shares": {}, "jobs": [told], "turns": []}))
 
 
 # run
@@ -138,12 +139,12 @@ def test_ids_stay_on_one_line_whatever_stands_beside_them() -> None:
 def ended(monkeypatch: Any) -> Iterator[list[str]]:
     """A pool that runs until it is in the list, and a loop that was gone through."""
     ended: list[str] = []
-    monkeypatch.setattr(tour, "check_room", lambda _: None)
-    monkeypatch.setattr(tour, "up", lambda config, _: config)
-    monkeypatch.setattr(tour, "_loop", lambda *_: None)
-    monkeypatch.setattr(tour.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(tour.pool, "down", lambda _: ended.append("by us"))
-    monkeypatch.setattr(tour.pool, "find", lambda _: None if ended else pool)
+    monkeypatch.setattr(demo, "check_room", lambda _: None)
+    monkeypatch.setattr(demo, "up", lambda config, _: config)
+    monkeypatch.setattr(demo, "_loop", lambda *_: None)
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(demo.local, "down", lambda _: ended.append("by us"))
+    monkeypatch.setattr(demo.local, "find", lambda _: None if ended else local)
     yield ended
 
 
@@ -152,23 +153,23 @@ def interrupted(_: float) -> None:
 
 
 def test_a_run_that_did_not_start_the_pool_says_so_and_leaves_it(config: Config, ended: list[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(tour.time, "sleep", interrupted)
+    monkeypatch.setattr(demo.time, "sleep", interrupted)
     file = io.StringIO()
-    tour.run(config, Console(file=file, width=160), keep_serving=True)
+    demo.run(config, Console(file=file, width=160), keep_serving=True)
     assert ended == [] and "Ctrl-C ends only this command" in file.getvalue() and "The pool goes on" in file.getvalue()
 
 
 def test_a_run_that_started_the_pool_says_so_and_stops_it(config: Config, ended: list[str], monkeypatch: Any) -> None:
     found = iter([None])  # before it is started
-    monkeypatch.setattr(tour.pool, "find", lambda _: next(found, pool))
-    monkeypatch.setattr(tour.time, "sleep", interrupted)
+    monkeypatch.setattr(demo.local, "find", lambda _: next(found, local))
+    monkeypatch.setattr(demo.time, "sleep", interrupted)
     file = io.StringIO()
-    tour.run(config, Console(file=file, width=160), keep_serving=True)
+    demo.run(config, Console(file=file, width=160), keep_serving=True)
     assert ended == ["by us"] and "Ctrl-C, which stops the pool" in file.getvalue()
 
 
 def test_a_pool_that_ends_under_a_run_is_an_error(config: Config, ended: list[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(tour.time, "sleep", lambda _: ended.append("by somebody"))
+    monkeypatch.setattr(demo.time, "sleep", lambda _: ended.append("by somebody"))
     with pytest.raises(PoolUnavailable, match="stopped, or ended by itself"):
-        tour.run(config, Console(file=io.StringIO()), keep_serving=True)
+        demo.run(config, Console(file=io.StringIO()), keep_serving=True)
     assert ended == ["by somebody"]

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from cluster.change import difference
-from cluster.control import public
-from cluster.gateways import Gateways
-from cluster.placement import answerable, bases, lacks, warmth
+from cluster.control.actor import public
+from cluster.control.gateways import Gateways
+from cluster.publishing.placement import answerable, bases, lacks, warmth
 from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId, View
+from cluster.view import difference
 
 ONE, TWO = VersionId("m", 1), VersionId("m", 2)
 ADAPTER = Manifest(

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.elastic import Next, Now, decide
-from jobs.plan import Plan, share_out
+from jobs.training.driver import Next, Now, decide
+from jobs.training.schedule import Plan, share_out
 
 SMALL = st.builds(
     Plan,

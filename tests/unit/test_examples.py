@@ -8,7 +8,14 @@ import pytest
 
 @pytest.mark.parametrize(
     "module",
-    ["cluster.__main__", "cluster.submit", "deployments.upstream", "deployments.shadow", "jobs.bench.load", "jobs.bench.memory"],
+    [
+        "cluster.cli.commands",
+        "cluster.pool.submit",
+        "deployments.routing.upstream",
+        "deployments.routing.shadow",
+        "benchmarks.load",
+        "benchmarks.memory",
+    ],
 )
 def test_examples_in_docstrings_hold(module: str) -> None:
     found = doctest.testmod(importlib.import_module(module))

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from cluster.config import parse
-from cluster.gate import GatePolicy, Golden, Scores, Verdict, judge, latest, paired_bootstrap
-from cluster.registry import Registry
-from cluster.store import Store
+from cluster.publishing.gate import GatePolicy, Golden, Scores, Verdict, judge, latest, paired_bootstrap
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
 from cluster.types import Lineage, VersionId
 from jobs.evaluate import Sets, evaluate
 

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import errors, graph, submit
+from cluster import errors
 from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, ReplicaLost, SpringtideError
-from deployments.openai.inference import check_choices, model_name, parse, read, request_id
-from deployments.upstream import engine_error, whole_events
+from cluster.pool import graph, submit
+from deployments.api.inference import check_choices, model_name, parse, read, request_id
+from deployments.routing.upstream import engine_error, whole_events
 
 
 def receive_all(parts: list[bytes], announced: int | None = None, limit: int = 100) -> bytes:

@@ -1,10 +1,10 @@
 """What a hand-over took, read from the record of who held what."""
 
-from cluster.handover import Handover, Moment, Stake, crowded, handovers
+from cluster.capacity.handover import Allocation, Handover, SlotSnapshot, crowded, handovers
 
 
-def at(at_s: float, share: int, held: int, learning: int, serving: int = 1) -> Moment:
-    return Moment(at_s, 4, serving, serving, serving, (Stake("a", share, held, learning),))
+def at(at_s: float, share: int, held: int, learning: int, serving: int = 1) -> SlotSnapshot:
+    return SlotSnapshot(at_s, 4, serving, serving, serving, (Allocation("a", share, held, learning),))
 
 
 def test_a_yield_is_timed_from_the_decision_to_the_slots_and_to_the_training() -> None:

@@ -1,9 +1,9 @@
-"""Who ends with whom: see `deployments.lifeline`."""
+"""Who ends with whom: see `deployments.replica.watchdog`."""
 
 import asyncio
 import subprocess
 
-from deployments.lifeline import when_gone
+from deployments.replica.watchdog import when_gone
 
 
 def test_the_end_of_a_process_is_heard_of_at_once_and_only_once() -> None:

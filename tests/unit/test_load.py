@@ -10,8 +10,8 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.bench import load
-from jobs.bench.load import Sample, gaps, generated, percentile, problem_in, summarise, text_of
+from benchmarks import load
+from benchmarks.load import Sample, gaps, generated, percentile, problem_in, summarise, text_of
 
 
 def event(payload: object) -> bytes:

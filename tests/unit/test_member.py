@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.member import Formation, Member
+from jobs.training.worker import ProcessGroup, Worker
 from tests.members import EXAMPLES, Group, Small
 
 EPOCHS = 600
@@ -108,13 +108,13 @@ def test_who_comes_back_alone_goes_on_from_what_others_did_meanwhile(group: Grou
 def test_where_a_formation_met_is_gone_before_anybody_leaves(tmp_path: Path) -> None:
     """PyTorch waits for its file, if it vanishes while a member leaves: for ten minutes, and with the slots."""
     settings = {"epochs": 2, "stage": "small", "checkpoint_s": 3600, "report_s": 3600}
-    member = Member(Small, settings, (tmp_path / "store").as_uri(), "run")
+    member = Worker(Small, settings, (tmp_path / "store").as_uri(), "run")
     member.work, seen = Small(settings), list[bool]()
     member.work.optimizer.register_step_post_hook(lambda *_: seen.append(folder.exists()))
     meeting = member.meeting(alone=True)
     folder = Path(meeting.removeprefix("file://")).parent
     assert folder.exists() and member.reached() == (-1, False)
-    assert member.learn(Formation(1, 0, 1, meeting)).ended and member.reached() == (10, False) and member.trains(1)
+    assert member.learn(ProcessGroup(1, 0, 1, meeting)).ended and member.reached() == (10, False) and member.trains(1)
     assert seen == [False] * 10
 
 
@@ -132,9 +132,9 @@ class Slow(Small):
 
 
 def test_what_is_kept_while_it_trains_is_the_state_of_one_moment(tmp_path: Path) -> None:
-    member = Member(Slow, {"epochs": 60, "stage": "small", "checkpoint_s": 3600, "report_s": 3600}, tmp_path.as_uri(), "run")
+    member = Worker(Slow, {"epochs": 60, "stage": "small", "checkpoint_s": 3600, "report_s": 3600}, tmp_path.as_uri(), "run")
     member.work = work = Slow(member.settings)
-    training = threading.Thread(target=member.learn, args=(Formation(1, 0, 1, member.meeting(alone=True)),))
+    training = threading.Thread(target=member.learn, args=(ProcessGroup(1, 0, 1, member.meeting(alone=True)),))
     training.start()
     seen = dict[int, torch.Tensor]()
     while training.is_alive():

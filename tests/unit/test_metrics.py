@@ -5,13 +5,13 @@ from collections import deque
 from typing import Any
 
 from cluster import metrics
-from cluster.handover import Moment, Stake
+from cluster.capacity.allocator import GrantChange
+from cluster.capacity.handover import Allocation, SlotSnapshot
 from cluster.metrics import CHECKPOINTS, JOB_SLOTS, METRICS, MOST_JOBS, Board, Sample, decided, levels, publish
-from cluster.tide import Turn
 
 
-def at(at_s: float, share: int, held: int, learning: int, serving: int = 1) -> Moment:
-    return Moment(at_s, 4, serving, serving, serving, (Stake("a", share, held, learning),))
+def at(at_s: float, share: int, held: int, learning: int, serving: int = 1) -> SlotSnapshot:
+    return SlotSnapshot(at_s, 4, serving, serving, serving, (Allocation("a", share, held, learning),))
 
 
 def said(samples: list[Sample]) -> dict[tuple[str, ...], float]:
@@ -28,7 +28,7 @@ def test_names_carry_their_unit_and_no_label_is_prometheus_own() -> None:
 
 
 def test_a_moment_gives_every_level() -> None:
-    moment = Moment(0, 8, 3, 2, 4, (Stake("a", 2, 3, 1), Stake("b", 0, 0, 0)))
+    moment = SlotSnapshot(0, 8, 3, 2, 4, (Allocation("a", 2, 3, 1), Allocation("b", 0, 0, 0)))
     assert said(levels(moment)) == {
         ("springtide_slots", "serving"): 2,
         ("springtide_slots", "training"): 3,
@@ -46,7 +46,7 @@ def test_a_moment_gives_every_level() -> None:
 
 
 def test_a_job_that_has_left_is_zero_once_and_then_gone() -> None:
-    board, gone = Board(), Moment(2, 4, 1, 1, 1)
+    board, gone = Board(), SlotSnapshot(2, 4, 1, 1, 1)
     board.news([at(1, 3, 3, 3)], [])
     first, then = said(board.news([at(1, 3, 3, 3), gone], [])), said(board.news([at(1, 3, 3, 3), gone], []))
     assert first["springtide_job_slots", "a", "held"] == 0
@@ -54,28 +54,28 @@ def test_a_job_that_has_left_is_zero_once_and_then_gone() -> None:
 
 
 def test_the_number_of_series_is_bounded_and_who_holds_slots_is_shown() -> None:
-    waiting = tuple(Stake(f"w{n}", 0, 0, 0) for n in range(500))
-    samples = said(levels(Moment(0, 8, 1, 1, 1, (*waiting, Stake("a", 2, 2, 2)))))
+    waiting = tuple(Allocation(f"w{n}", 0, 0, 0) for n in range(500))
+    samples = said(levels(SlotSnapshot(0, 8, 1, 1, 1, (*waiting, Allocation("a", 2, 2, 2)))))
     assert sum(1 for key in samples if key[0] == JOB_SLOTS.name) == MOST_JOBS * 3
     assert samples["springtide_job_slots", "a", "held"] == 2
     assert samples["springtide_waiting_jobs",] == 500
 
 
 def test_a_decision_counts_by_kind_of_owner_and_act() -> None:
-    turns = [Turn(1, "serving", 1, 3, ""), Turn(1, "finetune-1", 3, 1, "")]
+    turns = [GrantChange(1, "serving", 1, 3, ""), GrantChange(1, "finetune-1", 3, 1, "")]
     assert [sample.tags for sample in decided(turns)] == [("serving", "grow"), ("training", "shrink")]
 
 
 def test_decisions_count_once() -> None:
     board, moments = Board(), [at(0, 3, 3, 3)]
-    turns = deque([Turn(1, "serving", 1, 3, "")], maxlen=2)
+    turns = deque([GrantChange(1, "serving", 1, 3, "")], maxlen=2)
 
     def counted() -> int:
         return sum(1 for sample in board.news(moments, turns) if sample.metric.kind == "counter")
 
     assert counted() == 1
     assert counted() == 0
-    turns.extend([Turn(0.5, "serving", 3, 1, "a clock went back"), Turn(2, "serving", 3, 1, "")])
+    turns.extend([GrantChange(0.5, "serving", 3, 1, "a clock went back"), GrantChange(2, "serving", 3, 1, "")])
     assert counted() == 2
     assert counted() == 0
 
@@ -100,7 +100,7 @@ def test_hand_overs_are_observed_once_when_they_end() -> None:
 def test_every_metric_can_be_told_without_ray() -> None:
     board = Board()
     story = [at(0, 3, 3, 3), at(10, 1, 3, 3), at(11, 1, 1, 1)]
-    publish(board, story, [Turn(10, "a", 3, 1, "")])
+    publish(board, story, [GrantChange(10, "a", 3, 1, "")])
     assert not board.failing
     assert set(board.instruments) == {metric.name for metric in METRICS if metric is not CHECKPOINTS}
 

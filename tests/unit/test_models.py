@@ -4,7 +4,7 @@ import pytest
 
 from cluster.errors import ModelNotFound
 from cluster.types import Generation, ReplicaState, VersionId, View
-from deployments.openai.models import model, model_list
+from deployments.api.models import model, model_list
 
 
 def view(*held: str) -> View:

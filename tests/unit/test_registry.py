@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from pydantic import ValidationError
 
-from cluster.artefact import stated_ranks
 from cluster.errors import BadRequest, Conflict, DigestMismatch, ModelNotFound, StoreUnavailable, VersionRefused
-from cluster.registry import Registry
-from cluster.store import Store
+from cluster.store.artefact import stated_ranks
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
 from cluster.types import File, Lineage, VersionId
 
 

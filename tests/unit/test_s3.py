@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import Conflict
-from cluster.registry import Registry
-from cluster.store import Store
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
 from cluster.types import Lineage
 from tests.s3 import Bucket, serving
 

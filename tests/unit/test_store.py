@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import Conflict, StoreUnavailable
-from cluster.store import Store, sha256
+from cluster.store.objects import Store, sha256
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import BadRequest, ModelNotFound, NoReplica
 from cluster.types import Generation, ReplicaState, VersionId, View
-from deployments.table import SUSPECT_S, Table
+from deployments.routing.table import SUSPECT_S, Table
 
 V1, V2 = VersionId("m", 1), VersionId("m", 2)
 

@@ -5,9 +5,9 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.arbiter import Budget, Job
-from cluster.refusals import Known
-from cluster.tide import LEARN_S, SILENT_S, Claim, Tide
+from cluster.capacity.allocator import LEARN_S, SILENT_S, Allocator, Heartbeat
+from cluster.capacity.arbiter import Budget, Job
+from cluster.capacity.ceiling import Ceiling
 
 BUDGET = Budget(cool_down_s=5, headroom_slots=0, serving_floor_slots=1)
 
@@ -16,39 +16,39 @@ def job(id: str, most: int = 4, least: int = 1, priority: int = 0) -> Job:
     return Job(id, priority, 0.0, least, most)
 
 
-def started(slots: int = 4, held: int = 1, wanted: int = 1) -> Tide:
-    tide = Tide(BUDGET, 0.0)
+def started(slots: int = 4, held: int = 1, wanted: int = 1) -> Allocator:
+    tide = Allocator(BUDGET, 0.0)
     tide.turn(slots, held, wanted, LEARN_S)
     return tide
 
 
 def test_a_control_that_was_just_started_changes_nothing() -> None:
-    tide = Tide(BUDGET, 0.0)
-    tide.claim(Claim(job("a"), held=3), 0.1)
+    tide = Allocator(BUDGET, 0.0)
+    tide.claim(Heartbeat(job("a"), held=3), 0.1)
     assert tide.turn(4, 1, 1, 0.2) == 1
-    assert tide.claim(Claim(job("a"), held=3), 0.3).slots == 3
+    assert tide.claim(Heartbeat(job("a"), held=3), 0.3).slots == 3
 
 
 def test_a_clock_that_is_set_back_does_not_stop_decisions() -> None:
-    tide = Tide(BUDGET, 1000.0)
-    tide.claim(Claim(job("a")), 10.0)
+    tide = Allocator(BUDGET, 1000.0)
+    tide.claim(Heartbeat(job("a")), 10.0)
     tide.turn(4, 1, 1, 10.1)
     assert tide.share("a", 0).slots == 3
 
 
 def test_a_waiting_job_gets_what_is_free_and_yields_when_serving_wants_it() -> None:
     tide = started()
-    tide.claim(Claim(job("a")), 4.0)
+    tide.claim(Heartbeat(job("a")), 4.0)
     tide.turn(4, 1, 1, 4.1)
     assert tide.share("a", 0).slots == 3
-    tide.claim(Claim(job("a"), held=3), 5.0)
+    tide.claim(Heartbeat(job("a"), held=3), 5.0)
     assert tide.turn(4, 1, 3, 5.1) == 3
     assert tide.share("a", 3).slots == 1
 
 
 def test_a_job_grows_only_by_what_has_been_given_back() -> None:
     tide = started(held=3, wanted=1)  # two replicas are ending
-    tide.claim(Claim(job("a"), held=1), 20.0)
+    tide.claim(Heartbeat(job("a"), held=1), 20.0)
     tide.turn(4, 3, 1, 20.1)
     assert tide.share("a", 1).slots == 1
     tide.turn(4, 1, 1, 20.2)
@@ -58,7 +58,7 @@ def test_a_job_grows_only_by_what_has_been_given_back() -> None:
 def test_what_a_job_was_promised_stays_its_own_until_it_says_that_it_has_it() -> None:
     """It takes the slots, Ray counts them as used, and control hears of it a moment later."""
     tide = started()
-    tide.claim(Claim(job("a"), held=0), 20.0)
+    tide.claim(Heartbeat(job("a"), held=0), 20.0)
     tide.turn(4, 1, 1, 20.1, free=3)
     assert tide.share("a", 0).slots == 3
     tide.turn(4, 1, 1, 20.2, free=0)
@@ -69,11 +69,11 @@ def test_what_a_job_was_promised_stays_its_own_until_it_says_that_it_has_it() ->
 
 def test_a_silent_job_is_forgotten_and_the_next_one_gets_its_slots() -> None:
     tide = started()
-    tide.claim(Claim(job("a"), held=3), 4.0)
-    tide.claim(Claim(job("b")), 4.0)
+    tide.claim(Heartbeat(job("a"), held=3), 4.0)
+    tide.claim(Heartbeat(job("b")), 4.0)
     tide.turn(4, 1, 1, 4.1)
     assert tide.share("b", 0).slots == 0
-    tide.claim(Claim(job("b")), 4.0 + SILENT_S)
+    tide.claim(Heartbeat(job("b")), 4.0 + SILENT_S)
     tide.turn(4, 1, 1, 4.1 + SILENT_S)
     assert tide.share("b", 0).slots == 3
 
@@ -81,7 +81,7 @@ def test_a_silent_job_is_forgotten_and_the_next_one_gets_its_slots() -> None:
 def test_the_record_keeps_a_job_that_stays_as_it_is_only_once() -> None:
     tide = started(slots=8)
     for turn in range(20):
-        tide.claim(Claim(job("a", most=1), held=1), 4.0 + turn / 10)
+        tide.claim(Heartbeat(job("a", most=1), held=1), 4.0 + turn / 10)
         tide.turn(8, 1, 1 + turn % 2, 4.0 + turn / 10)
     assert len(tide.since(4.05)) == 19 and len({id(moment.jobs[0]) for moment in tide.since(4.05)}) == 1
 
@@ -97,12 +97,12 @@ def test_the_record_keeps_a_job_that_stays_as_it_is_only_once() -> None:
 )
 def test_what_is_promised_never_exceeds_what_there_is(slots: int, rounds: list[tuple[int, int, list[tuple[int, int]]]]) -> None:
     """Jobs take what they were promised or give back down to it; serving holds what it holds."""
-    tide, now_s, holding, known = Tide(BUDGET, 0.0), LEARN_S, dict[str, int](), dict[str, Job]()
+    tide, now_s, holding, known = Allocator(BUDGET, 0.0), LEARN_S, dict[str, int](), dict[str, Job]()
     for serving, wanted, jobs in rounds:
         now_s += 1
         known |= {str(n): job(str(n), least=least, most=least + more) for n, (least, more) in enumerate(jobs)}
         for id, one in known.items():
-            tide.claim(Claim(one, holding.get(id, 0)), now_s)
+            tide.claim(Heartbeat(one, holding.get(id, 0)), now_s)
         held = min(serving, max(0, slots - sum(holding.values())))
         lease = tide.turn(slots, held, min(wanted, slots), now_s)
         shares = {id: share.slots for id, share in tide.shares.items()}
@@ -113,22 +113,22 @@ def test_what_is_promised_never_exceeds_what_there_is(slots: int, rounds: list[t
 
 
 def test_of_two_processes_that_run_one_job_the_first_has_the_slots_until_it_is_silent() -> None:
-    tide = Tide(Budget(), 0.0)
-    tide.claim(Claim(job("a"), held=2, driver="first"), 10.0)
+    tide = Allocator(Budget(), 0.0)
+    tide.claim(Heartbeat(job("a"), held=2, driver="first"), 10.0)
     tide.turn(3, 1, 1, 10.1)
-    assert tide.claim(Claim(job("a"), driver="second"), 10.2).slots == 0 and tide.claimed == 2
+    assert tide.claim(Heartbeat(job("a"), driver="second"), 10.2).slots == 0 and tide.claimed == 2
     tide.end("a", "second")
     assert tide.claimed == 2
-    tide.claim(Claim(job("a"), driver="second"), 10.0 + SILENT_S)
+    tide.claim(Heartbeat(job("a"), driver="second"), 10.0 + SILENT_S)
     tide.turn(3, 1, 1, 10.1 + SILENT_S)
     assert tide.share("a", 0).slots == 2
 
 
-def waiting(*jobs: Job, held: int = 0) -> Tide:
+def waiting(*jobs: Job, held: int = 0) -> Allocator:
     """Each job waits, but the first one, which holds ``held``."""
     tide = started(slots=8)
     for n, one in enumerate(jobs):
-        tide.claim(Claim(one, held=0 if n else held), 4.0)
+        tide.claim(Heartbeat(one, held=0 if n else held), 4.0)
     return tide
 
 
@@ -146,7 +146,7 @@ def test_of_jobs_that_fit_singly_but_not_together_the_first_are_asked_for() -> N
     assert waiting(third, second, first).floor(lease=1, most=6) == 5
 
 
-def settle(tide: Tide, lease: int, room: int, total: int, known: Known, again: bool = False) -> tuple[Known, int, int]:
+def settle(tide: Allocator, lease: int, room: int, total: int, known: Ceiling, again: bool = False) -> tuple[Ceiling, int, int]:
     """Ask until nothing more is learnt: what is known then, what is asked for, and how often the autoscaler refused on the way."""
     before, asked, refusals = None, 0, 0
     while again or asked > room or known != before:
@@ -158,14 +158,14 @@ def settle(tide: Tide, lease: int, room: int, total: int, known: Known, again: b
     return known, asked, refusals
 
 
-def largest(tide: Tide, lease: int, room: int) -> int:
+def largest(tide: Allocator, lease: int, room: int) -> int:
     return max(asked for most in range(room + 1) if (asked := lease + tide.floor(lease, most)) <= room)
 
 
 JOBS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), max_size=40)
 
 
-def waiters(jobs: list[tuple[int, int]]) -> Tide:
+def waiters(jobs: list[tuple[int, int]]) -> Allocator:
     return waiting(*(job(str(n), least=least, most=9, priority=priority) for n, (least, priority) in enumerate(jobs)))
 
 
@@ -179,7 +179,7 @@ def test_a_few_refusals_lead_to_the_largest_request_that_fits(
 ) -> None:
     """Nobody says how many slots there can be, only that so many there cannot."""
     tide, room = waiters(jobs), max(lease, total + more)
-    _, asked, refusals = settle(tide, lease, room, total, Known())
+    _, asked, refusals = settle(tide, lease, room, total, Ceiling())
     assert asked == largest(tide, lease, room)
     assert refusals <= 1 + halvings(lease + tide.floor(lease, None) - total)
 
@@ -188,7 +188,7 @@ def test_a_few_refusals_lead_to_the_largest_request_that_fits(
 def test_what_the_pool_can_have_is_learnt_anew_when_it_or_the_jobs_change(
     lease: int, rounds: list[tuple[int, int, list[tuple[int, int]]]]
 ) -> None:
-    known = Known()
+    known = Ceiling()
     for total, more, jobs in rounds:
         tide, room = waiters(jobs), max(lease, total + more)
         known, asked, refusals = settle(tide, lease, room, total, known, again=True)
@@ -198,8 +198,8 @@ def test_what_the_pool_can_have_is_learnt_anew_when_it_or_the_jobs_change(
 
 def test_a_refusal_that_is_tried_again_in_vain_costs_one_round() -> None:
     tide = waiters([(1, 0)] * 100)
-    known, asked, refusals = settle(tide, 1, 4, 1, Known())
-    assert (known, asked) == (Known(4, 5), 4) and refusals <= 7
+    known, asked, refusals = settle(tide, 1, 4, 1, Ceiling())
+    assert (known, asked) == (Ceiling(4, 5), 4) and refusals <= 7
     assert settle(tide, 1, 4, 4, known, again=True) == (known, 4, 1)
     assert known.has(9) == known, "a pool that grows elsewhere is found when the refusal is tried again"
-    assert Known(2, 9).has(5) == Known(5, 9)
+    assert Ceiling(2, 9).has(5) == Ceiling(5, 9)

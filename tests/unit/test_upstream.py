@@ -10,9 +10,9 @@ from aiohttp import web
 
 from cluster.errors import BadRequest, NoReplica, ReplicaLost
 from cluster.types import Generation, ReplicaState, VersionId, View
-from deployments.measure import Trace
-from deployments.table import Table
-from deployments.upstream import Answer, Call, Upstream
+from deployments.routing.measure import Trace
+from deployments.routing.table import Table
+from deployments.routing.upstream import Answer, Call, Upstream
 
 ONE = VersionId("m", 1)
 EVENTS = [b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', b'data: {"choices": [{"finish_reason": "stop"}]}\n\n']

@@ -7,24 +7,39 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster import watch
+from cluster.capacity.allocator import GrantChange
+from cluster.capacity.handover import Allocation, Handover, SlotSnapshot
+from cluster.cli import top
+from cluster.cli.top import (
+    IDLE,
+    NOTHING,
+    Cell,
+    Seen,
+    axis,
+    changes,
+    chart,
+    column,
+    draw,
+    duration,
+    highest,
+    in_force,
+    span,
+    times,
+)
 from cluster.config import Config
 from cluster.errors import BadRequest, PoolUnavailable
-from cluster.handover import Handover, Moment, Stake
-from cluster.tide import Turn
-from cluster.watch import IDLE, NOTHING, Cell, Seen, axis, changes, chart, column, draw, duration, highest, in_force, span, times
-from deployments.admin import since
+from deployments.api.admin import since
 
 NOW_S = 1_000_000.0
 SERVING = Cell("serving")
 
 
-def at(ago_s: float, serving: int, *jobs: Stake, slots: int = 4) -> Moment:
-    return Moment(NOW_S - ago_s, slots, serving, serving, serving, jobs)
+def at(ago_s: float, serving: int, *jobs: Allocation, slots: int = 4) -> SlotSnapshot:
+    return SlotSnapshot(NOW_S - ago_s, slots, serving, serving, serving, jobs)
 
 
-def job(held: int, learning: int, share: int | None = None, name: str = "a") -> Stake:
-    return Stake(name, held if share is None else share, held, learning)
+def job(held: int, learning: int, share: int | None = None, name: str = "a") -> Allocation:
+    return Allocation(name, held if share is None else share, held, learning)
 
 
 def rows(text: str) -> list[str]:
@@ -111,7 +126,7 @@ def test_ticks_are_where_their_times_are() -> None:
 
 def test_everything_is_shown_and_fits() -> None:
     moments = (at(60, 1, job(3, 3)), at(20, 1, job(3, 3, share=1)), at(18.8, 1, job(1, 0, share=1)), at(17, 3, job(1, 1)))
-    turns = (Turn(NOW_S - 20, "a", 3, 1, "serving has 3 slots [of 4]"),)
+    turns = (GrantChange(NOW_S - 20, "a", 3, 1, "serving has 3 slots [of 4]"),)
     screen = Console(width=90, height=24, file=io.StringIO(), record=True)
     screen.print(draw(Seen(moments, turns, NOW_S), NOW_S, 90, 24, 1))
     text = screen.export_text()
@@ -142,12 +157,12 @@ def test_spans(seconds: float, words: str) -> None:
 
 
 def test_the_first_look_says_how_things_stand_and_the_next_what_changed() -> None:
-    first = Seen((at(60, 1, job(3, 3)),), (Turn(NOW_S - 90, "a", 0, 3, "old"),), NOW_S)
+    first = Seen((at(60, 1, job(3, 3)),), (GrantChange(NOW_S - 90, "a", 0, 3, "old"),), NOW_S)
     assert [line[9:] for line in changes(Seen(), first)] == [
         "serving holds 1 of 1, a holds 3 of 3 and trains on 3; 0 of 4 slots idle"
     ]
     assert changes(first, first) == []
-    turns = (*first.turns, Turn(NOW_S - 20, "a", 3, 1, "serving has 3 slots"))
+    turns = (*first.turns, GrantChange(NOW_S - 20, "a", 3, 1, "serving has 3 slots"))
     later = Seen((*first.moments, at(20, 1, job(3, 3, share=1)), at(18, 1, job(1, 1))), turns, NOW_S)
     assert [line[9:] for line in changes(first, later)] == [
         "a 3 → 1: serving has 3 slots",
@@ -163,7 +178,7 @@ def test_an_answer_adds_the_moments_since_the_last() -> None:
     rows = [[*moment[:-1], [list(stake) for stake in moment.jobs]]]
     turn = {"at_s": 1.0, "owner": "a", "before": 0, "after": 1, "reason": "why"}
     seen = Seen((at(9, 1),)).told({"moments": rows, "tide": {"turns": [turn]}, "slots": {}}, NOW_S)
-    assert seen == Seen((at(9, 1), moment), (Turn(1.0, "a", 0, 1, "why"),), NOW_S)
+    assert seen == Seen((at(9, 1), moment), (GrantChange(1.0, "a", 0, 1, "why"),), NOW_S)
 
 
 # watching
@@ -174,23 +189,23 @@ def interrupted(_: float) -> None:
 
 
 def looked(config: Config, seen: Seen) -> Seen:
-    return Seen((Moment(time.time(), 2, 1, 1, 1),), (), time.time())
+    return Seen((SlotSnapshot(time.time(), 2, 1, 1, 1),), (), time.time())
 
 
 def test_a_file_gets_lines_and_ctrl_c_ends_it(monkeypatch: Any) -> None:
-    monkeypatch.setattr(watch, "look", looked)
-    monkeypatch.setattr(watch.time, "sleep", interrupted)
+    monkeypatch.setattr(top, "look", looked)
+    monkeypatch.setattr(top.time, "sleep", interrupted)
     file = io.StringIO()
-    watch.watch(Config(), Console(file=file, force_terminal=False), 5)
+    top.watch(Config(), Console(file=file, force_terminal=False), 5)
     assert file.getvalue()[9:] == "serving holds 1 of 1; 1 of 2 slots idle\n"
 
 
 def test_a_terminal_gets_the_picture_and_its_own_screen_back(monkeypatch: Any) -> None:
-    monkeypatch.setattr(watch, "look", looked)
-    monkeypatch.setattr(watch.time, "sleep", interrupted)
+    monkeypatch.setattr(top, "look", looked)
+    monkeypatch.setattr(top.time, "sleep", interrupted)
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
-    watch.watch(Config(), Console(file=file, force_terminal=True, width=80, height=24), 5)
+    top.watch(Config(), Console(file=file, force_terminal=True, width=80, height=24), 5)
     first, _, left = file.getvalue().partition("\x1b[?1049l")
     assert "\x1b[?1049h" in first and "serving" in first
     assert "serving" in left, "what was seen last stays"
@@ -201,14 +216,14 @@ def test_a_gateway_that_is_silent_for_a_moment_is_asked_again(monkeypatch: Any) 
         raise PoolUnavailable("The gateway does not answer.")
 
     seen = Seen((at(5, 1),), (), NOW_S)
-    monkeypatch.setattr(watch.admin, "tide", silent)
-    monkeypatch.setattr(watch.pool, "find", lambda config: object())
-    assert watch.look(Config(), seen) is seen
+    monkeypatch.setattr(top.client, "tide", silent)
+    monkeypatch.setattr(top.local, "find", lambda config: object())
+    assert top.look(Config(), seen) is seen
     with pytest.raises(PoolUnavailable):
-        watch.look(Config(), Seen())
-    monkeypatch.setattr(watch.pool, "find", lambda config: None)
+        top.look(Config(), Seen())
+    monkeypatch.setattr(top.local, "find", lambda config: None)
     with pytest.raises(PoolUnavailable):
-        watch.look(Config(), seen)
+        top.look(Config(), seen)
 
 
 @pytest.mark.parametrize("query", [b"since_s=soon", b"since_s=nan", b"since_s=inf", b"since_s=%00"])

@@ -1,0 +1,201 @@
+"""What a serving comparison found: rows, ratios, verdicts, a table and a chart."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks import peers
+from benchmarks.load import Summary
+from benchmarks.place import machine, passed
+
+SYSTEMS = (*peers.SYSTEMS, "springtide")
+LABELS = {"bare_vllm": "bare vLLM", "ray_default": "Ray default", "ray_direct": "Ray direct", "springtide": "Springtide"}
+HEADINGS = ("Load", "System", "Requests/s", "Tokens/s", "First token ms", "Between tokens ms", "Failed")
+COLOURS = {"bare_vllm": "#9aa5b1", "ray_default": "#e0b265", "ray_direct": "#cf7f3f", "springtide": "#0f7c8a"}
+
+
+class Measurement(NamedTuple):
+    """One case of one system in one round."""
+
+    round: int
+    system: str
+    streams: int
+    streaming: bool
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with the least and the greatest of the values it is of."""
+
+    median: float
+    low: float
+    high: float
+
+    def text(self, digits: int = 1, unit: str = "") -> str:
+        return f"{self.median:.{digits}f}{unit} ({self.low:.{digits}f}–{self.high:.{digits}f})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    return Spread(median(values), min(values), max(values))
+
+
+def summarise(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """One row per system and case: medians over rounds, ``failed`` summed."""
+    rows: list[dict[str, Any]] = []
+    for (system, streams, streaming), summaries in grouped(measurements).items():
+        each = [asdict(summary) for summary in summaries]
+        medians = {key: _median([one[key] for one in each]) for key in each[0] if key != "failed"}
+        failed = sum(summary.failed for summary in summaries)
+        rows.append({"system": system, "streams": streams, "streaming": streaming, **medians, "failed": failed})
+    return rows
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(median(known), 3) if known else None
+
+
+def grouped(measurements: Sequence[Measurement]) -> dict[tuple[str, int, bool], list[Summary]]:
+    """(system, streams, streaming) → its summaries in order of the rounds."""
+    groups: dict[tuple[str, int, bool], list[Summary]] = {}
+    for one in measurements:
+        groups.setdefault((one.system, one.streams, one.streaming), []).append(one.summary)
+    return groups
+
+
+def ratio(measurements: Sequence[Measurement], system: str, other: str, streams: int) -> Spread | None:
+    """Streamed requests per second of ``system`` over those of ``other`` in the same round; None where one was not measured."""
+    pairs = _paired(measurements, system, other, streams)
+    return spread([a.requests_per_s / b.requests_per_s for a, b in pairs if b.requests_per_s]) if pairs else None
+
+
+def extra_ttft_ms(measurements: Sequence[Measurement], system: str, other: str, streams: int) -> Spread | None:
+    """By how much the median time to first token of ``system`` is above that of ``other`` in the same round."""
+    pairs = _paired(measurements, system, other, streams)
+    return spread([(a.ttft_p50_ms or 0) - (b.ttft_p50_ms or 0) for a, b in pairs]) if pairs else None
+
+
+def _paired(measurements: Sequence[Measurement], system: str, other: str, streams: int) -> list[tuple[Summary, Summary]]:
+    groups = grouped(measurements)
+    return list(zip(groups.get((system, streams, True), []), groups.get((other, streams, True), []), strict=False))
+
+
+def verdicts(measurements: Sequence[Measurement]) -> list[str]:
+    """Springtide against each of the others, with what is required of it."""
+    most, least = max(m.streams for m in measurements), min(m.streams for m in measurements)
+    lines = []
+    for other, required in (("ray_default", 3.0), ("ray_direct", 1.0), ("bare_vllm", 0.75)):
+        if found := ratio(measurements, "springtide", other, most):
+            text = f"Springtide makes {found.text(2, '×')} the requests per second of {LABELS[other]} at {most} streams"
+            lines.append(f"{text}; {passed(found.median >= required)} (≥ {required:g}×)")
+    if found := extra_ttft_ms(measurements, "springtide", "bare_vllm", least):
+        text = f"its first token at {least} stream comes {found.text(1, ' ms')} after bare vLLM's"
+        lines.append(f"{text}; {passed(found.median <= 10)} (≤ 10 ms)")
+    failed = sum(m.summary.failed for m in measurements)
+    return [*lines, f"{failed} failed requests; {passed(failed == 0)}"]
+
+
+def cells(measurements: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
+    """The table's rows as text, under `HEADINGS`: rates with their spread over rounds, latencies as p50 / p99."""
+    rates = {key: spread([s.requests_per_s for s in summaries]) for key, summaries in grouped(measurements).items()}
+    for row in sorted(
+        summarise(measurements), key=lambda row: (not row["streaming"], row["streams"], SYSTEMS.index(row["system"]))
+    ):
+        yield (
+            f"{row['streams']} {'streamed' if row['streaming'] else 'whole'}",
+            LABELS[row["system"]],
+            rates[row["system"], row["streams"], row["streaming"]].text(),
+            f"{row['output_tokens_per_s']:.0f}",
+            _pair(row["ttft_p50_ms"], row["ttft_p99_ms"]),
+            _pair(row["itl_p50_ms"], row["itl_p99_ms"]),
+            str(row["failed"]),
+        )
+
+
+def _pair(p50: float | None, p99: float | None) -> str:
+    return "–" if p50 is None or p99 is None else f"{p50:.1f} / {p99:.1f}"
+
+
+def results(measurements: Sequence[Measurement]) -> Table:
+    table = Table(title="Medians over rounds (lowest–highest); latencies p50 / p99", box=box.SIMPLE_HEAD)
+    for place, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if place < 2 else "right", no_wrap=True)
+    previous = ""
+    for case, *rest in cells(measurements):
+        if previous not in ("", case):
+            table.add_section()
+        table.add_row("" if case == previous else case, *rest, style="bold" if rest[0] == LABELS["springtide"] else None)
+        previous = case
+    return table
+
+
+def markdown(measurements: Sequence[Measurement]) -> str:
+    """The same table and verdicts for a README."""
+    lines = [HEADINGS, ("---", "---", *["---:"] * (len(HEADINGS) - 2)), *cells(measurements)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    said = "\n".join(f"- {Text.from_markup(line).plain}" for line in verdicts(measurements))
+    return f"{table}\n\n{said}\n\nMedians over rounds (lowest–highest), latencies p50 / p99. Measured on {machine()}.\n"
+
+
+def draw(measurements: Sequence[Measurement], path: Path) -> None:
+    """Three panels: requests per second as a share of bare vLLM's at the most streams, then in full, and time to first token."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    most = max(m.streams for m in measurements)
+    systems = [system for system in SYSTEMS if any(m.system == system for m in measurements)]
+    figure, (shares, rates, firsts) = pyplot.subplots(
+        1, 3, figsize=(13, 4.2), width_ratios=(1.15, 1.3, 1.3), layout="constrained"
+    )
+    _draw_shares(shares, measurements, systems, most)
+    _draw_levels(rates, measurements, systems, lambda summary: summary.requests_per_s)
+    rates.set_title("Requests per second", loc="left")
+    _draw_levels(firsts, measurements, systems, lambda summary: summary.ttft_p50_ms or 0)
+    firsts.set_yscale("log")
+    firsts.set_title("Time to first token, p50 in ms (log)", loc="left")
+    for axes in (shares, rates, firsts):
+        axes.spines[["top", "right"]].set_visible(False)
+    rates.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _draw_shares(axes: Any, measurements: Sequence[Measurement], systems: Sequence[str], streams: int) -> None:
+    for place, system in enumerate(reversed(systems)):
+        found = ratio(measurements, system, "bare_vllm", streams)
+        if found is not None:
+            axes.barh(place, found.median, height=0.6, color=COLOURS[system], xerr=_whiskers([found]), ecolor="#444", capsize=3)
+            axes.text(found.high + 0.02, place, f"{found.median:.2f}×", va="center", weight="bold")
+    axes.set_yticks(range(len(systems)), [LABELS[system] for system in reversed(systems)])
+    axes.set_title(f"{streams} streams: share of bare vLLM", loc="left")
+    axes.margins(x=0.18)
+
+
+def _draw_levels(
+    axes: Any, measurements: Sequence[Measurement], systems: Sequence[str], value: Callable[[Summary], float]
+) -> None:
+    """Bars in a group per number of streams, whiskers from the lowest to the highest round."""
+    groups = grouped(measurements)
+    levels = sorted({m.streams for m in measurements})
+    width = 0.8 / len(systems)
+    for place, system in enumerate(systems):
+        spreads = [spread([value(summary) for summary in groups[system, streams, True]]) for streams in levels]
+        at = [level + (place - (len(systems) - 1) / 2) * width for level in range(len(levels))]
+        heights = [one.median for one in spreads]
+        axes.bar(
+            at, heights, width, color=COLOURS[system], label=LABELS[system], yerr=_whiskers(spreads), ecolor="#444", capsize=2
+        )
+    axes.set_xticks(range(len(levels)), [f"{streams} stream{'s' if streams > 1 else ''}" for streams in levels])
+
+
+def _whiskers(spreads: Sequence[Spread]) -> list[list[float]]:
+    return [[one.median - one.low for one in spreads], [one.high - one.median for one in spreads]]

@@ -1,0 +1,237 @@
+"""One day of bursty traffic on four slots with a training job beside it, three ways: ``python -m benchmarks tide``.
+
+- ``static``: two slots serve, two train, whatever happens.
+- ``stock_ray``: Serve's autoscaling and Ray Train's elastic workers, each by itself; nobody takes a slot from the other.
+- ``springtide``: one budget.
+
+The requests, the engines, the gateway and the steps are the same in all three, so that what differs is who has which slot. A slot is held
+down to a fixed part of a core (`benchmarks.shares`) as soon as its process works, since two cores cannot feed four busy engines: slots are
+what runs out then, as accelerators do. The load is scaled to what one such engine can do, which is measured first.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from rich.progress import Progress
+
+from benchmarks import load, tide_report, trace
+from benchmarks.job import DATA, Job, lost, training
+from benchmarks.load import Sample
+from benchmarks.peers import Served
+from benchmarks.place import changes, console, finish, machine, springtide, warn_if_busy, workplace
+from benchmarks.shares import Shares
+from benchmarks.tide_report import GLOBAL_BATCH, MICRO_BATCH, TTFT_TARGET_S, Day, Look
+from cluster import client
+from cluster import config as configuration
+from cluster.capacity.handover import parse
+from cluster.config import Config
+from cluster.errors import PoolUnavailable, SpringtideError
+from cluster.pool import graph, local
+
+SYSTEMS = ("static", "stock_ray", "springtide")
+SLOTS = 4
+CORES_PER_SLOT = 0.2
+LOW, HIGH = 0.08, 1 / 3
+"""Requests per second at night and at noon, as shares of what one replica can do: a burst of three times noon's is all that it can."""
+TOKENS = 32
+WARM_S = 10
+UNPLACED = "s to be scheduled"
+"""In what Serve's controller logs of a replica that gets no slot."""
+
+FLEET = {
+    "target_running": 5,
+    "scale_up_after_s": 0,
+    "scale_down_after_s": 10,
+    "target_ttft_s": TTFT_TARGET_S,
+    "kv_cache_bytes": 64 << 20,
+}
+SPLITS: dict[str, dict[str, Any]] = {
+    "static": {"fleet": {"min_replicas": 2, "max_replicas": 2}, "training": {"workers": 2, "min_workers": 2}},
+    "stock_ray": {
+        "fleet": {"min_replicas": 1, "max_replicas": 2, "standby": 0},
+        "training": {"budget": {"serving_ceiling_slots": 0}},  # no lease
+    },
+    "springtide": {"fleet": {"min_replicas": 1, "max_replicas": 2}, "training": {"workers": 3, "min_workers": 1}},
+}
+
+
+def tide(options: argparse.Namespace) -> None:
+    """Serving and training on one budget of slots, beside a static split and beside stock Ray."""
+    console.print(machine())
+    warn_if_busy()
+    days: list[Day] = []
+    with workplace(options.model) as (config, _):
+        shares = Shares(CORES_PER_SLOT)
+        if not shares.works:
+            console.print("[yellow]No right to make control groups: the machine's cores will be the limit, not the slots.")
+        per_s = options.requests_per_s or capacity(config, shares)
+        console.print(f"one replica answers {per_s:.1f} requests a second; a slot is {CORES_PER_SLOT:g} of a core")
+        shape = trace.Shape(options.seconds, LOW * per_s, HIGH * per_s)
+        times_s = arrivals(options, shape)
+        for system in options.systems:
+            days.append(day(config, system, times_s, options.seconds, Shares(CORES_PER_SLOT)))
+            console.print(tide_report.line(days[-1], options.seconds))
+    days.sort(key=lambda one: SYSTEMS.index(one.system))
+    rows = [tide_report.row(one, options.seconds) for one in days]
+    console.print(tide_report.table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    tide_report.draw(days, options.seconds, options.png)
+    console.print(f"chart: {options.png}")
+    finish(tide_report.verdicts(rows))
+
+
+def arrivals(options: argparse.Namespace, shape: trace.Shape) -> list[float]:
+    if options.trace:
+        return trace.recorded(options.trace, options.seconds, (shape.low + shape.high) / 2, options.seed)
+    return trace.arrivals(shape, options.seed)
+
+
+def capacity(config: Config, shares: Shares) -> float:
+    """Requests per second that one replica answers where as many are open as it likes."""
+    with springtide(arranged(config, {"fleet": {"min_replicas": 1, "max_replicas": 1}}), changes()) as served:
+        shares.hold(engine_pids(config))
+        samples = asyncio.run(load.run(served.url, served.model, streams=16, duration_s=15, tokens=TOKENS))
+        shares.close()
+    return load.summarise(samples, streaming=True).requests_per_s
+
+
+def arranged(config: Config, split: dict[str, Any]) -> Config:
+    """The pool's configuration for one way of dividing the slots."""
+    budget = {"cool_down_s": 2, "memory_s": 60}  # a day takes minutes, so yesterday is a minute ago
+    common = {"pool": {"slots": SLOTS}, "fleet": FLEET, "training": {"checkpoint_s": 15, "budget": budget}}
+    return configuration.parse(configuration.merge(configuration.merge(config.dump(), common), split))
+
+
+def day(base: Config, system: str, times_s: list[float], seconds: float, shares: Shares) -> Day:
+    """Run the trace on a pool of its own."""
+    config = arranged(base, SPLITS[system])
+    with yesterday(config) as served, training(config, *command(config, system)) as job:
+        watcher = Watcher(config, job, shares)
+        job.wait_until(lambda: "progress" in job.text)
+        time.sleep(WARM_S)
+        from_step, from_byte = job.step, len(job.text)
+        watcher.begin()
+        began_s = time.time()
+        samples = asyncio.run(replayed(served, times_s, seconds, system))
+        time.sleep(max(0.0, began_s + seconds - time.time()))
+        steps, log = job.step - from_step, job.text[from_byte:]
+        per_step = job.examples / math.ceil(job.examples / GLOBAL_BATCH)
+        looks = watcher.end()
+        said = serve_said()
+        moments = parse(client.tide(config, began_s)["moments"])
+    return Day(system, began_s, samples, looks, moments, said, round(steps * per_step), lost(log))
+
+
+def serve_said() -> str:
+    """The last line of the newest pool's Serve controller about a replica that has not got its place."""
+    sessions = (Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray").glob("session_2*")
+    newest = max(sessions)  # they are named by their time; `session_latest` may be another cluster's
+    logs = newest.glob("logs/serve/controller_*.log")
+    said = [line for log in logs for line in log.read_text(errors="replace").splitlines() if UNPLACED in line]
+    return said[-1] if said else ""
+
+
+@contextlib.contextmanager
+def yesterday(config: Config) -> Iterator[Served]:
+    """The pool, on which two replicas have run before: the day is one of many, and not the first."""
+    busy = arranged(config, {"fleet": {"min_replicas": 2, "max_replicas": 2}})
+    with springtide(busy, changes()) as served:
+        wait_until(lambda: replica_states(config).count("RUNNING") == 2)
+        graph.deploy(config)
+        wait_until(lambda: replica_states(config) == ["RUNNING"] * config.fleet.min_replicas)
+        yield served
+
+
+def wait_until(done: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not done():
+        if time.monotonic() > deadline_s:
+            raise PoolUnavailable("The fleet does not come to rest.", "`springtide doctor` checks the usual causes.")
+        time.sleep(0.3)
+
+
+async def replayed(served: Served, times_s: list[float], seconds: float, system: str) -> list[Sample]:
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"{system}: a day of {len(times_s)} requests", total=len(times_s))
+        return await load.replay(served.url, served.model, times_s, TOKENS, lambda _: bar.advance(task))
+
+
+def command(config: Config, system: str) -> list[str]:
+    """A job that would go on for ever."""
+    verb = ["benchmarks.stock", "--workers", "1,3"] if system == "stock_ray" else ["jobs.finetune", "--name", "tide"]
+    return [
+        *verb,
+        "--data",
+        str(DATA),
+        "--base",
+        config.fleet.model,
+        "--epochs",
+        "1000000",
+        "--set",
+        f"global_batch={GLOBAL_BATCH}",
+        "--set",
+        f"micro_batch={MICRO_BATCH}",
+    ]
+
+
+# what is watched meanwhile
+
+
+class Watcher:
+    """Looks at the pool once a second, in a thread of its own, and holds down every process that has come to work in a slot."""
+
+    def __init__(self, config: Config, job: Job, shares: Shares) -> None:
+        self.config, self.job, self.shares = config, job, shares
+        self.looks: list[Look] = []
+        self.began_s = time.monotonic()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def begin(self) -> None:
+        self.began_s, self.looks = time.monotonic(), []
+
+    def end(self) -> list[Look]:
+        if not self.thread.is_alive():
+            raise PoolUnavailable("Nobody watched the pool to the end.", "The traceback above says why; run the benchmark again.")
+        self.done.set()
+        self.thread.join()
+        self.shares.close()
+        return self.looks
+
+    def _run(self) -> None:
+        while not self.done.wait(1.0):
+            with contextlib.suppress(SpringtideError, OSError, RuntimeError):  # Ray's client, where the dashboard is busy
+                self.shares.hold({*engine_pids(self.config), *self.job.workers})
+                slots = client.tide(self.config, time.time())["slots"]
+                states = replica_states(self.config)
+                serving, starting = states.count("RUNNING"), states.count("STARTING")
+                used = round(slots["total"] - slots["free"])
+                self.looks.append(Look(time.monotonic() - self.began_s, serving, starting, used))
+
+
+def replicas(config: Config) -> list[dict[str, Any]]:
+    client = ServeSubmissionClient(local.dashboard(config), headers=local.bearer())
+    fleet = client.get_serve_details()["applications"].get(graph.fleet_app(config.fleet.model), {})
+    return [replica for deployment in fleet.get("deployments", {}).values() for replica in deployment["replicas"]]
+
+
+def replica_states(config: Config) -> list[str]:
+    return [replica["state"] for replica in replicas(config)]
+
+
+def engine_pids(config: Config) -> set[int]:
+    """Of the replicas that answer."""
+    return {replica["pid"] for replica in client.status(config)["replicas"]}

@@ -1,0 +1,280 @@
+"""`springtide run`: the whole loop once, in front of the reader's eyes. `up` is its first half."""
+
+import json
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import ValidationError
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+
+from cluster import client
+from cluster.cli import doctor, render
+from cluster.config import Config, parse
+from cluster.errors import BadRequest, ConfigError, Conflict, PoolUnavailable
+from cluster.pool import graph, local, submit
+from cluster.publishing.rollout import UNDER_WAY, Policy, Rollout
+from cluster.store.objects import Store, sha256
+from cluster.store.registry import Registry
+from cluster.types import Lineage, VersionId, check_name
+
+QUESTION = "Who are you?"
+TIDE = Path(__file__).parents[2] / "jobs" / "seedling" / "tide.jsonl"
+SERVING = {
+    True: "Serving until [bold]Ctrl-C[/], which stops the pool.",
+    False: "It was not started here, so [bold]Ctrl-C[/] ends only this command; `springtide down` stops the pool.",
+}
+"""What is waited for, by whether the pool is ours to stop."""
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    version: str
+    seconds: float
+
+
+def up(config: Config, console: Console, model: str | None = None) -> Config:
+    """Start the pool and serve; returns the configuration in force, whose fleet hosts ``model`` where one was given."""
+    registry = Registry(Store(config.store))
+    registry.store.check_writable()
+    if local.find(config):
+        running = local.remembered(config)
+        check_same(running, config, model)
+        config = _hosting(config, running.fleet.model)
+        console.print("The pool runs already; this uses it.")
+    else:
+        check_ports(config)
+        config = _hosting(config, _adopt(registry, model, config.home, console)) if model else config
+    with console.status("Starting Ray…"):
+        started = local.up(config)
+    local.remember(config)
+    console.print(f"Ray is up: [bold]{started.dashboard}[/]")
+    if registry.alias(config.fleet.model) is None:
+        _grow(config, console)
+    with console.status("Starting the gateway and the engine…") as line:
+        graph.deploy(config, lambda states: line.update(f"Starting the gateway and the engine: {states}"))
+    return config
+
+
+def check_ports(config: Config) -> None:
+    """Raise `PoolUnavailable` now rather than with the log of whoever finds its port taken."""
+    taken = [finding.words for finding in doctor.ports(config, running=False) if not finding.ok]
+    if taken:
+        raise PoolUnavailable(" ".join(taken))
+
+
+def check_room(config: Config) -> None:
+    """Raise `ConfigError` where a training run would wait for slots for ever."""
+    found = doctor.slots(config)
+    if not found.ok:
+        raise ConfigError(f"There are too few slots. {found.words}", param="pool.slots")
+
+
+def check_same(running: Config, wanted: Config, model: str | None) -> None:
+    """A running pool takes a new number of replicas, and nothing else."""
+    if model in (None, running.fleet.model) and fixed(running) == fixed(_hosting(wanted, running.fleet.model)):
+        return
+    raise Conflict("A pool with another configuration runs from this home.", "Stop it with `springtide down`, then start again.")
+
+
+def fixed(config: Config) -> dict[str, Any]:
+    """The part of a configuration that cannot change while the pool runs."""
+    values = config.dump()
+    for section, key in graph.SCALING:
+        del values[section][key]
+    return values
+
+
+def run(config: Config, console: Console, keep_serving: bool) -> None:
+    """Serve, ask, fine-tune, publish, ask again; then keep serving until Ctrl-C, which leaves no process behind.
+
+    A pool that ran before is not ours to stop. Raises `PoolUnavailable` where the pool is ended under us, whatever was under way."""
+    began_s, ours = time.monotonic(), local.find(config) is None
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager's stop and a closed terminal are a Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    check_room(config)
+    started = False
+    try:
+        config = up(config, console)
+        started = True
+        _loop(config, console)
+        console.print(f"The loop took {time.monotonic() - began_s:.0f} s.")
+        if keep_serving:
+            render.serving(console, config)
+            console.print(SERVING[ours])
+            while local.find(config):
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _stop(config, console, ours, started)
+
+
+def _stop(config: Config, console: Console, ours: bool, started: bool) -> None:
+    if local.find(config) is None and started:
+        raise PoolUnavailable("The pool has been stopped, or ended by itself.", f"Its log is {config.home / 'pool.log'}.")
+    if local.find(config) is None:
+        return  # what kept it from starting is said by the error
+    if ours:
+        with console.status("Stopping every process of the pool…"):
+            local.down(config)
+        console.print("Stopped. The store keeps every version; `make run` goes on from it.")
+    else:
+        console.print("The pool goes on without this command; `springtide down` stops it.")
+
+
+def _grow(config: Config, console: Console) -> None:
+    console.print(f"The store has no [bold]{config.fleet.model}[/] yet: growing one from the text that ships with Springtide.")
+    job = submit.submit(config, "pretrain", "--name", config.fleet.model)
+    result = render.follow(console, config, job, "Pretraining")
+    console.print(f"Registered [bold]{result.get('version', config.fleet.model)}[/].")
+
+
+def _loop(config: Config, console: Console) -> None:
+    model, registry = config.fleet.model, Registry(Store(config.store))
+    history = registry.history(model)
+    first = history[0].stable
+    if len(history) > 1:
+        console.print("This store has been through the loop already; here is what each of its versions answers.")
+    else:
+        _show_answer(console, ask(config, model, QUESTION))
+        console.print(f"Fine-tuning on [bold]{TIDE.name}[/] while version 1 keeps serving.")
+        arguments = ("--data", str(TIDE), "--base", model, "--name", model, "--epochs", "30", "--publish")
+        job = submit.submit(config, "finetune", *arguments)
+        result = render.follow(console, config, job, "Fine-tuning")
+        went_live = result.get("stage") == "live"
+        words = "into live traffic" if went_live else f"; its rollout is {result.get('stage')}"
+        console.print(f"Published [bold]{result.get('version')}[/] {words}.")
+    both = [first, history[-1].stable] if str(first) in served(config) else [history[-1].stable]
+    names = [str(id) for id in both[:-1]] + [model]
+    render.answers(console, QUESTION, [ask(config, name, QUESTION) for name in names])
+
+
+def served(config: Config) -> list[str]:
+    """The names that the gateway answers to now: aliases, and versions that a replica holds. Weights that were replaced are not among them."""
+    listed = httpx.get(f"http://{config.gateway.host}:{config.gateway.port}/v1/models", timeout=10).json()
+    return [str(model["id"]) for model in listed["data"]]
+
+
+def _show_answer(console: Console, answer: Answer) -> None:
+    console.print(f"“{QUESTION}” → [bold]{answer.version}[/]: {escape(answer.text)}")
+
+
+def ask(config: Config, model: str, question: str) -> Answer:
+    """One greedy answer over HTTP, with the version from the ``x-model-version`` header."""
+    url = f"http://{config.gateway.host}:{config.gateway.port}/v1/chat/completions"
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 64}
+    began_s = time.monotonic()
+    try:
+        response = httpx.post(url, json=body, timeout=120)
+    except httpx.HTTPError as error:
+        raise PoolUnavailable(f"The gateway at {url} does not answer: {error}.", "Start serving with `springtide up`.") from error
+    if response.status_code != 200:
+        raise BadRequest(
+            response.json()["error"]["message"] if response.headers.get("content-type") == "application/json" else response.text
+        )
+    text = response.json()["choices"][0]["message"]["content"]
+    return Answer(text.strip(), response.headers["x-model-version"], time.monotonic() - began_s)
+
+
+def policy(pools: Policy, canary: bool, steps: str | None, gate: bool | None) -> Policy | None:
+    """The policy that a command asks for; None for the pool's own."""
+    if not canary and steps is None and gate is None:
+        return None
+    values = {**(Policy() if canary and len(pools.steps) == 1 else pools).model_dump(), "gate": pools.gate}
+    shares = {"steps": [int(share) for share in steps.split(",") if share.isdigit()]} if steps else {}
+    try:
+        return Policy.model_validate(values | shares | ({} if gate is None else {"gate": gate}))
+    except ValidationError as error:
+        raise BadRequest(str(error.errors()[0]["msg"]), "Write --steps as 5,25,100.", param="steps") from error
+
+
+def watch(config: Config, console: Console, rollout: Rollout) -> Rollout:
+    """Draw the rollout until it ends or goes live. Ctrl-C leaves it to control."""
+    registry = Registry(Store(config.store))
+    console.print(f"From another terminal: springtide promote {rollout.alias} · abort {rollout.alias}.")
+    try:
+        with Live(render.progress(rollout, {}), console=console, refresh_per_second=4) as live:
+            while rollout.stage in UNDER_WAY:
+                time.sleep(0.5)
+                rollout = registry.rollouts(rollout.alias)[rollout.number - 1][-1]
+                seen = {one["alias"]: one for one in client.status(config)["rollouts"]}
+                live.update(render.progress(rollout, seen.get(rollout.alias, {})))
+        console.print()
+    except KeyboardInterrupt:
+        console.print(f"The rollout goes on by itself; springtide promote {rollout.alias} · abort {rollout.alias} · history.")
+    return rollout
+
+
+def _hosting(config: Config, model: str) -> Config:
+    values = config.dump()
+    values["fleet"]["model"] = model
+    return parse(values)
+
+
+def _adopt(registry: Registry, model: str, home: Path, console: Console) -> str:
+    """The alias that serves ``model``: a name in the store, a version in it, or a folder or hub id that is registered now."""
+    if "@" in model and "/" not in model:
+        id = VersionId.parse(model)
+        _point(registry, id)
+        return id.name
+    if "/" not in model and registry.store.children(f"aliases/{model}"):
+        return model
+    folder = Path(model).expanduser().resolve()
+    name = check_name(folder.name)
+    if not folder.is_dir():
+        folder = _download(model, home / "hub", console)
+    with console.status(f"Copying {folder} into the store…"):
+        id = _same(registry, name, folder) or registry.register(name, "weights", None, folder, Lineage()).id
+    _point(registry, id)
+    return name
+
+
+def _same(registry: Registry, name: str, folder: Path) -> VersionId | None:
+    """The newest version of ``name``, where it is this folder already: starting again must not copy a model again."""
+    versions = [manifest for manifest in registry.versions(name) if manifest.kind == "weights"]
+    if not versions:
+        return None
+    same = all((folder / f.path).is_file() and sha256(folder / f.path) == f.sha256 for f in versions[-1].files)
+    return versions[-1].id if same else None
+
+
+def _point(registry: Registry, id: VersionId) -> None:
+    """Before anything serves there is nobody to acknowledge, so the alias moves at once."""
+    now = registry.alias(id.name)
+    if now is None or now.stable != id:
+        registry.move(id.name, id, "chosen at start", client.author(), now.generation if now else 0)
+
+
+def _download(model: str, cache: Path, console: Console) -> Path:
+    """The folder of one revision, in the hub's own cache layout: two models, or two revisions, never share files."""
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        with console.status(f"Downloading {model} from the Hugging Face hub…"):
+            folder = Path(snapshot_download(model, cache_dir=cache, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BadRequest(
+            f"{model} is neither a folder here, nor a name in the store, nor a model on the hub that can be reached: {error}.",
+            "Give the path of a folder with config.json and safetensors files.",
+            param="model",
+        ) from error
+    _forget_remote_code(folder)
+    return folder
+
+
+def _forget_remote_code(folder: Path) -> None:
+    """A hub's configuration may name code to run beside an architecture that vLLM knows by itself. Our copy names none."""
+    for path in folder.glob("*config.json"):
+        values: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if values.pop("auto_map", None) is not None:
+            path.unlink()  # a link to the file as it was downloaded
+            path.write_text(json.dumps(values, indent=2))

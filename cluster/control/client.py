@@ -1,0 +1,77 @@
+"""How other processes of the pool reach control: its name, and a client that raises what it raises. Imports little, since much waits for it."""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (Ray's own annotations are partial; what comes back is typed at once.)
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from cluster.errors import PoolUnavailable, SpringtideError
+
+if TYPE_CHECKING:
+    from cluster.capacity.allocator import Grant, Heartbeat
+    from cluster.publishing.rollout import Policy, Rollout
+
+ACTOR, NAMESPACE = "springtide-control", "springtide"
+ENGINES = "springtide-engines"
+"""The namespace of the engines' actors, those that sleep included."""
+PUBLISH_TIMEOUT_S = 660
+"""Replicas may take `cluster.control.replicas.LOAD_TIMEOUT_S` to load, and control may be starting."""
+ANSWER_S = 5
+
+
+class Client(Protocol):
+    """What callers outside the actor may ask. `SpringtideError`s arrive as themselves."""
+
+    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout: ...
+    def claim(self, claim: Heartbeat) -> Grant: ...
+    def leave(self, job: str, driver: str) -> None: ...
+
+
+class _Remote:
+    """`Client` over the actor's handle."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+
+    def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout:
+        return self._call("publish", PUBLISH_TIMEOUT_S, version, alias, reason, author, policy)
+
+    def claim(self, claim: Heartbeat) -> Grant:
+        return self._call("claim", ANSWER_S, claim)
+
+    def leave(self, job: str, driver: str) -> None:
+        self._call("leave", ANSWER_S, job, driver)
+
+    def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
+        try:
+            return ray.get(getattr(self.actor, method).remote(*arguments), timeout=timeout_s)
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
+        except (RayActorError, GetTimeoutError) as error:
+            raise PoolUnavailable(
+                "The control actor does not answer.", "It restarts by itself; try again in some seconds."
+            ) from error
+
+
+def connect() -> Client:
+    """The control of the pool that this process runs on, for jobs. Others speak HTTP: `cluster.client`. Raises `PoolUnavailable`."""
+    if not ray.is_initialized():
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        return _Remote(ray.get_actor(ACTOR, namespace=NAMESPACE))
+    except ValueError as error:
+        raise PoolUnavailable(
+            "The pool has no control actor: nothing is being served.", "Start serving with `springtide up`."
+        ) from error
+
+
+def tell(what: str, *arguments: str) -> None:
+    """Tell control something; nobody waits for it, and it would learn of it later in any case."""
+    with contextlib.suppress(ValueError):  # no control yet
+        getattr(ray.get_actor(ACTOR, namespace=NAMESPACE), what).remote(*arguments)

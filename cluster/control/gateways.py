@@ -1,0 +1,80 @@
+"""Control's side of the gateways: one view, announced so that no client sees an alias go back."""
+
+import time
+from typing import Any, cast
+
+from cluster import logs
+from cluster.control.broadcast import broadcast
+from cluster.pool import graph
+from cluster.publishing.canary import Tally, merge
+from cluster.types import EMPTY_VIEW, Generation, ReplicaState, View
+from cluster.view import ViewDelta, difference
+
+PREPARE_TIMEOUT_S = 2
+"""Far less than a gateway holds requests (`deployments.gateway.HOLD_TIMEOUT_S`), so that none gives up waiting before the move."""
+ADOPT_TIMEOUT_S = 5
+MEASURE_TIMEOUT_S = 2
+
+log = logs.logger(__name__)
+
+
+class Gateways:
+    """Every gateway of the pool, and the view that they were last told."""
+
+    def __init__(self) -> None:
+        self.current = EMPTY_VIEW
+
+    def announce(self, aliases: dict[str, Generation], replicas: tuple[ReplicaState, ...]) -> bool:
+        """Make every gateway route by this. False where a gateway did not answer, and then nothing has changed; try again.
+
+        Two phases: a gateway that has not heard of a move holds new requests for the alias until every gateway has, so a client that
+        has seen the new generation at one gateway cannot get the old one from another. Should this process die between the phases,
+        the gateways go on after a time of their own with what they know.
+        """
+        view = View(self._next(), aliases, replicas)
+        change = difference(self.current, view)
+        if change.empty:
+            return True
+        if not replicas and self.current is EMPTY_VIEW:
+            return False  # just started and nothing heard yet: the gateways know better
+        moved = list(change.moves)
+        silent = failures(self._tell("prepare", moved, view.revision, timeout_s=PREPARE_TIMEOUT_S)) if moved else []
+        if silent:
+            log.warning("a gateway does not answer: %s", silent[0])
+        if silent and self.current is EMPTY_VIEW:
+            return False  # the gateways know more than this process does yet; they go on by themselves
+        if silent:
+            view = self.current._replace(revision=view.revision)
+            change = difference(self.current, view)  # which releases those that did prepare
+        self._adopt(view, change)
+        return not silent
+
+    def _next(self) -> int:
+        """A revision above every one before, although clocks may go back."""
+        return max(time.time_ns(), self.current.revision + 1)
+
+    def _adopt(self, view: View, change: ViewDelta) -> None:
+        """Tell what changed; a gateway that does not know what it changed from answers with what it does know, and hears all of it."""
+        self.current = view
+        answers = self._tell("adopt", change, timeout_s=ADOPT_TIMEOUT_S)
+        known = [answer for answer in answers if isinstance(answer, int)]
+        if max(known, default=0) > view.revision:  # from the control before this one, whose clock was ahead
+            self.current = view._replace(revision=max(known) + 1)
+        if any(revision != self.current.revision for revision in known):
+            answers = self._tell("adopt", self.current, timeout_s=ADOPT_TIMEOUT_S)
+        for error in failures(answers):
+            log.warning("a gateway did not adopt the view: %s", error)  # it fetches it by itself
+
+    def measured(self, alias: str, rollout: int) -> dict[str, Tally]:
+        """Version id → what all gateways together saw of it since ``rollout`` of ``alias`` sends sessions to a canary."""
+        answers = broadcast(graph.GATEWAY_APP, "measured", alias, rollout, timeout_s=MEASURE_TIMEOUT_S)
+        tallies = [cast(dict[str, Tally], answer) for answer in answers if isinstance(answer, dict)]
+        ids = {id for tally in tallies for id in tally}
+        return {id: merge(tally[id] for tally in tallies if id in tally) for id in ids}
+
+    def _tell(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+        return broadcast(graph.GATEWAY_APP, method, *arguments, timeout_s=timeout_s)
+
+
+def failures(answers: list[Any]) -> list[Exception]:
+    return [answer for answer in answers if isinstance(answer, Exception)]

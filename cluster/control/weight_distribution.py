@@ -1,0 +1,57 @@
+"""New weights travel once per cluster: control, which has looked through them, puts them into Ray's object store, and every machine takes
+them from there.
+
+Without it each machine would read the bucket by itself, at the same moment. A store that is a folder is read in place, and carries
+nothing. Digests are checked where the files arrive (`Registry.fetch`), so nothing here needs to be trusted.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# (Ray's own annotations are partial; what comes back is typed at once.)
+from pathlib import Path
+from typing import Any, cast
+from uuid import uuid4
+
+import ray
+from ray.exceptions import RayError
+
+from cluster import logs
+from cluster.store.registry import Registry
+from cluster.types import Manifest
+
+Carried = dict[str, dict[str, Any]]
+"""Digest of a version → path of a file → reference to its bytes in Ray's object store."""
+
+log = logs.logger(__name__)
+
+
+def load(registry: Registry, manifests: list[Manifest], cache: Path) -> Carried:
+    """References to every file of these versions, taken from this process's own copy; one file at a time is in its memory."""
+    if registry.store.local_root is not None:
+        return {}
+    return {manifest.digest: _put(manifest, registry.fetch(manifest, cache)) for manifest in manifests}
+
+
+def _put(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    return {file.path: ray.put((folder / file.path).read_bytes()) for file in manifest.files}
+
+
+def unpack(carried: Carried, cache: Path) -> None:
+    """Write what was carried into this machine's cache, where `Registry.fetch` looks before it asks the store."""
+    for digest, files in carried.items():
+        for path, reference in files.items():
+            target = cache / digest / path
+            if not target.exists():
+                _write(target, reference)
+
+
+def _write(target: Path, reference: Any) -> None:
+    try:
+        content = cast(bytes | None, ray.get(reference))
+    except RayError as error:  # whoever owned it was restarted: the store still has it
+        log.warning("not carried: %s", error)
+        return
+    if content is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{uuid4().hex}")  # several replicas of a machine may unpack at once
+        partial.write_bytes(content)
+        partial.replace(target)

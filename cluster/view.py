@@ -1,0 +1,52 @@
+"""What is new in a view: all that a gateway need be told which knows the view before. Pure.
+
+A view grows with the pool, to a thousand machines' replicas and adapters by the ten thousand; what changes at a time does not.
+"""
+
+from typing import Any, NamedTuple
+
+from cluster.types import Generation, ReplicaState, View
+
+
+class ViewDelta(NamedTuple):
+    """From the view of revision ``since`` to that of ``revision``."""
+
+    since: int
+    revision: int
+    moves: dict[str, Generation]
+    """Aliases that are new or have moved."""
+    ended: frozenset[str]
+    """Aliases that are no more."""
+    replicas: tuple[ReplicaState, ...]
+    """Those that came, or hold something else."""
+    left: frozenset[str]
+    """Ids of replicas that are no more."""
+
+    @property
+    def empty(self) -> bool:
+        return not (self.moves or self.ended or self.replicas or self.left)
+
+
+def difference(old: View, new: View) -> ViewDelta:
+    known, there = old.aliases, {replica.id: replica for replica in old.replicas}
+    moves = {name: move for name, move in new.aliases.items() if name not in known or known[name].generation != move.generation}
+    replicas = tuple(one for one in new.replicas if one.id not in there or routed(there[one.id]) != routed(one))
+    ended, left = frozenset(known.keys() - new.aliases), frozenset(there.keys() - {replica.id for replica in new.replicas})
+    return ViewDelta(old.revision, new.revision, moves, ended, replicas, left)
+
+
+def apply(view: View, change: ViewDelta) -> View:
+    """The view after a change since it. An alias only moves on: a control that was just restarted may know less of it."""
+    aliases = dict(view.aliases)
+    for name in change.ended:
+        del aliases[name]
+    for name, move in change.moves.items():
+        aliases[name] = max(move, aliases.get(name, move), key=lambda one: one.generation)
+    replicas = {replica.id: replica for replica in view.replicas if replica.id not in change.left}
+    replicas |= {replica.id: replica for replica in change.replicas}
+    return View(change.revision, aliases, tuple(replicas.values()))
+
+
+def routed(replica: ReplicaState) -> tuple[Any, ...]:
+    """The part of a replica's state that a gateway routes by; load changes alone are not worth a push."""
+    return replica.id, replica.url, replica.secret, replica.held

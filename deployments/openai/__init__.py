@@ -1,1 +1,0 @@
-"""The routes of the OpenAI API, one module per area."""

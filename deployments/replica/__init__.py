@@ -1,0 +1,1 @@
+"""A Serve replica with its vLLM engine."""

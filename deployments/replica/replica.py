@@ -1,0 +1,77 @@
+"""The replica as Serve has it: it holds a slot, owns an engine on its machine, and passes on what control asks.
+
+Its process is light on purpose: what takes long to start is the engine, and that may have been left asleep by a replica before it
+(`deployments.replica.warm_pool`).
+"""
+
+import asyncio
+import os
+
+from ray import serve
+
+from cluster.config import Config
+from cluster.control import weight_distribution
+from cluster.control.client import tell
+from cluster.errors import ModelNotFound
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
+from cluster.types import ReplicaState, VersionId
+from deployments.ray_patches import seal
+from deployments.replica import watchdog
+from deployments.replica.warm_pool import Owner, WarmPool
+
+
+@serve.deployment
+class Replica:
+    """One slot, or as many as its engine needs, that serves."""
+
+    async def __init__(self, config: Config, weights: VersionId | None = None) -> None:
+        """``weights``: what a replica of a second fleet hosts (`cluster.control.surge`); by default what is live, or sits under it."""
+        seal()
+        context = serve.get_replica_context()
+        self.id = context.replica_id.unique_id
+        tell("starting", self.id, "fetches its weights")
+        id = weights or await asyncio.to_thread(live_weights, Registry(Store(config.store)), config.fleet.model)
+        self.standby = WarmPool(config)
+        self.engine = await self.standby.engine(
+            Owner(self.id, context.app_name, os.getpid()), str(id), lambda stage: tell("starting", self.id, stage)
+        )
+        state = await self.describe()
+        self.release = watchdog.when_gone(state.pid, lambda: os._exit(1))  # Serve starts another replica at once
+
+    async def wake(self) -> None:
+        """Nothing: whoever calls it has a replica by then."""
+
+    async def describe(self) -> ReplicaState:
+        return await self.engine.describe.remote()
+
+    async def hold(self, ids: list[str], carried: weight_distribution.Carried) -> ReplicaState | None:
+        """See `deployments.replica.engine.Engine.hold`; None while there is none yet."""
+        return await self.engine.hold.remote(ids, carried) if hasattr(self, "engine") else None
+
+    async def become(self, replica: str, id: str, fingerprint: str, hurry: bool = False) -> ReplicaState | None:
+        """See `deployments.replica.engine.Engine.become`. Asked of all replicas, obeyed by the one that is meant."""
+        return await self.engine.become.remote(id, fingerprint, hurry) if replica == self.id else None
+
+    async def check_health(self) -> None:
+        await self.engine.check.remote()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve's public hook: what `deployments.autoscaling` decides by."""
+        return await self.engine.stats.remote()
+
+    async def __del__(self) -> None:
+        """Serve calls this when the replica must end: let the streams finish, then leave the engine asleep, or end it."""
+        if not hasattr(self, "release"):
+            return
+        tell("leaving", self.id)
+        self.release()
+        await self.standby.leave(self.engine)
+
+
+def live_weights(registry: Registry, model: str) -> VersionId:
+    """The weights version that a fleet for ``model`` hosts: what the alias's live version is, or sits on."""
+    live = registry.alias(model)
+    if live is None:
+        raise ModelNotFound(f"{model} has no version to serve.", "Register one: springtide up --model PATH, or jobs.pretrain.")
+    return registry.manifest(live.stable).weights

@@ -1,0 +1,1 @@
+"""From a model name to the replica that answers, and the bytes back."""

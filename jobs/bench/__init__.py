@@ -1,1 +1,0 @@
-"""Measure Springtide beside its peers: ``python -m jobs.bench``."""

@@ -1,0 +1,1 @@
+"""What training jobs are made of: driver, worker, objectives, checkpoints."""

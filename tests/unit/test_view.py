@@ -1,0 +1,79 @@
+"""Telling what changed is as good as telling all."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.control.gateways import Gateways
+from cluster.types import EMPTY_VIEW, Generation, ReplicaState, VersionId, View
+from cluster.view import apply, difference
+from deployments.routing.table import Table
+
+HELD = st.dictionaries(st.sampled_from(["m@1", "m@2", "n@1"]), st.sampled_from("de"))
+REPLICAS = st.dictionaries(st.sampled_from("abcd"), HELD)
+ALIASES = st.dictionaries(st.sampled_from("mno"), st.integers(1, 3))
+VIEWS = st.lists(st.tuples(ALIASES, REPLICAS, st.booleans()), max_size=12)
+
+
+def aliases(generations: dict[str, int]) -> dict[str, Generation]:
+    return {
+        name: Generation(alias=name, generation=n, stable=VersionId(name, n), reason="", author="", time_s=0)
+        for name, n in generations.items()
+    }
+
+
+def replicas(held: dict[str, dict[str, str]]) -> tuple[ReplicaState, ...]:
+    return tuple(ReplicaState(id, f"http://{id}", "secret", "m@1", versions, {}, 0) for id, versions in held.items())
+
+
+def known(table: Table) -> tuple[Any, ...]:
+    listed = {id: sorted(table._holding(id)) for id in table.holders}
+    assert listed == {id: sorted(group) for id, group in table.holders.items()}
+    return table.view.revision, table.view.aliases, sorted(table.view.replicas), sorted(table.replicas.values()), listed
+
+
+@given(ALIASES, REPLICAS, ALIASES, REPLICAS)
+def test_a_view_and_what_changed_make_the_next_view_but_no_alias_goes_back(
+    before: dict[str, int], there: dict[str, dict[str, str]], after: dict[str, int], then: dict[str, dict[str, str]]
+) -> None:
+    old, new = View(1, aliases(before), replicas(there)), View(2, aliases(after), replicas(then))
+    made = apply(old, difference(old, new))
+    assert made.aliases == aliases({name: max(n, before.get(name, n)) for name, n in after.items()})
+    assert sorted(made.replicas) == sorted(new.replicas) and made.revision == 2
+
+
+@given(VIEWS)
+def test_a_gateway_that_misses_some_of_it_knows_after_the_next_word_what_one_knows_that_hears_all(views: list[Any]) -> None:
+    here, whole, gateways, moved = Table(), Table(), Gateways(), dict[str, int]()
+    deaf = False
+
+    def tell(method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+        if method == "adopt" and not deaf:
+            here.adopt(arguments[0])
+        return [] if method == "adopt" and deaf else [here.view.revision]
+
+    gateways._tell = tell  # type: ignore[method-assign]
+    for generations, held, misses in views:
+        deaf, before = misses, gateways.current.revision
+        moved |= {name: max(n, moved.get(name, n)) for name, n in generations.items()}
+        gateways.announce(aliases(moved), replicas(held))
+        if gateways.current is not EMPTY_VIEW:
+            whole.adopt(gateways.current)
+        assert deaf or gateways.current.revision == before or known(here) == known(whole)
+
+
+def test_a_gateway_that_is_ahead_of_a_new_control_hears_all_under_a_revision_above_its_own() -> None:
+    here, gateways, told = Table(), Gateways(), list[str]()
+    here.adopt(View(2**62, aliases({"m": 3}), replicas({"old": {}})))
+
+    def tell(method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+        if method == "adopt":
+            told.append(type(arguments[0]).__name__)
+            here.adopt(arguments[0])
+        return [here.view.revision]
+
+    gateways._tell = tell  # type: ignore[method-assign]
+    assert gateways.announce(aliases({"m": 2}), replicas({"new": {"m@2": "d"}}))
+    assert told == ["ViewDelta", "View"] and here.view.revision == 2**62 + 1 == gateways.current.revision
+    assert here.view.aliases["m"].generation == 3 and [one.id for one in here.view.replicas] == ["new"]
