@@ -1,16 +1,59 @@
-"""ASGI's types, and whole JSON answers, for every route of the gateway."""
+"""ASGI's types, and whole bodies in and out, for every route of the gateway."""
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import orjson
 
-from cluster.errors import SpringtideError
+from cluster.errors import BadRequest, BodyTooLarge, SpringtideError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
+
+DISCARD_TIMEOUT_S = 5
+
+
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
+    """The request's body. Raises `BodyTooLarge` before more than ``limit_bytes`` are held."""
+    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    parts: list[bytes] = []
+    size_bytes = int(announced) if announced.isdigit() and int(announced) > limit_bytes else 0
+    message: MutableMapping[str, Any] = {}
+    while size_bytes <= limit_bytes:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        size_bytes += len(parts[-1])
+        if not message.get("more_body"):
+            break
+    if size_bytes > limit_bytes:
+        await _discard(receive, more=not parts or bool(message.get("more_body")), limit_bytes=4 * limit_bytes)
+        raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.", "Send less, or raise gateway.max_body_bytes.")
+    return b"".join(parts)
+
+
+async def _discard(receive: Receive, more: bool, limit_bytes: int) -> None:
+    """Read on for a moment: a client that is still sending would see its connection break, and not the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_TIMEOUT_S):
+            while more and limit_bytes > 0:
+                message = await receive()
+                limit_bytes -= len(message.get("body", b""))
+                more = bool(message.get("more_body"))
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """The JSON object in a body. Raises `BadRequest`."""
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"The body is not valid JSON: {error}.", "Send one JSON object.") from None
+    if not isinstance(body, dict):
+        raise BadRequest(f"The body is a JSON {type(body).__name__}.", "Send one JSON object.")
+    return body
 
 
 async def send_json(send: Send, status: int, document: Any, headers: Headers | None = None) -> None:

@@ -13,8 +13,7 @@ from cluster.errors import BadRequest, PoolUnavailable, RouteNotFound, Springtid
 from cluster.pool import local
 from cluster.publishing.rollout import Policy
 from cluster.types import Durable
-from deployments.api.inference import parse, read
-from deployments.http import Headers, Receive, Scope
+from deployments.http import Headers, Receive, Scope, parse_json, read_body
 
 MAX_BODY_BYTES = 64 << 10
 HISTORY = "/admin/history/"
@@ -65,7 +64,7 @@ class Admin:
                 f"There is no {method} {path[:200]} here.",
                 f"GET /admin/status, GET /admin/tide, GET {HISTORY}ALIAS and POST {', '.join(ORDERS)} are.",
             )
-        order: Any = parse_order(ORDERS[path], parse(await read(scope, receive, MAX_BODY_BYTES)))
+        order: Any = parse_order(ORDERS[path], parse_json(await read_body(scope, receive, MAX_BODY_BYTES)))
         rollout = await self._ask(self._call(path, order))
         return rollout.model_dump(mode="json")
 

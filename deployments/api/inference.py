@@ -5,25 +5,22 @@ immutable version, and to stop what would cost an engine more than any answer is
 """
 
 import asyncio
-import contextlib
 import re
 import time
-from collections.abc import MutableMapping
 from typing import Any, Protocol
 
 import orjson
 
 from cluster.config import Gateway
-from cluster.errors import BadRequest, BodyTooLarge, NoReplica, Overloaded, SpringtideError
+from cluster.errors import BadRequest, NoReplica, Overloaded, SpringtideError
 from cluster.types import Generation, VersionId
-from deployments.http import Headers, Receive, Scope, Send, send_error
+from deployments.http import Headers, Receive, Scope, Send, parse_json, read_body, send_error
 from deployments.routing.measure import Recorder, Trace
 from deployments.routing.shadow import Shadow
 from deployments.routing.upstream import Answer, Call, Upstream
 
 ASK_AGAIN_S = 0.2
 """How long a request without a replica waits for a newer view before it looks again."""
-DISCARD_TIMEOUT_S = 5
 MAX_ID_CHARACTERS = 64
 UNSAFE = re.compile(r"[^A-Za-z0-9._:-]")
 
@@ -53,7 +50,7 @@ class Inference:
         self.router = router
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = parse(await read(scope, receive, self.limits.max_body_bytes))
+        body = parse_json(await read_body(scope, receive, self.limits.max_body_bytes))
         check_choices(body, self.limits.max_choices)
         model, session = model_name(body), session_of(scope["headers"], body)
         began_s, patience_s = time.monotonic(), self.limits.hold_timeout_s
@@ -134,44 +131,6 @@ def session_of(headers: Headers, body: dict[str, Any]) -> str:
         or (user if isinstance(user, str) else "")
         or named.get(b"authorization", b"").decode("latin-1")
     )
-
-
-async def read(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The request's body. Raises `BodyTooLarge` before more than ``limit_bytes`` are held."""
-    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    parts: list[bytes] = []
-    size_bytes = int(announced) if announced.isdigit() and int(announced) > limit_bytes else 0
-    message: MutableMapping[str, Any] = {}
-    while size_bytes <= limit_bytes:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        size_bytes += len(parts[-1])
-        if not message.get("more_body"):
-            break
-    if size_bytes > limit_bytes:
-        await _discard(receive, more=not parts or bool(message.get("more_body")), limit_bytes=4 * limit_bytes)
-        raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.", "Send less, or raise gateway.max_body_bytes.")
-    return b"".join(parts)
-
-
-async def _discard(receive: Receive, more: bool, limit_bytes: int) -> None:
-    """Read on for a moment: a client that is still sending would see its connection break, and not the answer."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_TIMEOUT_S):
-            while more and limit_bytes > 0:
-                message = await receive()
-                limit_bytes -= len(message.get("body", b""))
-                more = bool(message.get("more_body"))
-
-
-def parse(raw: bytes) -> dict[str, Any]:
-    try:
-        body = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"The body is not valid JSON: {error}.", "Send one JSON object.") from None
-    if not isinstance(body, dict):
-        raise BadRequest(f"The body is a JSON {type(body).__name__}.", "Send one JSON object.")
-    return body
 
 
 def dump(body: dict[str, Any]) -> bytes:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from cluster import errors
 from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, ReplicaLost, SpringtideError
 from cluster.pool import graph, submit
-from deployments.api.inference import check_choices, model_name, parse, read, request_id
+from deployments.api.inference import check_choices, model_name, request_id
+from deployments.http import parse_json, read_body
 from deployments.routing.upstream import engine_error, whole_events
 
 
@@ -27,7 +28,7 @@ def receive_all(parts: list[bytes], announced: int | None = None, limit: int = 1
         return messages.pop(0)
 
     headers = [(b"content-length", str(announced).encode())] if announced is not None else []
-    return asyncio.run(read({"headers": headers}, receive, limit))
+    return asyncio.run(read_body({"headers": headers}, receive, limit))
 
 
 def test_a_body_in_parts_is_joined() -> None:
@@ -43,13 +44,13 @@ def test_a_body_over_the_limit_is_refused_with_or_without_its_length(announced: 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"x"', b"null", b"\xff\xfe", b'{"a": NaN}', b"[" * 5000])
 def test_what_is_not_a_json_object_is_a_bad_request(raw: bytes) -> None:
     with pytest.raises(BadRequest):
-        parse(raw)
+        parse_json(raw)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_an_object_or_a_bad_request(raw: bytes) -> None:
     with contextlib.suppress(BadRequest):
-        assert isinstance(parse(raw), dict)
+        assert isinstance(parse_json(raw), dict)
 
 
 @pytest.mark.parametrize("body", [{}, {"model": ""}, {"model": 3}, {"model": None}, {"model": ["m"]}])
