@@ -20,7 +20,7 @@ EXAMPLES = re.compile(r"(\d+) examples to train on")
 LOSS = re.compile(r"step=(\d+)/\d+ loss=([\d.]+)")
 SIZE = re.compile(r"training with (\d+) workers from step (\d+)")
 STEP = re.compile(r"step=(\d+)/|from step (\d+)|stopped after step (\d+)")
-WORKER = re.compile(r"\((?:Member|RayTrainWorker) pid=(\d+)\)")
+WORKER = re.compile(r"\((?:Worker|RayTrainWorker) pid=(\d+)\)")
 
 
 class Job:

@@ -62,7 +62,7 @@ def work(settings: dict[str, Any]) -> None:
     import ray.train
 
     from cluster import niceness
-    from jobs.training.progress import Progress
+    from jobs.training.progress import ProgressPrinter
     from jobs.training.sft import SupervisedFineTuning
     from jobs.training.worker import gather, update
 
@@ -72,7 +72,7 @@ def work(settings: dict[str, Any]) -> None:
     tuning = SupervisedFineTuning(settings)
     step = restored(tuning)
     print(f"training with {world} workers from step {step}", flush=True)
-    progress = Progress("finetune", rank, step)
+    progress = ProgressPrinter("finetune", rank, step)
     for batch in tuning.plan.batches(step):
         loss, _, _ = gather(tuning, batch, rank, world)
         update(tuning, step)

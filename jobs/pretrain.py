@@ -146,10 +146,10 @@ def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any
     """Next-token prediction on whole conversations, warm-up then cosine. Returns the last step's loss."""
     import ray.train.torch
 
-    from jobs.training.progress import Progress
+    from jobs.training.progress import ProgressPrinter
 
     context = ray.train.get_context()
-    progress = Progress("pretrain", context.get_world_rank())
+    progress = ProgressPrinter("pretrain", context.get_world_rank())
     parallel = ray.train.torch.prepare_model(model)
     optimizer = torch.optim.AdamW(
         parallel.parameters(), recipe["learning_rate"], (0.9, 0.95), weight_decay=recipe["weight_decay"]

@@ -26,10 +26,14 @@ from cluster.capacity.arbiter import Job
 from cluster.config import Config
 from cluster.errors import JobFailed
 from jobs.training.heartbeat import Heartbeats
+from jobs.training.progress import Meter, Progress
 from jobs.training.worker import Outcome, ProcessGroup, Reached, Where, Work, Worker
 
 TURN_S = 0.1
-ASK_ALIVE_S = 5
+ASK_ALIVE_S = 1
+"""How often a worker is asked how far it is."""
+WATCH_S = 1
+"""At most how often ``watch`` hears of the progress."""
 LOST_S = 30
 """A member that has not answered for this long is taken for hung, and ended."""
 LEFT_S = 10
@@ -59,16 +63,32 @@ class Ended(NamedTuple):
     metrics: dict[str, float]
 
 
-def fit(config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], name: str, priority: int = 0) -> Ended:
+def ignore(_: Any) -> None: ...
+
+
+def fit(
+    config: Config,
+    work: Callable[[dict[str, Any]], Work],
+    settings: dict[str, Any],
+    name: str,
+    priority: int = 0,
+    watch: Callable[[Progress], None] = ignore,
+    note: Callable[[str], None] = ignore,
+) -> Ended:
     """Train ``work(settings)`` to its end, on as many slots as there are at the time. Its files are then at `runs.result`.
 
-    ``name``: from `runs.begun` or `runs.resumed`. Raises `JobFailed` where it cannot go on. Its checkpoints stay then, and where it is ended from
-    outside, for whoever resumes it; `springtide cancel` removes them.
+    ``name``: from `runs.begun` or `runs.resumed`. Both callbacks run in this thread, and must be quick: ``watch`` hears of the progress at most
+    once a second, ``note`` hears words such as "training with 3 workers from step 40", which are in the log too.
+
+    ``settings["stage"]`` names the run in its progress lines; the name's first part by default.
+
+    Raises `JobFailed` where it cannot go on. Its checkpoints stay then, and where it is ended from outside, for whoever resumes it;
+    `springtide cancel` removes them.
     """
     per_worker = config.training.slots_per_worker
     least, most = (workers * per_worker for workers in (config.training.min_workers, config.training.workers))
-    claiming = Heartbeats(Job(name, priority, time.time(), least, most, per_worker))
-    run = Run(config, work, {**settings, "stage": name.rpartition("-")[0]}, claiming)
+    claiming = Heartbeats(Job(name, priority, time.time(), least, most, per_worker), note)
+    run = Run(config, work, {"stage": name.rpartition("-")[0], **settings}, claiming, watch, note)
     try:
         while run.ended is None:
             run.turn(time.monotonic())
@@ -185,8 +205,19 @@ class WorkerHandle:
 
 class Run:
     def __init__(
-        self, config: Config, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], claiming: Heartbeats
+        self,
+        config: Config,
+        work: Callable[[dict[str, Any]], Work],
+        settings: dict[str, Any],
+        claiming: Heartbeats,
+        watch: Callable[[Progress], None],
+        note: Callable[[str], None],
     ) -> None:
+        self.watch, self.note = watch, note
+        self.meter: Meter | None = None
+        """Of the present process group, once a worker of it has answered."""
+        self.watched: tuple[float, int] = (float("-inf"), -1)
+        """When ``watch`` was last told, and of which step."""
         self.config = config
         self.claiming = claiming
         self.per_worker = config.training.slots_per_worker
@@ -278,8 +309,21 @@ class Run:
         if isinstance(said := ray.get(seat.alive), Reached):
             seat.stepping = said.stepping
             self._reached(said.step)
+            self._watch(said, now_s)
         if now_s - seat.heard_s > ASK_ALIVE_S or seat.phase == "preparing":
             seat.alive, seat.heard_s = seat.actor.reached.remote(), now_s
+
+    def _watch(self, said: Reached, now_s: float) -> None:
+        """Tell ``watch`` and ``note`` what a worker answered."""
+        workers = len(self._in("learning"))
+        if said.group != self.formation or not workers:
+            return
+        if self.meter is None or self.meter.group != said.group:
+            self.meter = Meter(said.group, said.step, said.tokens, now_s)
+            self.note(f"training with {workers} workers from step {said.first}")
+        if now_s - self.watched[0] >= WATCH_S and said.step > max(self.watched[1], self.meter.step):
+            self.watched = now_s, said.step
+            self.watch(self.meter.progress(said.step, said.steps, said.loss, said.tokens, workers, now_s))
 
     def _heard(self, seat: WorkerHandle, said: "Where | Outcome", now_s: float) -> None:
         seat.call = None
@@ -307,7 +351,7 @@ class Run:
             return
         if all(seat in self.spares for seat in seats):
             return self.dismiss(seats)
-        print(f"{len(seats)} of {len(self.seats)} workers lost: {why}", flush=True)
+        self._say(f"{len(seats)} of {len(self.seats)} workers lost: {why}")
         if self.broken_s is None:
             self._failed(why)
         if any(seat.phase == "learning" for seat in seats):
@@ -415,8 +459,12 @@ class Run:
                     return True
             time.sleep(TURN_S)
         if self.step > 0:
-            print(f"the state could not be kept within {within_s:.0f} s; the newest checkpoint counts", flush=True)
+            self._say(f"the state could not be kept within {within_s:.0f} s; the newest checkpoint counts")
         return False
+
+    def _say(self, words: str) -> None:
+        print(words, flush=True)
+        self.note(words)
 
     def dismiss(self, seats: list[WorkerHandle]) -> None:
         """End members, and give their slots back. Ray sees the processes end within some hundredths of a second."""

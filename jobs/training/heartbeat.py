@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import uuid
+from collections.abc import Callable
 
 from ray.exceptions import RayError
 
@@ -18,8 +19,8 @@ ASK_S = 0.25
 class Heartbeats:
     """Says to control, beside everything else, that the job lives and what it holds, and hears what it may have."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, note: Callable[[str], None]) -> None:
+        self.job, self.note = job, note
         self.driver = uuid.uuid4().hex
         self.holds: tuple[int, int] = (0, 0)
         """Slots held, and those that train."""
@@ -40,7 +41,9 @@ class Heartbeats:
     def _say(self, why: str, slots: int) -> None:
         """Once, that it waits and ``why``, and once that it does not any more."""
         if why != self.said:
-            print(f"waiting for slots: {why}" if why else f"may have {counted(slots)}", flush=True)
+            words = f"waiting for slots: {why}" if why else f"may have {counted(slots)}"
+            print(words, flush=True)
+            self.note(words)
         self.said = why
 
     def _run(self) -> None:

@@ -1,17 +1,56 @@
-"""Progress lines: ``progress stage=… step=12/100 loss=1.2345 tokens_per_s=5310 eta_s=17``. `cluster.pool.submit.progress` reads them."""
+"""How far a run is: `Progress` for whoever watches it in the driver's process, and the line that a worker prints for people.
+
+A speed counts from the start of the present process group, because the number of workers changes it:
+
+>>> meter = Meter(group=2, step=50, tokens=8000, began_s=0.0)
+>>> meter.progress(step=60, steps=100, loss=1.5, tokens=9000, workers=3, now_s=10.0)
+Progress(step=60, steps=100, loss=1.5, tokens=9000, tokens_per_s=100.0, eta_s=40.0, workers=3)
+"""
 
 import time
+from typing import NamedTuple
 
 
-class Progress:
-    """Prints them from rank 0: at most one per ``every_s``, but always the first step and the last."""
+class Progress(NamedTuple):
+    """A run between two steps. `jobs.training.driver.fit` passes it to ``watch`` at most once a second."""
+
+    step: int
+    """Steps that are done."""
+    steps: int
+    """Steps of the whole run."""
+    loss: float
+    """The training loss of the last step; not a number before the first."""
+    tokens: int
+    """Tokens since the start of the run."""
+    tokens_per_s: float
+    eta_s: float
+    """Seconds until the last step at the present speed."""
+    workers: int
+    """Workers in the present process group."""
+
+
+class Meter(NamedTuple):
+    """Where a process group began, and what its speed is counted from."""
+
+    group: int
+    step: int
+    tokens: int
+    began_s: float
+
+    def progress(self, step: int, steps: int, loss: float, tokens: int, workers: int, now_s: float) -> Progress:
+        elapsed_s = max(now_s - self.began_s, 1e-9)
+        eta_s = elapsed_s / max(1, step - self.step) * (steps - step)
+        return Progress(step, steps, loss, tokens, (tokens - self.tokens) / elapsed_s, eta_s, workers)
+
+
+class ProgressPrinter:
+    """Prints ``progress stage=… step=12/100 …`` from rank 0: at most one line per ``every_s``, but always the first step and the last."""
 
     def __init__(self, stage: str, rank: int, step: int = 0, tokens: int = 0, every_s: float = 1.0) -> None:
-        """``step`` and ``tokens``: what was done before, which counts neither for the speed nor for the time that is left."""
+        """``step`` and ``tokens``: what was done before. They count neither for the speed nor for the remaining time."""
         self.stage = stage
         self.every_s = every_s
-        self.before = step, tokens
-        self.started_s = time.monotonic()
+        self.meter = Meter(0, step, tokens, time.monotonic())
         self.printed_s = float("-inf")
         self.first = rank == 0
 
@@ -20,15 +59,13 @@ class Progress:
         now_s = time.monotonic()
         if self.first and (now_s - self.printed_s >= self.every_s or step == steps):
             self.printed_s = now_s
-            print(line(self.stage, step, steps, loss, tokens, now_s - self.started_s, self.before), flush=True)
+            print(line(self.stage, self.meter.progress(step, steps, loss, tokens, 0, now_s)), flush=True)
 
 
-def line(stage: str, step: int, steps: int, loss: float, tokens: int, elapsed_s: float, before: tuple[int, int] = (0, 0)) -> str:
+def line(stage: str, at: Progress) -> str:
     """
-    >>> line("finetune", 25, 100, 1.23456, 5000, 10.0)
+    >>> line("finetune", Progress(25, 100, 1.23456, 5000, 500.0, 30.0, workers=2))
     'progress stage=finetune step=25/100 loss=1.2346 tokens_per_s=500 eta_s=30'
-    >>> line("finetune", 60, 100, 1.0, 9000, 10.0, before=(50, 8000))
-    'progress stage=finetune step=60/100 loss=1.0000 tokens_per_s=100 eta_s=40'
     """
-    per_s, eta_s = (tokens - before[1]) / max(elapsed_s, 1e-9), elapsed_s / max(1, step - before[0]) * (steps - step)
-    return f"progress stage={stage} step={step}/{steps} loss={loss:.4f} tokens_per_s={per_s:.0f} eta_s={eta_s:.0f}"
+    speed = f"tokens_per_s={at.tokens_per_s:.0f} eta_s={at.eta_s:.0f}"
+    return f"progress stage={stage} step={at.step}/{at.steps} loss={at.loss:.4f} {speed}"

@@ -29,7 +29,7 @@ from cluster.metrics import CHECKPOINTS
 from cluster.pool.local import LOOPBACK
 from cluster.store.objects import Store
 from jobs.training.checkpoints import Checkpoints, Snapshot, Writer
-from jobs.training.progress import Progress
+from jobs.training.progress import ProgressPrinter
 from jobs.training.schedule import Plan
 
 PATIENCE_S = 600
@@ -91,11 +91,21 @@ class State(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """How far a member is."""
+    """How far a worker is."""
 
     step: int
     stepping: bool = False
     """Whether a step is under way: not while it measures, or saves the result."""
+    group: int = 0
+    """The process group that it is in, or was in last."""
+    first: int = -1
+    """The step that this process group began with."""
+    steps: int = 0
+    """Steps of the whole run."""
+    loss: float = float("nan")
+    """The training loss of the last step."""
+    tokens: int = 0
+    """Tokens since the start of the run."""
 
 
 class Outcome(NamedTuple):
@@ -131,6 +141,8 @@ class Worker:
         self.stepped, self.trained, self.left = threading.Condition(), 0, 0
         """The last formation in which a step was done, and the last one that is over."""
         self.stepping = False
+        self.group = 0
+        """The process group that it is in, or was in last."""
         self.met: Path | None = None
         """Where the last formation met that this member called."""
 
@@ -158,8 +170,9 @@ class Worker:
         self.stopped = max(self.stopped, number)
 
     def reached(self) -> Reached:
-        """How far it is; whoever cannot answer this is gone."""
-        return Reached(self.state.step, self.stepping)
+        """How far it is. A worker that cannot answer this is gone."""
+        state = self.state
+        return Reached(state.step, self.stepping, self.group, self.first, self.work.plan.steps, state.loss, state.tokens)
 
     def trains(self, number: int) -> int:
         """Wait until it has done a step in this formation, or that is over. The last one in which it has done a step."""
@@ -186,7 +199,7 @@ class Worker:
                     print(f"training with {formation.world} workers from step {self.first}", flush=True)
                 else:
                     print(f"training as worker {formation.rank + 1} of {formation.world}", flush=True)
-                self.stepping = True
+                self.group, self.stepping = formation.number, True
                 ended = self._train(formation)
                 self.stepping = False
                 return self._finish(formation) if ended else self._pause(formation)
@@ -242,7 +255,9 @@ class Worker:
 
     def _train(self, formation: ProcessGroup) -> bool:
         """Steps until the run's end, or until somebody was told to stop. Whether it is the end."""
-        progress = Progress(self.settings["stage"], formation.rank, self.state.step, self.state.tokens, self.settings["report_s"])
+        progress = ProgressPrinter(
+            self.settings["stage"], formation.rank, self.state.step, self.state.tokens, self.settings["report_s"]
+        )
         saved_s = time.monotonic()
         for batch in self.work.plan.batches(self.state.step):
             began_s = time.monotonic()

@@ -38,7 +38,7 @@ def node(pool: Running, slots: int) -> Iterator["subprocess.Popen[bytes]"]:
     there, process = total(pool) + slots, join(pool, slots)
     try:
         when(lambda: bool(raylets(process)), 60)
-        with held(processes(pool, "ray::Member")):
+        with held(processes(pool, "ray::Worker")):
             when(lambda: total(pool) == there, 20)  # a member that does not answer for 30 s counts as lost
         yield process
     finally:

@@ -207,7 +207,7 @@ def test_a_planned_yield_and_the_way_back(pool: Running, tmp_path: Path, record:
     """H0: the bars of a hand-over. And what H6 is on a CPU, where no accelerator's memory could stay taken: whoever left does nothing any
     more, and is who comes back."""
     with running(pool, tmp_path, *finetune()) as job:
-        members = {process.pid for process in processes(pool, "ray::Member")}
+        members = {process.pid for process in processes(pool, "ray::Worker")}
         assert len(members) == 2
         when(lambda: bool(carried_out(record, job, "grow")), 10)  # else its start and the yield are one change to the record
         with scaling(pool, 2):
@@ -217,7 +217,7 @@ def test_a_planned_yield_and_the_way_back(pool: Running, tmp_path: Path, record:
             when(lambda: replicas(pool) == 2, 120)
         scaled(pool, 1)
         when(lambda: job.trains(2), 120)
-        assert {process.pid for process in processes(pool, "ray::Member")} == members
+        assert {process.pid for process in processes(pool, "ray::Worker")} == members
         [gave] = carried_out(record, job, "yield")
         when(lambda: carried_out(record, job, "grow")[-1].at_s > gave.at_s, 5)  # the tide records it at its next turn
         took = carried_out(record, job, "grow")[-1]
@@ -277,7 +277,7 @@ def test_a_job_that_does_not_yield_is_stopped_at_the_deadline(pool: Running, tmp
 def test_a_worker_that_hangs_while_serving_asks_is_stopped_at_the_deadline(pool: Running, tmp_path: Path, record: Record) -> None:
     """H2 and T5: the one that hangs does not even answer, and the other has what both have learnt."""
     with running(pool, tmp_path, *finetune(), yield_deadline_s=5, checkpoint_s=3600, report_s=0) as job:
-        os.kill(processes(pool, "ray::Member")[-1].pid, signal.SIGSTOP)
+        os.kill(processes(pool, "ray::Worker")[-1].pid, signal.SIGSTOP)
         with scaling(pool, 2):
             stopped_at_the_deadline(record, job)
 
@@ -300,7 +300,7 @@ def test_a_killed_worker_costs_no_step(pool: Running, tmp_path: Path, record: Re
     """T1"""
     with running(pool, tmp_path, *finetune(), report_s=0) as job:
         then = len(job.text)
-        os.kill(processes(pool, "ray::Member")[-1].pid, signal.SIGKILL)
+        os.kill(processes(pool, "ray::Worker")[-1].pid, signal.SIGKILL)
         print(f"one goes on after {when(lambda: 'training with 1 workers' in job.text[then:], 30):.1f} s")
         before, _, after = job.text[then:].partition("training with 1 workers from step ")
         assert int(after.split()[0]) >= max(int(step) for step in re.findall(r"step=(\d+)/", job.text[:then] + before))
@@ -311,7 +311,7 @@ def test_a_killed_worker_costs_no_step(pool: Running, tmp_path: Path, record: Re
 def test_a_worker_that_hangs_is_found_and_replaced(pool: Running, tmp_path: Path, record: Record) -> None:
     """T5"""
     with running(pool, tmp_path, *finetune()) as job:
-        os.kill(processes(pool, "ray::Member")[-1].pid, signal.SIGSTOP)
+        os.kill(processes(pool, "ray::Worker")[-1].pid, signal.SIGSTOP)
         then = len(job.text)
         print(f"found after {when(lambda: 'no answer for' in job.text, 60):.1f} s")
         print(f"two train again {when(lambda: 'training with 2 workers' in job.text[then:], 60):.1f} s later")

@@ -78,7 +78,7 @@ def kill(ended: list[psutil.Process]) -> None:
 
 
 def members(pool: Running) -> list[psutil.Process]:
-    return processes(pool, "ray::Member")
+    return processes(pool, "ray::Worker")
 
 
 def everybody(pool: Running, job: Job) -> list[psutil.Process]:
