@@ -130,8 +130,8 @@ def day(base: Config, system: str, times_s: list[float], seconds: float, shares:
         per_step = job.examples / math.ceil(job.examples / GLOBAL_BATCH)
         looks = watcher.end()
         said = serve_said()
-        moments = parse(client.tide(config, began_s)["moments"])
-    return Day(system, began_s, samples, looks, moments, said, round(steps * per_step), lost(log))
+        snapshots = parse(client.slots(config, began_s)["snapshots"])
+    return Day(system, began_s, samples, looks, snapshots, said, round(steps * per_step), lost(log))
 
 
 def serve_said() -> str:
@@ -215,7 +215,7 @@ class Watcher:
         while not self.done.wait(1.0):
             with contextlib.suppress(SpringtideError, OSError, RuntimeError):  # Ray's client, where the dashboard is busy
                 self.shares.hold({*engine_pids(self.config), *self.job.workers})
-                slots = client.tide(self.config, time.time())["slots"]
+                slots = client.slots(self.config, time.time())["slots"]
                 states = replica_states(self.config)
                 serving, starting = states.count("RUNNING"), states.count("STARTING")
                 used = round(slots["total"] - slots["free"])

@@ -41,7 +41,7 @@ class Day(NamedTuple):
     """Since the epoch."""
     samples: list[Sample]
     looks: list[Look]
-    moments: list[SlotSnapshot]
+    snapshots: list[SlotSnapshot]
     serve_said: str
     """The last that Serve's own log has about replicas that wait for a place; empty where none waited long."""
     trained: int
@@ -51,7 +51,7 @@ class Day(NamedTuple):
 
 def durations(day: Day) -> dict[str, list[float]]:
     """Hand-overs of the day, in seconds: ``{"slots_free", "resume", "grow_back"}``."""
-    done = handovers(day.moments)
+    done = handovers(day.snapshots)
     return {
         "slots_free": [one.slots_free_s for one in done if one.slots_free_s is not None],
         "resume": [one.training_s for one in done if one.kind == "yield" and one.training_s is not None],

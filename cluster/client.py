@@ -26,10 +26,10 @@ def status(config: Config) -> dict[str, Any]:
     return _call(config, "GET", "/admin/status")
 
 
-def tide(config: Config, since_s: float = 0.0) -> dict[str, Any]:
-    """``{"tide": {…}, "moments": […], "slots": {…}}``: how the slots are divided, and each change after ``since_s`` (seconds since the
+def slots(config: Config, since_s: float = 0.0) -> dict[str, Any]:
+    """``{"allocation": {…}, "snapshots": […], "slots": {…}}``: how the slots are divided, and each change after ``since_s`` (seconds since the
     epoch), as `cluster.capacity.handover.parse` reads it."""
-    return _call(config, "GET", f"/admin/tide?since_s={since_s!r}", timeout_s=LOOK_S)
+    return _call(config, "GET", f"/admin/slots?since_s={since_s!r}", timeout_s=LOOK_S)
 
 
 def publish(config: Config, version: VersionId, alias: str, reason: str, policy: Policy | None = None) -> Rollout:

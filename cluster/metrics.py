@@ -27,8 +27,8 @@ TRAINING, IDLE = "training", "idle"
 MOST_JOBS = 64
 """Jobs with series of their own at a time, those that hold slots first. All count in the sums."""
 RECENT = 500
-"""How many of the last moments are searched for the hand-over that ended: one that takes longer than that many changes is timed too short."""
-PARTS = ("share", "held", "learning")
+"""How many of the last snapshots are searched for the hand-over that ended: one that takes longer than that many changes is timed too short."""
+PARTS = ("grant", "held", "active")
 TELLS = {"gauge": "set", "counter": "inc", "histogram": "observe"}
 SECONDS = (0.25, 0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300)
 
@@ -51,14 +51,14 @@ class Metric(NamedTuple):
 
 
 SLOTS = Metric("springtide_slots", "gauge", "Slots held, by owner: serving, training or idle.", ("owner",))
-JOB_SLOTS = Metric("springtide_job_slots", "gauge", "A job's slots: its share, those held, those learning.", ("job_id", "part"))
+JOB_SLOTS = Metric("springtide_job_slots", "gauge", "A job's slots: its grant, those held, those active.", ("job_id", "part"))
 LEASE = Metric("springtide_lease_slots", "gauge", "Slots that serving may have.")
 WANTED = Metric("springtide_wanted_slots", "gauge", "Slots that serving holds and asks for.")
 WAITING = Metric("springtide_waiting_jobs", "gauge", "Jobs that hold no slot and have been given none.")
 DECISIONS = Metric(
     "springtide_decisions_total",
     "counter",
-    "Changes of a share, by owner (serving, training) and act (grow, shrink).",
+    "Changes of a grant, by owner (serving, training) and act (grow, shrink).",
     ("owner", "act"),
 )
 SLOTS_FREE = Metric(
@@ -87,28 +87,32 @@ class Sample(NamedTuple):
 # what is to be said: pure
 
 
-def levels(moment: SlotSnapshot, before: Iterable[str] = ()) -> list[Sample]:
-    """The gauges at ``moment``. ``before``: jobs that had series of their own; those that have left are set to 0 once and then end."""
-    training = sum(stake.held for stake in moment.jobs)
-    slots = [Sample(SLOTS, n, (owner,)) for owner, n in ((SERVING, moment.serving), (TRAINING, training), (IDLE, moment.idle))]
-    waiting = sum(1 for stake in moment.jobs if stake.held == stake.share == 0)
-    totals = [Sample(LEASE, moment.lease), Sample(WANTED, moment.wanted), Sample(WAITING, waiting)]
-    left = [Allocation(job, 0, 0, 0) for job in before if job not in {stake.job for stake in moment.jobs}]
-    of = [(stake.job, part, getattr(stake, part)) for stake in (*named(moment), *left) for part in PARTS]
+def levels(snapshot: SlotSnapshot, before: Iterable[str] = ()) -> list[Sample]:
+    """The gauges at ``snapshot``. ``before``: jobs that had series of their own; those that have left are set to 0 once and then end."""
+    training = sum(one.held for one in snapshot.jobs)
+    slots = [
+        Sample(SLOTS, n, (owner,)) for owner, n in ((SERVING, snapshot.serving), (TRAINING, training), (IDLE, snapshot.idle))
+    ]
+    waiting = sum(1 for one in snapshot.jobs if one.held == one.grant == 0)
+    totals = [Sample(LEASE, snapshot.lease), Sample(WANTED, snapshot.wanted), Sample(WAITING, waiting)]
+    left = [Allocation(job, 0, 0, 0) for job in before if job not in {one.job for one in snapshot.jobs}]
+    of = [(one.job, part, getattr(one, part)) for one in (*named(snapshot), *left) for part in PARTS]
     parts = [Sample(JOB_SLOTS, slots, (job, part)) for job, part, slots in of]
     return [*slots, *totals, *parts]
 
 
-def named(moment: SlotSnapshot) -> list[Allocation]:
+def named(snapshot: SlotSnapshot) -> list[Allocation]:
     """The jobs with series of their own."""
-    return sorted(moment.jobs, key=lambda stake: -max(stake.held, stake.share))[:MOST_JOBS]
+    return sorted(snapshot.jobs, key=lambda one: -max(one.held, one.grant))[:MOST_JOBS]
 
 
-def decided(turns: Iterable[GrantChange]) -> list[Sample]:
-    """One for each change of somebody's share."""
+def decided(changes: Iterable[GrantChange]) -> list[Sample]:
+    """One for each change of somebody's grant."""
     return [
-        Sample(DECISIONS, 1, (SERVING if turn.owner == SERVING else TRAINING, "grow" if turn.after > turn.before else "shrink"))
-        for turn in turns
+        Sample(
+            DECISIONS, 1, (SERVING if change.owner == SERVING else TRAINING, "grow" if change.after > change.before else "shrink")
+        )
+        for change in changes
     ]
 
 
@@ -129,34 +133,34 @@ class Board:
     def __init__(self) -> None:
         self.instruments: dict[str, Any] = {}
         self.jobs: tuple[str, ...] = ()
-        self.turn: GrantChange | None = None
-        self.moment: SlotSnapshot | None = None
+        self.change: GrantChange | None = None
+        self.snapshot: SlotSnapshot | None = None
         self.failing = False
 
-    def news(self, moments: Sequence[SlotSnapshot], turns: Sequence[GrantChange]) -> list[Sample]:
+    def news(self, snapshots: Sequence[SlotSnapshot], changes: Sequence[GrantChange]) -> list[Sample]:
         """What has to be said now."""
-        if not moments:
+        if not snapshots:
             return []
-        said = [*levels(moments[-1], self.jobs), *decided(self._since(turns)), *took(self._ended(moments))]
-        self.jobs = tuple(stake.job for stake in named(moments[-1]))
-        self.turn, self.moment = (turns[-1] if turns else None), moments[-1]
+        said = [*levels(snapshots[-1], self.jobs), *decided(self._since(changes)), *took(self._ended(snapshots))]
+        self.jobs = tuple(one.job for one in named(snapshots[-1]))
+        self.change, self.snapshot = (changes[-1] if changes else None), snapshots[-1]
         return said
 
-    def _since(self, turns: Sequence[GrantChange]) -> list[GrantChange]:
+    def _since(self, changes: Sequence[GrantChange]) -> list[GrantChange]:
         """Those after the last that was counted, which is known by identity: clocks may go back."""
         new: list[GrantChange] = []
-        for turn in reversed(turns):
-            if turn is self.turn:
+        for change in reversed(changes):
+            if change is self.change:
                 break
-            new.append(turn)
+            new.append(change)
         return new
 
-    def _ended(self, moments: Sequence[SlotSnapshot]) -> list[Handover]:
+    def _ended(self, snapshots: Sequence[SlotSnapshot]) -> list[Handover]:
         """Hand-overs that ended since. Where nothing was recorded since, none did."""
-        if moments[-1] is self.moment:
+        if snapshots[-1] is self.snapshot:
             return []
-        since_s = self.moment.at_s if self.moment else float("-inf")
-        return ended_since(list(moments)[-RECENT:], since_s)
+        since_s = self.snapshot.at_s if self.snapshot else float("-inf")
+        return ended_since(list(snapshots)[-RECENT:], since_s)
 
     def tell(self, sample: Sample) -> None:
         name, kind, _, keys = sample.metric
@@ -166,11 +170,11 @@ class Board:
         getattr(instrument, TELLS[kind])(float(sample.value), tags)
 
 
-def publish(board: Board, moments: Sequence[SlotSnapshot], turns: Sequence[GrantChange]) -> None:
+def publish(board: Board, snapshots: Sequence[SlotSnapshot], changes: Sequence[GrantChange]) -> None:
     """Tell Ray's agent how the tide stands and what has happened since the last call. Never raises: who calls has more important things
     to do than to be watched. Gauges are to be set again and again, or they end."""
     try:
-        for sample in board.news(moments, turns):
+        for sample in board.news(snapshots, changes):
             board.tell(sample)
         board.failing = False
     except Exception:

@@ -1,8 +1,8 @@
-"""How the tide and the gateway's routing table bear a large pool, without Ray: ``python -m tests.scale``.
+"""How the allocator and the gateway's routing table bear a large pool, without Ray: ``python -m tests.scale``.
 
-A day's load passes in some thousand turns at the pace at which control turns the tide, which is the densest past that the arbiter can
+A day's load passes in some thousand turns at the pace at which control divides the slots, which is the densest past that the arbiter can
 have to remember; two days, so that what is held after the second can be compared with the first. Real are `cluster.capacity.allocator` with the
-arbiter, control's way of telling the gateways, and a gateway's table. Timed, in processor time, are a turn with every job's claim in it,
+arbiter, control's way of telling the gateways, and a gateway's table. Timed, in processor time, are a turn with the heartbeat of every job in it,
 the way of a change of the view on control's side and on the gateway's, and the choice of a replica per request. Python's collector of
 garbage waits meanwhile; what it costs a gateway is timed by itself.
 """
@@ -26,7 +26,7 @@ from rich.table import Table as Shown
 
 from benchmarks.load import percentile
 from benchmarks.place import console, finish, machine, passed
-from cluster.capacity.allocator import MOMENTS, Allocator
+from cluster.capacity.allocator import SNAPSHOTS, Allocator
 from cluster.capacity.arbiter import SERVING, Budget
 from cluster.control.actor import TURN_S
 from cluster.control.gateways import Gateways
@@ -38,8 +38,8 @@ from deployments.routing.table import Table
 from tests.world import ADAPTERS_PER_NODE, NODES_PER_JOB, SLOTS_PER_NODE, World
 
 NODES = (10, 30, 100, 300, 1000)
-TURNS = MOMENTS
-"""In a day: by its end the tide remembers as much as it ever will."""
+TURNS = SNAPSHOTS
+"""In a day: by its end the allocator remembers as much as it ever will."""
 VIEW_TURNS = 40
 """Turns from one change of the view to the next."""
 JOIN_TURNS = 400
@@ -52,27 +52,32 @@ GROWTH_LIMIT = 0.02
 BUDGET = Budget(training_floor_slots=8, headroom_slots=64)
 COLUMNS = {
     "Nodes": "{nodes}",
-    "Tide ms": "{tide_p50_ms}/{tide_p99_ms}/{tide_max_ms}",
+    "Allocator ms": "{allocator_p50_ms}/{allocator_p99_ms}/{allocator_max_ms}",
     "Board ms": "{board_p50_ms}/{board_p99_ms}",
     "Control ms": "{announce_p50_ms}/{announce_p99_ms}/{announce_max_ms}",
     "Table ms": "{table_p50_ms}/{table_p99_ms}/{table_max_ms}",
     "Choice µs": "{choice_p50_us}/{choice_p99_us}",
     "All ms": "{whole_p50_ms}",
     "GC ms": "{collect_p50_ms}",
-    "Tide MB": "{tide_mb}",
+    "Allocator MB": "{allocator_mb}",
     "Table MB": "{table_mb}",
-    "Tick MB": "{tick_tide_mb}/{tick_table_mb}",
+    "Tick MB": "{tick_allocator_mb}/{tick_table_mb}",
 }
-TICKS = {"tide": "the tide", "board": "its metrics", "announce": "control's word to the gateways", "table": "a gateway's table"}
+TICKS = {
+    "allocator": "the allocator",
+    "board": "its metrics",
+    "announce": "control's word to the gateways",
+    "table": "a gateway's table",
+}
 CAPTION = (
-    "A tick of the tide is all jobs' claims and a turn; of the board, what metrics have to say of it; of control, finding and packing "
+    "A tick of the allocator is the heartbeats of all jobs and a turn; of the board, what metrics have to say of it; of control, finding and packing "
     "what changed in the view; of the table, unpacking and "
     f"adopting it: processor time, p50 / p99 / max over two days of {TURNS:,} turns. A choice is one request's, p50 / p99. All: a whole "
     "view unpacked and adopted by a gateway that starts. GC: a full run of that gateway's garbage collector. MB: held after both days; "
-    f"needed for a moment during a tick of the tide / of the table. {SLOTS_PER_NODE} slots and {ADAPTERS_PER_NODE} adapters a node, half "
+    f"needed for a moment during a tick of the allocator / of the table. {SLOTS_PER_NODE} slots and {ADAPTERS_PER_NODE} adapters a node, half "
     f"of the slots served, a job for every {NODES_PER_JOB} nodes."
 )
-COLOURS = {"board": "#7b5ea7", "tide": "#0f7c8a", "table": "#cf7f3f", "announce": "#e0b265", "choice": "#9aa5b1"}
+COLOURS = {"board": "#7b5ea7", "allocator": "#0f7c8a", "table": "#cf7f3f", "announce": "#e0b265", "choice": "#9aa5b1"}
 
 Row = dict[str, float]
 Result = TypeVar("Result")
@@ -99,12 +104,12 @@ class Days:
     def __init__(self, nodes: int, turns: int, seed: int) -> None:
         self.nodes = nodes
         self.world = World(nodes, turns, seed)
-        self.tide, self.gateways = Allocator(BUDGET, 0.0), OneGateway()
+        self.allocator, self.gateways = Allocator(BUDGET, 0.0), OneGateway()
         self.table = self.gateways.table
         self.board = Board()
         self.flying: deque[str] = deque()
         self.times_s: dict[str, list[float]] = {
-            what: [] for what in ("tide", "board", "announce", "whole", "collect", "choice", "listing")
+            what: [] for what in ("allocator", "board", "announce", "whole", "collect", "choice", "listing")
         }
         self.broken: list[str] = []
         """Invariants that did not hold, in words."""
@@ -114,7 +119,7 @@ class Days:
         with collector_waits():
             for turn in range(turns):
                 self._tick(turn)
-            before = {"tide": weight(self.tide), "table": weight(self.table)}
+            before = {"allocator": weight(self.allocator), "table": weight(self.table)}
             for turn in range(turns, 2 * turns):
                 self._tick(turn)
             return {**self._size(), **self._times(), **self._weights(before), "broken": len(self.broken)}
@@ -128,22 +133,22 @@ class Days:
 
     def _turn(self, turn: int) -> None:
         now_s, world = turn * TURN_S, self.world
-        claims = world.step(turn, self.tide)
+        beats = world.step(turn, self.allocator)
 
         def decide() -> int:
-            for claim in claims:
-                self.tide.claim(claim, now_s)
-            return self.tide.turn(world.slots, world.serving, world.wanted, now_s)
+            for beat in beats:
+                self.allocator.heartbeat(beat, now_s)
+            return self.allocator.turn(world.slots, world.serving, world.wanted, now_s)
 
-        lease = self._timed("tide", decide)
-        self.broken += owned_twice(world, self.tide, lease)
-        world.hear(turn, self.tide.shares)
+        lease = self._timed("allocator", decide)
+        self.broken += owned_twice(world, self.allocator, lease)
+        world.hear(turn, self.allocator.grants)
 
     def _route(self) -> None:
         aliases, replicas = self.world.route()
         told = len(self.gateways.times_s)
         _, seconds = cost(lambda: self.gateways.announce(aliases, replicas))
-        self._timed("board", lambda: self.board.news(self.tide.moments, self.tide.turns))
+        self._timed("board", lambda: self.board.news(self.allocator.snapshots, self.allocator.changes))
         if told:  # the first says all; see `_join`
             self.times_s["announce"].append(seconds - sum(self.gateways.times_s[told:]))
         self._timed("listing", lambda: model_list(self.table.view))
@@ -189,24 +194,29 @@ class Days:
         return found
 
     def _weights(self, before: dict[str, int]) -> Row:
-        after = {"tide": weight(self.tide), "table": weight(self.table)}
+        after = {"allocator": weight(self.allocator), "table": weight(self.table)}
         held = {f"{what}_mb": size / 1e6 for what, size in after.items()}
         growth = {f"{what}_growth": size / before[what] - 1 for what, size in after.items()}
-        turn = momentary(lambda: self._turn(len(self.times_s["tide"])))
+        turn = momentary(lambda: self._turn(len(self.times_s["allocator"])))
         change = difference(self.gateways.current, View(time.time_ns(), *self.world.route()))
-        return {**held, **growth, "tick_tide_mb": turn / 1e6, "tick_table_mb": momentary(lambda: self.table.adopt(change)) / 1e6}
+        return {
+            **held,
+            **growth,
+            "tick_allocator_mb": turn / 1e6,
+            "tick_table_mb": momentary(lambda: self.table.adopt(change)) / 1e6,
+        }
 
 
-def owned_twice(world: World, tide: Allocator, lease: int) -> list[str]:
+def owned_twice(world: World, allocator: Allocator, lease: int) -> list[str]:
     """What is wrong after a turn; empty where every slot has one owner and no job may grow into a slot that is not free."""
-    shares, claims = dict(tide.past.shares), [claim for claim, _ in tide.claims.values()]
-    held = sum(claim.held for claim in claims)
-    promised = {claim.job.id: tide.share(claim.job.id, claim.held).slots for claim in claims}
-    growing = sum(max(0, promised[claim.job.id] - claim.held) for claim in claims)
+    grants, beats = dict(allocator.past.grants), [beat for beat, _ in allocator.heartbeats.values()]
+    held = sum(beat.held for beat in beats)
+    promised = {beat.job.id: allocator.grant(beat.job.id, beat.held).slots for beat in beats}
+    growing = sum(max(0, promised[beat.job.id] - beat.held) for beat in beats)
     wrong = {
-        "more was divided than there is": sum(shares.values()) > world.slots,
-        "serving and jobs together were given more than there is": bool(shares) and lease + sum(promised.values()) > world.slots,
-        "serving's share is not its lease": bool(shares) and shares[SERVING] != lease,
+        "more was divided than there is": sum(grants.values()) > world.slots,
+        "serving and jobs together were given more than there is": bool(grants) and lease + sum(promised.values()) > world.slots,
+        "what serving was given is not its lease": bool(grants) and grants[SERVING] != lease,
         "jobs may grow by more than is free": growing > max(0, world.slots - world.serving - held),
         "more is held than there is": world.free < 0,
     }
@@ -286,7 +296,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         f"{passed(largest[f'{what}_p99_ms'] <= LIMIT_MS)} (≤ {LIMIT_MS} ms)"
         for what, words in TICKS.items()
     ]
-    grown = max(largest["tide_growth"], largest["table_growth"])
+    grown = max(largest["allocator_growth"], largest["table_growth"])
     lines.append(f"the second day adds {grown:.1%} to what is held; {passed(grown <= GROWTH_LIMIT)} (≤ {GROWTH_LIMIT:.0%})")
     broken = sum(row["broken"] for row in rows)
     return [*lines, f"{broken:.0f} broken invariants; {passed(broken == 0)}"]
@@ -302,7 +312,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, (times, memory) = pyplot.subplots(1, 2, figsize=(13, 4.2), layout="constrained")
     nodes = [row["nodes"] for row in rows]
     _draw_times(times, nodes, rows)
-    for what, label in (("tide", "tide, after two days"), ("table", "table, after two days")):
+    for what, label in (("allocator", "allocator, after two days"), ("table", "table, after two days")):
         memory.plot(nodes, [row[f"{what}_mb"] for row in rows], "o-", color=COLOURS[what], label=label)
         before = [row[f"{what}_mb"] / (1 + row[f"{what}_growth"]) for row in rows]
         memory.plot(nodes, before, "x:", color=COLOURS[what], label=f"{what}, a day earlier")
@@ -322,7 +332,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def _draw_times(axes: Any, nodes: Sequence[float], rows: Sequence[Row]) -> None:
     for key, label in (
-        ("tide", "tide: all claims and a turn"),
+        ("allocator", "allocator: all heartbeats and a turn"),
         ("table", "gateway: a change unpacked and adopted"),
         ("board", "metrics: what is to be said"),
         ("announce", "control: a change found and packed"),

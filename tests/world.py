@@ -1,6 +1,6 @@
 """A pool without machines: load, replicas, jobs and adapters that come, go and move, all from one seed. For `tests.scale`.
 
-It does what Ray and the clients would do with the tide's shares: replicas start where slots are free and take a while to end; jobs grow
+It does what Ray and the clients would do with the allocator's grants: replicas start where slots are free and take a while to end; jobs grow
 into what they were promised, give back late, end, die without a word, or fall silent for a while and come back.
 """
 
@@ -39,7 +39,7 @@ class Driver:
 
 class World:
     def __init__(self, nodes: int, turns: int, seed: int) -> None:
-        """``turns``: how many turns of the tide make a day."""
+        """``turns``: how many turns of the allocator make a day."""
         self.random = Random(seed)
         self.slots = nodes * SLOTS_PER_NODE
         self.turns = turns
@@ -59,7 +59,7 @@ class World:
         for name in self.places:
             self._place(name, *self.random.sample(list(self.replicas), HOLDERS))
 
-    # the tide's side
+    # the allocator's side
 
     @property
     def serving(self) -> int:
@@ -70,8 +70,8 @@ class World:
     def free(self) -> int:
         return self.slots - self.serving - sum(driver.held for driver in self.drivers.values())
 
-    def step(self, turn: int, tide: Allocator) -> list[Heartbeat]:
-        """One turn's load and replicas, and who claims in it; who ends says so."""
+    def step(self, turn: int, allocator: Allocator) -> list[Heartbeat]:
+        """One turn's load and replicas, and whose heartbeat comes in it; who ends says so."""
         self.wanted = self._load(turn)
         while self.ending and self.ending[0][0] <= turn:
             self.ending.popleft()
@@ -79,19 +79,19 @@ class World:
             self.ending.append((turn + ENDING_TURNS, self.running - self.wanted))
             self.running = self.wanted
         self.running += min(self.wanted - self.running, self.free)
-        self._hire(turn, tide)
+        self._hire(turn, allocator)
         return [Heartbeat(one.job, one.held, one.held) for one in self.drivers.values() if one.silent_until <= turn]
 
-    def hear(self, turn: int, shares: Mapping[str, Grant]) -> None:
+    def hear(self, turn: int, grants: Mapping[str, Grant]) -> None:
         """The jobs take what they were given where it is free, and give back the rest when their checkpoint is written."""
         for id, driver in self.drivers.items():
-            share = shares.get(id)
-            if share is None or driver.silent_until > turn:
+            grant = grants.get(id)
+            if grant is None or driver.silent_until > turn:
                 continue
-            if share.slots > driver.held:
-                driver.held += min(share.slots - driver.held, self.free) // driver.job.step * driver.job.step
+            if grant.slots > driver.held:
+                driver.held += min(grant.slots - driver.held, self.free) // driver.job.step * driver.job.step
             elif self.random.random() < 0.2:
-                driver.held = share.slots
+                driver.held = grant.slots
 
     def _load(self, turn: int) -> int:
         """Slots asked for: a day's tide with its noise, and bursts of up to a seventh of the pool. It is calm at midnight, so that what
@@ -104,11 +104,11 @@ class World:
         noise = self.random.uniform(-0.01, 0.01)
         return max(1, int(self.slots * (day + noise)) + (self.burst if turn < self.burst_until else 0))
 
-    def _hire(self, turn: int, tide: Allocator) -> None:
+    def _hire(self, turn: int, allocator: Allocator) -> None:
         for id, driver in list(self.drivers.items()):
             chance = self.random.random()
             if chance < 0.002:
-                tide.end(id)
+                allocator.end(id)
             if chance < 0.004:  # the other half of them died, and nobody said so
                 del self.drivers[id]
             elif chance < 0.005:

@@ -1,6 +1,6 @@
 """The tide: what each job may have of the pool's slots now, and what serving keeps. Owned by control, which passes the time in.
 
-Jobs claim, serving's replicas are counted, `cluster.capacity.arbiter` divides, and who has more than its share is asked to yield. A job never
+Jobs claim, serving's replicas are counted, `cluster.capacity.arbiter` divides, and who has more than its grant is asked to yield. A job never
 gets more than is free: what it is promised beyond that comes when who holds it has given it back, so no slot has two owners.
 """
 
@@ -16,7 +16,7 @@ LEARN_S = 3
 """How long a control that was just started only listens: jobs that run claim what they hold within this time."""
 REMEMBERED = 200
 """Turns."""
-MOMENTS = 5_000
+SNAPSHOTS = 5_000
 
 
 class Heartbeat(NamedTuple):
@@ -24,8 +24,8 @@ class Heartbeat(NamedTuple):
 
     job: Job
     held: int = 0
-    learning: int = 0
-    """Of them, those that train at this moment."""
+    active: int = 0
+    """Of them, those that train now."""
     driver: str = ""
     """The process that claims: of two that run one job, the first has the slots, until it is silent."""
 
@@ -38,7 +38,7 @@ class Grant(NamedTuple):
 
 
 class GrantChange(NamedTuple):
-    """One change of somebody's share, for whoever watches."""
+    """One change of somebody's grant, for whoever watches."""
 
     at_s: float
     owner: str
@@ -51,35 +51,35 @@ class Allocator:
     def __init__(self, budget: Budget, now_s: float) -> None:
         self.budget = budget
         self.began_s = now_s
-        self.claims: dict[str, tuple[Heartbeat, float]] = {}
+        self.heartbeats: dict[str, tuple[Heartbeat, float]] = {}
         self.past = Past()
-        self.shares: dict[str, Grant] = {}
-        self.turns: deque[GrantChange] = deque(maxlen=REMEMBERED)
-        self.moments: deque[SlotSnapshot] = deque(maxlen=MOMENTS)
+        self.grants: dict[str, Grant] = {}
+        self.changes: deque[GrantChange] = deque(maxlen=REMEMBERED)
+        self.snapshots: deque[SlotSnapshot] = deque(maxlen=SNAPSHOTS)
 
-    def claim(self, claim: Heartbeat, now_s: float) -> Grant:
+    def heartbeat(self, beat: Heartbeat, now_s: float) -> Grant:
         """What the job has now. Its driver claims again and again, as long as the job lives."""
-        known, heard_s = self.claims.get(claim.job.id, (claim, now_s))
-        if known.driver != claim.driver and now_s - heard_s < SILENT_S:
+        known, heard_s = self.heartbeats.get(beat.job.id, (beat, now_s))
+        if known.driver != beat.driver and now_s - heard_s < SILENT_S:
             return Grant(0, "another process runs this job, or did some seconds ago")
-        self.claims[claim.job.id] = (claim, now_s)
-        return self.share(claim.job.id, claim.held)
+        self.heartbeats[beat.job.id] = (beat, now_s)
+        return self.grant(beat.job.id, beat.held)
 
-    def share(self, job: str, held: int) -> Grant:
-        """The job's share, or what it holds while nothing was decided about it yet."""
-        return self.shares.get(job) or Grant(held, "control has not decided yet")
+    def grant(self, job: str, held: int) -> Grant:
+        """The job's grant, or what it holds while nothing was decided about it yet."""
+        return self.grants.get(job) or Grant(held, "control has not decided yet")
 
     def end(self, job: str, driver: str = "") -> None:
         """The job is over, and nobody need wait until it has been silent for long enough."""
-        if job in self.claims and self.claims[job][0].driver != driver:
+        if job in self.heartbeats and self.heartbeats[job][0].driver != driver:
             return
-        self.claims.pop(job, None)
-        self.shares.pop(job, None)
+        self.heartbeats.pop(job, None)
+        self.grants.pop(job, None)
 
     @property
-    def claimed(self) -> int:
+    def held_by_jobs(self) -> int:
         """The slots that jobs hold."""
-        return sum(claim.held for claim, _ in self.claims.values())
+        return sum(beat.held for beat, _ in self.heartbeats.values())
 
     def floor(self, lease: int, most: int | None) -> int:
         """The slots that jobs hold, or need in order to run at all, as far as serving's ``lease`` and they are at most ``most`` together.
@@ -87,9 +87,9 @@ class Allocator:
         What jobs hold always counts. One that waits and does not fit is passed over for those after it, in the order in which they would
         get slots: it could not run, and asked for beside it they would get no machine either.
         """
-        slots = self.claimed
-        lacks = {claim.job.id: max(0, claim.job.least - claim.held) for claim, _ in self.claims.values()}
-        for job in order([claim.job for claim, _ in self.claims.values()]):
+        slots = self.held_by_jobs
+        lacks = {beat.job.id: max(0, beat.job.least - beat.held) for beat, _ in self.heartbeats.values()}
+        for job in order([beat.job for beat, _ in self.heartbeats.values()]):
             if most is None or lease + slots + lacks[job.id] <= most:
                 slots += lacks[job.id]
         return slots
@@ -101,71 +101,73 @@ class Allocator:
         if 0 <= now_s - self.began_s < LEARN_S:  # a clock may be set back
             self._record(slots, held, wanted, now_s)
             return wanted
-        self.claims = {id: (claim, at_s) for id, (claim, at_s) in self.claims.items() if now_s - at_s < SILENT_S}
-        jobs = tuple(claim.job for claim, _ in self.claims.values())
+        self.heartbeats = {id: (beat, at_s) for id, (beat, at_s) in self.heartbeats.items() if now_s - at_s < SILENT_S}
+        jobs = tuple(beat.job for beat, _ in self.heartbeats.values())
         decision = decide(self.budget, Demand(slots, wanted, jobs, most), self.past, now_s)
         self._note(decision, now_s)
         self.past = decision.past
-        unheld = slots - held - self.claimed
-        self.shares = self._promise(decision, max(0, unheld), max(0, unheld if free is None else min(unheld, free)))
+        unheld = slots - held - self.held_by_jobs
+        self.grants = self._promise(decision, max(0, unheld), max(0, unheld if free is None else min(unheld, free)))
         self._record(slots, held, wanted, now_s)
-        return decision.shares[SERVING]
+        return decision.grants[SERVING]
 
     def _promise(self, decision: Decision, unheld: int, free: int) -> dict[str, Grant]:
-        """Shares, each growing only by what is ``free`` now: a slot is given when it has been given back. What a job was promised and does not
+        """Grants, each growing only by what is ``free`` now: a slot is given when it has been given back. What a job was promised and does not
         say yet that it holds is its own if nobody else says so (``unheld``): it may just have taken it."""
         promised: dict[str, Grant] = {}
         for verdict in decision.verdicts:
             if verdict.owner == SERVING:
                 continue
-            claim, _ = self.claims[verdict.owner]
-            before = self.shares.get(verdict.owner)
-            own = min(unheld, max(0, before.slots - claim.held)) if before else 0
-            more = min(max(free, own), max(0, verdict.slots - claim.held))
-            more -= more % claim.job.step
-            has = min(verdict.slots, claim.held + more)
-            if has < claim.job.least:
+            beat, _ = self.heartbeats[verdict.owner]
+            before = self.grants.get(verdict.owner)
+            own = min(unheld, max(0, before.slots - beat.held)) if before else 0
+            more = min(max(free, own), max(0, verdict.slots - beat.held))
+            more -= more % beat.job.step
+            has = min(verdict.slots, beat.held + more)
+            if has < beat.job.least:
                 has = 0
-            given = max(0, has - claim.held)
+            given = max(0, has - beat.held)
             free, unheld = max(0, free - given), max(0, unheld - given)
             few = f"{counted(verdict.slots)} meant for it, {has} there so far"
             promised[verdict.owner] = Grant(has, verdict.reason if has == verdict.slots else few)
         return promised
 
     def _note(self, decision: Decision, now_s: float) -> None:
-        before = dict(self.past.shares)
+        before = dict(self.past.grants)
         for verdict in decision.verdicts:
             if verdict.act != "hold":
-                self.turns.append(GrantChange(now_s, verdict.owner, before.get(verdict.owner, 0), verdict.slots, verdict.reason))
+                self.changes.append(
+                    GrantChange(now_s, verdict.owner, before.get(verdict.owner, 0), verdict.slots, verdict.reason)
+                )
 
     def _record(self, slots: int, held: int, wanted: int, now_s: float) -> None:
-        lease = dict(self.past.shares).get(SERVING, wanted)
-        known = {stake.job: stake for stake in self.moments[-1].jobs} if self.moments else {}
-        stakes: list[Allocation] = []
-        for id, (claim, _) in self.claims.items():
-            stake = Allocation(id, self.share(id, claim.held).slots, claim.held, claim.learning)
-            before = known.get(id, stake)
-            stakes.append(before if before == stake else stake)  # most stay as they were, and are kept once
-        moment = SlotSnapshot(now_s, slots, lease, held, wanted, tuple(stakes))
-        if not self.moments or self.moments[-1]._replace(at_s=now_s) != moment:
-            self.moments.append(moment)
+        lease = dict(self.past.grants).get(SERVING, wanted)
+        known = {allocation.job: allocation for allocation in self.snapshots[-1].jobs} if self.snapshots else {}
+        allocations: list[Allocation] = []
+        for id, (beat, _) in self.heartbeats.items():
+            allocation = Allocation(id, self.grant(id, beat.held).slots, beat.held, beat.active)
+            before = known.get(id, allocation)
+            allocations.append(before if before == allocation else allocation)  # most stay as they were, and are kept once
+        snapshot = SlotSnapshot(now_s, slots, lease, held, wanted, tuple(allocations))
+        if not self.snapshots or self.snapshots[-1]._replace(at_s=now_s) != snapshot:
+            self.snapshots.append(snapshot)
 
     def describe(self) -> dict[str, Any]:
-        """``{"shares": {owner: slots}, "jobs": […], "turns": […]}`` for `springtide status`."""
+        """``{"grants": {owner: slots}, "jobs": […], "changes": […]}`` for `springtide status`."""
         return {
-            "shares": dict(self.past.shares),
+            "grants": dict(self.past.grants),
             "jobs": [
                 {
-                    **claim.job._asdict(),
-                    "held": claim.held,
-                    "learning": claim.learning,
-                    "why": self.share(claim.job.id, claim.held).reason,
+                    **beat.job._asdict(),
+                    "held": beat.held,
+                    "active": beat.active,
+                    "reason": self.grant(beat.job.id, beat.held).reason,
                 }
-                for claim, _ in self.claims.values()
+                for beat, _ in self.heartbeats.values()
             ],
-            "turns": [turn._asdict() for turn in self.turns],
+            "changes": [change._asdict() for change in self.changes],
         }
 
     def since(self, at_s: float) -> list[SlotSnapshot]:
         """What was recorded after ``at_s``, oldest first."""
-        return [moment for moment in self.moments if moment.at_s > at_s]
+        return [snapshot for snapshot in self.snapshots if snapshot.at_s > at_s]

@@ -85,7 +85,7 @@ class Past(NamedTuple):
     """When the lease rose after it had fallen."""
     fell: bool = True
     """Whether the lease's last change was no rise."""
-    shares: tuple[tuple[str, int], ...] = ()
+    grants: tuple[tuple[str, int], ...] = ()
     """Owner → slots, as last decided."""
 
 
@@ -105,7 +105,7 @@ class Decision(NamedTuple):
     past: Past
 
     @property
-    def shares(self) -> dict[str, int]:
+    def grants(self) -> dict[str, int]:
         return {verdict.owner: verdict.slots for verdict in self.verdicts}
 
 
@@ -115,14 +115,14 @@ def decide(budget: Budget, demand: Demand, past: Past, now_s: float) -> Decision
     cool_down_s = budget.cool_down_s * 2 ** min(MOST_PATIENCE, max(0, len(raised) - 1))
     asked = remember(past.asked, demand.wanted, now_s - max(budget.memory_s, cool_down_s), now_s)
     lease, why = lease_of(budget, demand, asked, cool_down_s, now_s)
-    before = dict(past.shares)
+    before = dict(past.grants)
     left = max(0, demand.slots - lease)
     if budget.training_ceiling_slots is not None:
         left = min(left, budget.training_ceiling_slots)
-    shares = divide(demand.jobs, left)
+    grants = divide(demand.jobs, left)
     verdicts = [verdict(SERVING, lease, before.get(SERVING, 0), why)]
     for job in order(demand.jobs):
-        verdicts.append(verdict(job.id, shares[job.id], before.get(job.id, 0), _why(job, shares[job.id], lease, demand)))
+        verdicts.append(verdict(job.id, grants[job.id], before.get(job.id, 0), _why(job, grants[job.id], lease, demand)))
     change = lease - before.get(SERVING, lease)
     raised = (*raised, now_s) if change > 0 and past.fell else raised
     fell = change < 0 or (past.fell and change == 0)
@@ -161,7 +161,7 @@ def largest_since(asked: Sequence[tuple[float, int]], since_s: float) -> int:
 
 
 def largest_rise(asked: Sequence[tuple[float, int]], within_s: float) -> int:
-    """The largest rise of the demand from any moment to one at most ``within_s`` later. One pass: the demand is looked at where it changed,
+    """The largest rise of the demand from any time to one at most ``within_s`` later. One pass: the demand is looked at where it changed,
     and of what it was before only those levels are kept that may still be the lowest."""
     largest, lows = 0, deque[tuple[float, int]]()  # (until when, level), both rising
     ends_s = [*(at_s for at_s, _ in asked[1:]), float("inf")]
@@ -177,16 +177,16 @@ def largest_rise(asked: Sequence[tuple[float, int]], within_s: float) -> int:
 
 def divide(jobs: Sequence[Job], slots: int) -> dict[str, int]:
     """Job → slots, at most ``slots`` together; 0 for who has to wait."""
-    shares: dict[str, int] = {}
+    grants: dict[str, int] = {}
     for job in order(jobs):
-        shares[job.id] = job.least if job.least <= slots else 0
-        slots -= shares[job.id]
+        grants[job.id] = job.least if job.least <= slots else 0
+        slots -= grants[job.id]
     for job in order(jobs):
-        room = min(slots, job.most - shares[job.id]) if shares[job.id] or job.least == 0 else 0
+        room = min(slots, job.most - grants[job.id]) if grants[job.id] or job.least == 0 else 0
         more = room - room % job.step
-        shares[job.id] += more
+        grants[job.id] += more
         slots -= more
-    return shares
+    return grants
 
 
 def order(jobs: Sequence[Job]) -> list[Job]:

@@ -107,20 +107,20 @@ def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
             "", "", "", "", f"{document['asleep']} engine{'s' * (document['asleep'] > 1)} asleep, for the next replica"
         )
     console.print(aliases, replicas)
-    if document["tide"]["jobs"]:
-        console.print(tide(document["tide"]))
+    if document["allocation"]["jobs"]:
+        console.print(allocation(document["allocation"]))
 
 
-def tide(document: dict[str, Any]) -> Table:
+def allocation(document: dict[str, Any]) -> Table:
     """Who has how many slots, since when, and why: serving, and each job that trains or waits, also one that never had a slot."""
-    turns = {turn["owner"]: turn for turn in document["turns"]}
+    changes = {change["owner"]: change for change in document["changes"]}
     jobs = {job["id"]: job for job in document["jobs"]}
     table = _table("owner", "slots", "holds", "since", "why")
-    for owner in dict.fromkeys([*document["shares"], *jobs]):
-        job, turn = jobs.get(owner, {}), turns.get(owner, {})
-        slots, held = document["shares"].get(owner, 0), str(job.get("held", ""))
-        since_s = turn.get("at_s") or job.get("since_s")
-        why = job.get("why") or turn.get("reason") or ("waits for slots" if job else "")
+    for owner in dict.fromkeys([*document["grants"], *jobs]):
+        job, change = jobs.get(owner, {}), changes.get(owner, {})
+        slots, held = document["grants"].get(owner, 0), str(job.get("held", ""))
+        since_s = change.get("at_s") or job.get("since_s")
+        why = job.get("reason") or change.get("reason") or ("waits for slots" if job else "")
         table.add_row(owner, str(slots), held, ago(since_s) if since_s else "", escape(why))
     return table
 

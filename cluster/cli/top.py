@@ -1,4 +1,4 @@
-"""The tide in a terminal: who holds which slots, why that changed, and what each hand-over took. `draw` and what it calls are pure."""
+"""Slots in a terminal: who holds which slots, why that changed, and what each hand-over took. `draw` and what it calls are pure."""
 
 import math
 import time
@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from cluster import client
-from cluster.capacity.allocator import MOMENTS, GrantChange
+from cluster.capacity.allocator import SNAPSHOTS, GrantChange
 from cluster.capacity.arbiter import SERVING
 from cluster.capacity.handover import Handover, SlotSnapshot, ended_since, handovers, parse
 from cluster.config import Config
@@ -38,15 +38,15 @@ TICK_COLUMNS = 14
 class Seen(NamedTuple):
     """What the pool has told so far, oldest first."""
 
-    moments: tuple[SlotSnapshot, ...] = ()
-    turns: tuple[GrantChange, ...] = ()
+    snapshots: tuple[SlotSnapshot, ...] = ()
+    changes: tuple[GrantChange, ...] = ()
     at_s: float = 0.0
     """When it last answered."""
 
     def told(self, document: dict[str, Any], now_s: float) -> "Seen":
-        """With an answer of `cluster.client.tide`, which has the moments since the last one."""
-        moments = (*self.moments, *parse(document["moments"]))[-MOMENTS:]
-        return Seen(moments, tuple(GrantChange(**turn) for turn in document["tide"]["turns"]), now_s)
+        """With an answer of `cluster.client.slots`, which has the snapshots since the last one."""
+        snapshots = (*self.snapshots, *parse(document["snapshots"]))[-SNAPSHOTS:]
+        return Seen(snapshots, tuple(GrantChange(**change) for change in document["allocation"]["changes"]), now_s)
 
 
 class Cell(NamedTuple):
@@ -59,10 +59,10 @@ class Cell(NamedTuple):
 # who is where
 
 
-def in_force(moments: Sequence[SlotSnapshot], at_s: float) -> SlotSnapshot | None:
-    """The moment that counted then: the last one before. None before the first record."""
-    index = bisect_right(moments, at_s, key=lambda moment: moment.at_s)
-    return moments[index - 1] if index else None
+def in_force(snapshots: Sequence[SlotSnapshot], at_s: float) -> SlotSnapshot | None:
+    """The snapshot that counted then: the last one before. None before the first record."""
+    index = bisect_right(snapshots, at_s, key=lambda snapshot: snapshot.at_s)
+    return snapshots[index - 1] if index else None
 
 
 def times(now_s: float, step_s: float, columns: int) -> list[float]:
@@ -71,25 +71,25 @@ def times(now_s: float, step_s: float, columns: int) -> list[float]:
     return [*((whole - back) * step_s for back in range(columns - 2, -1, -1)), now_s]
 
 
-def column(moment: SlotSnapshot | None, rows: int) -> list[Cell]:
+def column(snapshot: SlotSnapshot | None, rows: int) -> list[Cell]:
     """The slots from the bottom: serving's, each job's, idle ones. More than there are show above the others: two owners of one."""
-    if moment is None:
+    if snapshot is None:
         return [Cell(NOTHING)] * rows
-    cells = [Cell(SERVING)] * moment.serving
-    for stake in moment.jobs:
-        cells += [Cell(stake.job, place < stake.learning) for place in range(stake.held)]
-    cells += [Cell(IDLE)] * moment.idle
+    cells = [Cell(SERVING)] * snapshot.serving
+    for one in snapshot.jobs:
+        cells += [Cell(one.job, place < one.active) for place in range(one.held)]
+    cells += [Cell(IDLE)] * snapshot.idle
     return (cells + [Cell(NOTHING)] * rows)[:rows]
 
 
-def highest(moments: Sequence[SlotSnapshot | None]) -> int:
+def highest(snapshots: Sequence[SlotSnapshot | None]) -> int:
     """Rows that show every slot."""
-    return max((max(moment.slots, moment.slots - moment.idle) for moment in moments if moment), default=0)
+    return max((max(snapshot.slots, snapshot.slots - snapshot.idle) for snapshot in snapshots if snapshot), default=0)
 
 
-def styles(moments: Sequence[SlotSnapshot]) -> dict[str, str]:
-    """Owner → colour. A job keeps its own as long as moments with it are kept."""
-    jobs = dict.fromkeys(stake.job for moment in moments for stake in moment.jobs)
+def styles(snapshots: Sequence[SlotSnapshot]) -> dict[str, str]:
+    """Owner → colour. A job keeps its own as long as snapshots with it are kept."""
+    jobs = dict.fromkeys(one.job for snapshot in snapshots for one in snapshot.jobs)
     return {SERVING: "blue", **{job: COLOURS[n % len(COLOURS)] for n, job in enumerate(jobs)}}
 
 
@@ -98,26 +98,26 @@ def styles(moments: Sequence[SlotSnapshot]) -> dict[str, str]:
 
 def draw(seen: Seen, now_s: float, width: int, height: int, minutes: float) -> Group:
     """Everything that fits into ``width`` × ``height`` characters; the chart shows the last ``minutes``."""
-    if not seen.moments:
+    if not seen.snapshots:
         return Group(Text("Control has recorded nothing yet; it begins some seconds after it started."))
-    last, colours = seen.moments[-1], styles(seen.moments)
+    last, colours = seen.snapshots[-1], styles(seen.snapshots)
     top = owners(last, colours)
-    below = [table for table in (decisions(seen.turns, now_s), exchanges(handovers(seen.moments), now_s)) if table.row_count]
+    below = [table for table in (decisions(seen.changes, now_s), exchanges(handovers(seen.snapshots), now_s)) if table.row_count]
     others = 1 + top.row_count + sum(2 + table.row_count for table in below) + AXIS_LINES + 2  # those that are empty
     rows = min(MOST_ROWS, max(LEAST_ROWS, height - others))
-    return Group(top, Text(), chart(seen.moments, now_s, width, rows, minutes), Text(), *below)
+    return Group(top, Text(), chart(seen.snapshots, now_s, width, rows, minutes), Text(), *below)
 
 
-def owners(moment: SlotSnapshot, colours: dict[str, str]) -> Table:
+def owners(snapshot: SlotSnapshot, colours: dict[str, str]) -> Table:
     """Who has how many slots now."""
-    table = Table(Column("owner", no_wrap=True), *("slots", "held", "learning"), "", box=None, pad_edge=False)
-    asks = f"asks for {moment.wanted}" if moment.wanted != moment.lease else ""
-    table.add_row(_block(SERVING, colours), str(moment.lease), str(moment.serving), "", asks)
-    for stake in moment.jobs:
-        words = "waits for slots" if stake.held == stake.share == 0 else "is asked to yield" if stake.held > stake.share else ""
-        table.add_row(_block(stake.job, colours), *map(str, stake[1:]), words)
-    crowded = f"[red]{-moment.idle} slots have two owners[/]" if moment.idle < 0 else ""
-    table.add_row("  idle", "", str(max(0, moment.idle)), "", f"of {moment.slots} {crowded}".strip())
+    table = Table(Column("owner", no_wrap=True), *("slots", "held", "active"), "", box=None, pad_edge=False)
+    asks = f"asks for {snapshot.wanted}" if snapshot.wanted != snapshot.lease else ""
+    table.add_row(_block(SERVING, colours), str(snapshot.lease), str(snapshot.serving), "", asks)
+    for one in snapshot.jobs:
+        words = "waits for slots" if one.held == one.grant == 0 else "is asked to yield" if one.held > one.grant else ""
+        table.add_row(_block(one.job, colours), *map(str, one[1:]), words)
+    crowded = f"[red]{-snapshot.idle} slots have two owners[/]" if snapshot.idle < 0 else ""
+    table.add_row("  idle", "", str(max(0, snapshot.idle)), "", f"of {snapshot.slots} {crowded}".strip())
     return table
 
 
@@ -125,15 +125,15 @@ def _block(owner: str, colours: dict[str, str]) -> Text:
     return Text.assemble((BLOCKS[True], colours[owner]), " ", owner)
 
 
-def chart(moments: Sequence[SlotSnapshot], now_s: float, width: int, most_rows: int, minutes: float) -> Text:
+def chart(snapshots: Sequence[SlotSnapshot], now_s: float, width: int, most_rows: int, minutes: float) -> Text:
     """Slots over time: a column for each time step, a row for each slot, or for several where there are more than ``most_rows``."""
-    colours = styles(moments)
-    margin = len(str(highest(moments))) + 2
+    colours = styles(snapshots)
+    margin = len(str(highest(snapshots))) + 2
     count = max(2, width - margin)
     step_s = minutes * 60 / count
-    shown = [in_force(moments, at_s) for at_s in times(now_s, step_s, count)]
+    shown = [in_force(snapshots, at_s) for at_s in times(now_s, step_s, count)]
     slots = highest(shown)
-    columns = [column(moment, slots) for moment in shown]
+    columns = [column(snapshot, slots) for snapshot in shown]
     per_row = max(1, math.ceil(slots / most_rows))
     text = Text(no_wrap=True, overflow="crop")
     for first in reversed(range(0, slots, per_row)):
@@ -164,11 +164,11 @@ def axis(columns: int, step_s: float, margin: int) -> str:
     return f"{' ' * (margin - 1)}└{''.join(line)}\n{''.join(words)}"
 
 
-def decisions(turns: Sequence[GrantChange], now_s: float) -> Table:
-    """The last changes of somebody's share, newest first."""
+def decisions(changes: Sequence[GrantChange], now_s: float) -> Table:
+    """The last changes of somebody's grant, newest first."""
     table = _table("decisions", "owner", "why")
-    for turn in reversed(turns[-DECISIONS:]):
-        table.add_row(span(now_s - turn.at_s), escape(turn.owner), f"{turn.before} → {turn.after}", escape(turn.reason))
+    for change in reversed(changes[-DECISIONS:]):
+        table.add_row(span(now_s - change.at_s), escape(change.owner), f"{change.before} → {change.after}", escape(change.reason))
     return table
 
 
@@ -207,29 +207,27 @@ def span(seconds: float) -> str:
 # in words, where there is no terminal
 
 
-def changes(before: Seen, now: Seen) -> list[str]:
+def news(before: Seen, now: Seen) -> list[str]:
     """What happened between two looks, a line each, oldest first; at the first look how things stand."""
-    if not before.moments:
-        return [_line(now.moments[-1].at_s, stands(now.moments[-1]))] if now.moments else []
-    since_s, known = before.moments[-1].at_s, {(turn.at_s, turn.owner) for turn in before.turns}
-    told = [(one.at_s, 1, stands(one)) for one in now.moments if one.at_s > since_s]
+    if not before.snapshots:
+        return [_line(now.snapshots[-1].at_s, stands(now.snapshots[-1]))] if now.snapshots else []
+    since_s, known = before.snapshots[-1].at_s, {(change.at_s, change.owner) for change in before.changes}
+    told = [(one.at_s, 1, stands(one)) for one in now.snapshots if one.at_s > since_s]
     told += [
-        (turn.at_s, 0, f"{turn.owner} {turn.before} → {turn.after}: {turn.reason}")
-        for turn in now.turns
-        if (turn.at_s, turn.owner) not in known
+        (change.at_s, 0, f"{change.owner} {change.before} → {change.after}: {change.reason}")
+        for change in now.changes
+        if (change.at_s, change.owner) not in known
     ]
     told += [
-        (one.ended_s, 2, f"{one.job} {one.before} → {one.after}: {duration(one)}") for one in ended_since(now.moments, since_s)
+        (one.ended_s, 2, f"{one.job} {one.before} → {one.after}: {duration(one)}") for one in ended_since(now.snapshots, since_s)
     ]
     return [_line(at_s, words) for at_s, _, words in sorted(told)]
 
 
-def stands(moment: SlotSnapshot) -> str:
+def stands(snapshot: SlotSnapshot) -> str:
     """``serving holds 1 of 2, support holds 2 of 1 and trains on 0; 1 of 4 slots idle``"""
-    jobs = [f"{stake.job} holds {stake.held} of {stake.share} and trains on {stake.learning}" for stake in moment.jobs]
-    return (
-        f"{', '.join([f'serving holds {moment.serving} of {moment.lease}', *jobs])}; {moment.idle} of {moment.slots} slots idle"
-    )
+    jobs = [f"{one.job} holds {one.held} of {one.grant} and trains on {one.active}" for one in snapshot.jobs]
+    return f"{', '.join([f'serving holds {snapshot.serving} of {snapshot.lease}', *jobs])}; {snapshot.idle} of {snapshot.slots} slots idle"
 
 
 def _line(at_s: float, words: str) -> str:
@@ -269,7 +267,7 @@ def picture(seen: Seen, console: Console, minutes: float) -> Group:
     silent_s = now_s - seen.at_s
     words = f" · the gateway has not answered for {span(silent_s)}" if silent_s > 3 * REDRAWN_S else " · Ctrl-C ends this"
     clock = time.strftime("%H:%M:%S", time.localtime(now_s))
-    title = Text(f"the tide at {clock}, last {span(minutes * 60)}{words}", style="dim", no_wrap=True)
+    title = Text(f"slots at {clock}, last {span(minutes * 60)}{words}", style="dim", no_wrap=True)
     return Group(title, draw(seen, now_s, width, height - 1, minutes))
 
 
@@ -277,16 +275,16 @@ def _print(config: Config, console: Console) -> None:
     seen = Seen()
     while True:
         before, seen = seen, look(config, seen)
-        for line in changes(before, seen):
+        for line in news(before, seen):
             console.print(escape(line), soft_wrap=True, highlight=False)
         time.sleep(REDRAWN_S)
 
 
 def look(config: Config, seen: Seen) -> Seen:
     """Ask once; where the gateway does not answer but the pool lives, what was seen before."""
-    since_s = seen.moments[-1].at_s if seen.moments else 0.0
+    since_s = seen.snapshots[-1].at_s if seen.snapshots else 0.0
     try:
-        return seen.told(client.tide(config, since_s), time.time())
+        return seen.told(client.slots(config, since_s), time.time())
     except PoolUnavailable:
         if not seen.at_s or local.find(config) is None:
             raise

@@ -72,11 +72,11 @@ class Control:
         self.turning = threading.Lock()
         self.serving = Served(0, 0, 0)
         self.stages: dict[str, tuple[str, float]] = {}
-        self.tide = Allocator(self.config.training.budget, time.time())
+        self.allocator = Allocator(self.config.training.budget, time.time())
         self.board = metrics.Board()
         niceness.freeze_gc()
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
-        threading.Thread(target=self._turn, daemon=True, name="tide-loop").start()
+        threading.Thread(target=self._turn, daemon=True, name="slots-loop").start()
 
     # asked from outside
 
@@ -92,12 +92,12 @@ class Control:
         if self.registry.store.url != Store(self.config.store).url:
             self.registry = Registry(Store(self.config.store))
         self.state.config, self.state.registry = self.config, self.registry
-        self.tide.budget = self.config.training.budget
+        self.allocator.budget = self.config.training.budget
 
     def status(self) -> dict[str, Any]:
         """What `springtide status` prints: ``{"slots", "aliases", "replicas", …}``, without the replicas' secrets."""
         with self.turning:
-            tide = self.tide.describe()
+            allocation = self.allocator.describe()
         return {
             "slots": slots(self.config.fleet.accelerator),
             "aliases": {name: move.model_dump(mode="json") for name, move in self.gateways.current.aliases.items()},
@@ -105,7 +105,7 @@ class Control:
             "starting": [{"id": id, "stage": stage, "since_s": since_s} for id, (stage, since_s) in self._starting().items()],
             "asleep": max(0, engines() - len(self.replicas.states) - len(self._starting())),
             "rollouts": [self._describe(one) for one in self.state.rollouts.values()],
-            "tide": tide,
+            "allocation": allocation,
         }
 
     def history(self, alias: str) -> dict[str, Any]:
@@ -201,30 +201,30 @@ class Control:
             return "A replica has just come."
         if not self.serving.starting:
             return ASLEEP
-        holders = [job for job, slots in self.tide.past.shares if job != SERVING and slots]
+        holders = [job for job, slots in self.allocator.past.grants if job != SERVING and slots]
         return f"A replica waits for a slot or its process{f'; {holders[0]} trains' if holders else ''}."
 
     # slots
 
-    def claim(self, claim: Heartbeat) -> Grant:
+    def heartbeat(self, beat: Heartbeat) -> Grant:
         """A job's driver says that it lives and what it holds; returns what it has."""
         with self.turning:
-            return self.tide.claim(claim, time.time())
+            return self.allocator.heartbeat(beat, time.time())
 
     def leave(self, job: str, driver: str) -> None:
         with self.turning:
-            self.tide.end(job, driver)
+            self.allocator.end(job, driver)
 
-    def moments(self, since_s: float) -> list[list[Any]]:
+    def snapshots(self, since_s: float) -> list[list[Any]]:
         """Who held what after ``since_s``, as `cluster.capacity.handover.parse` reads it."""
         with self.turning:
-            return [[*moment[:-1], [list(stake) for stake in moment.jobs]] for moment in self.tide.since(since_s)]
+            return [[*one[:-1], [list(job) for job in one.jobs]] for one in self.allocator.since(since_s)]
 
-    def watched(self, since_s: float) -> dict[str, Any]:
-        """What `springtide status --watch` draws: ``{"tide", "moments", "slots"}``, moments after ``since_s`` (seconds since the epoch)."""
+    def allocation(self, since_s: float) -> dict[str, Any]:
+        """What `springtide status --watch` draws: ``{"allocation", "snapshots", "slots"}``, snapshots after ``since_s`` (seconds since the epoch)."""
         with self.turning:
-            tide = self.tide.describe()
-        return {"tide": tide, "moments": self.moments(since_s), "slots": slots(self.config.fleet.accelerator)}
+            allocation = self.allocator.describe()
+        return {"allocation": allocation, "snapshots": self.snapshots(since_s), "slots": slots(self.config.fleet.accelerator)}
 
     # publishing
 
@@ -313,14 +313,14 @@ class Control:
                 most = self.lease.most(int(there["total"]))
                 with self.turning:
                     total, free = int(there["total"]), int(there["free"])
-                    held = now.held(total - free, self.tide.claimed)
-                    lease = self.tide.turn(total, held, now.wanted, time.time(), free, most)
-                    floor = self.tide.floor(lease, most)
-                metrics.publish(self.board, self.tide.moments, self.tide.turns)
+                    held = now.held(total - free, self.allocator.held_by_jobs)
+                    lease = self.allocator.turn(total, held, now.wanted, time.time(), free, most)
+                    floor = self.allocator.floor(lease, most)
+                metrics.publish(self.board, self.allocator.snapshots, self.allocator.changes)
                 self.lease.hold(lease + floor, most)
             except Exception:
-                # Serve or the coordinator is away for a moment; shares stay as they are, and the loop must go on.
-                log.exception("a turn of the tide")
+                # Serve or the coordinator is away for a moment; grants stay as they are, and the loop must go on.
+                log.exception("a turn of the allocator")
             time.sleep(TURN_S)
 
 

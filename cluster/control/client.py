@@ -29,7 +29,7 @@ class Client(Protocol):
     """What callers outside the actor may ask. `SpringtideError`s arrive as themselves."""
 
     def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout: ...
-    def claim(self, claim: Heartbeat) -> Grant: ...
+    def heartbeat(self, beat: Heartbeat) -> Grant: ...
     def leave(self, job: str, driver: str) -> None: ...
 
 
@@ -42,8 +42,8 @@ class _Remote:
     def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout:
         return self._call("publish", PUBLISH_TIMEOUT_S, version, alias, reason, author, policy)
 
-    def claim(self, claim: Heartbeat) -> Grant:
-        return self._call("claim", ANSWER_S, claim)
+    def heartbeat(self, beat: Heartbeat) -> Grant:
+        return self._call("heartbeat", ANSWER_S, beat)
 
     def leave(self, job: str, driver: str) -> None:
         self._call("leave", ANSWER_S, job, driver)

@@ -55,14 +55,14 @@ class Admin:
         self._check_token(scope["headers"])
         if (method, path) == ("GET", "/admin/status"):
             return await self._ask(self.control().status.remote())
-        if (method, path) == ("GET", "/admin/tide"):
-            return await self._ask(self.control().watched.remote(since(scope["query_string"])))
+        if (method, path) == ("GET", "/admin/slots"):
+            return await self._ask(self.control().allocation.remote(since(scope["query_string"])))
         if method == "GET" and path.startswith(HISTORY):
             return await self._ask(self.control().history.remote(path.removeprefix(HISTORY)))
         if method != "POST" or path not in ORDERS:
             raise RouteNotFound(
                 f"There is no {method} {path[:200]} here.",
-                f"GET /admin/status, GET /admin/tide, GET {HISTORY}ALIAS and POST {', '.join(ORDERS)} are.",
+                f"GET /admin/status, GET /admin/slots, GET {HISTORY}ALIAS and POST {', '.join(ORDERS)} are.",
             )
         order: Any = parse_order(ORDERS[path], parse_json(await read_body(scope, receive, MAX_BODY_BYTES)))
         rollout = await self._ask(self._call(path, order))

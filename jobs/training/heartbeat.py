@@ -1,4 +1,4 @@
-"""A job's side of the tide: what it holds is said to control, and what it may have is heard, beside everything else."""
+"""A job's side of the allocator: what it holds is said to control, and what it may have is heard, beside everything else."""
 
 import contextlib
 import threading
@@ -24,19 +24,19 @@ class Heartbeats:
         self.driver = uuid.uuid4().hex
         self.holds: tuple[int, int] = (0, 0)
         """Slots held, and those that train."""
-        self.share: Grant | None = None
+        self.grant: Grant | None = None
         self.said = ""
         self.done = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="claim", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.thread.start()
 
     def wanted(self, held: int) -> int:
         """Slots that the job may have; what it holds while control does not answer."""
-        share = self.share
-        if share is None:
+        grant = self.grant
+        if grant is None:
             return held
-        self._say("" if share.slots or held else share.reason, share.slots)
-        return share.slots
+        self._say("" if grant.slots or held else grant.reason, grant.slots)
+        return grant.slots
 
     def _say(self, why: str, slots: int) -> None:
         """Once, that it waits and ``why``, and once that it does not any more."""
@@ -50,7 +50,7 @@ class Heartbeats:
         while not self.done.is_set():
             # Whatever it was, nothing changes meanwhile; a job that heard no more would never yield.
             with contextlib.suppress(Exception):
-                self.share = client.connect().claim(Heartbeat(self.job, *self.holds, self.driver))
+                self.grant = client.connect().heartbeat(Heartbeat(self.job, *self.holds, self.driver))
             self.done.wait(ASK_S)
 
     def end(self) -> None:

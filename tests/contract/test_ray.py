@@ -186,7 +186,7 @@ def test_the_coordinator_merges_what_everybody_asks_for_into_one_request() -> No
 
 
 def test_a_status_that_ray_does_not_give_is_no_news_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its client raises `RpcError`, for a timeout too; a turn of the tide goes on without the autoscaler's words."""
+    """Its client raises `RpcError`, for a timeout too; a turn of the allocator goes on without the autoscaler's words."""
     from ray.exceptions import RpcError
 
     from cluster.control import lease

@@ -56,14 +56,14 @@ def test_no_slot_has_two_owners_and_every_verdict_has_a_reason(
     budget: Budget, slots: int, jobs: tuple[Job, ...], life: list[tuple[float, int]]
 ) -> None:
     for _, _, decision in live(budget, slots, jobs, life):
-        shares = decision.shares
-        assert sum(shares.values()) <= slots and min(shares.values()) >= 0
-        assert set(shares) == {SERVING, *(job.id for job in jobs)}
+        grants = decision.grants
+        assert sum(grants.values()) <= slots and min(grants.values()) >= 0
+        assert set(grants) == {SERVING, *(job.id for job in jobs)}
         for job in jobs:
-            assert shares[job.id] == 0 or job.least <= shares[job.id] <= job.most
+            assert grants[job.id] == 0 or job.least <= grants[job.id] <= job.most
         assert all(verdict.reason for verdict in decision.verdicts)
         if budget.training_ceiling_slots is not None:
-            assert sum(shares[job.id] for job in jobs) <= budget.training_ceiling_slots
+            assert sum(grants[job.id] for job in jobs) <= budget.training_ceiling_slots
 
 
 @given(BUDGETS, st.integers(0, 10), JOBS, LIFE)
@@ -73,8 +73,8 @@ def test_serving_gets_at_once_what_it_asks_for_within_its_bounds(
     for _, demand, decision in live(budget, slots, jobs, life):
         most = min(slots if budget.serving_ceiling_slots is None else budget.serving_ceiling_slots, slots)
         most = max(0, min(most, slots - (budget.training_floor_slots if jobs else 0)))
-        assert decision.shares[SERVING] >= min(max(demand.wanted, budget.serving_floor_slots), most)
-        assert decision.shares[SERVING] <= most
+        assert decision.grants[SERVING] >= min(max(demand.wanted, budget.serving_floor_slots), most)
+        assert decision.grants[SERVING] <= most
 
 
 @given(BUDGETS, st.integers(0, 10), JOBS, LIFE)
@@ -84,9 +84,9 @@ def test_the_lease_falls_only_after_the_cool_down(
     """Flapping load makes no flapping lease: whatever it fell below was asked for a cool-down ago or longer."""
     seen = live(budget.model_copy(update={"headroom_slots": 0}), slots, jobs, life)
     for (_, _, before), (now_s, _, after) in pairwise(seen):
-        if after.shares[SERVING] < before.shares[SERVING]:
+        if after.grants[SERVING] < before.grants[SERVING]:
             recent = [(at_s, demand.wanted) for at_s, demand, _ in seen if at_s <= now_s]
-            assert all(wanted <= after.shares[SERVING] for at_s, wanted in recent if at_s > now_s - budget.cool_down_s)
+            assert all(wanted <= after.grants[SERVING] for at_s, wanted in recent if at_s > now_s - budget.cool_down_s)
 
 
 def test_bounds_that_contradict_each_other_are_refused() -> None:
@@ -97,14 +97,14 @@ def test_bounds_that_contradict_each_other_are_refused() -> None:
 
 def test_a_cool_down_may_be_longer_than_the_memory_of_traffic() -> None:
     budget = Budget(cool_down_s=60, memory_s=30)
-    leases = [decision.shares[SERVING] for _, _, decision in live(budget, 4, (), [(1.0, 3), *[(1.0, 1)] * 65])]
+    leases = [decision.grants[SERVING] for _, _, decision in live(budget, 4, (), [(1.0, 3), *[(1.0, 1)] * 65])]
     assert leases[:60] == [3] * 60 and leases[-1] == 1
 
 
 def test_a_flapping_load_makes_the_cool_down_longer() -> None:
     budget = Budget(cool_down_s=10, headroom_slots=0)
     life = [(1.0, 3 if second // 12 % 2 == 0 else 1) for second in range(240)]
-    leases = [decision.shares[SERVING] for _, _, decision in live(budget, 4, (), life)]
+    leases = [decision.grants[SERVING] for _, _, decision in live(budget, 4, (), life)]
     falls = sum(later < earlier for earlier, later in pairwise(leases))
     assert falls <= 2, "ten times up and down, and the lease fell twice at most"
 
@@ -112,7 +112,7 @@ def test_a_flapping_load_makes_the_cool_down_longer() -> None:
 def test_the_headroom_is_what_recent_traffic_rose_by() -> None:
     budget = Budget(cool_down_s=10, hand_over_s=5, headroom_slots=2)
     life = [(1.0, 1)] * 5 + [(1.0, 3)] * 5 + [(1.0, 1)] * 30
-    leases = [decision.shares[SERVING] for _, _, decision in live(budget, 8, (), life)]
+    leases = [decision.grants[SERVING] for _, _, decision in live(budget, 8, (), life)]
     assert leases[4] == 1 and leases[6] == 5 and leases[-1] == 3, "one that is asked for, two for the next rise"
     assert largest_rise([(0, 1), (10, 3)], 5) == 2 and largest_rise([(0, 3), (1, 1), (20, 2)], 5) == 1
 
@@ -146,7 +146,7 @@ def test_a_rise_in_many_steps_is_no_flapping() -> None:
     budget, past = Budget(cool_down_s=10), Past()
     for now_s, wanted in [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 1)]:
         past = decide(budget, Demand(8, wanted), past, now_s).past
-    assert decide(budget, Demand(8, 1), past, 15.1).shares[SERVING] == 1
+    assert decide(budget, Demand(8, 1), past, 15.1).grants[SERVING] == 1
 
 
 def test_a_job_that_cannot_run_is_told_what_to_do_about_it() -> None:

@@ -116,11 +116,11 @@ def test_a_job_is_found_by_its_runs_name(config: Config, monkeypatch: Any) -> No
 
 
 def test_every_job_has_a_line_with_its_reason_of_now() -> None:
-    claim = {"since_s": 1.0, "held": 0, "learning": 0}
-    turn = {"at_s": 2.0, "owner": "a", "before": 1, "after": 0, "reason": "serving has 3 slots"}
-    told = {**claim, "id": "c", "why": "it needs 2 [of 1] slots"}
-    document = {"shares": {"serving": 3, "a": 0}, "jobs": [{**claim, "id": "a"}, {**claim, "id": "b"}, told], "turns": [turn]}
-    lines = printed(render.tide(document)).splitlines()
+    job = {"since_s": 1.0, "held": 0, "active": 0}
+    change = {"at_s": 2.0, "owner": "a", "before": 1, "after": 0, "reason": "serving has 3 slots"}
+    told = {**job, "id": "c", "reason": "it needs 2 [of 1] slots"}
+    document = {"grants": {"serving": 3, "a": 0}, "jobs": [{**job, "id": "a"}, {**job, "id": "b"}, told], "changes": [change]}
+    lines = printed(render.allocation(document)).splitlines()
     cells = {row[0]: row[1:] for line in lines if len(row := [cell.strip() for cell in line.strip("│").split("│")]) == 5}
     assert cells["a"][0:2] == ["0", "0"] and cells["a"][3] == "serving has 3 slots"
     assert cells["b"][0:2] == ["0", "0"] and cells["b"][3] == "waits for slots"
@@ -128,8 +128,8 @@ def test_every_job_has_a_line_with_its_reason_of_now() -> None:
 
 
 def test_ids_stay_on_one_line_whatever_stands_beside_them() -> None:
-    told = {"id": RUN, "held": 0, "since_s": 1.0, "why": "a reason, and a long one; " * 20}
-    assert RUN in printed(render.tide({"shares": {}, "jobs": [told], "turns": []}))
+    told = {"id": RUN, "held": 0, "since_s": 1.0, "reason": "a reason, and a long one; " * 20}
+    assert RUN in printed(render.allocation({"grants": {}, "jobs": [told], "changes": []}))
 
 
 # run

@@ -3,13 +3,13 @@
 from cluster.capacity.handover import Allocation, Handover, SlotSnapshot, crowded, handovers
 
 
-def at(at_s: float, share: int, held: int, learning: int, serving: int = 1) -> SlotSnapshot:
-    return SlotSnapshot(at_s, 4, serving, serving, serving, (Allocation("a", share, held, learning),))
+def at(at_s: float, grant: int, held: int, active: int, serving: int = 1) -> SlotSnapshot:
+    return SlotSnapshot(at_s, 4, serving, serving, serving, (Allocation("a", grant, held, active),))
 
 
 def test_a_yield_is_timed_from_the_decision_to_the_slots_and_to_the_training() -> None:
-    moments = [at(0, 3, 3, 3), at(10, 1, 3, 3), at(11, 1, 1, 0), at(11.5, 1, 1, 1)]
-    assert handovers(moments) == [Handover(10, "a", "yield", 3, 1, 1.0, 1.5)]
+    snapshots = [at(0, 3, 3, 3), at(10, 1, 3, 3), at(11, 1, 1, 0), at(11.5, 1, 1, 1)]
+    assert handovers(snapshots) == [Handover(10, "a", "yield", 3, 1, 1.0, 1.5)]
 
 
 def test_a_yield_of_everything_has_no_training_after_it() -> None:
@@ -17,13 +17,13 @@ def test_a_yield_of_everything_has_no_training_after_it() -> None:
 
 
 def test_a_growth_is_timed_until_the_new_workers_train() -> None:
-    moments = [at(0, 1, 1, 1), at(5, 3, 1, 1), at(5.5, 3, 3, 1), at(9, 3, 3, 3)]
-    assert handovers(moments) == [Handover(5, "a", "grow", 1, 3, None, 4.0)]
+    snapshots = [at(0, 1, 1, 1), at(5, 3, 1, 1), at(5.5, 3, 3, 1), at(9, 3, 3, 3)]
+    assert handovers(snapshots) == [Handover(5, "a", "grow", 1, 3, None, 4.0)]
 
 
 def test_what_was_overtaken_by_another_decision_is_one_hand_over() -> None:
-    moments = [at(0, 3, 3, 3), at(1, 2, 3, 3), at(2, 1, 3, 3), at(3, 1, 1, 1)]
-    assert handovers(moments) == [Handover(1, "a", "yield", 3, 1, 2.0, 2.0)]
+    snapshots = [at(0, 3, 3, 3), at(1, 2, 3, 3), at(2, 1, 3, 3), at(3, 1, 1, 1)]
+    assert handovers(snapshots) == [Handover(1, "a", "yield", 3, 1, 2.0, 2.0)]
 
 
 def test_a_hand_over_that_was_called_off_is_none() -> None:

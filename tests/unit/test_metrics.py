@@ -1,4 +1,4 @@
-"""What the tide's metrics say: every level of a moment, every decision and hand-over once, and nothing that stops the loop."""
+"""What the metrics of slots say: every level of a snapshot, every decision and hand-over once, and nothing that stops the loop."""
 
 import re
 from collections import deque
@@ -10,8 +10,8 @@ from cluster.capacity.handover import Allocation, SlotSnapshot
 from cluster.metrics import CHECKPOINTS, JOB_SLOTS, METRICS, MOST_JOBS, Board, Sample, decided, levels, publish
 
 
-def at(at_s: float, share: int, held: int, learning: int, serving: int = 1) -> SlotSnapshot:
-    return SlotSnapshot(at_s, 4, serving, serving, serving, (Allocation("a", share, held, learning),))
+def at(at_s: float, grant: int, held: int, active: int, serving: int = 1) -> SlotSnapshot:
+    return SlotSnapshot(at_s, 4, serving, serving, serving, (Allocation("a", grant, held, active),))
 
 
 def said(samples: list[Sample]) -> dict[tuple[str, ...], float]:
@@ -27,21 +27,21 @@ def test_names_carry_their_unit_and_no_label_is_prometheus_own() -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
 
 
-def test_a_moment_gives_every_level() -> None:
-    moment = SlotSnapshot(0, 8, 3, 2, 4, (Allocation("a", 2, 3, 1), Allocation("b", 0, 0, 0)))
-    assert said(levels(moment)) == {
+def test_a_snapshot_gives_every_level() -> None:
+    snapshot = SlotSnapshot(0, 8, 3, 2, 4, (Allocation("a", 2, 3, 1), Allocation("b", 0, 0, 0)))
+    assert said(levels(snapshot)) == {
         ("springtide_slots", "serving"): 2,
         ("springtide_slots", "training"): 3,
         ("springtide_slots", "idle"): 3,
         ("springtide_lease_slots",): 3,
         ("springtide_wanted_slots",): 4,
         ("springtide_waiting_jobs",): 1,
-        ("springtide_job_slots", "a", "share"): 2,
+        ("springtide_job_slots", "a", "grant"): 2,
         ("springtide_job_slots", "a", "held"): 3,
-        ("springtide_job_slots", "a", "learning"): 1,
-        ("springtide_job_slots", "b", "share"): 0,
+        ("springtide_job_slots", "a", "active"): 1,
+        ("springtide_job_slots", "b", "grant"): 0,
         ("springtide_job_slots", "b", "held"): 0,
-        ("springtide_job_slots", "b", "learning"): 0,
+        ("springtide_job_slots", "b", "active"): 0,
     }
 
 
@@ -62,20 +62,20 @@ def test_the_number_of_series_is_bounded_and_who_holds_slots_is_shown() -> None:
 
 
 def test_a_decision_counts_by_kind_of_owner_and_act() -> None:
-    turns = [GrantChange(1, "serving", 1, 3, ""), GrantChange(1, "finetune-1", 3, 1, "")]
-    assert [sample.tags for sample in decided(turns)] == [("serving", "grow"), ("training", "shrink")]
+    changes = [GrantChange(1, "serving", 1, 3, ""), GrantChange(1, "finetune-1", 3, 1, "")]
+    assert [sample.tags for sample in decided(changes)] == [("serving", "grow"), ("training", "shrink")]
 
 
 def test_decisions_count_once() -> None:
-    board, moments = Board(), [at(0, 3, 3, 3)]
-    turns = deque([GrantChange(1, "serving", 1, 3, "")], maxlen=2)
+    board, snapshots = Board(), [at(0, 3, 3, 3)]
+    changes = deque([GrantChange(1, "serving", 1, 3, "")], maxlen=2)
 
     def counted() -> int:
-        return sum(1 for sample in board.news(moments, turns) if sample.metric.kind == "counter")
+        return sum(1 for sample in board.news(snapshots, changes) if sample.metric.kind == "counter")
 
     assert counted() == 1
     assert counted() == 0
-    turns.extend([GrantChange(0.5, "serving", 3, 1, "a clock went back"), GrantChange(2, "serving", 3, 1, "")])
+    changes.extend([GrantChange(0.5, "serving", 3, 1, "a clock went back"), GrantChange(2, "serving", 3, 1, "")])
     assert counted() == 2
     assert counted() == 0
 

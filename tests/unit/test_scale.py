@@ -1,4 +1,4 @@
-"""Tide and table at the full size, for a small part of a day; `python -m tests.scale` measures whole ones."""
+"""Allocator and table at the full size, for a small part of a day; `python -m tests.scale` measures whole ones."""
 
 from tests.scale import LIMIT_MS, TICKS, TURNS, Days, Row
 
@@ -22,4 +22,4 @@ def test_a_tick_at_a_thousand_nodes_takes_no_longer_than_it_may_and_breaks_nothi
 
 def test_memory_grows_with_the_pool_and_not_faster() -> None:
     (_, small), (_, large) = part(NODES // 10), part(NODES // 2)
-    assert {what: large[what] / small[what] for what in ("tide_mb", "table_mb") if large[what] > 5 * 1.3 * small[what]} == {}
+    assert {what: large[what] / small[what] for what in ("allocator_mb", "table_mb") if large[what] > 5 * 1.3 * small[what]} == {}

@@ -1,4 +1,4 @@
-"""The picture of the tide: who is in which column, and what is said of it in words."""
+"""The picture of the slots: who is in which column, and what is said of it in words."""
 
 import io
 import time
@@ -16,13 +16,13 @@ from cluster.cli.top import (
     Cell,
     Seen,
     axis,
-    changes,
     chart,
     column,
     draw,
     duration,
     highest,
     in_force,
+    news,
     span,
     times,
 )
@@ -38,8 +38,8 @@ def at(ago_s: float, serving: int, *jobs: Allocation, slots: int = 4) -> SlotSna
     return SlotSnapshot(NOW_S - ago_s, slots, serving, serving, serving, jobs)
 
 
-def job(held: int, learning: int, share: int | None = None, name: str = "a") -> Allocation:
-    return Allocation(name, held if share is None else share, held, learning)
+def job(held: int, active: int, grant: int | None = None, name: str = "a") -> Allocation:
+    return Allocation(name, held if grant is None else grant, held, active)
 
 
 def rows(text: str) -> list[str]:
@@ -53,12 +53,12 @@ def test_a_column_stacks_serving_the_jobs_and_what_is_idle() -> None:
 
 
 def test_before_the_first_record_nothing_is_claimed() -> None:
-    moments = [at(10, 1)]
-    assert in_force(moments, NOW_S - 11) is None
+    snapshots = [at(10, 1)]
+    assert in_force(snapshots, NOW_S - 11) is None
     assert column(None, 2) == [Cell(NOTHING)] * 2
 
 
-def test_a_moment_counts_from_its_own_time_until_the_next() -> None:
+def test_a_snapshot_counts_from_its_own_time_until_the_next() -> None:
     first, second = at(10, 1), at(5, 2)
     assert in_force([first, second], first.at_s) == first
     assert in_force([first, second], second.at_s - 0.1) == first
@@ -72,17 +72,17 @@ def test_columns_stay_where_they_were_drawn_and_the_last_is_now() -> None:
 
 
 def test_who_has_a_slot_is_in_its_row_and_in_the_columns_of_that_time() -> None:
-    moments = [at(60, 1, job(3, 3)), at(30, 3, job(1, 1))]
-    drawn = rows(chart(moments, NOW_S, 63, 8, 1).plain)
+    snapshots = [at(60, 1, job(3, 3)), at(30, 3, job(1, 1))]
+    drawn = rows(chart(snapshots, NOW_S, 63, 8, 1).plain)
     assert drawn[0] == "█" * 60 and drawn[3] == "█" * 60
-    assert [one.style for one in chart(moments, NOW_S, 63, 8, 1).spans if one.style in ("blue", "yellow")] == [
+    assert [one.style for one in chart(snapshots, NOW_S, 63, 8, 1).spans if one.style in ("blue", "yellow")] == [
         *["yellow"],  # the uppermost slot is the job's all the time
         *["yellow", "blue"] * 2,
         *["blue"],
     ]
 
 
-def test_a_moment_recorded_before_the_window_still_counts_at_its_left_edge() -> None:
+def test_a_snapshot_recorded_before_the_window_still_counts_at_its_left_edge() -> None:
     assert rows(chart([at(3600, 2)], NOW_S, 63, 8, 1).plain) == ["█" * 60, "█" * 60, " " * 60, " " * 60]
 
 
@@ -125,10 +125,10 @@ def test_ticks_are_where_their_times_are() -> None:
 
 
 def test_everything_is_shown_and_fits() -> None:
-    moments = (at(60, 1, job(3, 3)), at(20, 1, job(3, 3, share=1)), at(18.8, 1, job(1, 0, share=1)), at(17, 3, job(1, 1)))
-    turns = (GrantChange(NOW_S - 20, "a", 3, 1, "serving has 3 slots [of 4]"),)
+    snapshots = (at(60, 1, job(3, 3)), at(20, 1, job(3, 3, grant=1)), at(18.8, 1, job(1, 0, grant=1)), at(17, 3, job(1, 1)))
+    changes = (GrantChange(NOW_S - 20, "a", 3, 1, "serving has 3 slots [of 4]"),)
     screen = Console(width=90, height=24, file=io.StringIO(), record=True)
-    screen.print(draw(Seen(moments, turns, NOW_S), NOW_S, 90, 24, 1))
+    screen.print(draw(Seen(snapshots, changes, NOW_S), NOW_S, 90, 24, 1))
     text = screen.export_text()
     for words in (" 20 s ", "3 → 1", "serving has 3 slots [of 4]", "slots free after 1.2 s, training again after 3.0 s", "idle"):
         assert words in text
@@ -158,27 +158,27 @@ def test_spans(seconds: float, words: str) -> None:
 
 def test_the_first_look_says_how_things_stand_and_the_next_what_changed() -> None:
     first = Seen((at(60, 1, job(3, 3)),), (GrantChange(NOW_S - 90, "a", 0, 3, "old"),), NOW_S)
-    assert [line[9:] for line in changes(Seen(), first)] == [
+    assert [line[9:] for line in news(Seen(), first)] == [
         "serving holds 1 of 1, a holds 3 of 3 and trains on 3; 0 of 4 slots idle"
     ]
-    assert changes(first, first) == []
-    turns = (*first.turns, GrantChange(NOW_S - 20, "a", 3, 1, "serving has 3 slots"))
-    later = Seen((*first.moments, at(20, 1, job(3, 3, share=1)), at(18, 1, job(1, 1))), turns, NOW_S)
-    assert [line[9:] for line in changes(first, later)] == [
+    assert news(first, first) == []
+    changes = (*first.changes, GrantChange(NOW_S - 20, "a", 3, 1, "serving has 3 slots"))
+    later = Seen((*first.snapshots, at(20, 1, job(3, 3, grant=1)), at(18, 1, job(1, 1))), changes, NOW_S)
+    assert [line[9:] for line in news(first, later)] == [
         "a 3 → 1: serving has 3 slots",
         "serving holds 1 of 1, a holds 3 of 1 and trains on 3; 0 of 4 slots idle",
         "serving holds 1 of 1, a holds 1 of 1 and trains on 1; 2 of 4 slots idle",
         "a 3 → 1: slots free after 2.0 s, training again after 2.0 s",
     ]
-    assert changes(later, later) == [], "a hand-over is told once"
+    assert news(later, later) == [], "a hand-over is told once"
 
 
-def test_an_answer_adds_the_moments_since_the_last() -> None:
-    moment = at(5, 1, job(1, 1))
-    rows = [[*moment[:-1], [list(stake) for stake in moment.jobs]]]
-    turn = {"at_s": 1.0, "owner": "a", "before": 0, "after": 1, "reason": "why"}
-    seen = Seen((at(9, 1),)).told({"moments": rows, "tide": {"turns": [turn]}, "slots": {}}, NOW_S)
-    assert seen == Seen((at(9, 1), moment), (GrantChange(1.0, "a", 0, 1, "why"),), NOW_S)
+def test_an_answer_adds_the_snapshots_since_the_last() -> None:
+    snapshot = at(5, 1, job(1, 1))
+    rows = [[*snapshot[:-1], [list(allocation) for allocation in snapshot.jobs]]]
+    change = {"at_s": 1.0, "owner": "a", "before": 0, "after": 1, "reason": "why"}
+    seen = Seen((at(9, 1),)).told({"snapshots": rows, "allocation": {"changes": [change]}, "slots": {}}, NOW_S)
+    assert seen == Seen((at(9, 1), snapshot), (GrantChange(1.0, "a", 0, 1, "why"),), NOW_S)
 
 
 # watching
@@ -216,7 +216,7 @@ def test_a_gateway_that_is_silent_for_a_moment_is_asked_again(monkeypatch: Any) 
         raise PoolUnavailable("The gateway does not answer.")
 
     seen = Seen((at(5, 1),), (), NOW_S)
-    monkeypatch.setattr(top.client, "tide", silent)
+    monkeypatch.setattr(top.client, "slots", silent)
     monkeypatch.setattr(top.local, "find", lambda config: object())
     assert top.look(Config(), seen) is seen
     with pytest.raises(PoolUnavailable):

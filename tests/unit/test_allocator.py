@@ -1,4 +1,4 @@
-"""The tide under random claims and loads: no slot is promised twice, none is lost for ever."""
+"""The allocator under random heartbeats and loads: no slot is promised twice, none is lost for ever."""
 
 import math
 
@@ -17,73 +17,73 @@ def job(id: str, most: int = 4, least: int = 1, priority: int = 0) -> Job:
 
 
 def started(slots: int = 4, held: int = 1, wanted: int = 1) -> Allocator:
-    tide = Allocator(BUDGET, 0.0)
-    tide.turn(slots, held, wanted, LEARN_S)
-    return tide
+    allocator = Allocator(BUDGET, 0.0)
+    allocator.turn(slots, held, wanted, LEARN_S)
+    return allocator
 
 
 def test_a_control_that_was_just_started_changes_nothing() -> None:
-    tide = Allocator(BUDGET, 0.0)
-    tide.claim(Heartbeat(job("a"), held=3), 0.1)
-    assert tide.turn(4, 1, 1, 0.2) == 1
-    assert tide.claim(Heartbeat(job("a"), held=3), 0.3).slots == 3
+    allocator = Allocator(BUDGET, 0.0)
+    allocator.heartbeat(Heartbeat(job("a"), held=3), 0.1)
+    assert allocator.turn(4, 1, 1, 0.2) == 1
+    assert allocator.heartbeat(Heartbeat(job("a"), held=3), 0.3).slots == 3
 
 
 def test_a_clock_that_is_set_back_does_not_stop_decisions() -> None:
-    tide = Allocator(BUDGET, 1000.0)
-    tide.claim(Heartbeat(job("a")), 10.0)
-    tide.turn(4, 1, 1, 10.1)
-    assert tide.share("a", 0).slots == 3
+    allocator = Allocator(BUDGET, 1000.0)
+    allocator.heartbeat(Heartbeat(job("a")), 10.0)
+    allocator.turn(4, 1, 1, 10.1)
+    assert allocator.grant("a", 0).slots == 3
 
 
 def test_a_waiting_job_gets_what_is_free_and_yields_when_serving_wants_it() -> None:
-    tide = started()
-    tide.claim(Heartbeat(job("a")), 4.0)
-    tide.turn(4, 1, 1, 4.1)
-    assert tide.share("a", 0).slots == 3
-    tide.claim(Heartbeat(job("a"), held=3), 5.0)
-    assert tide.turn(4, 1, 3, 5.1) == 3
-    assert tide.share("a", 3).slots == 1
+    allocator = started()
+    allocator.heartbeat(Heartbeat(job("a")), 4.0)
+    allocator.turn(4, 1, 1, 4.1)
+    assert allocator.grant("a", 0).slots == 3
+    allocator.heartbeat(Heartbeat(job("a"), held=3), 5.0)
+    assert allocator.turn(4, 1, 3, 5.1) == 3
+    assert allocator.grant("a", 3).slots == 1
 
 
 def test_a_job_grows_only_by_what_has_been_given_back() -> None:
-    tide = started(held=3, wanted=1)  # two replicas are ending
-    tide.claim(Heartbeat(job("a"), held=1), 20.0)
-    tide.turn(4, 3, 1, 20.1)
-    assert tide.share("a", 1).slots == 1
-    tide.turn(4, 1, 1, 20.2)
-    assert tide.share("a", 1).slots == 3
+    allocator = started(held=3, wanted=1)  # two replicas are ending
+    allocator.heartbeat(Heartbeat(job("a"), held=1), 20.0)
+    allocator.turn(4, 3, 1, 20.1)
+    assert allocator.grant("a", 1).slots == 1
+    allocator.turn(4, 1, 1, 20.2)
+    assert allocator.grant("a", 1).slots == 3
 
 
 def test_what_a_job_was_promised_stays_its_own_until_it_says_that_it_has_it() -> None:
-    """It takes the slots, Ray counts them as used, and control hears of it a moment later."""
-    tide = started()
-    tide.claim(Heartbeat(job("a"), held=0), 20.0)
-    tide.turn(4, 1, 1, 20.1, free=3)
-    assert tide.share("a", 0).slots == 3
-    tide.turn(4, 1, 1, 20.2, free=0)
-    assert tide.share("a", 0).slots == 3
-    tide.turn(4, 3, 3, 20.3, free=0)
-    assert tide.share("a", 0).slots == 1
+    """It takes the slots, Ray counts them as used, and control hears of it a snapshot later."""
+    allocator = started()
+    allocator.heartbeat(Heartbeat(job("a"), held=0), 20.0)
+    allocator.turn(4, 1, 1, 20.1, free=3)
+    assert allocator.grant("a", 0).slots == 3
+    allocator.turn(4, 1, 1, 20.2, free=0)
+    assert allocator.grant("a", 0).slots == 3
+    allocator.turn(4, 3, 3, 20.3, free=0)
+    assert allocator.grant("a", 0).slots == 1
 
 
 def test_a_silent_job_is_forgotten_and_the_next_one_gets_its_slots() -> None:
-    tide = started()
-    tide.claim(Heartbeat(job("a"), held=3), 4.0)
-    tide.claim(Heartbeat(job("b")), 4.0)
-    tide.turn(4, 1, 1, 4.1)
-    assert tide.share("b", 0).slots == 0
-    tide.claim(Heartbeat(job("b")), 4.0 + SILENT_S)
-    tide.turn(4, 1, 1, 4.1 + SILENT_S)
-    assert tide.share("b", 0).slots == 3
+    allocator = started()
+    allocator.heartbeat(Heartbeat(job("a"), held=3), 4.0)
+    allocator.heartbeat(Heartbeat(job("b")), 4.0)
+    allocator.turn(4, 1, 1, 4.1)
+    assert allocator.grant("b", 0).slots == 0
+    allocator.heartbeat(Heartbeat(job("b")), 4.0 + SILENT_S)
+    allocator.turn(4, 1, 1, 4.1 + SILENT_S)
+    assert allocator.grant("b", 0).slots == 3
 
 
 def test_the_record_keeps_a_job_that_stays_as_it_is_only_once() -> None:
-    tide = started(slots=8)
+    allocator = started(slots=8)
     for turn in range(20):
-        tide.claim(Heartbeat(job("a", most=1), held=1), 4.0 + turn / 10)
-        tide.turn(8, 1, 1 + turn % 2, 4.0 + turn / 10)
-    assert len(tide.since(4.05)) == 19 and len({id(moment.jobs[0]) for moment in tide.since(4.05)}) == 1
+        allocator.heartbeat(Heartbeat(job("a", most=1), held=1), 4.0 + turn / 10)
+        allocator.turn(8, 1, 1 + turn % 2, 4.0 + turn / 10)
+    assert len(allocator.since(4.05)) == 19 and len({id(snapshot.jobs[0]) for snapshot in allocator.since(4.05)}) == 1
 
 
 @settings(max_examples=200)
@@ -97,39 +97,39 @@ def test_the_record_keeps_a_job_that_stays_as_it_is_only_once() -> None:
 )
 def test_what_is_promised_never_exceeds_what_there_is(slots: int, rounds: list[tuple[int, int, list[tuple[int, int]]]]) -> None:
     """Jobs take what they were promised or give back down to it; serving holds what it holds."""
-    tide, now_s, holding, known = Allocator(BUDGET, 0.0), LEARN_S, dict[str, int](), dict[str, Job]()
+    allocator, now_s, holding, known = Allocator(BUDGET, 0.0), LEARN_S, dict[str, int](), dict[str, Job]()
     for serving, wanted, jobs in rounds:
         now_s += 1
         known |= {str(n): job(str(n), least=least, most=least + more) for n, (least, more) in enumerate(jobs)}
         for id, one in known.items():
-            tide.claim(Heartbeat(one, holding.get(id, 0)), now_s)
+            allocator.heartbeat(Heartbeat(one, holding.get(id, 0)), now_s)
         held = min(serving, max(0, slots - sum(holding.values())))
-        lease = tide.turn(slots, held, min(wanted, slots), now_s)
-        shares = {id: share.slots for id, share in tide.shares.items()}
-        growing = sum(max(0, has - holding.get(id, 0)) for id, has in shares.items())
-        assert 0 <= lease <= slots and growing <= max(0, slots - held - sum(holding.get(id, 0) for id in shares))
-        assert sum(shares.values()) <= slots - lease
-        holding = {id: has for id, has in shares.items() if has}
+        lease = allocator.turn(slots, held, min(wanted, slots), now_s)
+        grants = {id: grant.slots for id, grant in allocator.grants.items()}
+        growing = sum(max(0, has - holding.get(id, 0)) for id, has in grants.items())
+        assert 0 <= lease <= slots and growing <= max(0, slots - held - sum(holding.get(id, 0) for id in grants))
+        assert sum(grants.values()) <= slots - lease
+        holding = {id: has for id, has in grants.items() if has}
 
 
 def test_of_two_processes_that_run_one_job_the_first_has_the_slots_until_it_is_silent() -> None:
-    tide = Allocator(Budget(), 0.0)
-    tide.claim(Heartbeat(job("a"), held=2, driver="first"), 10.0)
-    tide.turn(3, 1, 1, 10.1)
-    assert tide.claim(Heartbeat(job("a"), driver="second"), 10.2).slots == 0 and tide.claimed == 2
-    tide.end("a", "second")
-    assert tide.claimed == 2
-    tide.claim(Heartbeat(job("a"), driver="second"), 10.0 + SILENT_S)
-    tide.turn(3, 1, 1, 10.1 + SILENT_S)
-    assert tide.share("a", 0).slots == 2
+    allocator = Allocator(Budget(), 0.0)
+    allocator.heartbeat(Heartbeat(job("a"), held=2, driver="first"), 10.0)
+    allocator.turn(3, 1, 1, 10.1)
+    assert allocator.heartbeat(Heartbeat(job("a"), driver="second"), 10.2).slots == 0 and allocator.held_by_jobs == 2
+    allocator.end("a", "second")
+    assert allocator.held_by_jobs == 2
+    allocator.heartbeat(Heartbeat(job("a"), driver="second"), 10.0 + SILENT_S)
+    allocator.turn(3, 1, 1, 10.1 + SILENT_S)
+    assert allocator.grant("a", 0).slots == 2
 
 
 def waiting(*jobs: Job, held: int = 0) -> Allocator:
     """Each job waits, but the first one, which holds ``held``."""
-    tide = started(slots=8)
+    allocator = started(slots=8)
     for n, one in enumerate(jobs):
-        tide.claim(Heartbeat(one, held=0 if n else held), 4.0)
-    return tide
+        allocator.heartbeat(Heartbeat(one, held=0 if n else held), 4.0)
+    return allocator
 
 
 def test_a_job_that_never_fits_is_not_asked_for() -> None:
@@ -146,20 +146,22 @@ def test_of_jobs_that_fit_singly_but_not_together_the_first_are_asked_for() -> N
     assert waiting(third, second, first).floor(lease=1, most=6) == 5
 
 
-def settle(tide: Allocator, lease: int, room: int, total: int, known: Ceiling, again: bool = False) -> tuple[Ceiling, int, int]:
+def settle(
+    allocator: Allocator, lease: int, room: int, total: int, known: Ceiling, again: bool = False
+) -> tuple[Ceiling, int, int]:
     """Ask until nothing more is learnt: what is known then, what is asked for, and how often the autoscaler refused on the way."""
     before, asked, refusals = None, 0, 0
     while again or asked > room or known != before:
         before, most = known, known.has(total).most(again)
-        asked, again = lease + tide.floor(lease, most), False
+        asked, again = lease + allocator.floor(lease, most), False
         refused = asked > room
         known = known.has(total).refused(asked, total) if refused else known.has(total).granted(asked, most)
         refusals += refused
     return known, asked, refusals
 
 
-def largest(tide: Allocator, lease: int, room: int) -> int:
-    return max(asked for most in range(room + 1) if (asked := lease + tide.floor(lease, most)) <= room)
+def largest(allocator: Allocator, lease: int, room: int) -> int:
+    return max(asked for most in range(room + 1) if (asked := lease + allocator.floor(lease, most)) <= room)
 
 
 JOBS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), max_size=40)
@@ -178,10 +180,10 @@ def test_a_few_refusals_lead_to_the_largest_request_that_fits(
     lease: int, total: int, more: int, jobs: list[tuple[int, int]]
 ) -> None:
     """Nobody says how many slots there can be, only that so many there cannot."""
-    tide, room = waiters(jobs), max(lease, total + more)
-    _, asked, refusals = settle(tide, lease, room, total, Ceiling())
-    assert asked == largest(tide, lease, room)
-    assert refusals <= 1 + halvings(lease + tide.floor(lease, None) - total)
+    allocator, room = waiters(jobs), max(lease, total + more)
+    _, asked, refusals = settle(allocator, lease, room, total, Ceiling())
+    assert asked == largest(allocator, lease, room)
+    assert refusals <= 1 + halvings(lease + allocator.floor(lease, None) - total)
 
 
 @given(st.integers(0, 4), st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), JOBS), min_size=2, max_size=5))
@@ -190,16 +192,16 @@ def test_what_the_pool_can_have_is_learnt_anew_when_it_or_the_jobs_change(
 ) -> None:
     known = Ceiling()
     for total, more, jobs in rounds:
-        tide, room = waiters(jobs), max(lease, total + more)
-        known, asked, refusals = settle(tide, lease, room, total, known, again=True)
-        assert asked == largest(tide, lease, room)
+        allocator, room = waiters(jobs), max(lease, total + more)
+        known, asked, refusals = settle(allocator, lease, room, total, known, again=True)
+        assert asked == largest(allocator, lease, room)
         assert refusals <= 3 + 2 * halvings(360)
 
 
 def test_a_refusal_that_is_tried_again_in_vain_costs_one_round() -> None:
-    tide = waiters([(1, 0)] * 100)
-    known, asked, refusals = settle(tide, 1, 4, 1, Ceiling())
+    allocator = waiters([(1, 0)] * 100)
+    known, asked, refusals = settle(allocator, 1, 4, 1, Ceiling())
     assert (known, asked) == (Ceiling(4, 5), 4) and refusals <= 7
-    assert settle(tide, 1, 4, 4, known, again=True) == (known, 4, 1)
+    assert settle(allocator, 1, 4, 4, known, again=True) == (known, 4, 1)
     assert known.has(9) == known, "a pool that grows elsewhere is found when the refusal is tried again"
     assert Ceiling(2, 9).has(5) == Ceiling(5, 9)

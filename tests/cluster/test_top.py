@@ -1,4 +1,4 @@
-"""The tide as people and Prometheus see it, on the real pool."""
+"""Slots as people and Prometheus see it, on the real pool."""
 
 import os
 import pty
@@ -42,13 +42,13 @@ def read(terminal: int, until: str, timeout_s: float) -> str:
     return text.decode(errors="replace")
 
 
-def test_the_tide_is_told_to_whoever_has_the_token(pool: Running) -> None:
-    told = client.tide(pool.config)
-    last = parse(told["moments"])[-1]
+def test_slots_are_told_to_whoever_has_the_token(pool: Running) -> None:
+    told = client.slots(pool.config)
+    last = parse(told["snapshots"])[-1]
     assert last.slots == told["slots"]["total"] == pool.config.pool.slots
-    assert last.serving >= 1 and told["tide"]["shares"]["serving"] >= 1
-    assert client.tide(pool.config, last.at_s + 3600)["moments"] == []
-    url = f"{pool.url}/admin/tide"
+    assert last.serving >= 1 and told["allocation"]["grants"]["serving"] >= 1
+    assert client.slots(pool.config, last.at_s + 3600)["snapshots"] == []
+    url = f"{pool.url}/admin/slots"
     assert httpx.get(url).status_code == 401
     assert httpx.get(f"{url}?since_s=soon", headers=bearer()).status_code == 400
 
@@ -86,7 +86,7 @@ def test_watching_in_a_terminal_draws_and_gives_the_screen_back(pool: Running) -
     assert "\x1b[?1049h" in drawn and "\x1b[?1049l" in left and "Traceback" not in left
 
 
-def test_prometheus_finds_the_tide_where_it_is_promised(pool: Running) -> None:
+def test_prometheus_finds_the_slots_where_it_is_promised(pool: Running) -> None:
     url, ends_s = f"http://{pool.config.pool.host}:{metrics_port(pool.config)}/metrics", time.monotonic() + 40
     while (LEASE.name, "") not in (found := levels(httpx.get(url, timeout=10).text)):
         assert time.monotonic() < ends_s, found  # processes report to the agent every 10 s

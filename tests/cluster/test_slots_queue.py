@@ -13,7 +13,7 @@ import pytest
 from benchmarks.job import sizes
 from cluster import client
 from jobs.training.checkpoints import Checkpoints
-from tests.cluster.test_tide import LONG, TIDE, Job, Record, finetune, record, replicas, running, scaled, scaling
+from tests.cluster.test_slots import LONG, TIDE, Job, Record, finetune, record, replicas, running, scaled, scaling
 from tests.conftest import Running
 from tests.waiting import when
 
@@ -29,8 +29,8 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def holds(job: Job, slots: int) -> bool:
-    stake = job.stake
-    return stake is not None and stake.held == slots
+    allocation = job.allocation
+    return allocation is not None and allocation.held == slots
 
 
 def stopped(job: Job) -> list[int]:

@@ -20,7 +20,7 @@ from cluster.metrics import CHECKPOINTS
 from cluster.pool.local import metrics_port
 from cluster.types import VersionId
 from jobs.training.checkpoints import FILE, MANIFEST, Checkpoints
-from tests.cluster.test_tide import TIDE, Job, Record, finetune, processes, record, running
+from tests.cluster.test_slots import TIDE, Job, Record, finetune, processes, record, running
 from tests.conftest import Running
 from tests.unwilling import FULL, STALLED, STALLING
 from tests.waiting import when
@@ -95,8 +95,10 @@ def test_a_missing_or_damaged_data_file_ends_a_job_before_it_has_a_slot(pool: Ru
     """T7"""
     bad = tmp_path / "bad.jsonl"
     bad.write_text("".join(Path(TIDE).read_text().splitlines(keepends=True)[:2]) + '{"messages": [\n')
-    record.moments |= {moment.at_s: moment for moment in parse(client.tide(pool.config)["moments"])}  # nothing new shall come
-    known = {stake.job for moment in record.all() for stake in moment.jobs}
+    record.snapshots |= {
+        snapshot.at_s: snapshot for snapshot in parse(client.slots(pool.config)["snapshots"])
+    }  # nothing new shall come
+    known = {allocation.job for snapshot in record.all() for allocation in snapshot.jobs}
     for data, words in ((bad, f"{bad}, line 3: not JSON"), (tmp_path / "none.jsonl", f"{tmp_path}/none.jsonl cannot be read")):
         began_s = time.monotonic()
         job = Job(pool, tmp_path, "jobs.finetune", "--data", str(data), "--base", "seedling@1")
@@ -106,7 +108,7 @@ def test_a_missing_or_damaged_data_file_ends_a_job_before_it_has_a_slot(pool: Ru
         assert f"error: {words}" in job.text and not re.search("^run |Traceback", job.text, re.MULTILINE)
         print(f"{data.name}: ended {time.monotonic() - began_s:.1f} s after it was begun")
     record.look()
-    assert {stake.job for moment in record.all() for stake in moment.jobs} <= known
+    assert {allocation.job for snapshot in record.all() for allocation in snapshot.jobs} <= known
 
 
 def test_workers_and_driver_killed_while_a_checkpoint_is_written_leave_the_one_before(

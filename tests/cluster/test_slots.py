@@ -43,7 +43,7 @@ class Record:
 
     def __init__(self, pool: Running) -> None:
         self.pool = pool
-        self.moments: dict[float, SlotSnapshot] = {}
+        self.snapshots: dict[float, SlotSnapshot] = {}
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -54,25 +54,25 @@ class Record:
                 self.look()
 
     def look(self) -> None:
-        since_s = max(self.moments, default=time.time() - 1)
-        self.moments |= {moment.at_s: moment for moment in parse(client.tide(self.pool.config, since_s)["moments"])}
+        since_s = max(self.snapshots, default=time.time() - 1)
+        self.snapshots |= {snapshot.at_s: snapshot for snapshot in parse(client.slots(self.pool.config, since_s)["snapshots"])}
 
     def all(self) -> list[SlotSnapshot]:
-        return [self.moments[at_s] for at_s in sorted(self.moments)]
+        return [self.snapshots[at_s] for at_s in sorted(self.snapshots)]
 
     def audit(self) -> None:
         """No slot ever had two owners. Those of a machine that was lost are nobody's any more, whoever has not heard of it yet."""
         assert self.thread.is_alive(), "what control recorded was not looked at to the end"
         self.done.set()
         self.thread.join()
-        moments = self.all()
-        ends_s = [*(moment.at_s for moment in moments[1:]), time.time()]
-        spans = list(zip(moments, ends_s, strict=True))
+        snapshots = self.all()
+        ends_s = [*(snapshot.at_s for snapshot in snapshots[1:]), time.time()]
+        spans = list(zip(snapshots, ends_s, strict=True))
 
         def lately(at_s: float) -> int:
             return max(one.slots for one, end_s in spans if one.at_s <= at_s and end_s >= at_s - NOTICED_S)
 
-        assert moments and crowded([moment._replace(slots=lately(moment.at_s)) for moment in moments]) == []
+        assert snapshots and crowded([snapshot._replace(slots=lately(snapshot.at_s)) for snapshot in snapshots]) == []
 
 
 class Job:
@@ -108,16 +108,16 @@ class Job:
         return found[1]
 
     @property
-    def stake(self) -> Allocation | None:
+    def allocation(self) -> Allocation | None:
         with suppress(SpringtideError):
-            for job in client.status(self.pool.config)["tide"]["jobs"]:
+            for job in client.status(self.pool.config)["allocation"]["jobs"]:
                 if job["id"] == self.name:
-                    return Allocation(job["id"], 0, job["held"], job["learning"])
+                    return Allocation(job["id"], 0, job["held"], job["active"])
         return None
 
     def trains(self, workers: int) -> bool:
-        stake = self.stake
-        return stake is not None and stake.held == stake.learning == workers
+        allocation = self.allocation
+        return allocation is not None and allocation.held == allocation.active == workers
 
     def times(self, word: str) -> int:
         return self.text.count(word)
@@ -219,7 +219,7 @@ def test_a_planned_yield_and_the_way_back(pool: Running, tmp_path: Path, record:
         when(lambda: job.trains(2), 120)
         assert {process.pid for process in processes(pool, "ray::Worker")} == members
         [gave] = carried_out(record, job, "yield")
-        when(lambda: carried_out(record, job, "grow")[-1].at_s > gave.at_s, 5)  # the tide records it at its next turn
+        when(lambda: carried_out(record, job, "grow")[-1].at_s > gave.at_s, 5)  # the allocator records it at its next turn
         took = carried_out(record, job, "grow")[-1]
         stopped, began = re.findall(r"stopped after step (\d+)", job.text), re.findall(r"from step (\d+)", job.text)
         print(f"slot free {gave.slots_free_s:.2f} s, training again {gave.training_s:.2f} s, whole again {took.training_s:.2f} s")
@@ -233,7 +233,7 @@ def test_a_planned_yield_and_the_way_back(pool: Running, tmp_path: Path, record:
 def since(record: Record, began_s: float, holds: Callable[[SlotSnapshot], bool]) -> float:
     """Seconds until that was recorded."""
     record.look()
-    return next(moment.at_s for moment in record.all() if moment.at_s > began_s and holds(moment)) - began_s
+    return next(snapshot.at_s for snapshot in record.all() if snapshot.at_s > began_s and holds(snapshot)) - began_s
 
 
 def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_path: Path, record: Record) -> None:
