@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from enum import StrEnum
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, field_validator
@@ -156,12 +157,45 @@ class ReplicaState(NamedTuple):
         return f"ReplicaState({self.id}, {self.url}, {self.base})"  # never the secret, which a log line would keep
 
 
+class FleetState(NamedTuple):
+    """What a gateway knows of one fleet, whether it runs or sleeps."""
+
+    name: str
+    model: str
+    """The alias whose weights the fleet hosts."""
+    versions: tuple[str, ...]
+    """Ids of every version that a replica of the fleet answers for once it runs: its weights, and the adapters that it loads. Sorted."""
+    app: str
+    """The Serve application of its replicas, as in `ReplicaState.app`."""
+
+
 class View(NamedTuple):
     """What a gateway needs for routing, built by control and pushed to every gateway. ``revision`` only grows."""
 
     revision: int
     aliases: dict[str, Generation]
     replicas: tuple[ReplicaState, ...]
+    fleets: dict[str, FleetState] = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
 
 
 EMPTY_VIEW = View(0, {}, ())
+
+
+class ColdStage(StrEnum):
+    """How far a fleet without a replica is on the way to its first one."""
+
+    ASLEEP = "asleep"
+    """No replica runs, and none is being started. A request starts one."""
+    QUEUED = "queued"
+    """A replica waits for a slot or for its process."""
+    STARTING = "starting"
+    """A replica starts its engine."""
+    RUNNING = "running"
+    """A replica runs."""
+
+
+class ColdStart(NamedTuple):
+    """The answer of control to a gateway whose client waits for a fleet's first replica. ``words`` are one sentence for that client."""
+
+    stage: ColdStage
+    words: str

@@ -5,7 +5,7 @@ A view grows with the pool, to a thousand machines' replicas and adapters by the
 
 from typing import Any, NamedTuple
 
-from cluster.types import Generation, ReplicaState, View
+from cluster.types import FleetState, Generation, ReplicaState, View
 
 
 class ViewDelta(NamedTuple):
@@ -21,10 +21,14 @@ class ViewDelta(NamedTuple):
     """Those that came, or hold something else."""
     left: frozenset[str]
     """Ids of replicas that are no more."""
+    fleets: tuple[FleetState, ...] = ()
+    """Fleets that came or changed."""
+    removed: frozenset[str] = frozenset()
+    """Names of fleets that are no more."""
 
     @property
     def empty(self) -> bool:
-        return not (self.moves or self.ended or self.replicas or self.left)
+        return not (self.moves or self.ended or self.replicas or self.left or self.fleets or self.removed)
 
 
 def difference(old: View, new: View) -> ViewDelta:
@@ -32,7 +36,9 @@ def difference(old: View, new: View) -> ViewDelta:
     moves = {name: move for name, move in new.aliases.items() if name not in known or known[name].generation != move.generation}
     replicas = tuple(one for one in new.replicas if one.id not in there or routed(there[one.id]) != routed(one))
     ended, left = frozenset(known.keys() - new.aliases), frozenset(there.keys() - {replica.id for replica in new.replicas})
-    return ViewDelta(old.revision, new.revision, moves, ended, replicas, left)
+    fleets = tuple(fleet for name, fleet in new.fleets.items() if old.fleets.get(name) != fleet)
+    removed = frozenset(old.fleets.keys() - new.fleets)
+    return ViewDelta(old.revision, new.revision, moves, ended, replicas, left, fleets, removed)
 
 
 def apply(view: View, change: ViewDelta) -> View:
@@ -44,7 +50,9 @@ def apply(view: View, change: ViewDelta) -> View:
         aliases[name] = max(move, aliases.get(name, move), key=lambda one: one.generation)
     replicas = {replica.id: replica for replica in view.replicas if replica.id not in change.left}
     replicas |= {replica.id: replica for replica in change.replicas}
-    return View(change.revision, aliases, tuple(replicas.values()))
+    fleets = {name: fleet for name, fleet in view.fleets.items() if name not in change.removed}
+    fleets |= {fleet.name: fleet for fleet in change.fleets}
+    return View(change.revision, aliases, tuple(replicas.values()), fleets)
 
 
 def routed(replica: ReplicaState) -> tuple[Any, ...]:

@@ -14,11 +14,11 @@ from ray.serve.exceptions import RayServeException
 
 from cluster import logs, niceness
 from cluster.config import Config
-from cluster.control import actor
+from cluster.control.client import ensure
 from cluster.errors import MethodNotAllowed, RouteNotFound, SpringtideError
 from cluster.pool import graph
 from cluster.publishing.canary import Tally
-from cluster.types import Generation, VersionId, View
+from cluster.types import ColdStage, ColdStart, Generation, VersionId, View
 from cluster.view import ViewDelta
 from deployments.api import models
 from deployments.api.admin import Admin
@@ -54,7 +54,7 @@ class Gateway:
         self.changed = asyncio.Condition()
         self.held = 0
         self.waking: asyncio.Task[None] | None = None
-        self.control: Any = actor.ensure(config)
+        self.control: Any = ensure(config)
         await self.control.configure.remote(config.dump())
         await self._catch_up()
         self.refreshing = asyncio.create_task(self._refresh())
@@ -92,7 +92,7 @@ class Gateway:
                 await self._catch_up()
             except RayError as error:  # control is being restarted, or was ended for good: the known view still routes
                 log.warning("control does not answer: %s", error)
-                self.control = actor.ensure(self.config)
+                self.control = ensure(self.config)
 
     # asked by requests
 
@@ -128,12 +128,12 @@ class Gateway:
         except (TimeoutError, RayError, RayServeException) as error:
             log.warning("no replica was started: %s", error)
 
-    async def stage(self) -> str:
+    async def stage(self) -> ColdStart:
         """How far the replica is that is being started, in words for whoever waits for it."""
         try:
             return await asyncio.wait_for(self.control.stage.remote(), STAGE_TIMEOUT_S)
         except (TimeoutError, RayError):
-            return ""
+            return ColdStart(ColdStage.QUEUED, "")
 
     async def _settled(self, alias: str) -> None:
         async with self.changed:
@@ -187,9 +187,9 @@ class Application:
     async def _health(self, send: Send, replicas: int) -> None:
         if replicas:
             return await send_json(send, 200, {"status": "ok", "replicas": replicas})
-        stage = await self.gateway.stage()
-        asleep = stage == actor.ASLEEP  # a balancer must not keep the request away that would wake the fleet
-        document = {"status": "asleep" if asleep else "starting", "replicas": 0, "stage": stage}
+        stage, words = await self.gateway.stage()
+        asleep = stage is ColdStage.ASLEEP  # a balancer must not keep the request away that would wake the fleet
+        document = {"status": "asleep" if asleep else "starting", "replicas": 0, "stage": words}
         await send_json(send, 200 if asleep else 503, document)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:

@@ -147,7 +147,7 @@ class Days:
     def _route(self) -> None:
         aliases, replicas = self.world.route()
         told = len(self.gateways.times_s)
-        _, seconds = cost(lambda: self.gateways.announce(aliases, replicas))
+        _, seconds = cost(lambda: self.gateways.announce(aliases, replicas, {}))
         self._timed("board", lambda: self.board.news(self.allocator.snapshots, self.allocator.changes))
         if told:  # the first says all; see `_join`
             self.times_s["announce"].append(seconds - sum(self.gateways.times_s[told:]))

@@ -32,12 +32,11 @@ from cluster.publishing.canary import Comparison, Tally
 from cluster.publishing.rollout import DIRECT, Facts, Order, Policy, Rollout
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
-from cluster.types import Manifest, ReplicaState, VersionId, View, check_name
+from cluster.types import ColdStage, ColdStart, Manifest, ReplicaState, VersionId, View, check_name
 
 TICK_S = 0.5
 TURN_S = 0.3
 ABORT_TIMEOUT_S = 30
-ASLEEP = "No replica runs, and none is being started."
 STAGE_S = 600
 """How long what a starting replica said about itself is repeated."""
 SOON_S = 2
@@ -191,18 +190,18 @@ class Control:
             }
             return self.stages
 
-    def stage(self) -> str:
-        """The cold start in a sentence, for whoever waits for a replica."""
+    def stage(self) -> ColdStart:
+        """How far the fleet's first replica is. The words reach clients: they name no job, no machine and no version."""
         told = self._starting()
         if told:
             stage, since_s = max(told.values(), key=lambda one: one[1])
-            return f"A replica {stage}, since {time.time() - since_s:.0f} s."
+            return ColdStart(ColdStage.STARTING, f"A replica {stage}, since {time.time() - since_s:.0f} s.")
         if self.replicas.states:
-            return "A replica has just come."
+            return ColdStart(ColdStage.RUNNING, "A replica has just come.")
         if not self.serving.starting:
-            return ASLEEP
-        holders = [job for job, slots in self.allocator.past.grants if job != SERVING and slots]
-        return f"A replica waits for a slot or its process{f'; {holders[0]} trains' if holders else ''}."
+            return ColdStart(ColdStage.ASLEEP, "No replica runs, and none is being started.")
+        trains = any(slots for job, slots in self.allocator.past.grants if job != SERVING)
+        return ColdStart(ColdStage.QUEUED, f"A replica waits for {'a slot: jobs hold them' if trains else 'its process'}.")
 
     # slots
 
@@ -352,6 +351,6 @@ def summary(tally: Tally) -> dict[str, Any]:
 # outside the actor
 
 
-def ensure(config: Config) -> Any:
-    """The control actor's handle, started if there is none. Anyone on the pool may call this: the first one wins."""
+def start(config: Config) -> Any:
+    """Start the control actor where there is none, and return its handle. Callers outside this package use `cluster.control.client.ensure`."""
     return ray.remote(Control).options(**OPTIONS, get_if_exists=True).remote(config.dump())

@@ -15,6 +15,7 @@ from cluster.errors import PoolUnavailable, SpringtideError
 
 if TYPE_CHECKING:
     from cluster.capacity.allocator import Grant, Heartbeat
+    from cluster.config import Config
     from cluster.publishing.rollout import Policy, Rollout
 
 ACTOR, NAMESPACE = "springtide-control", "springtide"
@@ -69,6 +70,20 @@ def connect() -> Client:
         raise PoolUnavailable(
             "The pool has no control actor: nothing is being served.", "Start serving with `springtide up`."
         ) from error
+
+
+def ensure(config: Config) -> Any:
+    """The control actor's handle; the actor is started if there is none. Anyone on the pool may call this: the first one wins.
+
+    It blocks for as long as Ray takes to answer.
+    """
+    try:
+        return ray.get_actor(ACTOR, namespace=NAMESPACE)
+    except ValueError:
+        # Imported here, because only the first process of a pool needs the reconciler, the lease and the metrics.
+        from cluster.control import actor
+
+        return actor.start(config)
 
 
 def tell(what: str, *arguments: str) -> None:

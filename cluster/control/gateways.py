@@ -7,7 +7,7 @@ from cluster import logs
 from cluster.control.broadcast import broadcast
 from cluster.pool import graph
 from cluster.publishing.canary import Tally, merge
-from cluster.types import EMPTY_VIEW, Generation, ReplicaState, View
+from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, View
 from cluster.view import ViewDelta, difference
 
 PREPARE_TIMEOUT_S = 2
@@ -24,14 +24,14 @@ class Gateways:
     def __init__(self) -> None:
         self.current = EMPTY_VIEW
 
-    def announce(self, aliases: dict[str, Generation], replicas: tuple[ReplicaState, ...]) -> bool:
+    def announce(self, aliases: dict[str, Generation], replicas: tuple[ReplicaState, ...], fleets: dict[str, FleetState]) -> bool:
         """Make every gateway route by this. False where a gateway did not answer, and then nothing has changed; try again.
 
         Two phases: a gateway that has not heard of a move holds new requests for the alias until every gateway has, so a client that
         has seen the new generation at one gateway cannot get the old one from another. Should this process die between the phases,
         the gateways go on after a time of their own with what they know.
         """
-        view = View(self._next(), aliases, replicas)
+        view = View(self._next(), aliases, replicas, fleets)
         change = difference(self.current, view)
         if change.empty:
             return True

@@ -21,7 +21,7 @@ from cluster.publishing.canary import Comparison, Tally
 from cluster.publishing.gate import Verdict, latest
 from cluster.publishing.rollout import Facts, Order, Rollout, Warmth
 from cluster.store.registry import Registry
-from cluster.types import Generation, Manifest, ReplicaState, VersionId
+from cluster.types import FleetState, Generation, Manifest, ReplicaState, VersionId
 
 RETRY_REFUSED_S = 30
 FIND_S = 30
@@ -253,7 +253,13 @@ class Reconciler:
         announced = self.gateways.current.aliases
         moved = {name: history for name, history in self.histories.items() if history}
         aliases = {name: placement.answerable(history, open_, announced.get(name)) for name, history in moved.items()}
-        return self.gateways.announce(aliases, open_)
+        return self.gateways.announce(aliases, open_, self._fleets())
+
+    def _fleets(self) -> dict[str, FleetState]:
+        """Each fleet with what it answers for once it runs."""
+        name = self.config.fleet.model
+        moves = {alias: history[-1] for alias, history in self.histories.items() if history}
+        return {name: placement.fleet_state(name, name, graph.fleet_app(name), moves, self.weights)}
 
     def _choose_apart(self, replicas: tuple[ReplicaState, ...]) -> VersionId | None:
         """The weights that a second fleet should host: those of a rollout to another shape, and afterwards until the fleet itself

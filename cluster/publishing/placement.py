@@ -1,10 +1,10 @@
 """Which replica should host which weights, and how far it is. Pure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
 from cluster.publishing.rollout import Warmth
-from cluster.types import Generation, Manifest, ReplicaState, VersionId
+from cluster.types import FleetState, Generation, Manifest, ReplicaState, VersionId
 
 Weights = Callable[[VersionId], VersionId]
 """Version → the weights version it is, or sits on."""
@@ -71,6 +71,18 @@ def _borne(move: Generation, replicas: Sequence[ReplicaState]) -> bool:
     answering = [replica for replica in replicas if replica.held]
     holders = [sum(str(id) in replica.held for replica in answering) for id in move.versions]
     return all(holders) and (move.canary is not None or 2 * holders[0] >= len(answering))
+
+
+def fleet_state(name: str, model: str, app: str, moves: Mapping[str, Generation], weights: Weights) -> FleetState:
+    """The fleet with the ids that its replicas answer for once they run: what ``model`` means, and what other aliases mean on the same
+    weights.
+
+    Example: ``model`` means m@2; alias a means a@1, an adapter on m@2; alias b means b@1, an adapter on other weights. The fleet's
+    versions are a@1 and m@2. ``moves``: alias → its newest move.
+    """
+    hosted = {weights(id) for id in moves[model].versions} if model in moves else set[VersionId]()
+    there = {str(id) for move in moves.values() for id in move.versions if weights(id) in hosted}
+    return FleetState(name, model, tuple(sorted(there | {str(id) for id in hosted})), app)
 
 
 def _refusal(replicas: Sequence[ReplicaState], manifest: Manifest) -> str:

@@ -13,7 +13,7 @@ import orjson
 
 from cluster.config import Gateway
 from cluster.errors import BadRequest, NoReplica, Overloaded, SpringtideError
-from cluster.types import Generation, VersionId
+from cluster.types import ColdStart, Generation, VersionId
 from deployments.http import Headers, Receive, Scope, Send, parse_json, read_body, send_error
 from deployments.routing.measure import Recorder, Trace
 from deployments.routing.shadow import Shadow
@@ -37,7 +37,7 @@ class Router(Protocol):
 
     async def resolve(self, model: str, session: str) -> tuple[VersionId, Generation | None]: ...
     def wake(self) -> bool: ...
-    async def stage(self) -> str: ...
+    async def stage(self) -> ColdStart: ...
     async def change(self, timeout_s: float) -> None: ...
 
 
@@ -73,7 +73,7 @@ class Inference:
                 waits = waits or cold  # nobody who came later takes its place
 
     async def _give_up(self, error: NoReplica, meant: tuple[VersionId, Generation | None] | None, cold: bool, send: Send) -> None:
-        told = NoReplica(f"{error.message} {await self.router.stage()}".strip(), error.do) if cold else error
+        told = NoReplica(f"{error.message} {(await self.router.stage()).words}".strip(), error.do) if cold else error
         if meant is None:
             raise told
         self._note_failure(*meant)
@@ -82,7 +82,7 @@ class Inference:
     async def _hold(self, timeout_s: float, limited: bool) -> None:
         """Wait for another view; while no replica runs at all, as one of few enough."""
         if limited and self.router.held >= self.limits.max_held:
-            stage = await self.router.stage()
+            _, stage = await self.router.stage()
             raise Overloaded(f"{self.router.held} requests wait for a replica already. {stage}".strip(), "Try again later.")
         self.router.held += 1
         try:

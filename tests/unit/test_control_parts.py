@@ -4,7 +4,7 @@ from typing import Any
 
 from cluster.control.actor import public
 from cluster.control.gateways import Gateways
-from cluster.publishing.placement import answerable, bases, lacks, warmth
+from cluster.publishing.placement import answerable, bases, fleet_state, lacks, warmth
 from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId, View
 from cluster.view import difference
 
@@ -68,7 +68,7 @@ def test_a_control_that_was_just_restarted_takes_no_alias_from_a_gateway(monkeyp
 
     gateways = Gateways()
     monkeypatch.setattr(gateways, "_tell", tell)
-    assert not gateways.announce({"m": move(1, ONE)}, (replica({"m@1": "d"}),))
+    assert not gateways.announce({"m": move(1, ONE)}, (replica({"m@1": "d"}),), {})
     assert told == ["prepare"]
 
 
@@ -87,6 +87,14 @@ def test_a_replica_lacks_a_version_by_digest_and_only_on_its_own_base() -> None:
 def test_load_alone_is_not_worth_telling_the_gateways() -> None:
     one, busier, more = (View(1, {}, (state,)) for state in (replica({}), replica({}, running=9), replica({"m@2": "d"})))
     assert difference(one, busier).empty and not difference(one, more).empty
+
+
+def test_a_fleet_answers_for_what_sits_on_its_own_weights() -> None:
+    other = VersionId("other", 1)
+    moves = {"m": move(1, ONE), "a": move(1, VersionId("a", 3)), "b": move(1, VersionId("b", 1))}
+    sits = {ONE: ONE, VersionId("a", 3): ONE, VersionId("b", 1): other}
+    assert fleet_state("f", "m", "app", moves, sits.__getitem__).versions == ("a@3", "m@1")
+    assert fleet_state("f", "unknown", "app", moves, sits.__getitem__).versions == ()
 
 
 def test_a_secret_is_never_shown() -> None:

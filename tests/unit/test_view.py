@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.control.gateways import Gateways
-from cluster.types import EMPTY_VIEW, Generation, ReplicaState, VersionId, View
+from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, VersionId, View
 from cluster.view import apply, difference
 from deployments.routing.table import Table
 
@@ -27,20 +27,32 @@ def replicas(held: dict[str, dict[str, str]]) -> tuple[ReplicaState, ...]:
     return tuple(ReplicaState(id, f"http://{id}", "secret", "m@1", versions, {}, 0) for id, versions in held.items())
 
 
+def fleets(held: dict[str, dict[str, str]]) -> dict[str, FleetState]:
+    """Any fleets that differ where the replicas differ."""
+    return {id: FleetState(id, id, tuple(sorted(versions)), f"fleet-{id}") for id, versions in held.items()}
+
+
 def known(table: Table) -> tuple[Any, ...]:
     listed = {id: sorted(table._holding(id)) for id in table.holders}
     assert listed == {id: sorted(group) for id, group in table.holders.items()}
-    return table.view.revision, table.view.aliases, sorted(table.view.replicas), sorted(table.replicas.values()), listed
+    return (
+        table.view.revision,
+        table.view.aliases,
+        sorted(table.view.replicas),
+        sorted(table.replicas.values()),
+        listed,
+        table.view.fleets,
+    )
 
 
 @given(ALIASES, REPLICAS, ALIASES, REPLICAS)
 def test_a_view_and_what_changed_make_the_next_view_but_no_alias_goes_back(
     before: dict[str, int], there: dict[str, dict[str, str]], after: dict[str, int], then: dict[str, dict[str, str]]
 ) -> None:
-    old, new = View(1, aliases(before), replicas(there)), View(2, aliases(after), replicas(then))
+    old, new = View(1, aliases(before), replicas(there), fleets(there)), View(2, aliases(after), replicas(then), fleets(then))
     made = apply(old, difference(old, new))
     assert made.aliases == aliases({name: max(n, before.get(name, n)) for name, n in after.items()})
-    assert sorted(made.replicas) == sorted(new.replicas) and made.revision == 2
+    assert sorted(made.replicas) == sorted(new.replicas) and made.revision == 2 and made.fleets == new.fleets
 
 
 @given(VIEWS)
@@ -57,7 +69,7 @@ def test_a_gateway_that_misses_some_of_it_knows_after_the_next_word_what_one_kno
     for generations, held, misses in views:
         deaf, before = misses, gateways.current.revision
         moved |= {name: max(n, moved.get(name, n)) for name, n in generations.items()}
-        gateways.announce(aliases(moved), replicas(held))
+        gateways.announce(aliases(moved), replicas(held), fleets(held))
         if gateways.current is not EMPTY_VIEW:
             whole.adopt(gateways.current)
         assert deaf or gateways.current.revision == before or known(here) == known(whole)
@@ -74,6 +86,6 @@ def test_a_gateway_that_is_ahead_of_a_new_control_hears_all_under_a_revision_abo
         return [here.view.revision]
 
     gateways._tell = tell  # type: ignore[method-assign]
-    assert gateways.announce(aliases({"m": 2}), replicas({"new": {"m@2": "d"}}))
+    assert gateways.announce(aliases({"m": 2}), replicas({"new": {"m@2": "d"}}), {})
     assert told == ["ViewDelta", "View"] and here.view.revision == 2**62 + 1 == gateways.current.revision
     assert here.view.aliases["m"].generation == 3 and [one.id for one in here.view.replicas] == ["new"]
