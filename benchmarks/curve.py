@@ -84,7 +84,7 @@ def contending(config: Config) -> Iterator[None]:
 
 
 def line(config: Config, name: str, epochs: float) -> tuple[str, ...]:
-    return ("jobs.finetune", "--data", str(DATA), "--base", config.fleet.model, "--name", name, "--epochs", str(epochs))
+    return ("jobs.finetune", "--data", str(DATA), "--base", config.default_model, "--name", name, "--epochs", str(epochs))
 
 
 def compare(whole: str, elastic: str) -> dict[str, Any]:

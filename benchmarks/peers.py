@@ -37,7 +37,7 @@ import httpx
 import psutil
 
 import cluster
-from cluster.config import Config, Fleet
+from cluster.config import Config, FleetSpec
 from cluster.errors import PoolUnavailable
 from jobs import Parser
 
@@ -72,9 +72,11 @@ def serving(system: str, config: Config, model: Path, port: int) -> Iterator[Ser
     check_free(port)
     log = config.home / f"{system}.log"
     with tempfile.TemporaryDirectory(prefix="peer-") as run:  # not in the home: a socket's path must stay under 97 characters
-        process = _start(command(system, config, model, port), environment(system, config.fleet, Path(run)), log)
+        process = _start(
+            command(system, config, model, port), environment(system, config.spec(config.default_fleet), Path(run)), log
+        )
         try:
-            served = Served(f"http://{HOST}:{port}/v1", config.fleet.model, psutil.Process(process.pid))
+            served = Served(f"http://{HOST}:{port}/v1", config.default_model, psutil.Process(process.pid))
             wait(served, lambda: _check(process, log))
             yield served
         finally:
@@ -94,7 +96,7 @@ def _start(command: list[str], environment: dict[str, str], log: Path) -> "subpr
 
 
 def command(system: str, config: Config, model: Path, port: int) -> list[str]:
-    name, engine = config.fleet.model, config.fleet.engine_arguments()
+    name, engine = config.default_model, config.spec(config.default_fleet).engine_arguments()
     if system != "bare_vllm":
         return [
             sys.executable,
@@ -115,9 +117,9 @@ def command(system: str, config: Config, model: Path, port: int) -> list[str]:
     return [*server, f"--port={port}", f"--model={model}", f"--served-model-name={name}", *flags]
 
 
-def environment(system: str, fleet: Fleet, run: Path) -> dict[str, str]:
+def environment(system: str, spec: FleetSpec, run: Path) -> dict[str, str]:
     """The variables a system runs under; its private files go to ``run``."""
-    common = {**os.environ, **fleet.engine_environment(), "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    common = {**os.environ, **spec.engine_environment(), "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if system == "bare_vllm":
         return common
     return common | _ray(run) | (_direct(run) if system == "ray_direct" else {})

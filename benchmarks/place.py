@@ -77,7 +77,7 @@ def workplace(model: Path | None) -> Iterator[tuple[Config, Path]]:
         config = configuration.load(overrides={**OVERRIDES, "home": folder, "store": (Path(folder) / "store").as_uri()})
         source = model or newest(user) or pretrained(config)
         registry = Registry(Store(config.store))
-        name = config.fleet.model
+        name = config.default_model
         if registry.alias(name) is None:
             weights = registry.register(name, "weights", None, source, Lineage())
             registry.move(name, weights.id, "to be measured", "bench", after=0)
@@ -87,13 +87,13 @@ def workplace(model: Path | None) -> Iterator[tuple[Config, Path]]:
 def newest(config: Config) -> Path | None:
     """The newest weights of the fleet's model in the user's own store."""
     registry = Registry(Store(config.store))
-    weights = [manifest for manifest in registry.versions(config.fleet.model) if manifest.kind == "weights"]
+    weights = [manifest for manifest in registry.versions(config.default_model) if manifest.kind == "weights"]
     return registry.fetch(weights[-1], config.home / "cache") if weights else None
 
 
 def pretrained(config: Config) -> Path:
     """A seedling, trained now into ``config``'s store by a pool that ends with it."""
-    name = config.fleet.model
+    name = config.default_model
     with console.status("The store has no model yet: starting a pool to train a seedling") as status:
         try:
             local.up(config)
@@ -113,7 +113,7 @@ def springtide(config: Config, watch: Callable[[str], None] = lambda _: None) ->
     try:
         root = psutil.Process(local.up(config, watch).pid)
         graph.deploy(config, watch)
-        served = Served(f"http://{config.gateway.host}:{config.gateway.port}/v1", config.fleet.model, root)
+        served = Served(f"http://{config.gateway.host}:{config.gateway.port}/v1", config.default_model, root)
         peers.wait(served)
         yield served
     finally:

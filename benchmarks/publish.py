@@ -62,7 +62,7 @@ def publish(options: argparse.Namespace) -> None:
     console.print(f"{machine()}\n{options.adapters} adapters and {options.weights} sets of weights under {STREAMS} streams")
     warn_if_busy()
     with workplace(options.model) as (place, model), springtide(config := swapping(place, options.swap), changes()):
-        registry, name = Registry(Store(config.store)), config.fleet.model
+        registry, name = Registry(Store(config.store)), config.default_model
         url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
         with load.background(url, name, STREAMS) as samples:
             time.sleep(QUIET_S)
@@ -91,7 +91,7 @@ def one(config: Config, made: Manifest) -> Published:
     watcher = threading.Thread(target=lambda: first_s.append(first_answer_s(config, made.id)))
     began_s = time.monotonic()
     watcher.start()
-    client.publish(config, made.id, config.fleet.model, "measured")
+    client.publish(config, made.id, config.default_model, "measured")
     all_s = time.monotonic() - began_s
     watcher.join()
     replicas = client.status(config)["replicas"]
@@ -103,7 +103,7 @@ def one(config: Config, made: Manifest) -> Published:
 def first_answer_s(config: Config, id: VersionId) -> float:
     """When the first answer by ``id`` was complete, asking for one token again and again."""
     url = f"http://{config.gateway.host}:{config.gateway.port}/v1/chat/completions"
-    body = {"model": config.fleet.model, "messages": [{"role": "user", "content": "Now?"}], "max_tokens": 1}
+    body = {"model": config.default_model, "messages": [{"role": "user", "content": "Now?"}], "max_tokens": 1}
     with httpx.Client(timeout=60) as client:
         while client.post(url, json=body).headers.get("x-model-version") != str(id):
             pass

@@ -176,7 +176,7 @@ def command(config: Config, system: str) -> list[str]:
         "--data",
         str(DATA),
         "--base",
-        config.fleet.model,
+        config.default_model,
         "--epochs",
         "1000000",
         "--set",
@@ -224,7 +224,7 @@ class Watcher:
 
 def replicas(config: Config) -> list[dict[str, Any]]:
     client = ServeSubmissionClient(local.dashboard(config), headers=local.bearer())
-    fleet = client.get_serve_details()["applications"].get(graph.fleet_app(config.fleet.model), {})
+    fleet = client.get_serve_details()["applications"].get(graph.fleet_app(config.default_fleet), {})
     return [replica for deployment in fleet.get("deployments", {}).values() for replica in deployment["replicas"]]
 
 

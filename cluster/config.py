@@ -30,8 +30,10 @@ class Section(BaseModel):
 class Pool(Section):
     """The Ray cluster that `springtide up` starts. On Kubernetes KubeRay starts it, and this section is unused."""
 
+    accelerator: Literal["slot", "gpu"] = "slot"
+    """What one slot is: a unit of the logical Ray resource ``slot``, or a GPU. The same on Kubernetes."""
     slots: int = Field(default=2, ge=1)
-    """Units of accelerator to arbitrate. On a machine without GPUs each is one unit of a logical Ray resource."""
+    """Units of accelerator to arbitrate."""
     host: str = "127.0.0.1"
     """The address that every Ray process binds to."""
     gcs_port: int = Field(default=6399, ge=1, le=65535)
@@ -65,6 +67,8 @@ class Fleet(Section):
 
     model: str = "seedling"
     """The alias whose base weights the fleet hosts."""
+    priority: int = 0
+    """Which fleet gets slots first where there are too few for all: the higher number."""
     min_replicas: int = Field(default=1, ge=0)
     """With 0 the fleet sleeps while nobody asks, and the first request waits until an engine has started."""
     max_replicas: int = Field(default=1, ge=1)
@@ -80,8 +84,6 @@ class Fleet(Section):
     """How long the load must ask for fewer."""
     sleep_after_s: float = Field(default=300, ge=0)
     """How long nobody must have asked before the last replica ends, where min_replicas is 0."""
-    accelerator: Literal["slot", "gpu"] = "slot"
-    """What one slot is: a unit of the logical Ray resource ``slot``, or a GPU."""
     tensor_parallel_size: int = Field(default=1, ge=1)
     """Slots per replica."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -123,25 +125,43 @@ class Fleet(Section):
             raise ValueError(f"max_cpu_loras {self.max_cpu_loras} is below max_loras {self.max_loras}; raise it")
         return self
 
+    @field_validator("model")
+    @classmethod
+    def name(cls, model: str) -> str:
+        try:
+            return check_name(model)
+        except BadRequest as error:
+            raise ValueError(str(error)) from error
+
+
+class FleetSpec(Section):
+    """All that a replica needs to know: one fleet, and where versions come from. Serve builds each fleet's application from it."""
+
+    name: str
+    fleet: Fleet
+    store: str
+    home: Path
+    accelerator: Literal["slot", "gpu"]
+
     @property
     def sleeps(self) -> bool:
         """Whether engines are started so that vLLM can free the accelerator's memory while they sleep."""
-        return self.accelerator == "gpu" and self.standby > 0
+        return self.accelerator == "gpu" and self.fleet.standby > 0
 
     def engine_arguments(self) -> dict[str, Any]:
         """Keyword arguments of vLLM's engine. What is None is left to vLLM."""
         values = {
-            "dtype": self.dtype,
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_num_seqs,
-            "kv_cache_memory_bytes": self.kv_cache_bytes,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            "enforce_eager": self.enforce_eager,
+            "dtype": self.fleet.dtype,
+            "tensor_parallel_size": self.fleet.tensor_parallel_size,
+            "max_model_len": self.fleet.max_model_len,
+            "max_num_seqs": self.fleet.max_num_seqs,
+            "kv_cache_memory_bytes": self.fleet.kv_cache_bytes,
+            "gpu_memory_utilization": self.fleet.gpu_memory_utilization,
+            "enforce_eager": self.fleet.enforce_eager,
             "enable_lora": True,
-            "max_loras": self.max_loras,
-            "max_cpu_loras": self.max_cpu_loras,
-            "max_lora_rank": self.max_lora_rank,
+            "max_loras": self.fleet.max_loras,
+            "max_cpu_loras": self.fleet.max_cpu_loras,
+            "max_lora_rank": self.fleet.max_lora_rank,
             "enable_sleep_mode": self.sleeps or None,
         }
         return {key: value for key, value in values.items() if value is not None}
@@ -154,18 +174,10 @@ class Fleet(Section):
         everything once more. With OpenMP set up here there is no need: one process and half a gigabyte less.
         """
         # vLLM compiles its sampler even in eager mode: the first request with a temperature would wait 6 to 29 s on two cores.
-        eager = {"TORCH_COMPILE_DISABLE": "1"} if self.enforce_eager else {}
-        if self.accelerator == "gpu" or self.tensor_parallel_size > 1:
+        eager = {"TORCH_COMPILE_DISABLE": "1"} if self.fleet.enforce_eager else {}
+        if self.accelerator == "gpu" or self.fleet.tensor_parallel_size > 1:
             return eager
-        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(self.cpu_threads), **eager}
-
-    @field_validator("model")
-    @classmethod
-    def name(cls, model: str) -> str:
-        try:
-            return check_name(model)
-        except BadRequest as error:
-            raise ValueError(str(error)) from error
+        return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(self.fleet.cpu_threads), **eager}
 
 
 class Publishing(Section):
@@ -212,6 +224,9 @@ class Config(Section):
     pool: Pool = Pool()
     gateway: Gateway = Gateway()
     fleet: Fleet = Fleet()
+    """What every fleet has unless `fleets` says otherwise."""
+    fleet_overrides: dict[str, dict[str, Any]] = Field(default={}, alias="fleets")
+    """Fleet → what it has of its own. Without any there is one fleet, named after `fleet.model`. A fleet's model is its name unless set."""
     publishing: Publishing = Publishing()
     training: Training = Training()
 
@@ -221,18 +236,67 @@ class Config(Section):
         store = self.store or (home / "store").as_uri()
         if "://" not in store:
             store = Path(store).expanduser().resolve().as_uri()
-        if self.gateway.hold_timeout_s <= self.fleet.swap_drain_s:
-            hold, drain = self.gateway.hold_timeout_s, self.fleet.swap_drain_s
-            raise ValueError(
-                f"gateway.hold_timeout_s {hold} must be longer than fleet.swap_drain_s {drain}: requests wait for a swap"
-            )
+        for name, fleet in self.fleets.items():
+            if self.gateway.hold_timeout_s <= fleet.swap_drain_s:
+                hold, drain = self.gateway.hold_timeout_s, fleet.swap_drain_s
+                raise ValueError(
+                    f"gateway.hold_timeout_s {hold} must be longer than swap_drain_s {drain} of the fleet {name}: requests wait for a swap"
+                )
+        check_one_fleet_per_model(self.fleets)
         object.__setattr__(self, "home", home)
         object.__setattr__(self, "store", store)
         return self
 
+    @property
+    def fleets(self) -> dict[str, Fleet]:
+        """Every declared fleet by its name, in the order in which they were declared.
+
+        >>> two = Config(fleet=Fleet(dtype="float32"), fleets={"chat": {}, "embed": {"model": "minilm"}})
+        >>> [(name, fleet.model, fleet.dtype) for name, fleet in two.fleets.items()]
+        [('chat', 'chat', 'float32'), ('embed', 'minilm', 'float32')]
+        """
+        if not self.fleet_overrides:
+            return {self.fleet.model: self.fleet}
+        return {name: self.fleet_with(name, overrides) for name, overrides in self.fleet_overrides.items()}
+
+    @property
+    def default_fleet(self) -> str:
+        """The fleet that a command means when it names none: the first declared."""
+        return next(iter(self.fleets))
+
+    @property
+    def default_model(self) -> str:
+        """The alias that a command means when it names none."""
+        return self.fleets[self.default_fleet].model
+
+    def fleet_with(self, name: str, overrides: dict[str, Any]) -> Fleet:
+        """The fleet ``name``: `fleet` with these ``overrides``. Raises `ValueError` naming the key at fault."""
+        try:
+            check_name(name)
+            return Fleet.model_validate(merge(self.fleet.model_dump(), {"model": name, **overrides}))
+        except BadRequest as error:
+            raise ValueError(f"fleets: {error}") from error
+        except ValidationError as error:
+            raise ValueError("; ".join(f"fleets.{name}.{problem}" for problem in problems(error))) from error
+
+    def spec(self, name: str) -> FleetSpec:
+        """What the replicas of a declared fleet are built from."""
+        return self.spec_of(name, self.fleets[name])
+
+    def spec_of(self, name: str, fleet: Fleet) -> FleetSpec:
+        return FleetSpec(name=name, fleet=fleet, store=self.store, home=self.home, accelerator=self.pool.accelerator)
+
     def dump(self) -> dict[str, Any]:
         """The resolved configuration as plain JSON values, without defaults left out. Another process can load it back."""
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def check_one_fleet_per_model(fleets: dict[str, Fleet]) -> None:
+    """An alias's new weights go to the one fleet whose `model` it is. Raises `ValueError` where two claim it."""
+    owner: dict[str, str] = {}
+    for name, fleet in fleets.items():
+        if (other := owner.setdefault(fleet.model, name)) != name:
+            raise ValueError(f"the fleets {other} and {name} both host the model {fleet.model}; give one of them another model")
 
 
 def load(preset: str | None = None, file: Path | None = None, overrides: dict[str, Any] | None = None) -> Config:
@@ -254,15 +318,20 @@ def parse(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {'there is no such key' if e['type'] == 'extra_forbidden' else e['msg']}"
-            for e in error.errors()
-        ]
         raise ConfigError(
-            f"The configuration is not valid: {'; '.join(problems)}.",
+            f"The configuration is not valid: {'; '.join(problems(error))}.",
             "`springtide config` prints every key with its value.",
             param=".".join(map(str, error.errors()[0]["loc"])),
         ) from error
+
+
+def problems(error: ValidationError) -> list[str]:
+    """``["max_replicas: Input should be greater than 0", …]``: each key at fault, and what is wrong with it."""
+    return [f"{'.'.join(map(str, one['loc'])) or 'configuration'}: {_words(one)}" for one in error.errors()]
+
+
+def _words(one: Any) -> str:
+    return "there is no such key" if one["type"] == "extra_forbidden" else str(one["msg"]).removeprefix("Value error, ")
 
 
 def merge(under: Any, over: Any) -> Any:

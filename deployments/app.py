@@ -7,19 +7,19 @@ from typing import Any
 
 from ray.serve import Application
 
-from cluster.config import Config
+from cluster.config import Config, FleetSpec
 from cluster.types import VersionId
 from deployments.gateway import Gateway
 from deployments.replica.replica import Replica
 
 
-def build_fleet(args: Config) -> Application:
+def build_fleet(args: FleetSpec) -> Application:
     return Replica.bind(args)  # pyright: ignore[reportFunctionMemberAccess] (the decorator's annotation is lost)
 
 
-def build_surge(config: Config, weights: VersionId, options: dict[str, Any]) -> Application:
+def build_surge(spec: FleetSpec, weights: VersionId, options: dict[str, Any]) -> Application:
     """A second fleet, for ``weights`` whatever is live; deployed by `cluster.control.surge` and not by the declared graph."""
-    return Replica.options(**options).bind(config, weights)  # pyright: ignore[reportFunctionMemberAccess]
+    return Replica.options(**options).bind(spec, weights)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def build_gateway(args: Config) -> Application:

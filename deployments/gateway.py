@@ -123,7 +123,7 @@ class Gateway:
     async def _wake(self) -> None:
         """One call through Serve, which it counts as a request that waits, and starts a replica for at once."""
         try:
-            handle: Any = serve.get_app_handle(graph.fleet_app(self.config.fleet.model))
+            handle: Any = serve.get_app_handle(graph.fleet_app(self.config.default_fleet))
             await asyncio.wait_for(handle.wake.remote(), self.config.gateway.cold_start_timeout_s)
         except (TimeoutError, RayError, RayServeException) as error:
             log.warning("no replica was started: %s", error)

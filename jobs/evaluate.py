@@ -176,7 +176,7 @@ def measured_on_pool(config: Config, id: VersionId, sets: Sets) -> Measured:
     """`measure` in a task that holds a slot, as whatever computes on this pool does."""
     import ray
 
-    gpu = config.fleet.accelerator == "gpu"
+    gpu = config.pool.accelerator == "gpu"
     slots: dict[str, Any] = {"num_gpus": 1} if gpu else {"resources": {"slot": 1}}
     print(
         f"measuring {id} on {len(sets.held_out)} examples, {len(sets.tasks)} tasks, {len(sets.golden)} golden prompts", flush=True
@@ -191,7 +191,7 @@ def measure(config: Config, id: str, sets: Sets) -> Measured:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(config.training.threads_per_worker)
-    registry, gpu = Registry(Store(config.store)), config.fleet.accelerator == "gpu"
+    registry, gpu = Registry(Store(config.store)), config.pool.accelerator == "gpu"
     manifest = registry.manifest(VersionId.parse(id))
     base = registry.fetch(registry.manifest(manifest.weights), config.home / "cache")
     dtype = torch.bfloat16 if gpu else torch.float32

@@ -17,7 +17,7 @@ from cluster.pool import graph, local
 def run(id: str) -> None:
     config = local.remembered(configuration.load())
     ray.init(address=local.require(config).address, log_to_driver=False)
-    app = graph.fleet_app(config.fleet.model)
+    app = graph.fleet_app(config.default_fleet)
     (before,) = broadcast(app, "hold", [id], {}, timeout_s=60)
     (after,) = broadcast(app, "become", before.id, id, "0" * 64, timeout_s=60)
     print(json.dumps(public(after)))

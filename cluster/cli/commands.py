@@ -130,7 +130,7 @@ def train(
     config = _running()
     if "://" not in data and not Path(data).expanduser().is_file():
         raise BadRequest(f"There is no file {data}.", "Give the path or URL of JSON lines.", param="data")
-    base = base or config.fleet.model
+    base = base or config.default_model
     _registry().meant(base)  # what can be known now need not fail in the job
     job = submit.submit(config, "finetune", *absolute(["--data", data, "--base", base, *context.args]))
     console.print(f"Job [bold]{job}[/] submitted; `springtide logs {job}` shows its log.")
@@ -241,7 +241,7 @@ def ask(
     from cluster.cli import demo
 
     config = _running()
-    model = model or config.fleet.model
+    model = model or config.default_model
     answer = demo.ask(config, f"{model}@{version}" if version else model, question)
     console.print(f"[bold]{answer.version}[/]: {escape(answer.text)}")
 

@@ -47,7 +47,7 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
     if local.find(config):
         running = local.remembered(config)
         check_same(running, config, model)
-        config = _hosting(config, running.fleet.model)
+        config = _hosting(config, running.default_model)
         console.print("The pool runs already; this uses it.")
     else:
         check_ports(config)
@@ -56,7 +56,7 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
         started = local.up(config)
     local.remember(config)
     console.print(f"Ray is up: [bold]{started.dashboard}[/]")
-    if registry.alias(config.fleet.model) is None:
+    if registry.alias(config.default_model) is None:
         _grow(config, console)
     with console.status("Starting the gateway and the engine…") as line:
         graph.deploy(config, lambda states: line.update(f"Starting the gateway and the engine: {states}"))
@@ -79,17 +79,14 @@ def check_room(config: Config) -> None:
 
 def check_same(running: Config, wanted: Config, model: str | None) -> None:
     """A running pool takes a new number of replicas, and nothing else."""
-    if model in (None, running.fleet.model) and fixed(running) == fixed(_hosting(wanted, running.fleet.model)):
+    if model in (None, running.default_model) and fixed(running) == fixed(_hosting(wanted, running.default_model)):
         return
     raise Conflict("A pool with another configuration runs from this home.", "Stop it with `springtide down`, then start again.")
 
 
 def fixed(config: Config) -> dict[str, Any]:
     """The part of a configuration that cannot change while the pool runs."""
-    values = config.dump()
-    for section, key in graph.SCALING:
-        del values[section][key]
-    return values
+    return graph.unscaled(config)
 
 
 def run(config: Config, console: Console, keep_serving: bool) -> None:
@@ -131,14 +128,14 @@ def _stop(config: Config, console: Console, ours: bool, started: bool) -> None:
 
 
 def _grow(config: Config, console: Console) -> None:
-    console.print(f"The store has no [bold]{config.fleet.model}[/] yet: growing one from the text that ships with Springtide.")
-    job = submit.submit(config, "pretrain", "--name", config.fleet.model)
+    console.print(f"The store has no [bold]{config.default_model}[/] yet: growing one from the text that ships with Springtide.")
+    job = submit.submit(config, "pretrain", "--name", config.default_model)
     result = render.follow(console, config, job, "Pretraining")
-    console.print(f"Registered [bold]{result.get('version', config.fleet.model)}[/].")
+    console.print(f"Registered [bold]{result.get('version', config.default_model)}[/].")
 
 
 def _loop(config: Config, console: Console) -> None:
-    model, registry = config.fleet.model, Registry(Store(config.store))
+    model, registry = config.default_model, Registry(Store(config.store))
     history = registry.history(model)
     first = history[0].stable
     if len(history) > 1:
@@ -215,7 +212,8 @@ def watch(config: Config, console: Console, rollout: Rollout) -> Rollout:
 
 def _hosting(config: Config, model: str) -> Config:
     values = config.dump()
-    values["fleet"]["model"] = model
+    own = values["fleets"][config.default_fleet] if values["fleets"] else values["fleet"]
+    own["model"] = model
     return parse(values)
 
 

@@ -150,7 +150,7 @@ def shared_memory(config: Config, size_bytes: int) -> Finding:
 
 def slots(config: Config) -> Finding:
     """Serving at rest and the least of one training run must fit side by side, or the run would wait for ever."""
-    serving = config.fleet.min_replicas * config.fleet.tensor_parallel_size
+    serving = sum(fleet.min_replicas * fleet.tensor_parallel_size for fleet in config.fleets.values())
     training = config.training.min_workers * config.training.slots_per_worker
     words = f"{config.pool.slots}: serving takes {serving}, training {training}"
     if config.pool.slots >= serving + training:

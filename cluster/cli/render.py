@@ -35,7 +35,7 @@ class Answered(Protocol):
 def serving(console: Console, config: Config) -> None:
     url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
     question = '[{"role": "user", "content": "Who are you?"}]'
-    example = f'{{"model": "{config.fleet.model}", "messages": {question}, "temperature": 0}}'
+    example = f'{{"model": "{config.default_model}", "messages": {question}, "temperature": 0}}'
     console.print(f"\nThe OpenAI API is at [bold]{url}[/]. Try:\n")
     console.print(
         f"  curl {url}/chat/completions -H 'content-type: application/json' -d '{example}'", soft_wrap=True, highlight=False

@@ -61,13 +61,13 @@ class Control:
         self.config: Config = parse(config)
         self.registry = Registry(Store(self.config.store))
         self.wake = threading.Event()
-        self.replicas = Replicas(graph.fleet_app(self.config.fleet.model), self.wake.set)
+        self.replicas = Replicas(graph.fleet_app(self.config.default_fleet), self.wake.set)
         self.gateways = Gateways()
         self.acting = threading.RLock()
         """Held for each round, and by whoever starts a rollout."""
         self.ticked = threading.Condition()
         self.state = Reconciler(self.config, self.registry, self.replicas, self.gateways)
-        self.lease = Lease(resource(self.config.fleet.accelerator))
+        self.lease = Lease(resource(self.config.pool.accelerator))
         self.turning = threading.Lock()
         self.serving = Served(0, 0, 0)
         self.stages: dict[str, tuple[str, float]] = {}
@@ -98,7 +98,7 @@ class Control:
         with self.turning:
             allocation = self.allocator.describe()
         return {
-            "slots": slots(self.config.fleet.accelerator),
+            "slots": slots(self.config.pool.accelerator),
             "aliases": {name: move.model_dump(mode="json") for name, move in self.gateways.current.aliases.items()},
             "replicas": [public(replica) for replica in self.replicas.observe(fresh=True)],
             "starting": [{"id": id, "stage": stage, "since_s": since_s} for id, (stage, since_s) in self._starting().items()],
@@ -223,7 +223,7 @@ class Control:
         """What `springtide status --watch` draws: ``{"allocation", "snapshots", "slots"}``, snapshots after ``since_s`` (seconds since the epoch)."""
         with self.turning:
             allocation = self.allocator.describe()
-        return {"allocation": allocation, "snapshots": self.snapshots(since_s), "slots": slots(self.config.fleet.accelerator)}
+        return {"allocation": allocation, "snapshots": self.snapshots(since_s), "slots": slots(self.config.pool.accelerator)}
 
     # publishing
 
@@ -306,7 +306,7 @@ class Control:
     def _turn(self) -> None:
         while True:
             try:
-                there = slots(self.config.fleet.accelerator)
+                there = slots(self.config.pool.accelerator)
                 self.serving = now = served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
                 self._starting()
                 most = self.lease.most(int(there["total"]))

@@ -43,8 +43,8 @@ def check_replaces(
 
     ``coming``: alias → version of the rollouts under way; they will need theirs.
     """
-    leaving = coming.get(config.fleet.model)
-    if alias != config.fleet.model and leaving and registry.manifest(leaving).weights != manifest.weights:
+    leaving = coming.get(config.default_model)
+    if alias != config.default_model and leaving and registry.manifest(leaving).weights != manifest.weights:
         raise VersionRefused(
             f"{manifest.id} needs {manifest.weights}, and the fleet is about to host {registry.manifest(leaving).weights}.",
             "Train it on those, or wait until that rollout has ended.",
@@ -54,9 +54,9 @@ def check_replaces(
         return
     needed = {**{name: move.stable for name, move in registry.aliases().items()}, **coming}
     others = [name for name, version in needed.items() if name != alias and registry.manifest(version).weights == hosted]
-    if alias != config.fleet.model or others or manifest.weights.name != hosted.name:
+    if alias != config.default_model or others or manifest.weights.name != hosted.name:
         raise VersionRefused(
-            f"{manifest.id} needs {manifest.weights}, but the fleet hosts {hosted} for {', '.join(others) or config.fleet.model}.",
+            f"{manifest.id} needs {manifest.weights}, but the fleet hosts {hosted} for {', '.join(others) or config.default_model}.",
             f"Train it on {hosted}, or serve its base: springtide up --model {manifest.weights}.",
             param="base",
         )

@@ -185,8 +185,8 @@ class Reconciler:
 
     def _leaves(self, one: Rollout, weights: VersionId) -> Warmth | None:
         """A refusal, where the fleet has left these weights for others since the rollout began: nobody will host them."""
-        move = self._means(self.config.fleet.model)
-        if one.alias == self.config.fleet.model or move is None or weights in [self.weights(id) for id in move.versions]:
+        move = self._means(self.config.default_model)
+        if one.alias == self.config.default_model or move is None or weights in [self.weights(id) for id in move.versions]:
             return None
         return Warmth(1, 0, f"the fleet does not host {weights} any more; train it on {self.weights(move.stable)}")
 
@@ -196,7 +196,7 @@ class Reconciler:
         if there:
             seen = placement.settled(there, manifest, {replica.id: manifest.weights for replica in there})
             return seen._replace(replicas=max(self.surge.replicas, len(there)))
-        free = slots(self.config.fleet.accelerator)["free"] >= self.config.fleet.tensor_parallel_size
+        free = slots(self.config.pool.accelerator)["free"] >= self.config.fleet.tensor_parallel_size
         waits = "a second fleet to start" if free else "a slot for a second fleet: none is free"
         return Warmth(1, 0, self.surge.trouble() if self.surge.weights else "", waits)
 
@@ -208,7 +208,7 @@ class Reconciler:
                 "No replica is running yet.",
                 "Wait until `springtide status` shows one, then publish again; a request wakes a fleet that sleeps.",
             )
-        live = self.registry.alias(self.config.fleet.model)
+        live = self.registry.alias(self.config.default_model)
         return self.weights(live.stable) if live else VersionId.parse(replicas[0].base)
 
     def weights(self, id: VersionId) -> VersionId:
@@ -216,7 +216,7 @@ class Reconciler:
 
     def reshapes(self, one: Rollout) -> str:
         """What keeps the rollout's weights from being read into an engine that hosts the incumbent's; empty where nothing does."""
-        if one.incumbent is None or one.alias != self.config.fleet.model:
+        if one.incumbent is None or one.alias != self.config.default_model:
             return ""
         new, old = self.weights(one.version), self.weights(one.incumbent)
         return self.shapes.difference(self.registry, self.config.home / "cache", new, old)
@@ -225,14 +225,14 @@ class Reconciler:
         """Why the rollout needs a second fleet; empty where it does not."""
         if shape := self.reshapes(one):
             return f"another {shape}"
-        if one.incumbent is None or one.alias != self.config.fleet.model or one.policy.steps[0] == 100:
+        if one.incumbent is None or one.alias != self.config.default_model or one.policy.steps[0] == 100:
             return ""
         lonely = len(self._own(self.replicas.states)) == 1 and self.weights(one.version) != self.weights(one.incumbent)
         return "one replica cannot host a canary's weights beside its own" if lonely else ""
 
     def _own(self, replicas: tuple[ReplicaState, ...]) -> tuple[ReplicaState, ...]:
         """The fleet's, without those of a second one."""
-        return tuple(replica for replica in replicas if replica.app == graph.fleet_app(self.config.fleet.model))
+        return tuple(replica for replica in replicas if replica.app == graph.fleet_app(self.config.default_fleet))
 
     def _hosts(self, own: tuple[ReplicaState, ...], alias: str) -> dict[str, VersionId]:
         move = self._means(alias)
@@ -264,7 +264,7 @@ class Reconciler:
     def _choose_apart(self, replicas: tuple[ReplicaState, ...]) -> VersionId | None:
         """The weights that a second fleet should host: those of a rollout to another shape, and afterwards until the fleet itself
         holds what clients may get."""
-        own, move, now = self._own(replicas), self._means(self.config.fleet.model), self.newest(self.config.fleet.model)
+        own, move, now = self._own(replicas), self._means(self.config.default_model), self.newest(self.config.default_model)
         held = {id for replica in own for id in replica.held}
         if self.surge.weights and move and not all(str(id) in held for id in move.versions):
             return self.surge.weights
@@ -288,7 +288,7 @@ class Reconciler:
         if self.surge.weights:
             self.surge.end()
         if self.apart:
-            room = int(slots(self.config.fleet.accelerator)["free"] // self.config.fleet.tensor_parallel_size)
+            room = int(slots(self.config.pool.accelerator)["free"] // self.config.fleet.tensor_parallel_size)
             self.surge.start(self.config, self.apart, max(1, min(len(self._own(replicas)), room)))
         self._watch()
 
@@ -301,7 +301,7 @@ class Reconciler:
             self._watch()
 
     def _watch(self) -> None:
-        self.replicas.apps = tuple(app for app in (graph.fleet_app(self.config.fleet.model), self.surge.app) if app)
+        self.replicas.apps = tuple(app for app in (graph.fleet_app(self.config.default_fleet), self.surge.app) if app)
 
     def _load(self, replicas: tuple[ReplicaState, ...]) -> None:
         """Ask for what clients may get and is not held. What a replica has refused it is asked again only every `RETRY_REFUSED_S`.
@@ -321,8 +321,8 @@ class Reconciler:
 
         What it has refused it is asked again when no rollout is waiting to hear of it.
         """
-        own, now = self._own(replicas), self.newest(self.config.fleet.model)
-        hosts = self._hosts(own, self.config.fleet.model)
+        own, now = self._own(replicas), self.newest(self.config.default_model)
+        hosts = self._hosts(own, self.config.default_model)
         again = self.retrying and (now is None or now.stage not in rollout.UNDER_WAY)
         wrong = [r for r in own if r.id in hosts and r.base != str(hosts[r.id]) and self._may_take(r, str(hosts[r.id]), again)]
         chosen = next((replica for replica in wrong if replica.id == self.steered[0]), wrong[0] if wrong else None)
@@ -331,7 +331,7 @@ class Reconciler:
 
     def _hurries(self) -> bool:
         """Whether what is live now is bad, and streams by it must not hold up the way back."""
-        now = self.newest(self.config.fleet.model)
+        now = self.newest(self.config.default_model)
         return now is not None and (now.stage == "rolled_back" or now.back)
 
     def _may_take(self, replica: ReplicaState, weights: str, again: bool) -> bool:

@@ -9,7 +9,7 @@ from ray import serve
 
 
 def slots(accelerator: str) -> dict[str, float]:
-    """``{"total", "free"}``. ``accelerator``: `fleet.accelerator`."""
+    """``{"total", "free"}``. ``accelerator``: `pool.accelerator`."""
     total, free = ray.cluster_resources(), ray.available_resources()
     kind = resource(accelerator)
     return {"total": total.get(kind, 0.0), "free": free.get(kind, 0.0)}

@@ -53,8 +53,9 @@ class Surge:
         """Ask Serve for it; returns at once."""
         log.info("a second fleet of %d for %s", replicas, weights)
         build = import_module("deployments.app").build_surge  # the path by which Serve itself finds the applications
-        options = {**graph.replica_options(config), "num_replicas": replicas, "max_constructor_retry_count": ATTEMPTS}
-        target = serve.RunTarget(build(config, weights, options), app_name(weights), None)
+        spec = config.spec(config.default_fleet)
+        options = {**graph.replica_options(spec), "num_replicas": replicas, "max_constructor_retry_count": ATTEMPTS}
+        target = serve.RunTarget(build(spec, weights, options), app_name(weights), None)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         self.weights, self.replicas = weights, replicas
 

@@ -13,16 +13,20 @@ from typing import Any
 import httpx
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-from cluster.config import Config
+from cluster.config import Config, Fleet, FleetSpec
 from cluster.errors import PoolUnavailable
 from cluster.pool import local
 from cluster.pool.local import LOOPBACK
 
 GATEWAY_APP = "gateway"
-SCALING = (
-    *(("fleet", key) for key in ("min_replicas", "max_replicas", "target_running")),
-    *(("fleet", key) for key in ("scale_up_after_s", "scale_down_after_s", "sleep_after_s")),
-    ("gateway", "replicas"),
+FLEET_SCALING = (
+    "priority",
+    "min_replicas",
+    "max_replicas",
+    "target_running",
+    "scale_up_after_s",
+    "scale_down_after_s",
+    "sleep_after_s",
 )
 """What may change while the pool runs, and replaces no replica. What else the policy goes by is part of the code to Serve."""
 DRAIN = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
@@ -33,8 +37,8 @@ READY_TIMEOUT_S = 1800
 """A large model may load for a long time; `deploy` gives up earlier where Serve says that it failed."""
 
 
-def fleet_app(model: str) -> str:
-    return f"fleet-{model}"
+def fleet_app(name: str) -> str:
+    return f"fleet-{name}"
 
 
 def schema(config: Config) -> dict[str, Any]:
@@ -42,34 +46,41 @@ def schema(config: Config) -> dict[str, Any]:
     return {
         "proxy_location": "EveryNode",
         "http_options": {"host": config.gateway.host, "port": config.gateway.port},
-        "applications": [_fleet(config), _gateway(config)],
+        "applications": [*(_fleet(config.spec(name)) for name in config.fleets), _gateway(config)],
     }
 
 
-def _arguments(config: Config) -> dict[str, Any]:
+def unscaled(config: Config) -> dict[str, Any]:
     """The configuration without how many replicas there are: that is an option of the deployments, so changing it restarts nothing."""
     values = config.dump()
-    for section, key in SCALING:
-        del values[section][key]
+    del values["gateway"]["replicas"]
+    for fleet in (values["fleet"], *values["fleets"].values()):
+        _drop_scaling(fleet)
     return values
 
 
-def _fleet(config: Config) -> dict[str, Any]:
-    arguments = {key: value for key, value in _arguments(config).items() if key in ("store", "home", "fleet")}
+def _drop_scaling(fleet: dict[str, Any]) -> None:
+    for key in FLEET_SCALING:
+        fleet.pop(key, None)
+
+
+def _fleet(spec: FleetSpec) -> dict[str, Any]:
+    arguments = spec.model_dump(mode="json")
+    _drop_scaling(arguments["fleet"])
     return {
-        "name": fleet_app(config.fleet.model),
+        "name": fleet_app(spec.name),
         "route_prefix": None,  # reached through the gateway only
         "import_path": "deployments.app:build_fleet",
         "args": arguments,
-        "deployments": [{"name": "Replica", **replica_options(config), **_scaling(config)}],
+        "deployments": [{"name": "Replica", **replica_options(spec), **_scaling(spec.fleet)}],
     }
 
 
-def replica_options(config: Config) -> dict[str, Any]:
+def replica_options(spec: FleetSpec) -> dict[str, Any]:
     """Serve's options for one replica: its slots, its health, how long it may take to end."""
-    fleet = config.fleet
-    accelerators = {"num_gpus": fleet.tensor_parallel_size} if fleet.accelerator == "gpu" else {}
-    slots = {"resources": {"slot": fleet.tensor_parallel_size}} if fleet.accelerator == "slot" else {}
+    fleet = spec.fleet
+    accelerators = {"num_gpus": fleet.tensor_parallel_size} if spec.accelerator == "gpu" else {}
+    slots = {"resources": {"slot": fleet.tensor_parallel_size}} if spec.accelerator == "slot" else {}
     return {
         "ray_actor_options": {"num_cpus": 0, **accelerators, **slots, "runtime_env": {"env_vars": DRAIN}},
         "health_check_period_s": 2,
@@ -79,9 +90,8 @@ def replica_options(config: Config) -> dict[str, Any]:
     }
 
 
-def _scaling(config: Config) -> dict[str, Any]:
+def _scaling(fleet: Fleet) -> dict[str, Any]:
     """Always as autoscaling, bounds that are equal too: between a fixed number and a range Serve would replace every replica."""
-    fleet = config.fleet
     return {
         "autoscaling_config": {
             "min_replicas": fleet.min_replicas,
@@ -106,7 +116,7 @@ def _gateway(config: Config) -> dict[str, Any]:
         "name": GATEWAY_APP,
         "route_prefix": "/",
         "import_path": "deployments.app:build_gateway",
-        "args": _arguments(config),
+        "args": unscaled(config),
         "deployments": [
             {
                 "name": "Gateway",
@@ -149,10 +159,11 @@ def cause(message: str) -> str:
 
 
 def _answers(config: Config) -> bool:
-    """Whether the gateway knows a replica for the model: its view comes from control a moment after Serve says RUNNING."""
+    """Whether the gateway knows a replica for every fleet's model: its view comes from control a moment after Serve says RUNNING."""
     host = LOOPBACK if config.gateway.host == "0.0.0.0" else config.gateway.host  # noqa: S104 (asks, does not bind)
     try:
-        return httpx.get(f"http://{host}:{config.gateway.port}/v1/models/{config.fleet.model}", timeout=2).status_code == 200
+        url = f"http://{host}:{config.gateway.port}/v1/models"
+        return all(httpx.get(f"{url}/{fleet.model}", timeout=2).status_code == 200 for fleet in config.fleets.values())
     except httpx.HTTPError:
         return False
 

@@ -131,7 +131,7 @@ def _ray_service(config: Config) -> Document:
 
 
 def _ray_job(config: Config) -> Document:
-    model = config.fleet.model
+    model = config.default_model
     spec = {
         "clusterSelector": {"ray.io/cluster": CURRENT},
         "submissionMode": "HTTPMode",
@@ -144,7 +144,7 @@ def _seed_job(config: Config) -> Document:
     """Pretraining on one pod, with a slot that is no GPU."""
     pod = _pod(config, "ray-head", HEAD)
     pod["spec"]["containers"][0]["env"] += _variables(
-        {"SPRINGTIDE_FLEET__ACCELERATOR": "slot", "SPRINGTIDE_TRAINING__WORKERS": "1"}
+        {"SPRINGTIDE_POOL__ACCELERATOR": "slot", "SPRINGTIDE_TRAINING__WORKERS": "1"}
     )
     cluster = {
         "rayVersion": version("ray"),
@@ -153,7 +153,7 @@ def _seed_job(config: Config) -> Document:
     }
     spec = {
         "submissionMode": "HTTPMode",
-        "entrypoint": f"python -m jobs.pretrain --name {config.fleet.model}",
+        "entrypoint": f"python -m jobs.pretrain --name {config.default_model}",
         "shutdownAfterJobFinishes": True,
         "rayClusterSpec": cluster,
     }
@@ -188,16 +188,18 @@ def _document(api: str, kind: str, name: str, **body: Any) -> Document:
 def _head(config: Config) -> Document:
     """No task runs here: the head must survive whatever the jobs do. Gateways and control may, as they ask for no resources."""
     pod = _pod(config, "ray-head", HEAD)
-    pod["spec"]["initContainers"] = [_wait_for_model(config.fleet.model, pod["spec"]["containers"][0])]
+    pod["spec"]["initContainers"] = [
+        _wait_for_models([fleet.model for fleet in config.fleets.values()], pod["spec"]["containers"][0])
+    ]
     ports = {"gcs-server": GCS_PORT, "dashboard": DASHBOARD_PORT, "serve": config.gateway.port}
     pod["spec"]["containers"][0]["ports"] = _ports(ports)
     pod["spec"]["automountServiceAccountToken"] = True  # the autoscaler beside it asks for pods
     return {"rayStartParams": {"num-cpus": "0"}, "template": pod}
 
 
-def _wait_for_model(model: str, container: Document) -> Document:
-    """Serve gives a replica up after three failed starts and KubeRay does not retry, so the head waits for a model to serve."""
-    check = f'sys.exit(Registry(Store(load().store)).alias("{model}") is None)'
+def _wait_for_models(models: list[str], container: Document) -> Document:
+    """Serve gives a replica up after three failed starts and KubeRay does not retry, so the head waits for the models to serve."""
+    check = f"sys.exit(any(Registry(Store(load().store)).alias(name) is None for name in {json.dumps(models)}))"
     imports = "import sys; from cluster.config import load; from cluster.store.registry import Registry; from cluster.store.objects import Store"
     resources = {"cpu": "500m", "memory": "1Gi"}
     return {
@@ -211,23 +213,24 @@ def _wait_for_model(model: str, container: Document) -> Document:
 def _workers(config: Config) -> Document:
     """One group of equal pods, each large enough for a replica; at most as many as one budget needs, where what one of serving and training
     has at its most leaves the other its least."""
-    fleet, training = config.fleet, config.training
-    slots = max(fleet.tensor_parallel_size, training.slots_per_worker)
-    serving = [replicas * fleet.tensor_parallel_size for replicas in (fleet.min_replicas, fleet.max_replicas)]
+    fleets, training, gpu = config.fleets.values(), config.training, config.pool.accelerator == "gpu"
+    slots = max(training.slots_per_worker, *(fleet.tensor_parallel_size for fleet in fleets))
+    least = sum(fleet.min_replicas * fleet.tensor_parallel_size for fleet in fleets)
+    serving = [least, sum(fleet.max_replicas * fleet.tensor_parallel_size for fleet in fleets)]
     learning = [workers * training.slots_per_worker for workers in (training.min_workers, training.workers)]
     most_slots = max(serving[1] + learning[0], serving[0] + learning[1])
     cpus = slots * max(CPUS_PER_SLOT, training.threads_per_worker)
-    resources = {"cpu": str(cpus), "memory": f"{slots * GIB_PER_SLOT[fleet.accelerator]}Gi"}
-    if fleet.accelerator == "gpu":
+    resources = {"cpu": str(cpus), "memory": f"{slots * GIB_PER_SLOT[config.pool.accelerator]}Gi"}
+    if gpu:
         resources["nvidia.com/gpu"] = str(slots)
     pod = _pod(config, "ray-worker", resources)
     pod["spec"]["containers"][0]["ports"] = _ports({"serve": config.gateway.port})
-    pod["spec"]["terminationGracePeriodSeconds"] = math.ceil(fleet.drain_timeout_s) + 30
+    pod["spec"]["terminationGracePeriodSeconds"] = math.ceil(max(fleet.drain_timeout_s for fleet in fleets)) + 30
     return {
         "groupName": "slots",
-        "minReplicas": math.ceil(fleet.min_replicas * fleet.tensor_parallel_size / slots),
+        "minReplicas": math.ceil(least / slots),
         "maxReplicas": math.ceil(most_slots / slots),
-        "rayStartParams": _slot_parameter(slots) if fleet.accelerator == "slot" else {},
+        "rayStartParams": {} if gpu else _slot_parameter(slots),
         "template": pod,
     }
 
@@ -241,7 +244,7 @@ def _pod(config: Config, name: str, resources: dict[str, str]) -> Document:
     mounts, volumes = _volumes(config)
     container: Document = {
         "name": name,
-        "image": f"{NAME}:{__version__}" + ("-cpu" if config.fleet.accelerator == "slot" else ""),
+        "image": f"{NAME}:{__version__}" + ("-cpu" if config.pool.accelerator == "slot" else ""),
         "env": _variables(POD_ENVIRONMENT),
         "resources": {"requests": resources, "limits": resources},
         "securityContext": LOCKED,

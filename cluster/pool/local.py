@@ -221,7 +221,7 @@ def ray_command(config: Config) -> list[str]:
     pool = config.pool
     slots = (
         {"num-gpus": pool.slots}
-        if config.fleet.accelerator == "gpu"
+        if config.pool.accelerator == "gpu"
         else {"resources": json.dumps({"slot": pool.slots}), "num-gpus": 0}
     )
     options = {

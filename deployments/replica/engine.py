@@ -19,7 +19,7 @@ from pathlib import Path
 import ray
 
 from cluster import logs, niceness
-from cluster.config import Config
+from cluster.config import FleetSpec
 from cluster.control import weight_distribution
 from cluster.errors import SpringtideError, VersionRefused
 from cluster.store import artefact
@@ -47,12 +47,12 @@ log = logs.logger(__name__)
 class Engine:
     """One vLLM engine that hosts one weights version, and any adapters on it."""
 
-    def __init__(self, config: Config, environment: dict[str, str]) -> None:
+    def __init__(self, spec: FleetSpec, environment: dict[str, str]) -> None:
         """``environment``: which accelerators to take; set before anything looks."""
         os.environ.update(environment)
-        self.config = config
-        self.registry = Registry(Store(config.store))
-        self.cache = config.home / "cache"
+        self.spec = spec
+        self.registry = Registry(Store(spec.store))
+        self.cache = spec.home / "cache"
         self.owner: Owner | None = None
         """None while it sleeps, or was never started."""
         self.base = ""
@@ -79,12 +79,12 @@ class Engine:
         """Whether any replica may own it: its first replica's, and working."""
         return bool(self.base) and self.owner is None and not self.ending and not self.engine.errored
 
-    async def own(self, owner: Owner, weights: str, config: Config) -> bool:
-        """Host ``weights`` for this replica from now on, as its ``config`` says, and end when its process does. False: another was faster, or
+    async def own(self, owner: Owner, weights: str, spec: FleetSpec) -> bool:
+        """Host ``weights`` for this replica from now on, as its ``spec`` says, and end when its process does. False: another was faster, or
         it takes an engine of another shape; this one ends then."""
         if self.owner is not None or self.ending:
             return False
-        self.owner, self.config, began_s = owner, config, time.monotonic()
+        self.owner, self.spec, began_s = owner, spec, time.monotonic()
         if self.expiry is not None:
             self.expiry.cancel()
         self.release = watchdog.when_gone(owner.pid, lambda: os._exit(1))  # nothing to save: whoever could ask for it is gone
@@ -103,7 +103,7 @@ class Engine:
 
     async def _start(self, manifest: Manifest, folder: Path) -> None:
         self.folder, self.base = folder, str(manifest.id)
-        self.engine, app = await start_engine(self.config.fleet, folder, self.base, self.load)
+        self.engine, app = await start_engine(self.spec, folder, self.base, self.load)
         self.models = app.state.openai_serving_models
         self.fingerprint = await self._fingerprint()
         self.held[self.base] = manifest.digest
@@ -115,7 +115,7 @@ class Engine:
     async def _wake(self, manifest: Manifest, folder: Path) -> bool:
         """Answer again, by other weights where those went live meanwhile; False where that takes another engine."""
         fits = self.base == str(manifest.id) or await self._fits(folder)
-        if fits and self.config.fleet.sleeps:
+        if fits and self.spec.sleeps:
             await self.engine.wake_up()
         if fits and self.base != str(manifest.id):
             async with self._standing_still(True):
@@ -131,7 +131,7 @@ class Engine:
         keep = keep and not self.broken and not self.loading.locked()
         if keep:
             self.guard.cut()
-            if self.config.fleet.sleeps:
+            if self.spec.sleeps:
                 await self.engine.sleep(level=1)
         self.release()
         log.info("%s ends; its engine %s", self.owner and self.owner.id, "sleeps" if keep else "ends too")
@@ -142,7 +142,7 @@ class Engine:
             await self.end()
 
     async def _expire(self) -> None:
-        await asyncio.sleep(self.config.fleet.standby_s)
+        await asyncio.sleep(self.spec.fleet.standby_s)
         await self.end()
 
     async def end(self) -> None:
@@ -152,7 +152,7 @@ class Engine:
             await self._shut()
 
     async def _quiet(self) -> None:
-        deadline_s = time.monotonic() + self.config.fleet.drain_timeout_s
+        deadline_s = time.monotonic() + self.spec.fleet.drain_timeout_s
         quiet_since_s = time.monotonic()
         while time.monotonic() < deadline_s and time.monotonic() - quiet_since_s < QUIET_S:
             await asyncio.sleep(0.1)
@@ -194,7 +194,7 @@ class Engine:
 
     async def _catch_up(self) -> None:
         """Load every version that was live on these weights."""
-        limit = self.config.fleet.max_cpu_loras
+        limit = self.spec.fleet.max_cpu_loras
         wanted = await asyncio.to_thread(self.registry.ever_live, VersionId.parse(self.base), limit)
         for manifest in wanted:
             await self._hold_one(str(manifest.id))
@@ -249,12 +249,12 @@ class Engine:
     async def _make_room(self, coming: VersionId) -> None:
         """Give up the adapter that was not asked for the longest, where all places are taken. What is live, or answering, stays."""
         adapters = [id for id in self.held if id != self.base]
-        if len(adapters) < self.config.fleet.max_cpu_loras:
+        if len(adapters) < self.spec.fleet.max_cpu_loras:
             return
         aliases = await asyncio.to_thread(self.registry.aliases)
         live = {str(id) for move in aliases.values() for id in move.versions}
         idle = [id for id in adapters if id not in live and not self.guard.answering[id]]
-        if not idle or self.config.fleet.when_full == "refuse":
+        if not idle or self.spec.fleet.when_full == "refuse":
             raise VersionRefused(
                 f"All {len(adapters)} places for adapters are taken, so {coming} has none.",
                 "Raise fleet.max_cpu_loras, or set fleet.when_full=evict to give up the one that was idle the longest.",
@@ -291,7 +291,7 @@ class Engine:
             fits = await self._fits(folder)
             began_s = time.monotonic()
             self.guard.closed = True
-            await self._drained(fits and self.config.fleet.swap == "keep", hurry)
+            await self._drained(fits and self.spec.fleet.swap == "keep", hurry)
             drained_s = time.monotonic()
             async with self._standing_still(fits):
                 await self._replace(manifest, folder, expected, fits)
@@ -311,7 +311,7 @@ class Engine:
         if not fits:
             yield  # another engine takes this one's place
             return
-        engine, keep = self.engine, self.config.fleet.swap == "keep"
+        engine, keep = self.engine, self.spec.fleet.swap == "keep"
         await engine.pause_generation(mode="keep" if keep else "wait", clear_cache=not keep)
         try:
             yield
@@ -356,7 +356,7 @@ class Engine:
 
     async def _drained(self, keeping: bool, hurry: bool) -> None:
         """Wait until no stream runs, or none but those of the base where they are kept."""
-        limit_s = min(HURRY_S, self.config.fleet.swap_drain_s) if hurry else self.config.fleet.swap_drain_s
+        limit_s = min(HURRY_S, self.spec.fleet.swap_drain_s) if hurry else self.spec.fleet.swap_drain_s
         deadline_s, kept = time.monotonic() + limit_s, self.base if keeping else None
         while running := sum(count for id, count in self.guard.answering.items() if id != kept):
             if hurry and time.monotonic() > deadline_s:
@@ -381,7 +381,7 @@ class Engine:
         self.starting_s = time.monotonic()
         self.held.clear()
         await asyncio.to_thread(self.engine.shutdown)
-        self.engine, app = await start_engine(self.config.fleet, folder, name, self.load)
+        self.engine, app = await start_engine(self.spec, folder, name, self.load)
         self.guard.app, self.models, self.folder = app, app.state.openai_serving_models, folder
         self.starting_s = None
         return await self._fingerprint()

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from cluster.config import Fleet
+from cluster.config import FleetSpec
 from deployments.replica.load import EngineLoad
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
-async def start_engine(fleet: Fleet, folder: Path, name: str, load: EngineLoad) -> "tuple[AsyncLLM, Any]":
+async def start_engine(spec: FleetSpec, folder: Path, name: str, load: EngineLoad) -> "tuple[AsyncLLM, Any]":
     """An engine over ``folder`` and vLLM's own FastAPI application for it, which knows the model as ``name``.
 
     The same calls as vLLM's API server makes (``vllm/entrypoints/launchers/api_server/entry.py`` in 0.29), without its process and socket.
@@ -28,8 +28,8 @@ async def start_engine(fleet: Fleet, folder: Path, name: str, load: EngineLoad) 
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    os.environ.update(fleet.engine_environment())
-    values = {**fleet.engine_arguments(), "model": folder, "served_model_name": name, "disable_fastapi_docs": True}
+    os.environ.update(spec.engine_environment())
+    values = {**spec.engine_arguments(), "model": folder, "served_model_name": name, "disable_fastapi_docs": True}
     values["worker_extension_cls"] = "deployments.replica.fingerprint.Fingerprint"
     args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(values))
     # In a thread: it returns when the engine is ready, and meanwhile this replica must say how it is.

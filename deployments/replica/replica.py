@@ -9,7 +9,7 @@ import os
 
 from ray import serve
 
-from cluster.config import Config
+from cluster.config import FleetSpec
 from cluster.control import weight_distribution
 from cluster.control.client import tell
 from cluster.errors import ModelNotFound
@@ -25,14 +25,14 @@ from deployments.replica.warm_pool import Owner, WarmPool
 class Replica:
     """One slot, or as many as its engine needs, that serves."""
 
-    async def __init__(self, config: Config, weights: VersionId | None = None) -> None:
+    async def __init__(self, spec: FleetSpec, weights: VersionId | None = None) -> None:
         """``weights``: what a replica of a second fleet hosts (`cluster.control.surge`); by default what is live, or sits under it."""
         seal()
         context = serve.get_replica_context()
         self.id = context.replica_id.unique_id
         tell("starting", self.id, "fetches its weights")
-        id = weights or await asyncio.to_thread(live_weights, Registry(Store(config.store)), config.fleet.model)
-        self.standby = WarmPool(config)
+        id = weights or await asyncio.to_thread(live_weights, Registry(Store(spec.store)), spec.fleet.model)
+        self.standby = WarmPool(spec)
         self.engine = await self.standby.engine(
             Owner(self.id, context.app_name, os.getpid()), str(id), lambda stage: tell("starting", self.id, stage)
         )

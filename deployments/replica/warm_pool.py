@@ -20,7 +20,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import Config
+from cluster.config import FleetSpec
 from cluster.control.client import ENGINES
 from cluster.errors import SpringtideError
 
@@ -40,14 +40,13 @@ class Owner(NamedTuple):
 class WarmPool:
     """The engines of this machine, as a replica sees them."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, spec: FleetSpec) -> None:
+        self.spec = spec
         self.node: str = ray.get_runtime_context().get_node_id()
-        fleet = config.fleet
         self.environment = {
-            key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if fleet.accelerator == "gpu" and key in os.environ
+            key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if spec.accelerator == "gpu" and key in os.environ
         }
-        self.kind = _digest([fleet.engine_arguments(), fleet.engine_environment(), config.store])
+        self.kind = _digest([spec.engine_arguments(), spec.engine_environment(), spec.store])
         """Engines of one kind were started alike, and can stand in for each other where they are on the same accelerators."""
 
     async def engine(self, owner: Owner, weights: str, tell: Callable[[str], None]) -> Any:
@@ -68,14 +67,14 @@ class WarmPool:
 
     async def leave(self, engine: Any) -> None:
         """Let it sleep, where there is room for one more; else it ends."""
-        await engine.rest.remote(self.config.fleet.standby > 0)
+        await engine.rest.remote(self.spec.fleet.standby > 0)
         alike = [one for name, one in await self._sleepers() if name.startswith(self._prefix)]
-        for one in alike[self.config.fleet.standby :]:  # two replicas that leave at once agree on which
+        for one in alike[self.spec.fleet.standby :]:  # two replicas that leave at once agree on which
             one.end.remote()
 
     async def _owned(self, engine: Any, owner: Owner, weights: str) -> bool:
         try:
-            return await engine.own.remote(owner, weights, self.config)
+            return await engine.own.remote(owner, weights, self.spec)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
 
@@ -89,7 +88,7 @@ class WarmPool:
         where = NodeAffinitySchedulingStrategy(self.node, soft=False)
         name = f"{self._prefix}{uuid4().hex[:8]}"
         options = {"name": name, "namespace": ENGINES, "lifetime": "detached", "num_cpus": 0, "scheduling_strategy": where}
-        return ray.remote(Engine).options(**options).remote(self.config, self.environment)
+        return ray.remote(Engine).options(**options).remote(self.spec, self.environment)
 
     async def _sleepers(self) -> list[tuple[str, Any]]:
         """(name, engine), sorted by name, of all that sleep on this machine."""

@@ -221,7 +221,7 @@ class Run:
         self.config = config
         self.claiming = claiming
         self.per_worker = config.training.slots_per_worker
-        self.spare = config.fleet.accelerator == "slot"
+        self.spare = config.pool.accelerator == "slot"
         """Whether those who leave stay as spares."""
         shared = ray.put({**settings, "checkpoint_s": config.training.checkpoint_s, "report_s": config.training.report_s})
         self.member = lambda **held: (

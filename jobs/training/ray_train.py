@@ -36,7 +36,7 @@ def connect() -> None:
 
 def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], verb: str) -> Result:
     """Run ``loop(settings)`` on `training.min_workers` workers, each holding its slots."""
-    gpu = config.fleet.accelerator == "gpu"
+    gpu = config.pool.accelerator == "gpu"
     # Else print() on a worker becomes a log record, and dill, which captures what `dis` prints, writes bytecode into our log.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
 

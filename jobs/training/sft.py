@@ -83,7 +83,7 @@ def trainable(config: Config, recipe: Recipe, folder: Path) -> torch.nn.Module:
 
     disable_progress_bar()
     torch.manual_seed(recipe.seed)  # an adapter starts from random numbers, the same on every member
-    gpu = config.fleet.accelerator == "gpu"
+    gpu = config.pool.accelerator == "gpu"
     # A frozen base needs no master copy in full precision; weights that are trained do.
     dtype = torch.bfloat16 if gpu and recipe.lora else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)

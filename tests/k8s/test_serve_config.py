@@ -10,8 +10,9 @@ from pydantic import BaseModel
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
+from cluster import config
 from cluster import config as configuration
-from cluster.config import Config
+from cluster.config import Config, FleetSpec
 from cluster.pool import graph
 
 ROOT = Path(__file__).parents[2]
@@ -77,16 +78,24 @@ def test_the_walk_catches_a_typo_that_serve_accepts(path: tuple[str | int, ...],
 @pytest.mark.parametrize("schema", [EMBEDDED, LAPTOP], ids=["gpu", "laptop"])
 def test_arguments_of_every_application_parse_back(schema: dict[str, Any]) -> None:
     for app in schema["applications"]:
-        assert Config.model_validate(app["args"]).store.startswith("file:///")
+        kind = Config if app["name"] == graph.GATEWAY_APP else FleetSpec
+        assert kind.model_validate(app["args"]).store.startswith("file:///")
 
 
 def test_the_gateway_gets_the_whole_configuration_that_jobs_get() -> None:
     mounted = yaml.safe_load((ROOT / "k8s/base/config.yaml").read_text())["data"]["springtide.yaml"]
     gateway = next(app for app in EMBEDDED["applications"] if app["name"] == graph.GATEWAY_APP)
-    whole = yaml.safe_load(mounted)
-    for section, key in graph.SCALING:  # an option of the deployments, so that a change restarts nothing
-        del whole[section][key]
-    assert gateway["args"] == whole
+    whole = config.parse(yaml.safe_load(mounted))
+    assert gateway["args"] == graph.unscaled(whole)
+
+
+def test_every_declared_fleet_is_an_application_of_its_own() -> None:
+    two = config.parse({"fleet": {"max_replicas": 3}, "fleets": {"chat": {"model": "support"}, "code": {"max_replicas": 5}}})
+    apps = {app["name"]: app for app in graph.schema(two)["applications"]}
+    assert list(apps) == ["fleet-chat", "fleet-code", graph.GATEWAY_APP]
+    assert [apps[name]["args"]["fleet"]["model"] for name in ("fleet-chat", "fleet-code")] == ["support", "code"]
+    most = [apps[name]["deployments"][0]["autoscaling_config"]["max_replicas"] for name in ("fleet-chat", "fleet-code")]
+    assert most == [3, 5], "what a fleet does not say of itself it has from `fleet`"
 
 
 def test_the_gpu_preset_serves_bf16_across_gpus_within_bounds() -> None:

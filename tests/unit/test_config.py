@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,7 @@ def test_an_unknown_key_is_an_error_that_names_it(layer: str, tmp_path: Path, mo
         ({"training": {"min_workers": 3, "workers": 2}}, "min_workers 3 is above workers 2"),
         ({"fleet": {"max_loras": 32, "max_cpu_loras": 16}}, "max_cpu_loras"),
         ({"fleet": {"model": "../etc"}}, "not a model name"),
-        ({"gateway": {"hold_timeout_s": 10}}, "must be longer than fleet.swap_drain_s"),
+        ({"gateway": {"hold_timeout_s": 10}}, "must be longer than swap_drain_s"),
         ({"gateway": {"port": 70000}}, r"gateway\.port"),
         ({"fleet": {"dtype": "float8"}}, r"fleet\.dtype"),
     ],
@@ -49,8 +50,9 @@ def test_the_resolved_form_loads_back_to_itself() -> None:
 
 
 def test_the_gpu_preset_is_what_a_gpu_team_expects() -> None:
-    fleet = config.load("gpu").fleet
-    assert (fleet.accelerator, fleet.dtype, fleet.enforce_eager) == ("gpu", "bfloat16", False)
+    loaded = config.load("gpu")
+    fleet = loaded.fleet
+    assert (loaded.pool.accelerator, fleet.dtype, fleet.enforce_eager) == ("gpu", "bfloat16", False)
     assert fleet.tensor_parallel_size > 1 and fleet.min_replicas < fleet.max_replicas
 
 
@@ -63,3 +65,31 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         config.load(file=tmp_path / "c.yaml")
+
+
+def test_one_fleet_is_there_without_any_being_declared() -> None:
+    loaded = config.parse({"fleet": {"model": "chat"}})
+    assert (list(loaded.fleets), loaded.default_fleet, loaded.default_model) == (["chat"], "chat", "chat")
+
+
+def test_fleets_inherit_what_they_do_not_say() -> None:
+    loaded = config.parse({"fleet": {"dtype": "float32"}, "fleets": {"chat": {"dtype": "bfloat16"}, "small": {"model": "tiny"}}})
+    assert [(name, fleet.model, fleet.dtype) for name, fleet in loaded.fleets.items()] == [
+        ("chat", "chat", "bfloat16"),
+        ("small", "tiny", "float32"),
+    ]
+    assert config.parse(loaded.dump()).fleets == loaded.fleets
+
+
+@pytest.mark.parametrize(
+    ("fleets", "words"),
+    [
+        ({"chat": {"max_replica": 2}}, r"fleets\.chat\.max_replica: there is no such key"),
+        ({"../etc": {}}, "not a model name"),
+        ({"a": {"model": "m"}, "b": {"model": "m"}}, "both host the model m"),
+        ({"a": {"swap_drain_s": 99}}, "swap_drain_s 99.0 of the fleet a"),
+    ],
+)
+def test_a_bad_fleet_is_named(fleets: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        config.parse({"fleets": fleets})

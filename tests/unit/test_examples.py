@@ -10,6 +10,7 @@ import pytest
     "module",
     [
         "cluster.cli.commands",
+        "cluster.config",
         "cluster.pool.submit",
         "deployments.routing.upstream",
         "deployments.routing.shadow",
