@@ -8,7 +8,7 @@ exist on local ones.
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import from_url
 
-from cluster.errors import Conflict, StoreUnavailable
+from cluster.errors import BodyTooLarge, Conflict, StoreUnavailable
 
 CHUNK_BYTES = 8 << 20
 
@@ -75,6 +75,56 @@ class Store:
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
 
+    def put_stream(self, path: str, parts: Iterable[bytes], limit_bytes: int) -> int:
+        """Write ``parts`` to ``path`` while they come, and return their size. Memory holds a few of them, whatever their sum.
+
+        Raises `BodyTooLarge` above ``limit_bytes``, and whatever ``parts`` raises; nothing is at ``path`` then. As with `upload`, the
+        path must be the caller's own.
+        """
+        count = _Count(limit_bytes)
+        try:
+            obstore.put(self.backend, path, count.each(parts))
+        except (BaseError, OSError) as error:
+            raise error if error is count.failure else self._unavailable(error) from error
+        return count.size
+
+    async def put_stream_async(self, path: str, parts: AsyncIterable[bytes], limit_bytes: int) -> int:
+        """`put_stream` for a body that arrives in an event loop."""
+        count = _Count(limit_bytes)
+        try:
+            await obstore.put_async(self.backend, path, count.each_async(parts))
+        except (BaseError, OSError) as error:
+            raise error if error is count.failure else self._unavailable(error) from error
+        return count.size
+
+    def rename(self, path: str, target: str) -> None:
+        """Give the object another name, for content whose name is known at its end only (its digest). Replaces what ``target`` holds."""
+        try:
+            obstore.rename(self.backend, path, target)
+        except (BaseError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    def read_range(self, path: str, start: int, end: int) -> bytes | None:
+        """Bytes ``start`` to ``end`` (exclusive), fewer where the object ends before; None where there is no object."""
+        try:
+            return bytes(obstore.get_range(self.backend, path, start=start, end=end)) if end > start else b""
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as error:
+            size = self.size(path)
+            if size is None or start >= size:
+                return None if size is None else b""
+            raise self._unavailable(error) from error
+
+    def size(self, path: str) -> int | None:
+        """The object's length in bytes, None where there is none."""
+        try:
+            return int(obstore.head(self.backend, path)["size"])
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as error:
+            raise self._unavailable(error) from error
+
     def get(self, path: str) -> bytes | None:
         """The bytes at ``path``, None where there is nothing."""
         try:
@@ -104,6 +154,24 @@ class Store:
         objects = (entry["path"] for entry in listed["objects"])
         return sorted(path.rsplit("/", 1)[-1] for path in (*listed["common_prefixes"], *objects))
 
+    def list_after(self, prefix: str, name: str, limit: int = 1000) -> list[str]:
+        """The first ``limit`` names under ``prefix`` that sort after ``name``, of objects directly there or deeper (then with slashes).
+
+        On a bucket the cost is that of the answer. A folder on a disk is read whole: there, ask for objects by name where names are known.
+        """
+        found: list[str] = []
+        try:
+            batches: Any = obstore.list(self.backend, prefix, offset=f"{prefix}/{name}", chunk_size=limit)  # pyright: ignore[reportUnknownMemberType]
+            for batch in batches:
+                found += [str(entry["path"]).removeprefix(f"{prefix}/") for entry in batch]
+                if len(found) >= limit and self.local_root is None:
+                    break
+        except FileNotFoundError:
+            return []
+        except (BaseError, OSError) as error:
+            raise self._unavailable(error) from error
+        return sorted(found)[:limit]
+
     def remove(self, prefix: str) -> None:
         """Delete everything under ``prefix``, as far as the store still answers."""
         if self.local_root is not None:
@@ -120,6 +188,38 @@ class Store:
             obstore.delete(self.backend, probe)
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
+
+
+class _Count:
+    """Adds up what passes, and stops it above a limit."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.size = 0
+        self.failure: OSError | None = None
+        """The sender's own, which is not the store's."""
+
+    def each(self, parts: Iterable[bytes]) -> Iterator[bytes]:
+        try:
+            for part in parts:
+                yield self._add(part)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    async def each_async(self, parts: AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+        try:
+            async for part in parts:
+                yield self._add(part)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def _add(self, part: bytes) -> bytes:
+        self.size += len(part)
+        if self.size > self.limit_bytes:
+            raise BodyTooLarge(f"The content is larger than {self.limit_bytes} bytes.", "Send less, or split it.")
+        return part
 
 
 def chunks(path: Path) -> Iterator[bytes]:

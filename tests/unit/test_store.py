@@ -1,11 +1,14 @@
+import asyncio
 import os
 import pickle
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from cluster.errors import Conflict, StoreUnavailable
+from cluster.errors import BodyTooLarge, Conflict, StoreUnavailable
 from cluster.store.objects import Store, sha256
+from tests.stores import KINDS, opened
 
 
 @pytest.fixture
@@ -53,3 +56,70 @@ def test_a_store_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
 def test_an_unknown_scheme_says_what_to_do() -> None:
     with pytest.raises(StoreUnavailable, match="SPRINGTIDE_STORE"):
         Store("gopher://x").check_writable()
+
+
+def parts(count: int, of: int = 1 << 20) -> Iterator[bytes]:
+    return (bytes([n % 251]) * of for n in range(count))
+
+
+@pytest.fixture(params=KINDS)
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    with opened(request.param, tmp_path) as store:
+        yield store
+
+
+def test_a_stream_arrives_whole_and_is_counted(either: Store) -> None:
+    assert either.put_stream("uploads/x", parts(12), 12 << 20) == 12 << 20
+    assert either.get("uploads/x") == b"".join(parts(12)) and either.size("uploads/x") == 12 << 20
+
+
+def test_a_stream_above_its_limit_leaves_nothing(either: Store) -> None:
+    with pytest.raises(BodyTooLarge, match=str(8 << 20)):
+        either.put_stream("uploads/x", parts(12), 8 << 20)
+    assert either.get("uploads/x") is None and either.children("uploads") == []
+    if either.local_root:
+        assert [path for path in either.local_root.rglob("*") if path.is_file()] == []
+
+
+def test_a_stream_whose_sender_fails_leaves_nothing(either: Store) -> None:
+    def broken() -> Iterator[bytes]:
+        yield from parts(12)
+        raise ConnectionResetError("gone")
+
+    with pytest.raises(ConnectionResetError, match="gone"):
+        either.put_stream("uploads/x", broken(), 100 << 20)
+    assert either.get("uploads/x") is None and either.children("uploads") == []
+
+
+def test_a_stream_in_an_event_loop_keeps_the_same_promises(either: Store) -> None:
+    async def sent(count: int) -> AsyncIterator[bytes]:
+        for part in parts(count):
+            await asyncio.sleep(0)
+            yield part
+
+    assert asyncio.run(either.put_stream_async("uploads/x", sent(12), 12 << 20)) == 12 << 20
+    with pytest.raises(BodyTooLarge):
+        asyncio.run(either.put_stream_async("uploads/y", sent(12), 8 << 20))
+    assert either.get("uploads/x") == b"".join(parts(12)) and either.get("uploads/y") is None
+
+
+def test_a_range_is_read_without_the_rest(either: Store) -> None:
+    either.put_new("log", b"0123456789")
+    assert either.read_range("log", 2, 5) == b"234"
+    assert either.read_range("log", 8, 100) == b"89"
+    assert either.read_range("log", 10, 20) == b"" and either.read_range("log", 4, 4) == b""
+    assert either.read_range("nothing", 0, 5) is None and either.size("nothing") is None
+
+
+def test_names_after_a_name(either: Store) -> None:
+    for n in range(30):
+        either.put_new(f"jobs/j/events/{n:08d}.json", b"{}")
+    assert either.list_after("jobs/j/events", "00000027.json") == ["00000028.json", "00000029.json"]
+    assert either.list_after("jobs/j/events", "", limit=2) == ["00000000.json", "00000001.json"]
+    assert either.list_after("jobs/k/events", "") == []
+
+
+def test_an_object_takes_another_name(either: Store) -> None:
+    either.put_stream("uploads/part", parts(1), 1 << 20)
+    either.rename("uploads/part", "uploads/digest")
+    assert either.children("uploads") == ["digest"]
