@@ -1,0 +1,370 @@
+"""Every option of every job, typed once: ``python -m jobs.VERB``, `springtide VERB` and ``POST /admin/jobs`` read the same models.
+
+A field is an option: ``eval_data`` is ``--eval-data`` on a command line and ``"eval_data"`` in a JSON document. Its docstring is its help.
+
+>>> parse("finetune", {"data": "s3://bucket/lines.jsonl", "workers": "1-4"}).arguments()
+['--data=s3://bucket/lines.jsonl', '--workers=1-4']
+"""
+
+import argparse
+import inspect
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import NoneType
+from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, cast, get_args, get_origin
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from cluster.config import Training
+from cluster.errors import BadRequest
+from cluster.types import Version
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Takes:
+    """How an option is taken from a command line."""
+
+    file: bool = False
+    """A path or URL. The CLI uploads a local file and sends ``upload:<sha256>`` instead of its path."""
+    positional: bool = False
+    metavar: str | None = None
+
+
+class Workers(NamedTuple):
+    """How many workers a job may have: ``1-4`` is at least one and at most four, ``2`` is two at all times."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return str(self.least) if self.least == self.most else f"{self.least}-{self.most}"
+
+    @classmethod
+    def parse(cls, text: object) -> "Workers":
+        """
+        >>> Workers.parse("1-4"), Workers.parse(2)
+        (Workers(least=1, most=4), Workers(least=2, most=2))
+        """
+        found = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", str(text))
+        if found is None:
+            raise ValueError(f"{str(text)[:40]!r} is no number of workers; write 2, or 1-4 for at least one and at most four")
+        workers = cls(int(found[1]), int(found[2] or found[1]))
+        if not 1 <= workers.least <= workers.most:
+            raise ValueError(f"{workers} starts below 1 or ends below its start")
+        return workers
+
+
+File = Annotated[str, Takes(file=True)]
+Range = Annotated[Workers, BeforeValidator(Workers.parse), PlainSerializer(str, return_type=str), Takes(metavar="MIN-MAX")]
+Which = Annotated[Version, Takes(positional=True, metavar="NAME@N")]
+
+
+class Options(BaseModel):
+    """What a job is asked to do. Only what was given is in `arguments` and `document`: defaults are the job's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    verb: ClassVar[str]
+    about: ClassVar[str]
+
+    def document(self) -> dict[str, Any]:
+        """The options that were given, as plain JSON values."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def arguments(self) -> list[str]:
+        """The command line of the same job, after ``python -m jobs.VERB``."""
+        given = self.document()
+        words = [word for option in options_of(type(self)) if not option.positional for word in _words(option, given)]
+        return words + [str(given[option.name]) for option in options_of(type(self)) if option.positional]
+
+    def files(self) -> dict[str, str]:
+        """The options given that name a file: name → path, URL or ``upload:…``."""
+        given = self.document()
+        return {option.name: given[option.name] for option in options_of(type(self)) if option.file and given.get(option.name)}
+
+    def recorded(self) -> dict[str, Any]:
+        """`document` for a record that others read: without what a URL may carry as a secret."""
+        return {**self.document(), **{name: shown(source) for name, source in self.files().items()}}
+
+
+class Finetune(Options):
+    verb = "finetune"
+    about = "Fine-tune a version and register the result."
+
+    data: File
+    """JSON lines in OpenAI's chat format, or prompt and completion: a path or URL."""
+    eval_data: File | None = None
+    """Measure on this file instead of a held-out part of --data."""
+    base: str | None = None
+    """A model, or a version as NAME@N; by default what the pool serves."""
+    name: str | None = None
+    """Register as the next version of this name; the base's by default."""
+    recipe: File = "lora"
+    """lora, full, or the path of a YAML file."""
+    full: bool = False
+    """Train all the weights: --recipe full."""
+    epochs: float | None = None
+    """How often each example is seen; the recipe's by default."""
+    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
+    """Override a key of the recipe. Repeatable."""
+    workers: Range | None = None
+    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
+    priority: int = 0
+    """Where slots are few, jobs of a higher priority have them first."""
+    resume: Annotated[str, Takes(metavar="RUN")] = ""
+    """Go on with a run that was lost, from its newest checkpoint."""
+    publish: bool = False
+    """Make the result live."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.full and self.recipe not in ("lora", "full"):
+            raise ValueError("--full and --recipe exclude each other")
+        return self
+
+
+class Pretrain(Options):
+    verb = "pretrain"
+    about = "Train the seedling from scratch and register it."
+
+    name: str = "seedling"
+    """The model's name; the next version of it is registered."""
+    steps: int = Field(300, ge=1)
+    """Optimizer steps."""
+    hidden_size: int = Field(128, ge=32, multiple_of=32)
+    """The model's width. A multiple of 32: each of its four heads has a multiple of eight numbers."""
+    layers: int = Field(4, ge=1)
+    """The model's depth."""
+    live: bool | None = None
+    """Move the alias; by default only if there is none yet."""
+
+
+class Evaluate(Options):
+    verb = "evaluate"
+    about = "Measure a version and store the gate's verdict with it."
+
+    version: Which
+    """NAME@NUMBER, for example seedling@2."""
+    alias: str | None = None
+    """Compare with what this alias means; the version's own name by default."""
+    against: Version | None = None
+    """Compare with this version instead."""
+    held_out: File = ""
+    """Examples for the loss: a path or URL; publishing.held_out by default."""
+    tasks: File = ""
+    """Examples for the accuracy: a path or URL; publishing.tasks by default."""
+    golden: File = ""
+    """Prompts with assertions: a path or URL; publishing.golden by default."""
+    priority: int = 0
+    """Where slots are few, jobs of a higher priority have them first."""
+
+
+class Publish(Options):
+    verb = "publish"
+    about = "Make a version live."
+
+    version: Which
+    """NAME@NUMBER, for example seedling@2."""
+    alias: str | None = None
+    """The model name that clients use; the version's own name by default."""
+    reason: str = "published by hand"
+    """Why, for the alias's history."""
+
+
+VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Pretrain, Evaluate, Publish)}
+
+
+def new_id(verb: str) -> str:
+    """A job's id: the verb and twelve hexadecimal digits. The first eight are the time in seconds, so that names sort by age."""
+    return f"{verb}-{int(time.time()):08x}{secrets.token_hex(2)}"
+
+
+def shown(source: str) -> str:
+    """A path, URL or upload as others may see it: a presigned URL's query and a URL's password are secrets.
+
+    >>> shown("https://me:secret@host/lines.jsonl?X-Amz-Signature=0123")
+    'https://host/lines.jsonl'
+    """
+    if "://" not in source:
+        return source
+    parts = urlsplit(source)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def with_workers(training: Training, workers: Workers | None) -> Training:
+    """The pool's training section with a job's own ``--workers``."""
+    if workers is None:
+        return training
+    return training.model_copy(update={"min_workers": workers.least, "workers": workers.most})
+
+
+# JSON
+
+
+def parse(verb: str, given: dict[str, Any]) -> Options:
+    """A checked job from a JSON document or a command line's words. Raises `BadRequest` naming the option and near matches."""
+    model = model_of(verb)
+    if unknown := [name for name in given if name not in model.model_fields]:
+        known = ", ".join(model.model_fields)
+        raise BadRequest(
+            f"{verb} has no option {unknown[0][:80]!r}.{near(unknown[0], model)}", f"Options are: {known}.", unknown[0][:80]
+        )
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else None
+        words = first["msg"].removeprefix("Value error, ")
+        wrong = f"--{name.replace('_', '-')}: {words}." if name else f"{words}."
+        raise BadRequest(wrong, f"`python -m jobs.{verb} --help` explains every option.", name) from error
+
+
+def model_of(verb: str) -> type[Options]:
+    if verb in VERBS:
+        return VERBS[verb]
+    raise BadRequest(f"There is no job {verb[:80]!r}.{_meant(verb, list(VERBS))}", f"Jobs are: {', '.join(VERBS)}.", "verb")
+
+
+def near(name: str, model: type[Options]) -> str:
+    """``" Did you mean …?"``, or nothing where no option is called nearly so."""
+    return _meant(name, list(model.model_fields))
+
+
+def _meant(name: str, known: list[str]) -> str:
+    close = get_close_matches(name, known, n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+# command lines
+
+
+class Option(NamedTuple):
+    """One option, as a command line needs it."""
+
+    name: str
+    type: Any
+    """``str``, ``int``, ``float`` or ``bool``; text for whatever pydantic reads from text."""
+    many: bool
+    required: bool
+    file: bool
+    positional: bool
+    metavar: str | None
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+def options_of(model: type[Options]) -> list[Option]:
+    found: list[Option] = []
+    for name, field in model.model_fields.items():
+        takes = next((mark for mark in _marks(field.annotation, field.metadata) if isinstance(mark, Takes)), Takes())
+        plain = _plain(field.annotation)
+        default = (
+            "" if field.is_required() or field.get_default() in (None, "", [], False) else f" [default: {field.get_default()}]"
+        )
+        many, text = plain is list, plain if plain in (int, float, bool) else str
+        words = (field.description or "") + default
+        found.append(Option(name, text, many, field.is_required(), takes.file, takes.positional, takes.metavar, words))
+    return found
+
+
+def _marks(annotation: Any, metadata: list[Any]) -> list[Any]:
+    """What ``Annotated`` says of a field, of ``X | None`` too."""
+    inner = [mark for part in get_args(annotation) if get_origin(part) is Annotated for mark in get_args(part)[1:]]
+    return [*metadata, *inner]
+
+
+def _plain(annotation: Any) -> Any:
+    """The type without ``| None`` and ``Annotated``: ``list[str]`` → ``list``."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    parts = [part for part in get_args(annotation) if part is not NoneType]
+    if get_origin(annotation) is list:
+        return list
+    return _plain(parts[0]) if len(parts) == 1 else annotation
+
+
+def _words(option: Option, given: dict[str, Any]) -> list[str]:
+    value = given.get(option.name)
+    if value is None:
+        return []
+    if option.type is bool:
+        return [option.flag if value else f"--no-{option.flag[2:]}"]
+    return [f"{option.flag}={one}" for one in (cast(list[Any], value) if option.many else [value])]
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes options by their whole names only, and so do its verbs: ``--epoch`` must not train, nor ``--pub`` publish."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """With the options that are called nearly so."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        super().error(message + (_meant(wrong[0], known) if wrong and "unrecognized" in message else ""))
+
+
+def command_line(verb: str, words: list[str] | None = None) -> Any:
+    """The options of ``python -m jobs.VERB …``, checked. Exits as argparse does where a name is wrong; raises `BadRequest` for a value."""
+    model = VERBS[verb]
+    parser = Parser(f"jobs.{verb}", description=model.about, argument_default=argparse.SUPPRESS)
+    for option in options_of(model):
+        if option.positional:
+            parser.add_argument(option.name, metavar=option.metavar, help=option.help)
+        elif option.type is bool:
+            parser.add_argument(option.flag, action=argparse.BooleanOptionalAction, help=option.help)
+        else:
+            action = "append" if option.many else "store"
+            parser.add_argument(option.flag, action=action, required=option.required, metavar=option.metavar, help=option.help)
+    return parse(verb, vars(parser.parse_args(words)))
+
+
+def options(verb: str) -> Callable[[Decorated], Decorated]:
+    """Adds a verb's options to a typer command, which gets those that were given as keywords::
+
+    @app.command()
+    @options("finetune")
+    def train(wait: …, **given: Any) -> None:
+        job = parse("finetune", chosen(given))
+    """
+
+    def decorate(command: Decorated) -> Decorated:
+        own = [one for one in inspect.signature(command).parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = [_parameter(option) for option in options_of(VERBS[verb])]
+        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*added, *own)]
+        changed: Any = command
+        changed.__signature__ = inspect.Signature(parameters)
+        changed.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return decorate
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    import typer  # here, because jobs have no use for it
+
+    kind: Any = option.type
+    plain: Any = list[str] | None if option.many else kind if option.required else kind | None
+    if option.positional:
+        told: Any = typer.Argument(metavar=option.metavar, help=option.help)
+    else:
+        flags = f"{option.flag}/--no-{option.flag[2:]}" if kind is bool else option.flag
+        told = typer.Option(flags, metavar=option.metavar, help=option.help, show_default=False)
+    default = inspect.Parameter.empty if option.required else None
+    kind_only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(option.name, kind_only, default=default, annotation=Annotated[plain, told])
+
+
+def chosen(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that somebody gave, of those that typer passes."""
+    return {name: value for name, value in given.items() if value is not None and value != []}
