@@ -73,11 +73,11 @@ def work(settings: dict[str, Any]) -> None:
     step = restored(tuning)
     print(f"training with {world} workers from step {step}", flush=True)
     progress = ProgressPrinter("finetune", rank, step)
-    for batch in tuning.plan.batches(step):
+    for batch in tuning.schedule.batches(step):
         loss, _, _ = gather(tuning, batch, rank, world)
         update(tuning, step)
         step += 1
-        progress(step, tuning.plan.steps, loss, 0)
+        progress(step, tuning.schedule.steps, loss, 0)
         if step % 50 == 0:  # every worker must report equally often, so this cannot go by each one's clock
             save(tuning, step, rank)
 

@@ -2,7 +2,7 @@
 
 What is measured is what was supplied, on the command line or in the configuration (``publishing.held_out``, ``.tasks``, ``.golden``):
 
-- ``--held-out``: examples as for fine-tuning; the loss per answer token of each is compared
+- ``--held-out``: examples as for fine-tuning; the loss per answer token is compared (`jobs.training.held_out`)
 - ``--tasks``: examples whose answer must be met exactly by greedy decoding; the share that is met is compared
 - ``--golden``: JSON lines ``{"messages": […], "contains": "…"}``; instead of ``contains`` also ``equals``, ``lacks`` or ``matches`` (a regular
   expression)
@@ -190,6 +190,8 @@ def measure(config: Config, id: str, sets: Sets) -> Measured:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from jobs.training.held_out import measured
+
     torch.set_num_threads(config.training.threads_per_worker)
     registry, gpu = Registry(Store(config.store)), config.pool.accelerator == "gpu"
     manifest = registry.manifest(VersionId.parse(id))
@@ -201,7 +203,7 @@ def measure(config: Config, id: str, sets: Sets) -> Measured:
     model = model.to("cuda" if gpu else "cpu").eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(base, local_files_only=True)
     with torch.inference_mode():
-        losses = [loss for rows in _batches(sets.held_out) for loss in example_losses(model, tokenizer, rows)]
+        losses = list(measured(model, [data.encode(example, tokenizer) for example in sets.held_out], BATCH))
         said = answers(model, tokenizer, [task.prompt for task in sets.tasks])
         golden = answers(model, tokenizer, [prompt.messages for prompt in sets.golden])
     correct = tuple(
@@ -218,26 +220,6 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, str(folder))
-
-
-def _batches(examples: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (examples[at : at + BATCH] for at in range(0, len(examples), BATCH))
-
-
-def example_losses(model: Any, tokenizer: Any, examples: Sequence[Example]) -> list[float]:
-    """Mean nats per token of each example's answer, end of turn included. Padding is on the right and carries no loss."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    rows = [data.encode(example, tokenizer) for example in examples]
-    width = max(len(row.input_ids) for row in rows)
-    ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows], device=model.device)
-    labels = [[-100] * r.prompt_tokens + r.input_ids[r.prompt_tokens :] + [-100] * (width - len(r.input_ids)) for r in rows]
-    wanted = torch.tensor(labels, device=model.device)[:, 1:]
-    mask = torch.tensor([[1] * len(r.input_ids) + [0] * (width - len(r.input_ids)) for r in rows], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-    each = cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=-100)
-    return (each.sum(1) / (wanted != -100).sum(1)).tolist()
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]]) -> list[str]:

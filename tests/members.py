@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from jobs.training.schedule import Plan, share_out
+from jobs.training.schedule import Schedule, share_out
 from jobs.training.worker import ProcessGroup, Worker
 
 EXAMPLES = 60
@@ -22,7 +22,7 @@ class Small:
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        self.plan = Plan(EXAMPLES, 12, settings["epochs"], 0, 0.05, 0.1)
+        self.schedule = Schedule(EXAMPLES, 12, settings["epochs"], 0, 0.05, 0.1)
         self.model = torch.nn.Linear(3, 1)
         self.trained = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(self.trained, 0.05)

@@ -1,7 +1,8 @@
 """The gate: what a version must show before any replica is touched, and the verdict. Pure.
 
 `jobs.evaluate` measures, this file judges. Losses are compared with a paired bootstrap over examples (Efron & Tibshirani 1993, ch. 6):
-both versions answer for the same examples, so what an example costs any model cancels out, and the interval is over the difference.
+both versions answer for the same examples, so what an example costs any model cancels out, and the interval is over the difference. An
+example weighs as many times as its answer has tokens, because the loss that is compared is a mean over tokens (`jobs.training.held_out`).
 """
 
 from collections.abc import Sequence
@@ -59,11 +60,19 @@ class Verdict(Durable):
         return "; ".join(f"{check.name}: {check.words}" for check in chosen)
 
 
+class ExampleLoss(NamedTuple):
+    """One held-out example."""
+
+    nats: float
+    """Summed over its answer."""
+    tokens: int
+    """Of its answer."""
+
+
 class Scores(NamedTuple):
     """What one version scored on the sets that were supplied, example by example in the same order for every version."""
 
-    losses: tuple[float, ...] = ()
-    """Mean nats per answer token of each held-out example."""
+    losses: tuple[ExampleLoss, ...] = ()
     correct: tuple[bool, ...] = ()
     """Of each task."""
 
@@ -95,17 +104,31 @@ def judge(policy: GatePolicy, candidate: Scores, incumbent: Scores | None, golde
     return tuple(checks)
 
 
-def check_loss(policy: GatePolicy, candidate: Sequence[float], incumbent: Sequence[float] | None) -> Check:
-    loss = float(np.mean(candidate))
+def token_mean(losses: Sequence[ExampleLoss]) -> float:
+    """Nats per answer token.
+
+    >>> token_mean([ExampleLoss(nats=3.0, tokens=1), ExampleLoss(nats=99.0, tokens=99)])
+    1.02
+    """
+    return float(sum(one.nats for one in losses) / sum(one.tokens for one in losses))
+
+
+def check_loss(policy: GatePolicy, candidate: Sequence[ExampleLoss], incumbent: Sequence[ExampleLoss] | None) -> Check:
+    loss = token_mean(candidate)
     numbers = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "examples": float(len(candidate))}
-    if not np.isfinite(candidate).all():
+    if not np.isfinite(loss):
         return Check(
             name="held-out loss", passed=False, words="the loss is not a number", numbers={"examples": float(len(candidate))}
         )
     words = f"{loss:.3f} nats per token (perplexity {numbers['perplexity']:.4g}) over {len(candidate)} examples"
     if incumbent is None:
         return Check(name="held-out loss", passed=True, words=f"{words}, nothing to compare with", numbers=numbers)
-    rise = paired_bootstrap(candidate, incumbent, policy.confidence)
+    rise = paired_bootstrap(
+        [one.nats / one.tokens for one in candidate],
+        [one.nats / one.tokens for one in incumbent],
+        policy.confidence,
+        weights=[one.tokens for one in candidate],
+    )
     return Check(
         name="held-out loss",
         passed=rise.low <= policy.loss_margin,
@@ -141,20 +164,30 @@ def check_golden(policy: GatePolicy, golden: Sequence[Golden]) -> Check:
 
 
 def paired_bootstrap(
-    candidate: Sequence[float], incumbent: Sequence[float], confidence: float, resamples: int = RESAMPLES, seed: int = 0
+    candidate: Sequence[float],
+    incumbent: Sequence[float],
+    confidence: float,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
 ) -> Interval:
     """Mean of ``candidate - incumbent`` over examples, with the percentile interval that holds it with ``confidence``.
+
+    ``weights``: of the examples in the mean, the same for both; all equal by default. Examples are drawn with equal chance, and a resample's
+    mean is weighted by what was drawn: the examples are the sample, and their tokens are not independent of each other.
 
     Raises `ValueError` where the two were not measured on the same examples. Deterministic: ``seed`` is fixed.
     """
     if len(candidate) != len(incumbent) or not candidate:
         raise ValueError(f"{len(candidate)} examples against {len(incumbent)}: a paired comparison needs the same ones")
     differences = np.asarray(candidate, dtype=np.float64) - np.asarray(incumbent, dtype=np.float64)
+    heavy = np.ones(len(differences)) if weights is None else np.asarray(weights, dtype=np.float64)
     random = np.random.default_rng(seed)
-    means = [float(differences[random.integers(0, len(differences), len(differences))].mean()) for _ in range(resamples)]
+    drawn = (random.integers(0, len(differences), len(differences)) for _ in range(resamples))
+    means = [float(np.average(differences[chosen], weights=heavy[chosen])) for chosen in drawn]
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    return Interval(float(differences.mean()), float(low), float(high))
+    return Interval(float(np.average(differences, weights=heavy)), float(low), float(high))
 
 
 def _against(interval: Interval, confidence: float) -> str:

@@ -1,7 +1,13 @@
-"""What a step of a run is, whatever the number of workers: pure.
+"""What each step of a run does, whatever the number of workers: pure.
 
-A step is one global batch, however it is spread. The order of the examples follows from the seed alone, each comes once an epoch, and the
-learning rate follows from the number of the step. So workers may come and go between any two steps, and what is learnt stays the same.
+A step is one global batch, however many workers share it. The seed alone gives the order of the examples, an epoch uses each example once,
+and the number of a step gives its learning rate. So workers may come and go between any two steps, and the run learns the same.
+
+>>> run = Schedule(examples=5, global_batch=2, epochs=1, seed=0, learning_rate=0.1, warmup_fraction=0)
+>>> list(run.batches())
+[[0, 4], [2, 3], [1]]
+>>> list(run.batches(first=2)), share_out([0, 4, 2, 3], rank=1, world=2, micro_batch=1)
+([[1]], [[4], [3]])
 """
 
 import math
@@ -10,15 +16,15 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
-class Plan(NamedTuple):
-    """The steps of a run. Everything about a step follows from this and its number."""
+class Schedule(NamedTuple):
+    """The steps of a run. A step follows from this and its number."""
 
     examples: int
     global_batch: int
     epochs: float
     seed: int
     learning_rate: float
-    """The peak of the schedule."""
+    """The peak."""
     warmup_fraction: float
 
     @property
@@ -26,20 +32,20 @@ class Plan(NamedTuple):
         return math.ceil(self.epochs * math.ceil(self.examples / self.global_batch))
 
     def rate(self, step: int) -> float:
-        """The learning rate of the ``step``-th step from 0: linear warm-up, then a cosine down to nothing."""
+        """The learning rate of the ``step``-th step from 0: a linear warm-up, then a cosine down to zero."""
         warmup = math.ceil(self.warmup_fraction * self.steps)
         rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
         return self.learning_rate * rising * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
     def batches(self, first: int = 0) -> Iterator[list[int]]:
-        """Each step's examples from the ``first`` step on, each example once an epoch; the last batch of an epoch may be smaller."""
+        """The examples of each step from the ``first`` step on. An epoch uses each example once, so its last batch may be smaller."""
         per_epoch = math.ceil(self.examples / self.global_batch)
         order: list[int] = []
         for step in range(first, self.steps):
-            epoch, place = divmod(step, per_epoch)
-            if not order or place == 0:
+            epoch, at = divmod(step, per_epoch)
+            if not order or at == 0:  # a run that is resumed begins in the middle of an epoch
                 order = shuffled(self.examples, self.seed, epoch)
-            yield order[place * self.global_batch : (place + 1) * self.global_batch]
+            yield order[at * self.global_batch : (at + 1) * self.global_batch]
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:

@@ -1,21 +1,20 @@
-"""What supervised fine-tuning does with a model on one member: gradients of the answers' tokens, the held-out loss, the result's files."""
+"""Supervised fine-tuning on one worker: gradients of the answers' tokens, the held-out loss, the result's files."""
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from cluster.config import Config, parse
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import VersionId
 from jobs.data import Row
+from jobs.training.held_out import answer_losses, answer_tokens, held_out_loss
 from jobs.training.recipe import Recipe
-from jobs.training.schedule import Plan, share_out
+from jobs.training.schedule import Schedule, share_out
 
 
 class SupervisedFineTuning:
@@ -30,35 +29,31 @@ class SupervisedFineTuning:
         self.rows: list[Row] = settings["train"]
         self.held_out: list[Row] = settings["held_out"]
         recipe = self.recipe
-        self.plan = Plan(
+        self.schedule = Schedule(
             len(self.rows), recipe.global_batch, recipe.epochs, recipe.seed, recipe.learning_rate or 0, recipe.warmup_fraction
         )
         self.model = trainable(config, self.recipe, self.folder)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, self.plan.learning_rate, weight_decay=self.recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.trained, self.schedule.learning_rate, weight_decay=self.recipe.weight_decay)
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
-        """The loss is the mean over the answers' tokens of the whole batch, so neither portions nor members weigh in, whatever their lengths."""
+        """The loss is the mean over the answer tokens of the whole batch, so it depends on neither the portions nor the number of workers."""
         rows = [self.rows[i] for i in batch]
         answers = sum(answer_tokens(row) for row in rows)
         total = torch.zeros((), device=self.trained[0].device)
         for portion in share_out(range(len(rows)), rank, world, self.recipe.micro_batch):
-            loss = answer_loss(self.model, [rows[i] for i in portion]) / answers
+            loss = answer_losses(self.model, [rows[i] for i in portion]).sum() / answers
             loss.backward()
             total += loss.detach()
         return total, sum(len(row.input_ids) for row in rows)
 
     @torch.no_grad()
     def measure(self, rank: int, world: int) -> dict[str, float]:
-        """``{"eval_loss"}``: the mean loss per answer token of the held-out examples."""
+        """``{"eval_loss"}``"""
         self.model.eval()
-        sums = torch.zeros(2, device=self.trained[0].device)
-        for portion in share_out(range(len(self.held_out)), rank, world, self.recipe.micro_batch):
-            some = [self.held_out[i] for i in portion]
-            sums += torch.stack([answer_loss(self.model, some), sums.new_tensor(sum(map(answer_tokens, some)))])
+        loss = held_out_loss(self.model, self.held_out, self.recipe.micro_batch, rank, world)
         self.model.train()
-        torch.distributed.all_reduce(sums)
-        return {"eval_loss": (sums[0] / sums[1]).item()}
+        return {"eval_loss": loss}
 
     def save(self, target: Path) -> None:
         """An adapter, or all the weights in the base's own precision with the base's tokenizer byte for byte."""
@@ -102,20 +97,3 @@ def trainable(config: Config, recipe: Recipe, folder: Path) -> torch.nn.Module:
         )
         model = get_peft_model(model, lora)
     return model.to("cuda" if gpu else "cpu").train()
-
-
-def answer_tokens(row: Row) -> int:
-    return len(row.input_ids) - max(1, row.prompt_tokens)  # nothing comes before the first
-
-
-def answer_loss(model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
-    """The summed cross entropy of every token that is not the prompt's."""
-    device = next(model.parameters()).device
-    width = max(len(row.input_ids) for row in rows)
-    ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row.input_ids) + [0] * (width - len(row.input_ids)) for row in rows], device=device)
-    asked = torch.tensor(
-        [[row.prompt_tokens <= at < len(row.input_ids) for at in range(1, width)] for row in rows], device=device
-    )
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    return cross_entropy(logits[asked].float(), ids[:, 1:][asked], reduction="sum")

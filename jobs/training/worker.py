@@ -30,7 +30,7 @@ from cluster.pool.local import LOOPBACK
 from cluster.store.objects import Store
 from jobs.training.checkpoints import Checkpoints, Snapshot, Writer
 from jobs.training.progress import ProgressPrinter
-from jobs.training.schedule import Plan
+from jobs.training.schedule import Schedule
 
 PATIENCE_S = 600
 """How long a member waits for the others within a step. Who is gone is noticed at once, and who hangs by the driver."""
@@ -40,7 +40,7 @@ RESULT = "result"
 class Work(Protocol):
     """What a run trains. Made on each member from the run's settings; slow, because it reads the model."""
 
-    plan: Plan
+    schedule: Schedule
     trained: list[torch.nn.Parameter]
     optimizer: torch.optim.AdamW
 
@@ -172,7 +172,7 @@ class Worker:
     def reached(self) -> Reached:
         """How far it is. A worker that cannot answer this is gone."""
         state = self.state
-        return Reached(state.step, self.stepping, self.group, self.first, self.work.plan.steps, state.loss, state.tokens)
+        return Reached(state.step, self.stepping, self.group, self.first, self.work.schedule.steps, state.loss, state.tokens)
 
     def trains(self, number: int) -> int:
         """Wait until it has done a step in this formation, or that is over. The last one in which it has done a step."""
@@ -259,7 +259,7 @@ class Worker:
             self.settings["stage"], formation.rank, self.state.step, self.state.tokens, self.settings["report_s"]
         )
         saved_s = time.monotonic()
-        for batch in self.work.plan.batches(self.state.step):
+        for batch in self.work.schedule.batches(self.state.step):
             began_s = time.monotonic()
             loss, tokens, stops = gather(
                 self.work, batch, formation.rank, formation.world, lambda: self.stopped >= formation.number
@@ -268,8 +268,8 @@ class Worker:
                 update(self.work, self.state.step)
                 self.state = self.state.after(tokens, loss, time.monotonic() - began_s)
             self._note(trained=formation.number)
-            progress(self.state.step, self.work.plan.steps, loss, self.state.tokens)
-            if self.state.step == self.work.plan.steps:
+            progress(self.state.step, self.work.schedule.steps, loss, self.state.tokens)
+            if self.state.step == self.work.schedule.steps:
                 break
             if stops:
                 return False
@@ -352,7 +352,7 @@ def gather(
 def update(work: Work, step: int) -> None:
     """The optimizer's step, with the gradients that were gathered."""
     for group in work.optimizer.param_groups:
-        group["lr"] = work.plan.rate(step)
+        group["lr"] = work.schedule.rate(step)
     torch.nn.utils.clip_grad_norm_(work.trained, 1.0)
     try:
         work.optimizer.step()

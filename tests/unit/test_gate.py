@@ -1,6 +1,7 @@
 """The gate judges by numbers that it states."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from cluster.config import parse
-from cluster.publishing.gate import GatePolicy, Golden, Scores, Verdict, judge, latest, paired_bootstrap
+from cluster.publishing.gate import ExampleLoss, GatePolicy, Golden, Scores, Verdict, judge, latest, paired_bootstrap, token_mean
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import Lineage, VersionId
@@ -31,16 +32,33 @@ def passed(candidate: Scores, incumbent: Scores | None = None, golden: tuple[Gol
     return all(check.passed for check in judge(POLICY, candidate, incumbent, golden))
 
 
+def scores(per_token: Sequence[float], tokens: Sequence[int] = (10,) * 1000) -> Scores:
+    """Of examples whose answers have so many tokens."""
+    return Scores(tuple(ExampleLoss(loss * count, count) for loss, count in zip(per_token, tokens, strict=False)))
+
+
 def test_what_chance_explains_passes_and_what_it_does_not_fails() -> None:
-    assert passed(Scores(shifted(0)), Scores(HARD))
-    assert passed(Scores(shifted(-0.5)), Scores(HARD))
-    assert not passed(Scores(shifted(0.1)), Scores(HARD)), "pairing shows a rise far below the spread between examples"
+    assert passed(scores(shifted(0)), scores(HARD))
+    assert passed(scores(shifted(-0.5)), scores(HARD))
+    assert not passed(scores(shifted(0.1)), scores(HARD)), "pairing shows a rise far below the spread between examples"
+
+
+def test_a_token_weighs_as_much_in_a_long_answer_as_in_a_short_one() -> None:
+    """The gate used to compare means of examples' means: it passed a version that was worse on most of the tokens."""
+    tokens = (2,) * 150 + (200,) * 50
+    worse_on_long = tuple(loss + (-0.1 if count == 2 else 0.2) for loss, count in zip(HARD, tokens, strict=True))
+    before, after = scores(HARD, tokens), scores(worse_on_long, tokens)
+    assert np.mean(worse_on_long) < np.mean(HARD) and token_mean(after.losses) > token_mean(before.losses) + 0.15
+    (check,) = judge(POLICY, after, before, ())
+    assert not check.passed and check.numbers["loss"] == pytest.approx(token_mean(after.losses))
+    rise = check.numbers["difference"]
+    assert rise == pytest.approx(token_mean(after.losses) - token_mean(before.losses))
 
 
 def test_a_loss_that_is_no_number_fails_even_without_an_incumbent() -> None:
-    assert passed(Scores(HARD))
+    assert passed(scores(HARD))
     for bad in (math.nan, math.inf):
-        assert not passed(Scores((*HARD, bad)))
+        assert not passed(scores((*HARD, bad)))
 
 
 def test_a_fall_in_accuracy_fails() -> None:
@@ -74,9 +92,10 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 0.8 < covered / trials < 0.97
 
 
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=30))
-def test_the_mean_lies_within_its_interval(values: list[float]) -> None:
-    interval = paired_bootstrap(values, [0.0] * len(values), 0.95, resamples=50)
+@given(st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 500)), min_size=1, max_size=30))
+def test_the_mean_lies_within_its_interval(weighted: list[tuple[float, int]]) -> None:
+    values, weights = [value for value, _ in weighted], [weight for _, weight in weighted]
+    interval = paired_bootstrap(values, [0.0] * len(values), 0.95, resamples=50, weights=weights)
     assert (
         interval.low - 1e-9 <= max(interval.mean, interval.low)
         and min(values) - 1e-9 <= interval.low <= interval.high <= max(values) + 1e-9

@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.training.driver import Next, Now, decide
-from jobs.training.schedule import Plan, share_out
+from jobs.training.schedule import Schedule, share_out
 
 SMALL = st.builds(
-    Plan,
+    Schedule,
     examples=st.integers(1, 60),
     global_batch=st.integers(1, 20),
     epochs=st.integers(1, 3),
@@ -18,19 +18,19 @@ SMALL = st.builds(
 
 
 @given(SMALL)
-def test_every_example_comes_once_an_epoch(plan: Plan) -> None:
-    seen = [example for batch in plan.batches() for example in batch]
-    for epoch in range(int(plan.epochs)):
-        part = seen[epoch * plan.examples : (epoch + 1) * plan.examples]
-        assert sorted(part) == list(range(plan.examples))
-    assert len(seen) == plan.examples * plan.epochs
+def test_every_example_comes_once_an_epoch(schedule: Schedule) -> None:
+    seen = [example for batch in schedule.batches() for example in batch]
+    for epoch in range(int(schedule.epochs)):
+        part = seen[epoch * schedule.examples : (epoch + 1) * schedule.examples]
+        assert sorted(part) == list(range(schedule.examples))
+    assert len(seen) == schedule.examples * schedule.epochs
 
 
 @given(SMALL, st.integers(0, 100))
-def test_going_on_from_a_step_sees_what_is_left_and_nothing_twice(plan: Plan, step: int) -> None:
-    step = min(step, plan.steps)
-    whole = list(plan.batches())
-    assert list(plan.batches(step)) == whole[step:] and len(whole) == plan.steps
+def test_going_on_from_a_step_sees_what_is_left_and_nothing_twice(schedule: Schedule, step: int) -> None:
+    step = min(step, schedule.steps)
+    whole = list(schedule.batches())
+    assert list(schedule.batches(step)) == whole[step:] and len(whole) == schedule.steps
 
 
 @given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 9), st.integers(1, 7))
@@ -73,6 +73,6 @@ def test_whatever_a_driver_was_given_it_ends_up_training_on_what_it_has(life: li
 
 
 def test_the_schedule_rises_and_then_falls_to_nothing() -> None:
-    plan = Plan(examples=100, global_batch=10, epochs=10, seed=0, learning_rate=1.0, warmup_fraction=0.1)
-    rates = [plan.rate(step) for step in range(plan.steps)]
+    schedule = Schedule(examples=100, global_batch=10, epochs=10, seed=0, learning_rate=1.0, warmup_fraction=0.1)
+    rates = [schedule.rate(step) for step in range(schedule.steps)]
     assert max(rates) == max(rates[:11]) and rates[0] < rates[9] and rates[-1] < 0.001
