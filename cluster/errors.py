@@ -52,7 +52,25 @@ class RouteNotFound(BadRequest):
 
 
 class MethodNotAllowed(BadRequest):
+    """``allow``: the methods that the path takes, for the header of that name."""
+
     status, code = 405, "method_not_allowed"
+
+    def __init__(self, message: str, do: str = "", param: str | None = None, allow: tuple[str, ...] = ()) -> None:
+        super().__init__(message, do, param)
+        self.allow = allow
+
+
+class UnsupportedEncoding(BadRequest):
+    """The body is packed in a way that nothing here unpacks."""
+
+    status, code = 415, "unsupported_encoding"
+
+
+class BodyTimeout(BadRequest):
+    """The client took too long to send its body."""
+
+    status, code = 408, "request_timeout"
 
 
 class ModelNotFound(BadRequest):

@@ -7,10 +7,7 @@ from collections import Counter
 from typing import Any
 
 from deployments.http import Receive, Scope, Send
-from deployments.routing.upstream import CLOSED
-
-SECRET_HEADER = b"x-springtide-secret"
-VERSION_HEADER = b"x-springtide-version"
+from deployments.wire import CLOSED, FORBIDDEN, SECRET, VERSION, header
 
 
 class AuthMiddleware:
@@ -38,12 +35,11 @@ class AuthMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":  # nothing here speaks anything else
             return await send({"type": "websocket.close"})
-        offered = next((value for name, value in scope["headers"] if name == SECRET_HEADER), b"")
-        if not hmac.compare_digest(offered, self.secret):
-            return await _refuse(send, 403)
+        if not hmac.compare_digest(header(scope["headers"], SECRET).encode("latin-1"), self.secret):
+            return await _refuse(send, FORBIDDEN)
         if self.closed:
             return await _refuse(send, CLOSED)
-        version = next((value for name, value in scope["headers"] if name == VERSION_HEADER), b"").decode("latin-1")
+        version = header(scope["headers"], VERSION)
         self.running += 1
         self.answering[version] += 1
         self.used_s[version] = time.monotonic()

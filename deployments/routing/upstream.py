@@ -18,14 +18,13 @@ from cluster.types import ReplicaState, VersionId
 from deployments.http import Headers, Send
 from deployments.routing.measure import Trace
 from deployments.routing.table import Table
+from deployments.wire import is_closed, request_headers
 
 CONNECT_TIMEOUT_S = 2
 EVENT_END = b"\n\n"
 EVENT_STREAM = "text/event-stream"
 ERROR_EVENT = b'data: {"error"'
 DONE = b"data: [DONE]\n\n"
-CLOSED = 503
-"""A replica's own answer, without a body, while it takes other weights over (`deployments.replica.auth`)."""
 ATTEMPTS = 2
 """A request that has cost one replica its life may cost a second; never the whole fleet."""
 LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
@@ -100,15 +99,11 @@ class Upstream:
         raise ReplicaLost(f"The replica failed: {'; '.join(tried.values())}", "Send the request again.")
 
     async def _try(self, replica: ReplicaState, call: Call, answer: Answer) -> None:
-        headers = {
-            "content-type": "application/json",
-            "x-springtide-secret": replica.secret,
-            "x-springtide-version": str(call.version),
-            "x-request-id": f"{call.request_id}-{secrets.token_hex(4)}",  # the engine refuses an id that is in flight already
-        }
+        unique = f"{call.request_id}-{secrets.token_hex(4)}"  # the engine refuses an id that is in flight already
+        headers = request_headers(replica.secret, str(call.version), unique)
         with self._counted(replica):
             async with self.session.post(replica.url + call.path, data=call.body, headers=headers) as response:
-                if response.status == CLOSED and not response.content_length:
+                if is_closed(response.status, response.content_length):
                     raise NoReplica(f"The replica is leaving {call.version}.", "Send the request again.")
                 if response.status != 200:
                     raise engine_error(response.status, await response.read())
