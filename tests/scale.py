@@ -27,7 +27,7 @@ from rich.table import Table as Shown
 from benchmarks.load import percentile
 from benchmarks.place import console, finish, machine, passed
 from cluster.capacity.allocator import SNAPSHOTS, Allocator
-from cluster.capacity.arbiter import SERVING, Budget
+from cluster.capacity.arbiter import SERVING, Budget, FleetDemand
 from cluster.control.actor import TURN_S
 from cluster.control.gateways import Gateways
 from cluster.metrics import Board
@@ -138,7 +138,7 @@ class Days:
         def decide() -> int:
             for beat in beats:
                 self.allocator.heartbeat(beat, now_s)
-            return self.allocator.turn(world.slots, world.serving, world.wanted, now_s)
+            return self.allocator.turn(world.slots, world.serving, (FleetDemand("base", 0, world.wanted),), now_s)
 
         lease = self._timed("allocator", decide)
         self.broken += owned_twice(world, self.allocator, lease)
@@ -209,7 +209,7 @@ class Days:
 
 def owned_twice(world: World, allocator: Allocator, lease: int) -> list[str]:
     """What is wrong after a turn; empty where every slot has one owner and no job may grow into a slot that is not free."""
-    grants, beats = dict(allocator.past.grants), [beat for beat, _ in allocator.heartbeats.values()]
+    grants, beats = dict(allocator.decision.past.grants), allocator.beats
     held = sum(beat.held for beat in beats)
     promised = {beat.job.id: allocator.grant(beat.job.id, beat.held).slots for beat in beats}
     growing = sum(max(0, promised[beat.job.id] - beat.held) for beat in beats)

@@ -1,44 +1,51 @@
-"""The tide: what each job may have of the pool's slots now, and what serving keeps. Owned by control, which passes the time in.
+"""The allocator: what each job may have of the pool's slots now, and what serving keeps.
 
-Jobs claim, serving's replicas are counted, `cluster.capacity.arbiter` divides, and who has more than its grant is asked to yield. A job never
-gets more than is free: what it is promised beyond that comes when who holds it has given it back, so no slot has two owners.
+Control owns one and passes the time in. Every job's driver sends heartbeats (what it asks for, what its workers hold) and gets a grant
+back. Every turn the arbiter (`cluster.capacity.arbiter`) decides what each owner *shall* have. The allocator turns that into what each job
+*may* have now: less at once, because a job has to yield; more only as far as slots are free, because no slot may have two owners.
+
+Example: 4 slots, serving holds 1, job ``a`` holds 3. Serving's load rises to 3, so ``a`` shall have 1. Its grant is 1 in the same turn, and
+its driver takes two workers away. When the load has fallen again, ``a`` shall have 3. As long as two replicas are still ending, its grant
+stays 1; when Ray counts their slots as free, its grant is 3.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cluster.capacity.arbiter import SERVING, Budget, Decision, Demand, Job, Past, counted, decide, order
+from cluster.capacity.arbiter import SERVING, Assignment, Budget, Decision, Demand, FleetDemand, Job, Past, counted, decide, order
 from cluster.capacity.handover import Allocation, SlotSnapshot
 
 SILENT_S = 10
-"""A job that claims nothing for this long has ended; its slots are free when Ray says so."""
-LEARN_S = 3
-"""How long a control that was just started only listens: jobs that run claim what they hold within this time."""
-REMEMBERED = 200
-"""Turns."""
+"""A job without a heartbeat for so long has ended. Its slots are free when Ray says so."""
+LISTEN_S = 3
+"""A control that has just started only listens for so long. Within this time every running job has said what it holds."""
+CHANGES = 200
+"""How many changes of grants are kept."""
 SNAPSHOTS = 5_000
+"""How many snapshots are kept."""
 
 
 class Heartbeat(NamedTuple):
-    """What a job asks for, and the slots that its workers hold now: 0 while it waits."""
+    """A driver's words: what its job asks for, and the slots that its workers hold now. It holds 0 while it waits."""
 
     job: Job
     held: int = 0
     active: int = 0
-    """Of them, those that train now."""
+    """Of the held ones, those whose workers train now."""
     driver: str = ""
-    """The process that claims: of two that run one job, the first has the slots, until it is silent."""
+    """The driver's process. If two processes run one job, the first one has the slots until it is silent."""
 
 
 class Grant(NamedTuple):
-    """What a job has to live with."""
+    """What a job may have, and why."""
 
     slots: int
     reason: str
 
 
 class GrantChange(NamedTuple):
-    """One change of somebody's grant, for whoever watches."""
+    """One change of what an owner shall have, for logs, metrics and people."""
 
     at_s: float
     owner: str
@@ -52,110 +59,157 @@ class Allocator:
         self.budget = budget
         self.began_s = now_s
         self.heartbeats: dict[str, tuple[Heartbeat, float]] = {}
-        self.past = Past()
+        """Job → its last heartbeat and when that came."""
+        self.lease = 0
+        self.decision = Decision((), (), Past())
         self.grants: dict[str, Grant] = {}
-        self.changes: deque[GrantChange] = deque(maxlen=REMEMBERED)
+        """Job → what it may have now."""
+        self.changes: deque[GrantChange] = deque(maxlen=CHANGES)
         self.snapshots: deque[SlotSnapshot] = deque(maxlen=SNAPSHOTS)
 
+    # what drivers say
+
     def heartbeat(self, beat: Heartbeat, now_s: float) -> Grant:
-        """What the job has now. Its driver claims again and again, as long as the job lives."""
-        known, heard_s = self.heartbeats.get(beat.job.id, (beat, now_s))
-        if known.driver != beat.driver and now_s - heard_s < SILENT_S:
+        """Note that the job lives and what it holds. Returns what it may have."""
+        last, heard_s = self.heartbeats.get(beat.job.id, (beat, now_s))
+        if last.driver != beat.driver and now_s - heard_s < SILENT_S:
             return Grant(0, "another process runs this job, or did some seconds ago")
         self.heartbeats[beat.job.id] = (beat, now_s)
         return self.grant(beat.job.id, beat.held)
 
-    def grant(self, job: str, held: int) -> Grant:
-        """The job's grant, or what it holds while nothing was decided about it yet."""
-        return self.grants.get(job) or Grant(held, "control has not decided yet")
-
     def end(self, job: str, driver: str = "") -> None:
-        """The job is over, and nobody need wait until it has been silent for long enough."""
+        """The job is over. Nobody has to wait until it has been silent for long enough."""
         if job in self.heartbeats and self.heartbeats[job][0].driver != driver:
             return
         self.heartbeats.pop(job, None)
         self.grants.pop(job, None)
 
+    def grant(self, job: str, held: int) -> Grant:
+        """What the job may have. As long as nothing was decided about it, it keeps what it holds."""
+        return self.grants.get(job) or Grant(held, "control has not decided yet")
+
+    @property
+    def beats(self) -> list[Heartbeat]:
+        """The last heartbeat of each job."""
+        return [beat for beat, _ in self.heartbeats.values()]
+
     @property
     def held_by_jobs(self) -> int:
-        """The slots that jobs hold."""
-        return sum(beat.held for beat, _ in self.heartbeats.values())
+        return sum(beat.held for beat in self.beats)
 
-    def floor(self, lease: int, most: int | None) -> int:
-        """The slots that jobs hold, or need in order to run at all, as far as serving's ``lease`` and they are at most ``most`` together.
+    # what control asks
 
-        What jobs hold always counts. One that waits and does not fit is passed over for those after it, in the order in which they would
-        get slots: it could not run, and asked for beside it they would get no machine either.
+    def turn(
+        self,
+        slots: int,
+        held: int,
+        fleets: Sequence[FleetDemand],
+        now_s: float,
+        free: int | None = None,
+        pool_ceiling: int | None = None,
+    ) -> int:
+        """Decide anew. Returns the lease: the slots that serving should hold.
+
+        ``slots``: all of the pool. ``held``: by replicas, including those that are ending. ``free``: the slots that nobody holds, as Ray
+        counts them; there may be owners on the pool that send no heartbeats. ``pool_ceiling``: as in `Demand`.
+        """
+        wanted = sum(fleet.wanted_slots for fleet in fleets)
+        if 0 <= now_s - self.began_s < LISTEN_S:  # not `<` alone: a clock that is set back must not make this last for hours
+            self.lease = wanted
+        else:
+            self._forget_silent(now_s)
+            jobs = tuple(beat.job for beat in self.beats)
+            self._adopt(decide(self.budget, Demand(slots, tuple(fleets), jobs, pool_ceiling), self.decision.past, now_s), now_s)
+            unheld = max(0, slots - held - self.held_by_jobs)
+            self.grants = self._promise(unheld, unheld if free is None else max(0, min(unheld, free)))
+        self._record(slots, held, wanted, now_s)
+        return self.lease
+
+    def requested(self, lease: int, pool_ceiling: int | None) -> int:
+        """The slots to ask Ray's autoscaler for on top of the ``lease``: what jobs hold, what they need in order to run at all, and what
+        fleets lack.
+
+        What jobs hold always counts. The rest is added one need after the other, the most important first, as long as all of it stays
+        within ``pool_ceiling``. A need that does not fit is skipped: the autoscaler refuses a request as a whole, so those after it would
+        get no machine either. Example: the lease is 1, the ceiling 4, jobs wait for 9, 2 and 1 slots: 3 are requested.
         """
         slots = self.held_by_jobs
-        lacks = {beat.job.id: max(0, beat.job.least - beat.held) for beat, _ in self.heartbeats.values()}
-        for job in order([beat.job for beat, _ in self.heartbeats.values()]):
-            if most is None or lease + slots + lacks[job.id] <= most:
-                slots += lacks[job.id]
+        for lack in [*self._fleets_lack(lease), *self._jobs_lack()]:
+            if pool_ceiling is None or lease + slots + lack <= pool_ceiling:
+                slots += lack
         return slots
 
-    def turn(self, slots: int, held: int, wanted: int, now_s: float, free: int | None = None, most: int | None = None) -> int:
-        """Decide anew; the slots that serving should hold. ``held``: by replicas, those that end still included. ``wanted``: for all that
-        Serve has and wants. ``free``: what nobody holds, as Ray counts: others may be on the pool that claim nothing. ``most``: as in
-        `Demand`."""
-        if 0 <= now_s - self.began_s < LEARN_S:  # a clock may be set back
-            self._record(slots, held, wanted, now_s)
-            return wanted
-        self.heartbeats = {id: (beat, at_s) for id, (beat, at_s) in self.heartbeats.items() if now_s - at_s < SILENT_S}
-        jobs = tuple(beat.job for beat, _ in self.heartbeats.values())
-        decision = decide(self.budget, Demand(slots, wanted, jobs, most), self.past, now_s)
-        self._note(decision, now_s)
-        self.past = decision.past
-        unheld = slots - held - self.held_by_jobs
-        self.grants = self._promise(decision, max(0, unheld), max(0, unheld if free is None else min(unheld, free)))
-        self._record(slots, held, wanted, now_s)
-        return decision.grants[SERVING]
+    def _fleets_lack(self, lease: int) -> list[int]:
+        """What more machines would give to fleets that have a ceiling. A fleet without one starts its replicas, and Ray asks the autoscaler
+        for their places by itself."""
+        most = self.budget.serving_ceiling_slots
+        lacks = [fleet.lacks for fleet in self.decision.fleets if fleet.ceiling is not None]
+        return lacks if most is None or lease + sum(lacks) <= most else []
 
-    def _promise(self, decision: Decision, unheld: int, free: int) -> dict[str, Grant]:
-        """Grants, each growing only by what is ``free`` now: a slot is given when it has been given back. What a job was promised and does not
-        say yet that it holds is its own if nobody else says so (``unheld``): it may just have taken it."""
+    def _jobs_lack(self) -> list[int]:
+        lacks = {beat.job.id: max(0, beat.job.least - beat.held) for beat in self.beats}
+        return [lacks[job.id] for job in order([beat.job for beat in self.beats])]
+
+    # deciding
+
+    def _forget_silent(self, now_s: float) -> None:
+        self.heartbeats = {id: (beat, at_s) for id, (beat, at_s) in self.heartbeats.items() if now_s - at_s < SILENT_S}
+
+    def _adopt(self, decision: Decision, now_s: float) -> None:
+        before = dict(self.decision.past.grants)
+        for one in decision.assignments:
+            if one.act != "hold":
+                self.changes.append(GrantChange(now_s, one.owner, before.get(one.owner, 0), one.slots, one.reason))
+        self.decision, self.lease = decision, decision.grants[SERVING]
+
+    def _promise(self, unheld: int, free: int) -> dict[str, Grant]:
+        """Job → what it may have now. ``unheld``: slots that nobody says it holds. ``free``: those of them that Ray counts as free.
+
+        The two differ for a moment after a job took what it was promised: Ray counts the slots as used, but the next heartbeat has not
+        come yet. Example: ``a`` holds 0 and was promised 3. Its workers start: ``free`` falls from 3 to 0, ``unheld`` is still 3. Going by
+        ``free`` alone would take the promise back while ``a`` uses it.
+        """
         promised: dict[str, Grant] = {}
-        for verdict in decision.verdicts:
-            if verdict.owner == SERVING:
-                continue
-            beat, _ = self.heartbeats[verdict.owner]
-            before = self.grants.get(verdict.owner)
-            own = min(unheld, max(0, before.slots - beat.held)) if before else 0
-            more = min(max(free, own), max(0, verdict.slots - beat.held))
-            more -= more % beat.job.step
-            has = min(verdict.slots, beat.held + more)
-            if has < beat.job.least:
-                has = 0
-            given = max(0, has - beat.held)
+        for one in self.decision.assignments[1:]:  # the first is serving's
+            beat, _ = self.heartbeats[one.owner]
+            grant = self._promise_one(one, beat, unheld, free)
+            promised[one.owner] = grant
+            given = max(0, grant.slots - beat.held)
             free, unheld = max(0, free - given), max(0, unheld - given)
-            few = f"{counted(verdict.slots)} meant for it, {has} there so far"
-            promised[verdict.owner] = Grant(has, verdict.reason if has == verdict.slots else few)
         return promised
 
-    def _note(self, decision: Decision, now_s: float) -> None:
-        before = dict(self.past.grants)
-        for verdict in decision.verdicts:
-            if verdict.act != "hold":
-                self.changes.append(
-                    GrantChange(now_s, verdict.owner, before.get(verdict.owner, 0), verdict.slots, verdict.reason)
-                )
+    def _promise_one(self, one: Assignment, beat: Heartbeat, unheld: int, free: int) -> Grant:
+        before = self.grants.get(one.owner)
+        pending = max(0, before.slots - beat.held) if before else 0  # promised, and not yet in a heartbeat
+        room = max(free, min(unheld, pending))  # what is pending may be in use already, so Ray need not count it as free
+        more = min(room, max(0, one.slots - beat.held))
+        more -= more % beat.job.step  # whole workers only
+        slots = min(one.slots, beat.held + more)  # less than it holds takes effect at once: the job is asked to yield
+        if slots < beat.job.least:
+            slots = 0  # too few to run with: others can use them meanwhile
+        if slots == one.slots:
+            return Grant(slots, one.reason)
+        return Grant(slots, f"it will have {counted(one.slots)}, {slots} of them now")
+
+    # recording
 
     def _record(self, slots: int, held: int, wanted: int, now_s: float) -> None:
-        lease = dict(self.past.grants).get(SERVING, wanted)
-        known = {allocation.job: allocation for allocation in self.snapshots[-1].jobs} if self.snapshots else {}
-        allocations: list[Allocation] = []
-        for id, (beat, _) in self.heartbeats.items():
-            allocation = Allocation(id, self.grant(id, beat.held).slots, beat.held, beat.active)
-            before = known.get(id, allocation)
-            allocations.append(before if before == allocation else allocation)  # most stay as they were, and are kept once
-        snapshot = SlotSnapshot(now_s, slots, lease, held, wanted, tuple(allocations))
+        """Keep a snapshot where anything has changed."""
+        last = {one.job: one for one in self.snapshots[-1].jobs} if self.snapshots else {}
+        jobs: list[Allocation] = []
+        for beat in self.beats:
+            now = Allocation(beat.job.id, self.grant(beat.job.id, beat.held).slots, beat.held, beat.active)
+            same = last.get(now.job) == now
+            jobs.append(last[now.job] if same else now)  # most jobs stay as they are: one object serves many snapshots
+        snapshot = SlotSnapshot(now_s, slots, self.lease, held, wanted, tuple(jobs))
         if not self.snapshots or self.snapshots[-1]._replace(at_s=now_s) != snapshot:
             self.snapshots.append(snapshot)
 
     def describe(self) -> dict[str, Any]:
-        """``{"grants": {owner: slots}, "jobs": […], "changes": […]}`` for `springtide status`."""
+        """For `springtide status`: ``{"grants": {owner: slots}, "fleets": […], "jobs": […], "changes": […]}``."""
         return {
-            "grants": dict(self.past.grants),
+            "grants": dict(self.decision.past.grants),
+            "fleets": [fleet._asdict() for fleet in self.decision.fleets],
             "jobs": [
                 {
                     **beat.job._asdict(),
@@ -163,11 +217,11 @@ class Allocator:
                     "active": beat.active,
                     "reason": self.grant(beat.job.id, beat.held).reason,
                 }
-                for beat, _ in self.heartbeats.values()
+                for beat in self.beats
             ],
             "changes": [change._asdict() for change in self.changes],
         }
 
     def since(self, at_s: float) -> list[SlotSnapshot]:
-        """What was recorded after ``at_s``, oldest first."""
+        """The snapshots after ``at_s``, oldest first."""
         return [snapshot for snapshot in self.snapshots if snapshot.at_s > at_s]

@@ -16,7 +16,7 @@ import ray
 
 from cluster import logs, metrics, niceness
 from cluster.capacity.allocator import Allocator, Grant, Heartbeat
-from cluster.capacity.arbiter import SERVING
+from cluster.capacity.arbiter import SERVING, FleetDemand
 from cluster.config import Config, parse
 from cluster.control import admission
 from cluster.control.client import ACTOR, ENGINES, NAMESPACE
@@ -200,7 +200,7 @@ class Control:
             return ColdStart(ColdStage.RUNNING, "A replica has just come.")
         if not self.serving.starting:
             return ColdStart(ColdStage.ASLEEP, "No replica runs, and none is being started.")
-        trains = any(slots for job, slots in self.allocator.past.grants if job != SERVING)
+        trains = any(slots for job, slots in self.allocator.decision.past.grants if job != SERVING)
         return ColdStart(ColdStage.QUEUED, f"A replica waits for {'a slot: jobs hold them' if trains else 'its process'}.")
 
     # slots
@@ -309,14 +309,15 @@ class Control:
                 there = slots(self.config.pool.accelerator)
                 self.serving = now = served(self.replicas.apps, self.config.fleet.tensor_parallel_size)
                 self._starting()
-                most = self.lease.most(int(there["total"]))
+                most = self.lease.ceiling(int(there["total"]))
                 with self.turning:
                     total, free = int(there["total"]), int(there["free"])
                     held = now.held(total - free, self.allocator.held_by_jobs)
-                    lease = self.allocator.turn(total, held, now.wanted, time.time(), free, most)
-                    floor = self.allocator.floor(lease, most)
+                    fleets = [FleetDemand(self.config.fleet.model, 0, now.wanted, 0, self.config.fleet.tensor_parallel_size)]
+                    lease = self.allocator.turn(total, held, fleets, time.time(), free, most)
+                    requested = self.allocator.requested(lease, most)
                 metrics.publish(self.board, self.allocator.snapshots, self.allocator.changes)
-                self.lease.hold(lease + floor, most)
+                self.lease.hold(lease + requested, most)
             except Exception:
                 # Serve or the coordinator is away for a moment; grants stay as they are, and the loop must go on.
                 log.exception("a turn of the allocator")

@@ -71,14 +71,14 @@ class Lease:
         self.since: int | None = None
         """The first version of the cluster's state, as Ray counts them, that was seen when as many slots as now were asked for."""
 
-    def most(self, total: int) -> int | None:
+    def ceiling(self, total: int) -> int | None:
         """The most slots that may be asked for, of a pool that has ``total`` now. None where nothing was refused."""
         now_s = time.monotonic()
         self.known = self.known.has(total)
         if self.places and now_s - self.heard_s >= LISTEN_S:
             self.heard_s = now_s
             self._listen(len(self.places), total, now_s)
-        return self.known.most(again=now_s - self.refused_s >= REFUSED_S)
+        return self.known.slots(retry=now_s - self.refused_s >= REFUSED_S)
 
     def _listen(self, asked: int, total: int, now_s: float) -> None:
         try:

@@ -197,4 +197,4 @@ def test_a_status_that_ray_does_not_give_is_no_news_and_no_error(monkeypatch: py
     monkeypatch.setattr(lease, "status", away)
     held = lease.Lease("slot")
     held.places = [{}, {}]
-    assert held.most(total=1) is None and held.heard_s > 0
+    assert held.ceiling(total=1) is None and held.heard_s > 0
