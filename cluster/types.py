@@ -169,6 +169,19 @@ class FleetState(NamedTuple):
     """The Serve application of its replicas, as in `ReplicaState.app`."""
 
 
+class FleetPhase(StrEnum):
+    """Where a fleet is in its life."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    ASLEEP = "asleep"
+    """No replica runs, and a request wakes one."""
+    DRAINING = "draining"
+    """It was removed: its replicas finish their streams and end."""
+    FAILED = "failed"
+    """Its replicas could not start."""
+
+
 class View(NamedTuple):
     """What a gateway needs for routing, built by control and pushed to every gateway. ``revision`` only grows."""
 

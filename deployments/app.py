@@ -17,8 +17,8 @@ def build_fleet(args: FleetSpec) -> Application:
     return Replica.bind(args)  # pyright: ignore[reportFunctionMemberAccess] (the decorator's annotation is lost)
 
 
-def build_surge(spec: FleetSpec, weights: VersionId, options: dict[str, Any]) -> Application:
-    """A second fleet, for ``weights`` whatever is live; deployed by `cluster.control.surge` and not by the declared graph."""
+def fleet(spec: FleetSpec, weights: VersionId | None, options: dict[str, Any]) -> Application:
+    """A fleet that control deploys beside the declared ones (`cluster.pool.graph`). ``weights``: what it hosts whatever is live."""
     return Replica.options(**options).bind(spec, weights)  # pyright: ignore[reportFunctionMemberAccess]
 
 

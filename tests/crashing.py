@@ -21,7 +21,7 @@ import ray.cloudpickle
 import ray.exceptions
 
 from cluster import config as configuration
-from cluster.control.actor import OPTIONS, Control
+from cluster.control.actor import Control, remote
 from cluster.control.client import ACTOR, NAMESPACE
 from cluster.pool import local
 
@@ -30,14 +30,13 @@ class CrashingControl(Control):
     def __init__(self, config: dict[str, Any]) -> None:
         self.home, self.run, self.acts = Path(config["home"]), "", 0
         super().__init__(config)
-        put, tell, call = self.registry.store.put_new, self.gateways._tell, self.replicas._call
+        put, tell, order = self.registry.store.put_new, self.gateways._tell, self.replicas.tell
         self.registry.store.put_new = lambda path, data: self._act(f"write {path}", put, path, data)
         self.gateways._tell = lambda method, *a, **k: self._act(f"tell gateways {method}", tell, method, *a, **k)
-        self.replicas._call = lambda order: self._act("tell replicas", call, order)
-        surge = self.state.surge
-        start, end = surge.start, surge.end
-        surge.start = lambda *a: self._act("start a second fleet", start, *a)
-        surge.end = lambda: self._act("end the second fleet", end)
+        self.replicas.tell = lambda app, method, *a: self._act("tell replicas", order, app, method, *a)
+        start, end = self.applications.start_surge, self.applications.end
+        self.applications.start_surge = lambda *a: self._act("start a surge", start, *a)
+        self.applications.end = lambda *a: self._act("end a surge", end, *a)
 
     def _act(self, what: str, do: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         plan = self.home / "crash.json"
@@ -61,7 +60,7 @@ def install() -> None:
     for _ in range(20):
         ray.kill(ray.get_actor(ACTOR, namespace=NAMESPACE), no_restart=True)
         try:
-            actor = ray.remote(CrashingControl).options(**OPTIONS).remote(config.dump())
+            actor = remote(CrashingControl).remote(config.dump())
             ray.get(actor.view.remote(), timeout=60)
         except (ValueError, ray.exceptions.RayActorError):
             time.sleep(0.1)

@@ -9,8 +9,8 @@ import sys
 import ray
 
 from cluster import config as configuration
-from cluster.control.actor import public
 from cluster.control.broadcast import broadcast
+from cluster.control.describe import public
 from cluster.pool import graph, local
 
 

@@ -28,7 +28,7 @@ from benchmarks.load import percentile
 from benchmarks.place import console, finish, machine, passed
 from cluster.capacity.allocator import SNAPSHOTS, Allocator
 from cluster.capacity.arbiter import SERVING, Budget, FleetDemand
-from cluster.control.actor import TURN_S
+from cluster.control.allocation import TURN_S
 from cluster.control.gateways import Gateways
 from cluster.metrics import Board
 from cluster.types import View

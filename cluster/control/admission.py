@@ -2,62 +2,65 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
-from cluster.config import Config
+from cluster.config import FleetSpec
 from cluster.errors import VersionRefused
 from cluster.store import artefact
 from cluster.store.registry import Registry, check_layout
 from cluster.types import Manifest, VersionId
 
-EMPTY: Mapping[str, VersionId] = MappingProxyType({})
 
-
-def check(config: Config, registry: Registry, manifest: Manifest, alias: str, hosted: VersionId, examined: bool = False) -> None:
+def check(spec: FleetSpec, registry: Registry, manifest: Manifest, hosted: VersionId, examined: bool = False) -> None:
     """Raise `VersionRefused` for what an engine would choke on, or what the fleet, which hosts the weights ``hosted``, cannot serve.
 
     ``examined``: what was live before is not read through once more; going back is urgent.
     """
-    cache = config.home / "cache"
+    cache = spec.home / "cache"
     folder = registry.fetch(manifest, cache)
     check_layout(folder, manifest.kind)
-    check_replaces(config, registry, manifest, alias, hosted)
     base = registry.fetch(registry.manifest(manifest.base), cache) if manifest.base else None
     if not examined:
         artefact.inspect(folder, base)
     if not examined and manifest.weights == manifest.id != hosted:
         artefact.check_kinds(folder, registry.fetch(registry.manifest(hosted), cache))
-    rank, limit = max(artefact.stated_ranks(folder)) if manifest.kind == "adapter" else 0, config.fleet.max_lora_rank
+    rank, limit = max(artefact.stated_ranks(folder)) if manifest.kind == "adapter" else 0, spec.fleet.max_lora_rank
     if rank > limit:
         raise VersionRefused(
             f"{manifest.id} has rank {rank}, but the engine takes at most {limit}.",
-            f"Train with a smaller r, or start the pool with fleet.max_lora_rank={rank} or more.",
+            f"Train with a smaller r, or start the fleet {spec.name} with max_lora_rank={rank} or more.",
             param="fleet.max_lora_rank",
         )
 
 
 def check_replaces(
-    config: Config, registry: Registry, manifest: Manifest, alias: str, hosted: VersionId, coming: Mapping[str, VersionId] = EMPTY
+    model: str,
+    manifest: Manifest,
+    alias: str,
+    hosted: VersionId,
+    needed: Mapping[str, VersionId | None],
+    leaving: VersionId | None,
 ) -> None:
-    """Other weights than the fleet's take their place, so nobody else may need the old ones.
+    """Other weights than the fleet's take their place, so nobody else may need the old ones. Pure.
 
-    ``coming``: alias → version of the rollouts under way; they will need theirs.
+    ``model``: the alias whose weights the fleet hosts, now ``hosted``. ``needed``: alias → the weights that it needs now, or when its
+    rollout has ended. ``leaving``: the weights that a rollout of ``model`` is about to bring.
+
+    Example: the fleet hosts m@1 for the alias m, and the alias a means an adapter on m@1. Publishing m@2 to m is refused while a needs
+    m@1. Publishing an adapter on m@2 to a is refused too: the fleet does not host m@2.
     """
-    leaving = coming.get(config.default_model)
-    if alias != config.default_model and leaving and registry.manifest(leaving).weights != manifest.weights:
+    if alias != model and leaving and leaving != manifest.weights:
         raise VersionRefused(
-            f"{manifest.id} needs {manifest.weights}, and the fleet is about to host {registry.manifest(leaving).weights}.",
+            f"{manifest.id} needs {manifest.weights}, and the fleet is about to host {leaving}.",
             "Train it on those, or wait until that rollout has ended.",
             param="base",
         )
     if manifest.weights == hosted:
         return
-    needed = {**{name: move.stable for name, move in registry.aliases().items()}, **coming}
-    others = [name for name, version in needed.items() if name != alias and registry.manifest(version).weights == hosted]
-    if alias != config.default_model or others or manifest.weights.name != hosted.name:
+    others = [name for name, weights in needed.items() if name != alias and weights == hosted]
+    if alias != model or others or manifest.weights.name != hosted.name:
         raise VersionRefused(
-            f"{manifest.id} needs {manifest.weights}, but the fleet hosts {hosted} for {', '.join(others) or config.default_model}.",
-            f"Train it on {hosted}, or serve its base: springtide up --model {manifest.weights}.",
+            f"{manifest.id} needs {manifest.weights}, but the fleet hosts {hosted} for {', '.join(others) or model}.",
+            f"Train it on {hosted}, or host its base too: springtide fleets add NAME --model {manifest.weights.name}.",
             param="base",
         )
 

@@ -4,12 +4,13 @@
 # (Ray's own annotations are partial; what comes back is typed at once.)
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from cluster.errors import PoolUnavailable, SpringtideError
 
@@ -84,6 +85,24 @@ def ensure(config: Config) -> Any:
         from cluster.control import actor
 
         return actor.start(config)
+
+
+class Line:
+    """A line to control for whoever tells it something again and again: control is looked up once, and again when it does not answer."""
+
+    def __init__(self) -> None:
+        self.control: Any = None
+
+    async def tell(self, what: str, *arguments: Any) -> bool:
+        """Whether it was heard."""
+        try:
+            if self.control is None:
+                self.control = await asyncio.to_thread(ray.get_actor, ACTOR, NAMESPACE)
+            await asyncio.wait_for(getattr(self.control, what).remote(*arguments), ANSWER_S)
+        except (ValueError, RayError, TimeoutError):  # there is none yet, or it is being started again
+            self.control = None
+            return False
+        return True
 
 
 def tell(what: str, *arguments: str) -> None:

@@ -1,9 +1,11 @@
 """Control's side of the gateways: one view, announced so that no client sees an alias go back."""
 
 import time
+from threading import Lock
 from typing import Any, cast
 
 from cluster import logs
+from cluster.control.background import Background
 from cluster.control.broadcast import broadcast
 from cluster.pool import graph
 from cluster.publishing.canary import Tally, merge
@@ -23,6 +25,15 @@ class Gateways:
 
     def __init__(self) -> None:
         self.current = EMPTY_VIEW
+        self.announcing = Lock()
+        """Held while a view is announced. Nothing but the gateways is asked meanwhile."""
+        self.background = Background(lambda: None, threads=4)
+
+    def newer(self, known: int) -> View | None:
+        """The newest view, None where it is the ``known`` one or before it. A gateway that starts during a move waits for the move's end, so
+        that it cannot adopt half of one."""
+        with self.announcing:
+            return self.current if self.current.revision > known else None
 
     def announce(self, aliases: dict[str, Generation], replicas: tuple[ReplicaState, ...], fleets: dict[str, FleetState]) -> bool:
         """Make every gateway route by this. False where a gateway did not answer, and then nothing has changed; try again.
@@ -37,6 +48,10 @@ class Gateways:
             return True
         if not replicas and self.current is EMPTY_VIEW:
             return False  # just started and nothing heard yet: the gateways know better
+        with self.announcing:
+            return self._announce(view, change)
+
+    def _announce(self, view: View, change: ViewDelta) -> bool:
         moved = list(change.moves)
         silent = failures(self._tell("prepare", moved, view.revision, timeout_s=PREPARE_TIMEOUT_S)) if moved else []
         if silent:
@@ -65,8 +80,16 @@ class Gateways:
         for error in failures(answers):
             log.warning("a gateway did not adopt the view: %s", error)  # it fetches it by itself
 
-    def measured(self, alias: str, rollout: int) -> dict[str, Tally]:
-        """Version id → what all gateways together saw of it since ``rollout`` of ``alias`` sends sessions to a canary."""
+    def latest(self, alias: str, rollout: int) -> dict[str, Tally] | None:
+        """Version id → what all gateways together saw of it since ``rollout`` of ``alias`` sends sessions to a canary, as they said a moment
+        ago: they are asked in the background, again and again. None before the first answer."""
+        return self.background.latest((alias, rollout), lambda: self._measured(alias, rollout))
+
+    def forget(self, alias: str) -> None:
+        """What was measured for rollouts of the alias is not needed any more."""
+        self.background.forget(lambda key: key[0] == alias)
+
+    def _measured(self, alias: str, rollout: int) -> dict[str, Tally]:
         answers = broadcast(graph.GATEWAY_APP, "measured", alias, rollout, timeout_s=MEASURE_TIMEOUT_S)
         tallies = [cast(dict[str, Tally], answer) for answer in answers if isinstance(answer, dict)]
         ids = {id for tally in tallies for id in tally}

@@ -1,4 +1,8 @@
-"""Control's side of the replicas: their states as last heard, and what they were asked to load or to become."""
+"""Control's side of the replicas: what each last said of itself, and what the replicas of a fleet were ordered to do.
+
+Replicas report by themselves, as a Kubernetes node does: at once when they hold something else, and every second otherwise
+(`deployments.replica.replica`). So nothing waits for a slow one, and a large fleet costs no round of questions.
+"""
 
 import time
 from collections.abc import Callable
@@ -11,107 +15,138 @@ from cluster.control.broadcast import broadcast
 from cluster.control.weight_distribution import Carried
 from cluster.types import ReplicaState
 
-DESCRIBE_TIMEOUT_S = 2
 LOAD_TIMEOUT_S = 600
-"""How long a replica may take to load a version, or to become one."""
-FORGET_S = 5
-GONE_S = 3_600
-"""A replica that said that it ends answers no more after this long: Serve waits for its streams for a part of that at most."""
-OBSERVE_S = 0.4
+"""How long a replica may take to load a version, or to swap its weights."""
+SILENT_S = 5
+"""A replica that has said nothing for this long is no more. Shorter silence is no death: the machine may be busy, and gateways avoid a
+replica that breaks a connection by themselves."""
+LEAVING_S = 3_600
+"""A replica that said that it ends reports nothing any more after this long: Serve waits for its streams for a part of that at most."""
 THREADS = 8
 
 log = logs.logger(__name__)
+OrderKey = tuple[str, ...]
 
 
 class Replicas:
-    """The replicas of the fleet's applications. Loading may take minutes, so it is asked for and heard of later; ``changed`` is called then."""
+    """Every replica of the pool. Any thread may report; ``changed`` hears the Serve application whose replicas have changed."""
 
-    def __init__(self, app: str, changed: Callable[[], None]) -> None:
-        self.apps: tuple[str, ...] = (app,)
+    def __init__(self, changed: Callable[[str], None]) -> None:
         self.changed = changed
-        self.observed_s = 0.0
-        self.lock = Lock()
-        self.seen: dict[str, tuple[ReplicaState, float]] = {}
-        self.leaving: dict[str, float] = {}
-        """Those that said that they end, and when: nobody shall be sent to them, whatever they still answer."""
-        self.asked: dict[str, Future[None]] = {}
-        """What was asked for and whether it was answered: `_ask`'s key."""
-        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="ask-replicas")
-
-    def observe(self, fresh: bool = False) -> tuple[ReplicaState, ...]:
-        """The replicas heard lately. Silence for less than `FORGET_S` is no death: the machine may be busy, and gateways avoid a replica
-        that breaks a connection by themselves. Asked again only after `OBSERVE_S`, unless it must be ``fresh``: what they were ordered to do
-        they report unasked."""
-        now_s = time.monotonic()
-        if now_s - self.observed_s < OBSERVE_S and not fresh:
-            return self.states
-        for app in self.apps:
-            self._hear(broadcast(app, "describe", timeout_s=DESCRIBE_TIMEOUT_S))
-        self.observed_s = now_s = time.monotonic()
-        with self.lock:
-            self.seen = {id: (state, at_s) for id, (state, at_s) in self.seen.items() if now_s - at_s < FORGET_S}
-        return self.states
+        self._lock = Lock()
+        self._seen: dict[str, tuple[ReplicaState, float]] = {}
+        self._leaving: dict[str, float] = {}
+        """Those that said that they end, and when: nobody shall be sent to them, whatever they still report."""
 
     @property
     def states(self) -> tuple[ReplicaState, ...]:
-        return tuple(sorted(state for state, _ in self.seen.values()))
+        """Those that were heard lately."""
+        with self._lock:
+            now_s = time.monotonic()
+            self._seen = {id: (state, at_s) for id, (state, at_s) in self._seen.items() if now_s - at_s < SILENT_S}
+            return tuple(sorted(state for state, _ in self._seen.values()))
 
-    def hold(self, ids: list[str], carried: Callable[[], Carried] = dict, missing: bool = True) -> bool:
-        """Ask every replica to load these versions, or to lay them ready; True once they have answered since this was first asked.
+    def of(self, *apps: str) -> tuple[ReplicaState, ...]:
+        return tuple(state for state in self.states if state.app in apps)
 
-        Asked again afterwards, it is asked anew, unless nothing is ``missing``. ``carried`` is called where they are asked, for what
-        travels with the order.
-        """
-        key = f"hold {ids}"
-        return (not missing and key not in self.asked) or self._ask(key, lambda: ("hold", ids, carried()))
-
-    def forget(self, id: str) -> None:
-        """What was answered about a version and never looked at is about an earlier rollout of it."""
-        self.asked = {key: asked for key, asked in self.asked.items() if not (asked.done() and id in key)}
+    def report(self, *states: ReplicaState) -> None:
+        """Some replicas say how they are. One that was overtaken on its way counts as a sign of life only."""
+        changed: set[str] = set()
+        with self._lock:
+            now_s = time.monotonic()
+            for state in states:
+                if state.id in self._leaving:
+                    continue
+                before, _ = self._seen.get(state.id, (None, 0.0))
+                current = before if before is not None and before.revision > state.revision else state
+                if before is None or _what(before) != _what(current):
+                    changed.add(current.app)
+                self._seen[state.id] = current, now_s
+        for app in changed:
+            self.changed(app)
 
     def leave(self, replica: str) -> None:
         """It ends."""
-        with self.lock:
+        with self._lock:
             now_s = time.monotonic()
-            self.leaving = {id: at_s for id, at_s in self.leaving.items() if now_s - at_s < GONE_S} | {replica: now_s}
-            self.seen = {id: known for id, known in self.seen.items() if id != replica}
-        self.changed()
+            self._leaving = {id: at_s for id, at_s in self._leaving.items() if now_s - at_s < LEAVING_S} | {replica: now_s}
+            gone, _ = self._seen.pop(replica, (None, 0.0))
+        if gone is not None:
+            self.changed(gone.app)
 
-    def become(self, replica: str, id: str, fingerprint: str, hurry: bool) -> bool:
-        """Ask one replica to host other weights; True once it has answered. Its state says whether it worked."""
-        return self._ask(f"{replica} become {id}", lambda: ("become", replica, id, fingerprint, hurry))
+    def tell(self, app: str, method: str, *arguments: Any) -> None:
+        """Order all replicas of an application to do something, and wait until all have answered."""
+        answers = broadcast(app, method, *arguments, timeout_s=LOAD_TIMEOUT_S)
+        self.report(*(answer for answer in answers if isinstance(answer, ReplicaState)))
+        for answer in answers:
+            if isinstance(answer, Exception):
+                log.warning("a replica: %s", answer)
 
-    def becoming(self, replica: str, id: str) -> bool:
-        """Whether it was asked to become that and has not answered yet."""
-        asked = self.asked.get(f"{replica} become {id}")
-        return asked is not None and not asked.done()
 
-    def _ask(self, key: str, order: Callable[[], tuple[Any, ...]]) -> bool:
-        asked = self.asked.get(key)
-        if asked is None:
-            self.asked[key] = self.threads.submit(self._call, order)
+def _what(state: ReplicaState) -> tuple[Any, ...]:
+    """The part of a replica's state that control decides by."""
+    return state.url, state.base, state.held, state.refused, state.staged, state.revision
+
+
+class Orders:
+    """What the replicas of one fleet were ordered to do. Loading takes up to minutes, so each order has a thread, and no fleet waits for
+    another's. ``apps`` says at any time which Serve applications the fleet consists of."""
+
+    def __init__(self, replicas: Replicas, apps: Callable[[], tuple[str, ...]], changed: Callable[[], None]) -> None:
+        self.replicas = replicas
+        self.apps = apps
+        self.changed = changed
+        self._given: dict[OrderKey, Future[None]] = {}
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="orders")
+
+    def hold(self, ids: list[str], carried: Callable[[], Carried] = dict, missing: bool = True) -> bool:
+        """Order every replica to load these versions, or to stage them; True once all have answered since this was first ordered.
+
+        Ordered again afterwards, they are told anew, unless nothing is ``missing``. ``carried`` is called in the order's thread, for the
+        files that travel with it.
+        """
+        key = ("hold", *ids)
+        return (not missing and key not in self._given) or self._give(key, lambda: ("hold", ids, carried()))
+
+    def swap(self, replica: str, id: str, fingerprint: str, hurry: bool) -> bool:
+        """Order one replica to swap its weights; True once it has answered. Its state says whether it worked."""
+        return self._give(("become", replica, id), lambda: ("become", replica, id, fingerprint, hurry))
+
+    def swapping(self, replica: str, id: str) -> bool:
+        """Whether it was ordered to and has not answered yet."""
+        given = self._given.get(("become", replica, id))
+        return given is not None and not given.done()
+
+    def forget(self, id: str) -> None:
+        """An answer about a version that nobody has looked at is about an earlier rollout of it.
+
+        >>> orders = Orders(Replicas(print), tuple, lambda: None)
+        >>> orders._given = {("hold", "m@1"): Future(), ("hold", "m@12"): Future()}
+        >>> for given in orders._given.values(): given.set_result(None)
+        >>> orders.forget("m@1")
+        >>> list(orders._given)
+        [('hold', 'm@12')]
+        """
+        self._given = {key: given for key, given in self._given.items() if not (given.done() and id in key)}
+
+    def close(self) -> None:
+        """The fleet is no more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _give(self, key: OrderKey, order: Callable[[], tuple[Any, ...]]) -> bool:
+        given = self._given.get(key)
+        if given is None:
+            self._given[key] = self._threads.submit(self._carry_out, order)
             return False
-        if not asked.done():
+        if not given.done():
             return False
-        del self.asked[key]
-        return asked.exception() is None
+        del self._given[key]
+        return given.exception() is None
 
-    def _call(self, order: Callable[[], tuple[Any, ...]]) -> None:
+    def _carry_out(self, order: Callable[[], tuple[Any, ...]]) -> None:
         try:
             method, *arguments = order()
-            for app in self.apps:
-                self._hear(broadcast(app, method, *arguments, timeout_s=LOAD_TIMEOUT_S))
+            for app in self.apps():
+                self.replicas.tell(app, method, *arguments)
         finally:
             self.changed()
-
-    def _hear(self, answers: list[Any]) -> None:
-        now_s = time.monotonic()
-        for answer in answers:
-            if isinstance(answer, ReplicaState):
-                with self.lock:
-                    if answer.id in self.leaving:
-                        continue
-                    known = self.seen.get(answer.id, (answer, now_s))[0]
-                    self.seen = {**self.seen, answer.id: (known if known.revision > answer.revision else answer, now_s)}
-            elif isinstance(answer, Exception):
-                log.warning("a replica: %s", answer)

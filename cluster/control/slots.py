@@ -2,10 +2,12 @@
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import ray
-from ray import serve
+
+from cluster.control.applications import Application
 
 
 def slots(accelerator: str) -> dict[str, float]:
@@ -23,13 +25,11 @@ def resource(accelerator: str) -> str:
 class Served(NamedTuple):
     """Replicas, counted in slots."""
 
-    running: int
-    ending: int
-    """Serve lists one until it has heard of its end, and one that ends before it had a slot as well."""
-    wanted: int
+    running: int = 0
+    ending: int = 0
+    """Serve lists a replica until it has heard of its end, and one that ends before it had a slot as well."""
+    wanted: int = 0
     """Of those that run or should."""
-    starting: int = 0
-    """Replicas, not slots: those that wait for their place, or are being started."""
 
     def held(self, used: int, by_jobs: int) -> int:
         """The slots that replicas hold, given those that Ray says are ``used`` and those that jobs hold: one that starts may have its place,
@@ -42,16 +42,23 @@ class Served(NamedTuple):
         return self.running + min(uncertain, max(0, used - by_jobs - self.running))
 
 
-def served(apps: tuple[str, ...], slots_per_replica: int) -> Served:
-    """What Serve's applications hold, and what they will once every replica that it wants has its place."""
-    known = serve.status().applications
-    deployments = [one for app in apps if app in known for one in known[app].deployments.values()]
-    counts = [
-        (state.value if hasattr(state, "value") else str(state), n)
-        for one in deployments
-        for state, n in one.replica_states.items()
-    ]
-    ending = sum(n for state, n in counts if state == "STOPPING")
-    starting = sum(n for state, n in counts if state == "STARTING")
-    running = sum(n for _, n in counts) - ending - starting
-    return Served(running * slots_per_replica, ending * slots_per_replica, (running + starting) * slots_per_replica, starting)
+def served(app: Application | None, slots_per_replica: int) -> Served:
+    """What an application holds, and what it will once every replica that it wants has its place.
+
+    >>> served(Application("RUNNING", running=2, starting=1), slots_per_replica=2)
+    Served(running=4, ending=0, wanted=6)
+    """
+    if app is None:
+        return Served()
+    return Served(
+        app.running * slots_per_replica, app.ending * slots_per_replica, (app.running + app.starting) * slots_per_replica
+    )
+
+
+def together(parts: Iterable[Served]) -> Served:
+    """Of several applications.
+
+    >>> together([Served(1, 0, 2), Served(2, 1, 2)])
+    Served(running=3, ending=1, wanted=4)
+    """
+    return Served(*map(sum, zip(Served(), *parts, strict=True)))

@@ -8,16 +8,21 @@ Nothing about versions is in it: Serve restarts replicas when an application's a
 import re
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import httpx
+from ray import serve
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from cluster.config import Config, Fleet, FleetSpec
 from cluster.errors import PoolUnavailable
 from cluster.pool import local
 from cluster.pool.local import LOOPBACK
+from cluster.types import VersionId
 
+BUILDERS = "deployments.app"
+"""The module that builds the applications. This file alone knows it, and by its name only: `deployments` imports `cluster`."""
 GATEWAY_APP = "gateway"
 FLEET_SCALING = (
     "priority",
@@ -33,6 +38,8 @@ DRAIN = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
 """For a fleet's replicas. Behind HAProxy Serve gives balancers 30 s to notice before it asks a replica to end, and its slot is nobody's
 meanwhile. None balances to these: gateways do, and a replica's own drain (`deployments.replica.replica`) waits for them."""
 EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:\.|Error|Exception)\w*: ")
+SURGE_ATTEMPTS = 2
+"""How often the engine of a surge may fail to start. Nobody waits for this one, and what it lacks it will lack again."""
 READY_TIMEOUT_S = 1800
 """A large model may load for a long time; `deploy` gives up earlier where Serve says that it failed."""
 
@@ -70,7 +77,7 @@ def _fleet(spec: FleetSpec) -> dict[str, Any]:
     return {
         "name": fleet_app(spec.name),
         "route_prefix": None,  # reached through the gateway only
-        "import_path": "deployments.app:build_fleet",
+        "import_path": f"{BUILDERS}:build_fleet",
         "args": arguments,
         "deployments": [{"name": "Replica", **replica_options(spec), **_scaling(spec.fleet)}],
     }
@@ -111,11 +118,27 @@ def _scaling(fleet: Fleet) -> dict[str, Any]:
     }
 
 
+def start_fleet(spec: FleetSpec) -> None:
+    """Deploy a fleet beside the declared applications; returns at once."""
+    _run(fleet_app(spec.name), import_module(BUILDERS).fleet(spec, None, {**replica_options(spec), **_scaling(spec.fleet)}))
+
+
+def start_surge(spec: FleetSpec, app: str, weights: VersionId, replicas: int) -> None:
+    """Deploy ``replicas`` of a fleet that host ``weights`` whatever is live, as an application of their own; returns at once."""
+    options = {**replica_options(spec), "num_replicas": replicas, "max_constructor_retry_count": SURGE_ATTEMPTS}
+    _run(app, import_module(BUILDERS).fleet(spec, weights, options))
+
+
+def _run(name: str, application: Any) -> None:
+    target = serve.RunTarget(application, name, None)
+    serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+
 def _gateway(config: Config) -> dict[str, Any]:
     return {
         "name": GATEWAY_APP,
         "route_prefix": "/",
-        "import_path": "deployments.app:build_gateway",
+        "import_path": f"{BUILDERS}:build_gateway",
         "args": unscaled(config),
         "deployments": [
             {
@@ -136,8 +159,9 @@ def deploy(config: Config, watch: Callable[[str], None] = lambda _: None) -> Non
     Raises `PoolUnavailable` with Serve's own message where an application fails.
     """
     client = ServeSubmissionClient(local.require(config).dashboard)
-    client.deploy_applications(schema(config))
-    for states in _states(client):
+    wanted = schema(config)
+    client.deploy_applications(wanted)
+    for states in _states(client, {app["name"] for app in wanted["applications"]}):
         watch(", ".join(f"{name} {state}" for name, (state, _) in sorted(states.items())))
         failed = [f"{name}: {cause(message)}" for name, (state, message) in states.items() if state == "DEPLOY_FAILED"]
         if failed:
@@ -168,10 +192,10 @@ def _answers(config: Config) -> bool:
         return False
 
 
-def _states(client: ServeSubmissionClient) -> Iterator[dict[str, tuple[str, str]]]:
-    """Each application's (state, message), polled until the time is over."""
+def _states(client: ServeSubmissionClient, declared: set[str]) -> Iterator[dict[str, tuple[str, str]]]:
+    """Each declared application's (state, message), polled until the time is over. Those that control started are its own business."""
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline_s:
         details = client.get_serve_details()
-        yield {name: (app["status"], app["message"]) for name, app in details["applications"].items()}
+        yield {name: (app["status"], app["message"]) for name, app in details["applications"].items() if name in declared}
         time.sleep(0.5)

@@ -12,7 +12,7 @@ record knows what the alias must be (`wanted`), so a control that was killed any
 
 from typing import Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 
 from cluster.publishing.canary import Comparison, Margins
 from cluster.types import Durable, Version, VersionId
@@ -75,7 +75,7 @@ class Rollout(Durable):
     """When it entered this stage, in seconds since the epoch."""
     seen: int = 0
     """Answers by the canary before it entered this step."""
-    back: bool = False
+    is_rollback: bool = Field(default=False, validation_alias=AliasChoices("is_rollback", "back"))
     """Whether this goes straight back to a version that was live before: then nobody waits for long streams to end."""
 
     def next(self, stage: Stage, reason: str, now_s: float, percent: int = 0, seen: int = 0) -> "Rollout":
@@ -115,7 +115,7 @@ class Facts(NamedTuple):
     verdict: str = ""
     comparison: Comparison | None = None
     order: Order | None = None
-    divisible: bool = True
+    can_split: bool = True
     """Whether the replicas can hold both versions at once. One replica cannot have two sets of weights."""
     replaced_by: VersionId | None = None
     """The version that another rollout has made live on this alias since."""
@@ -130,7 +130,7 @@ def begin(
     reason: str,
     author: str,
     now_s: float,
-    back: bool = False,
+    is_rollback: bool = False,
 ) -> Rollout:
     return Rollout(
         alias=alias,
@@ -143,7 +143,7 @@ def begin(
         reason=reason,
         author=author,
         since_s=now_s,
-        back=back,
+        is_rollback=is_rollback,
     )
 
 
@@ -227,7 +227,7 @@ def _decide_live(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None
 def _step(rollout: Rollout, facts: Facts, reason: str, now_s: float) -> Rollout:
     """The next share of the policy; all at once where there is nobody to compare with, or no room for both."""
     percent = next((step for step in rollout.policy.steps if step > rollout.percent), 100)
-    alone = rollout.incumbent is None or not facts.divisible
+    alone = rollout.incumbent is None or not facts.can_split
     seen = facts.comparison.canary.requests if facts.comparison else 0
     return rollout.next("canary", reason, now_s, 100 if alone else percent, seen)
 

@@ -5,13 +5,16 @@ Its process is light on purpose: what takes long to start is the engine, and tha
 """
 
 import asyncio
+import contextlib
 import os
+import time
 
 from ray import serve
+from ray.exceptions import RayError
 
 from cluster.config import FleetSpec
 from cluster.control import weight_distribution
-from cluster.control.client import tell
+from cluster.control.client import Line, tell
 from cluster.errors import ModelNotFound
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
@@ -19,6 +22,11 @@ from cluster.types import ReplicaState, VersionId
 from deployments.ray_patches import seal
 from deployments.replica import watchdog
 from deployments.replica.warm_pool import Owner, WarmPool
+
+LOOK_S = 0.4
+"""How often a replica looks whether it holds something else."""
+REPORT_S = 1.0
+"""How often it says that it lives. Control takes it for dead after `cluster.control.replicas.SILENT_S`."""
 
 
 @serve.deployment
@@ -30,14 +38,29 @@ class Replica:
         seal()
         context = serve.get_replica_context()
         self.id = context.replica_id.unique_id
-        tell("starting", self.id, "fetches its weights")
+        tell("starting", self.id, "fetches its weights", context.app_name)
         id = weights or await asyncio.to_thread(live_weights, Registry(Store(spec.store)), spec.fleet.model)
         self.standby = WarmPool(spec)
         self.engine = await self.standby.engine(
-            Owner(self.id, context.app_name, os.getpid()), str(id), lambda stage: tell("starting", self.id, stage)
+            Owner(self.id, context.app_name, os.getpid()),
+            str(id),
+            lambda stage: tell("starting", self.id, stage, context.app_name),
         )
         state = await self.describe()
         self.release = watchdog.when_gone(state.pid, lambda: os._exit(1))  # Serve starts another replica at once
+        self.reporting = asyncio.create_task(self._report())
+
+    async def _report(self) -> None:
+        """Tell control how this replica is: at once when it holds something else, and every `REPORT_S`. Control asks nobody, so that nobody
+        waits for a slow replica."""
+        line, told, told_s = Line(), None, float("-inf")
+        while True:
+            with contextlib.suppress(RayError):  # the engine has ended: Serve's health check says so
+                state = await self.describe()
+                if state._replace(running=0) != told or time.monotonic() - told_s >= REPORT_S:
+                    told_s = time.monotonic()
+                    told = state._replace(running=0) if await line.tell("report", state) else None
+            await asyncio.sleep(LOOK_S)
 
     async def wake(self) -> None:
         """Nothing: whoever calls it has a replica by then."""
@@ -64,6 +87,7 @@ class Replica:
         """Serve calls this when the replica must end: let the streams finish, then leave the engine asleep, or end it."""
         if not hasattr(self, "release"):
             return
+        self.reporting.cancel()
         tell("leaving", self.id)
         self.release()
         await self.standby.leave(self.engine)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from cluster.control.actor import public
+from cluster.control.describe import public
 from cluster.control.gateways import Gateways
-from cluster.publishing.placement import answerable, bases, fleet_state, lacks, warmth
+from cluster.publishing.placement import fleet_state, lacks, routable, target_weights, warmth
 from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId, View
 from cluster.view import difference
 
@@ -24,33 +24,31 @@ def replica(held: dict[str, str], base: str = "m@1", running: int = 0) -> Replic
 
 def test_an_alias_moves_only_when_somebody_can_answer_for_it() -> None:
     history = [move(1, ONE), move(2, TWO)]
-    assert answerable(history, (replica({"m@1": "d"}),)).generation == 1
-    assert answerable(history, (replica({"m@1": "d", "m@2": "e"}),)).generation == 2
-    assert answerable(history, ()).generation == 2
+    assert routable(history, (replica({"m@1": "d"}),)).generation == 1
+    assert routable(history, (replica({"m@1": "d", "m@2": "e"}),)).generation == 2
+    assert routable(history, ()).generation == 2
 
 
 def test_everybody_moves_only_when_half_of_the_replicas_can_bear_it() -> None:
     """Weights are taken over one replica after another; the first must not get everybody's requests."""
     history, old, new = [move(1, ONE), move(2, TWO)], replica({"m@1": "d"}), replica({"m@2": "e"}, "m@2")
-    assert answerable(history, (new, old, old), history[0]).generation == 1
-    assert answerable(history, (new, old, new, old), history[0]).generation == 2
-    assert answerable(history, (replica({}), new, old), history[0]).generation == 2, (
-        "one that is steered around answers for nobody"
-    )
+    assert routable(history, (new, old, old), history[0]).generation == 1
+    assert routable(history, (new, old, new, old), history[0]).generation == 2
+    assert routable(history, (replica({}), new, old), history[0]).generation == 2, "one that is steered around answers for nobody"
     shared = move(2, ONE).model_copy(update={"canary": TWO, "percent": 25})
-    assert answerable([history[0], shared], (new, old, old, old), history[0]).generation == 2, "a canary's share is its share"
+    assert routable([history[0], shared], (new, old, old, old), history[0]).generation == 2, "a canary's share is its share"
 
 
 def test_requests_wait_for_the_newest_move_where_nobody_can_answer_for_any() -> None:
     history = [move(1, ONE), move(2, TWO)]
-    assert answerable(history, (replica({}),), history[0]).generation == 2
+    assert routable(history, (replica({}),), history[0]).generation == 2
 
 
 def test_a_canary_that_a_second_fleet_hosts_takes_no_replica_of_the_first() -> None:
     shared = move(2, ONE).model_copy(update={"canary": TWO, "percent": 50})
     two = (replica({}), replica({})._replace(id="s"))
-    assert sorted(map(str, bases(two, shared, lambda id: id).values())) == ["m@1", "m@2"]
-    assert set(bases(two, shared, lambda id: id, TWO).values()) == {ONE}
+    assert sorted(map(str, target_weights(two, shared, lambda id: id).values())) == ["m@1", "m@2"]
+    assert set(target_weights(two, shared, lambda id: id, TWO).values()) == {ONE}
 
 
 def test_an_adapter_hears_that_its_weights_were_refused() -> None:
@@ -74,7 +72,7 @@ def test_a_control_that_was_just_restarted_takes_no_alias_from_a_gateway(monkeyp
 
 def test_a_rollback_is_followed_although_both_versions_are_held() -> None:
     history = [move(1, ONE), move(2, TWO), move(3, ONE)]
-    assert answerable(history, (replica({"m@1": "d", "m@2": "e"}),)).generation == 3
+    assert routable(history, (replica({"m@1": "d", "m@2": "e"}),)).generation == 3
 
 
 def test_a_replica_lacks_a_version_by_digest_and_only_on_its_own_base() -> None:

@@ -84,7 +84,7 @@ def test_direct_goes_live_when_every_replica_holds_it() -> None:
 
 
 def test_two_versions_that_cannot_be_held_at_once_change_places_at_once() -> None:
-    assert stages(run(start(), WARM._replace(divisible=False)))[2:] == [("canary", 100), ("live", 0)]
+    assert stages(run(start(), WARM._replace(can_split=False)))[2:] == [("canary", 100), ("live", 0)]
 
 
 def test_a_swap_that_fails_on_one_replica_goes_back_on_all() -> None:

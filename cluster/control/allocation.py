@@ -1,0 +1,117 @@
+"""The slot loop: count what serving and jobs hold and want, divide the slots, take the lease, and say so to whoever measures.
+
+A loop of its own, three times a second, because a slot's way from training to serving must not wait for a store or a gateway.
+"""
+
+import threading
+import time
+from typing import Any
+
+from cluster import logs, metrics
+from cluster.capacity.allocator import Allocator, Grant, Heartbeat
+from cluster.capacity.arbiter import SERVING, Budget, FleetDemand
+from cluster.config import FleetSpec
+from cluster.control.applications import Applications
+from cluster.control.lease import Lease
+from cluster.control.slots import Served, resource, served, slots, together
+
+TURN_S = 0.3
+
+Serving = tuple[tuple[FleetSpec, tuple[str, ...]], ...]
+"""Every fleet with the Serve applications that it consists of."""
+
+log = logs.logger(__name__)
+
+
+class Allocation:
+    """Which job may have how many slots, and how many serving keeps."""
+
+    def __init__(self, accelerator: str, budget: Budget, applications: Applications) -> None:
+        self.accelerator = accelerator
+        self.applications = applications
+        self.allocator = Allocator(budget, time.time())
+        self.lease = Lease(resource(accelerator))
+        self.board = metrics.Board()
+        self.serving: Serving = ()
+        self._lock = threading.Lock()
+        """Around the allocator. Nobody is asked for anything while it is held."""
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, daemon=True, name="slots-loop").start()
+
+    def configure(self, accelerator: str, budget: Budget) -> None:
+        with self._lock:
+            if accelerator != self.accelerator:
+                self.accelerator, self.lease = accelerator, Lease(resource(accelerator))
+            self.allocator.budget = budget
+
+    def watch(self, serving: Serving) -> None:
+        """Count these fleets from now on."""
+        self.serving = serving
+
+    def ceilings(self) -> dict[str, int | None]:
+        """Fleet → the most replicas that it may have now; None where nothing but its own ``max_replicas`` limits it."""
+        return {grant.name: grant.ceiling for grant in self.allocator.decision.fleets}
+
+    # from jobs and for whoever looks
+
+    def heartbeat(self, beat: Heartbeat) -> Grant:
+        with self._lock:
+            return self.allocator.heartbeat(beat, time.time())
+
+    def leave(self, job: str, driver: str) -> None:
+        with self._lock:
+            self.allocator.end(job, driver)
+
+    def describe(self) -> dict[str, Any]:
+        with self._lock:
+            return self.allocator.describe()
+
+    def since(self, since_s: float) -> dict[str, Any]:
+        """``{"allocation", "snapshots", "slots"}``: how the slots are divided, and each change after ``since_s`` (seconds since the epoch), as
+        `cluster.capacity.handover.parse` reads it."""
+        with self._lock:
+            allocation = self.allocator.describe()
+            snapshots = [[*one[:-1], [list(job) for job in one.jobs]] for one in self.allocator.since(since_s)]
+        return {"allocation": allocation, "snapshots": snapshots, "slots": self.slots()}
+
+    def slots(self) -> dict[str, float]:
+        return slots(self.accelerator)
+
+    @property
+    def jobs_hold_slots(self) -> bool:
+        return any(granted for owner, granted in self.allocator.decision.past.grants if owner != SERVING)
+
+    # the loop
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._turn()
+            except Exception:
+                # Serve or the coordinator is away for a moment; grants stay as they are, and the loop must go on.
+                log.exception("a turn of the allocator")
+            time.sleep(TURN_S)
+
+    def _turn(self) -> None:
+        self.applications.refresh()
+        there, lease = self.slots(), self.lease
+        total, free = int(there["total"]), int(there["free"])
+        of_fleets = {spec.name: self._served(spec, apps) for spec, apps in self.serving}
+        demands = [demand(spec, of_fleets[spec.name]) for spec, _ in self.serving]
+        ceiling = lease.ceiling(total)
+        with self._lock:
+            held = together(of_fleets.values()).held(total - free, self.allocator.held_by_jobs)
+            kept = self.allocator.turn(total, held, demands, time.time(), free, ceiling)
+            requested = self.allocator.requested(kept, ceiling)
+        metrics.publish(self.board, self.allocator.snapshots, self.allocator.changes)
+        lease.hold(kept + requested, ceiling)
+
+    def _served(self, spec: FleetSpec, apps: tuple[str, ...]) -> Served:
+        return together(served(self.applications.known.get(app), spec.fleet.tensor_parallel_size) for app in apps)
+
+
+def demand(spec: FleetSpec, now: Served) -> FleetDemand:
+    """What a fleet asks for. Its load policy runs in Serve, so what Serve has and starts is what the load asks for."""
+    slots = spec.fleet.tensor_parallel_size
+    return FleetDemand(spec.name, spec.fleet.priority, now.wanted, spec.fleet.min_replicas * slots, slots)

@@ -1,0 +1,119 @@
+"""Serve's applications as control sees them, and those that control itself starts: fleets added at run time, and surge fleets.
+
+A surge fleet is there only while weights take over that the fleet cannot host beside its own: an engine reads other weights of its own
+shape in place, but another architecture, quantization or tokenizer needs another engine, and somebody has to answer while the fleet's
+replicas start theirs. A fleet of one replica also has none to spare for a canary. Kubernetes calls the same thing a surge of a rolling
+update. The name of a surge's application says what it hosts, so a control that was restarted finds it again.
+
+A redeployment of the declared applications leaves these alone (``ray/serve/_private/application_state.py``, ``apply_app_configs``).
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# (Ray's own annotations are partial; what comes back is typed at once.)
+from collections import Counter
+from typing import NamedTuple
+
+from ray import serve
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatusOverview
+
+from cluster import logs
+from cluster.config import FleetSpec
+from cluster.pool import graph
+from cluster.types import VersionId
+
+PREFIX = "surge-"
+
+log = logs.logger(__name__)
+
+
+class Application(NamedTuple):
+    """One application, with its replicas counted."""
+
+    status: str
+    """Serve's: DEPLOYING, RUNNING, DEPLOY_FAILED, UNHEALTHY, DELETING."""
+    message: str = ""
+    running: int = 0
+    starting: int = 0
+    """Replicas that wait for their place, or are being started."""
+    ending: int = 0
+    """Serve lists one until it has heard of its end, and one that ends before it had a slot as well."""
+
+    @property
+    def failed(self) -> str:
+        """Serve's own words where its replicas could not start, else empty."""
+        return graph.cause(self.message) if self.status in ("DEPLOY_FAILED", "UNHEALTHY") else ""
+
+
+class Applications:
+    """What Serve has, as of the last look. One thread looks (`refresh`); others read ``known``, which is replaced and never changed."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Application] = {}
+        self.read = False
+        """Whether Serve was ever asked: before that an application that is not known may well exist."""
+
+    def refresh(self) -> None:
+        try:
+            found = serve.status().applications
+        except RayServeException:  # nothing is served yet
+            found = {}
+        self.known = {name: _counted(app) for name, app in found.items()}
+        self.read = True
+
+    def there(self, name: str) -> Application | None:
+        """The application, unless it is on its way out."""
+        app = self.known.get(name)
+        return None if app is None or app.status == "DELETING" else app
+
+    def surge_of(self, fleet: str) -> VersionId | None:
+        """The weights that a surge of the fleet hosts; None without one."""
+        weights = (hosted_by(name) for name in self.known if self.there(name) and name.startswith(f"{PREFIX}{fleet}@"))
+        return next(weights, None)
+
+    def start_fleet(self, spec: FleetSpec) -> None:
+        """Ask Serve for the fleet's application; returns at once."""
+        log.info("the fleet %s for %s", spec.name, spec.fleet.model)
+        graph.start_fleet(spec)
+
+    def start_surge(self, spec: FleetSpec, weights: VersionId, replicas: int) -> None:
+        """Ask Serve for a surge of the fleet that hosts ``weights``; returns at once."""
+        log.info("a surge of %d for %s on %s", replicas, spec.name, weights)
+        graph.start_surge(spec, surge_app(spec.name, weights), weights, replicas)
+
+    def end(self, name: str) -> None:
+        """Let it finish its streams and go."""
+        log.info("%s is not needed any more", name)
+        serve.delete(name, _blocking=False)
+
+
+def surge_app(fleet: str, weights: VersionId) -> str:
+    """The application of a fleet's surge.
+
+    >>> surge_app("chat", VersionId("seedling", 12))
+    'surge-chat@seedling-12'
+    """
+    return f"{PREFIX}{fleet}@{weights.name}-{weights.n}"
+
+
+def hosted_by(app: str) -> VersionId:
+    """What a surge's application hosts.
+
+    >>> hosted_by("surge-chat@seedling-12")
+    VersionId(name='seedling', n=12)
+    """
+    name, _, n = app.partition("@")[2].rpartition("-")
+    return VersionId(name, int(n))
+
+
+def _counted(app: ApplicationStatusOverview) -> Application:
+    counts = Counter[str]()
+    for deployment in app.deployments.values():
+        counts.update({_word(state): n for state, n in deployment.replica_states.items()})
+    starting, ending = counts["STARTING"], counts["STOPPING"]
+    return Application(_word(app.status), app.message, counts.total() - starting - ending, starting, ending)
+
+
+def _word(state: object) -> str:
+    """Serve says its states as members of an enum in some places, and as text in others."""
+    return str(getattr(state, "value", state))

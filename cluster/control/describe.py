@@ -1,0 +1,98 @@
+"""Control's state as plain documents, for `springtide status` and for whoever else watches. Pure."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from cluster.control.aliases import Progress
+from cluster.control.applications import Application
+from cluster.control.hosting import Fleet
+from cluster.control.work_queue import Failure, Key
+from cluster.publishing import rollout
+from cluster.publishing.canary import Tally
+from cluster.publishing.rollout import Facts
+from cluster.types import FleetPhase, ReplicaState
+
+
+def public(replica: ReplicaState) -> dict[str, Any]:
+    return {key: value for key, value in replica._asdict().items() if key != "secret"}
+
+
+def rollout_of(progress: Progress, now_s: float) -> dict[str, Any]:
+    """A rollout's record, what it waits for, and how canary and stable compare so far."""
+    facts = progress.facts or Facts()
+    compared = facts.comparison._asdict().items() if facts.comparison else ()
+    return {
+        **progress.rollout.model_dump(mode="json"),
+        "waiting_for": rollout.waiting_for(progress.rollout, facts, now_s),
+        **{side: summary(tally) for side, tally in compared},
+    }
+
+
+def summary(tally: Tally) -> dict[str, Any]:
+    """A tally in few words."""
+    return {
+        "requests": tally.requests,
+        "errors": tally.errors,
+        "ttft_p50_ms": round(median(tally.ttft_s) * 1000, 1) if tally.ttft_s else None,
+        "itl_p50_ms": round(median(tally.itl_s) * 1000, 2) if tally.itl_s else None,
+        "finish": tally.finish,
+        "shadowed": tally.shadowed,
+        "disagreed": tally.disagreed,
+        "shadows_failed": tally.shadows_failed,
+    }
+
+
+def troubles(failures: Mapping[Key, Failure], now_s: float) -> list[dict[str, Any]]:
+    """What control could not reconcile the last time it tried, and when it tries again."""
+    return [
+        {
+            "kind": kind,
+            "name": name,
+            "error": one.words,
+            "times": one.times,
+            "retry_in_s": round(max(0.0, one.retry_s - now_s), 1),
+        }
+        for (kind, name), one in list(failures.items())
+    ]
+
+
+def fleet(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Application]) -> dict[str, Any]:
+    """One fleet: ``{"name", "model", "phase", "words", "replicas", "min_replicas", …}``."""
+    own = [one for one in replicas if one.app == fleet.app]
+    there, settings = phase(fleet.removed, len(own), known.get(fleet.app)), fleet.spec.fleet
+    return {
+        "name": fleet.name,
+        "model": fleet.model,
+        "declared": fleet.declared,
+        "phase": str(there[0]),
+        "words": there[1],
+        "replicas": len(own),
+        "min_replicas": settings.min_replicas,
+        "max_replicas": settings.max_replicas,
+        "ceiling": fleet.ceiling,
+        "priority": settings.priority,
+        "slots": len(own) * settings.tensor_parallel_size,
+        "slots_per_replica": settings.tensor_parallel_size,
+        "weights": sorted({one.base for one in own}),
+        "surge": str(fleet.surge) if fleet.surge else None,
+    }
+
+
+def phase(removed: bool, replicas: int, app: Application | None) -> tuple[FleetPhase, str]:
+    """Where a fleet is in its life, and why, for a person.
+
+    >>> phase(False, 0, Application("RUNNING"))
+    (<FleetPhase.ASLEEP: 'asleep'>, 'no replica runs; a request wakes one')
+    """
+    if removed:
+        return FleetPhase.DRAINING, "its replicas finish their streams and end"
+    if replicas:
+        return FleetPhase.SERVING, ""
+    if app is None:
+        return FleetPhase.STARTING, "Serve does not have its application yet"
+    if app.failed:
+        return FleetPhase.FAILED, app.failed
+    if app.starting or app.status == "DEPLOYING":
+        return FleetPhase.STARTING, "its replicas start, or wait for a slot"
+    return FleetPhase.ASLEEP, "no replica runs; a request wakes one"

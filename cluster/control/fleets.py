@@ -1,0 +1,174 @@
+"""Reconciles one fleet: its Serve application exists, its replicas host the right weights and hold the right adapters, a surge stands in
+where they cannot host two versions at once, and gateways route by what is there.
+
+Twice a second, and whenever a replica or an alias has changed, the fleet's desired state (the store) is compared with its actual state (what
+its replicas report), and the smallest step towards it is taken. A step that takes long is an order, heard of later.
+"""
+
+import time
+
+from cluster.control.applications import Applications, surge_app
+from cluster.control.desired import Desired
+from cluster.control.gateways import Gateways
+from cluster.control.hosting import Fleet, Hosting
+from cluster.control.replicas import Replicas
+from cluster.control.slots import slots
+from cluster.publishing import placement, rollout
+from cluster.publishing.placement import SurgeFacts
+from cluster.types import FleetState, Generation, ReplicaState, VersionId
+
+TURN_S = 0.5
+RETRY_REFUSED_S = 30
+"""How often a replica is asked again for what it has refused."""
+
+
+class FleetReconciler:
+    """Used by the loop's thread only."""
+
+    def __init__(self, hosting: Hosting, gateways: Gateways) -> None:
+        self.hosting = hosting
+        self.gateways = gateways
+
+    @property
+    def desired(self) -> Desired:
+        return self.hosting.desired
+
+    @property
+    def replicas(self) -> Replicas:
+        return self.hosting.replicas
+
+    @property
+    def applications(self) -> Applications:
+        return self.hosting.applications
+
+    def reconcile(self, name: str) -> float | None:
+        """One turn for one fleet; the seconds until the next, None where the fleet is no more."""
+        fleet = self.hosting.fleets.get(name)
+        if fleet is None:
+            return None
+        self.hosting.count()
+        if not self.applications.read:
+            return TURN_S  # nothing is known of Serve yet: what seems to be missing may be there
+        if fleet.removed:
+            return self._remove(fleet)
+        if not fleet.declared and fleet.app not in self.applications.known:
+            self.applications.start_fleet(fleet.spec)
+        self._host(fleet)
+        return TURN_S
+
+    def _remove(self, fleet: Fleet) -> float | None:
+        """Its replicas finish their streams and give their slots back; then the fleet is forgotten."""
+        for app in fleet.apps:
+            if self.applications.there(app):
+                self.applications.end(app)
+        self._announce()
+        if any(app in self.applications.known for app in fleet.apps):
+            return TURN_S
+        self.hosting.remove(fleet.name)
+        return None
+
+    def _host(self, fleet: Fleet) -> None:
+        fleet.retrying = time.monotonic() >= fleet.retry_refused_s
+        fleet.retry_refused_s = time.monotonic() + RETRY_REFUSED_S if fleet.retrying else fleet.retry_refused_s
+        self._find_surge(fleet)
+        fleet.surge_wanted = self._choose_surge(fleet)
+        targets = self.hosting.targets(fleet, fleet.model)
+        fleet.swap = placement.next_swap(self.hosting.own(fleet), targets, lambda r, id: self._may_take(fleet, r, id), fleet.swap)
+        told = self._announce()
+        self._load(fleet)
+        if told:  # not before the gateways know, or requests would arrive at a replica that swaps its weights, or is gone
+            self._surge(fleet)
+            self._swap(fleet)
+
+    # the surge
+
+    def _find_surge(self, fleet: Fleet) -> None:
+        """One that a control before this one has started; one that is not needed any more is ended like any other."""
+        if fleet.surge is None and (weights := self.applications.surge_of(fleet.name)):
+            fleet.surge, fleet.surge_size = weights, 1
+
+    def _choose_surge(self, fleet: Fleet) -> VersionId | None:
+        own, now = self.hosting.own(fleet), self.desired.rollout(fleet.model)
+        held = frozenset(id for replica in own for id in replica.held)
+        under_way = now is not None and now.stage in rollout.UNDER_WAY
+        needed = self.hosting.needs_surge(fleet, now) if now and under_way else ""
+        ready = bool(now and under_way and placement.warmth(own, self.desired.manifest(now.version)).complete)
+        facts = SurgeFacts(fleet.surge, held, self.desired.move(fleet.model), now, needed, ready)
+        return placement.surge_weights(facts, self.desired.weights)
+
+    def _surge(self, fleet: Fleet) -> None:
+        """Let the surge be what was chosen."""
+        if fleet.surge_wanted == fleet.surge:
+            return
+        if fleet.surge:
+            self.applications.end(fleet.surge_app)
+            fleet.surge, fleet.surge_size = None, 0
+        if fleet.surge_wanted and self.applications.known.get(surge_app(fleet.name, fleet.surge_wanted)) is None:
+            room = int(slots(self.hosting.config.pool.accelerator)["free"] // fleet.spec.fleet.tensor_parallel_size)
+            size = max(1, min(len(self.hosting.own(fleet)), room))
+            self.applications.start_surge(fleet.spec, fleet.surge_wanted, size)
+            fleet.surge, fleet.surge_size = fleet.surge_wanted, size
+        self.hosting.count()
+
+    # what replicas hold
+
+    def _load(self, fleet: Fleet) -> None:
+        """Order what clients may get and a replica does not hold. What a replica has refused it is asked for again every `RETRY_REFUSED_S`.
+
+        What was live before stays where it is held, and is not ordered again where it had to make room.
+        """
+        moves = self.hosting.readable_moves(self.hosting.aliases_of(fleet)).values()
+        live = [id for move in moves for id in move.versions]
+        coming = [one.version for one in self.desired.under_way().values() if one.stage in ("warming", "canary")]
+        wanted = [self.desired.manifest(id) for id in dict.fromkeys([*live, *coming])]
+        replicas = self.hosting.all_of(fleet)
+        missing = [
+            str(one.id)
+            for one in wanted
+            if any(placement.lacks(r, one) and (fleet.retrying or str(one.id) not in r.refused) for r in replicas)
+        ]
+        if missing:
+            fleet.orders.hold(missing)
+
+    def _may_take(self, fleet: Fleet, replica: ReplicaState, weights: str) -> bool:
+        """What a replica has refused it is asked for again when no rollout is waiting to hear of it."""
+        now = self.desired.rollout(fleet.model)
+        again = fleet.retrying and (now is None or now.stage not in rollout.UNDER_WAY)
+        return again or weights not in replica.refused or fleet.orders.swapping(replica.id, weights)
+
+    def _swap(self, fleet: Fleet) -> None:
+        if fleet.swap is None:
+            return
+        known = {replica.base: replica.fingerprint for replica in self.hosting.all_of(fleet)}
+        now, weights = self.desired.rollout(fleet.model), str(fleet.swap.weights)
+        # What is live now is bad, where the rollout goes back: streams by it must not hold up the way back.
+        cut_streams = now is not None and (now.stage == "rolled_back" or now.is_rollback)
+        fleet.orders.swap(fleet.swap.replica, weights, known.get(weights, ""), cut_streams)
+
+    # what gateways route by
+
+    def _announce(self) -> bool:
+        """Tell the gateways what all fleets can answer now. False where a gateway did not answer."""
+        open_ = {name: self._open(fleet) for name, fleet in self.hosting.fleets.items()}
+        aliases = {alias: self._routable(alias, open_.get(name or "", ())) for alias, name in self.hosting.assigned().items()}
+        replicas = tuple(replica for some in open_.values() for replica in some)
+        return self.gateways.announce(aliases, replicas, self._fleets())
+
+    def _routable(self, alias: str, replicas: tuple[ReplicaState, ...]) -> Generation:
+        return placement.routable(self.desired.moves[alias], replicas, self.gateways.current.aliases.get(alias))
+
+    def _open(self, fleet: Fleet) -> tuple[ReplicaState, ...]:
+        """The fleet's replicas as gateways should see them: one that swaps its weights answers for nothing until it has."""
+        surge = self.replicas.of(surge_app(fleet.name, fleet.surge_wanted)) if fleet.surge_wanted else ()
+        swap = fleet.swap
+        own = self.hosting.own(fleet)
+        swapping = {one.id for one in own if swap and one.id == swap.replica and one.base != str(swap.weights)}
+        return tuple(one._replace(held={}) if one.id in swapping else one for one in (*own, *surge))
+
+    def _fleets(self) -> dict[str, FleetState]:
+        """Each fleet with what it answers for once it runs."""
+        moves = self.hosting.readable_moves(self.desired.moves)
+        return {
+            fleet.name: placement.fleet_state(fleet.name, fleet.model, fleet.app, moves, self.desired.weights)
+            for fleet in self.hosting.there
+        }
