@@ -38,7 +38,7 @@ def adapters(options: argparse.Namespace) -> None:
         counts = tuple(n for n in (1, 2, 4, 8, 16, 32) if n <= min(place.fleet.max_cpu_loras, STREAMS))
         made = [adapter(registry, base, model, seed).id for seed in range(max(counts))]
         for id in track(made, "publishing"):
-            client.publish(place, id, place.default_model, "to be measured")
+            client.of(place).publish(id, place.default_model, "to be measured")
         turns = [n for _ in range(ROUNDS) for n in counts]
         found = [(n, measure(place, made[:n])) for n in track(turns, "measuring")]
     rows = [row(n, [samples for m, samples in found if m == n]) for n in counts]

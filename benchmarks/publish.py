@@ -91,10 +91,10 @@ def one(config: Config, made: Manifest) -> Published:
     watcher = threading.Thread(target=lambda: first_s.append(first_answer_s(config, made.id)))
     began_s = time.monotonic()
     watcher.start()
-    client.publish(config, made.id, config.default_model, "measured")
+    client.of(config).publish(made.id, config.default_model, "measured")
     all_s = time.monotonic() - began_s
     watcher.join()
-    replicas = client.status(config)["replicas"]
+    replicas = client.of(config).status()["replicas"]
     pause_s = max(replica["pause_s"] for replica in replicas) if made.kind == "weights" else None
     time.sleep(SETTLE_S)
     return Published(made.kind, began_s, first_s[0] - began_s, all_s, pause_s)

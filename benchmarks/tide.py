@@ -130,7 +130,7 @@ def day(base: Config, system: str, times_s: list[float], seconds: float, shares:
         per_step = job.examples / math.ceil(job.examples / GLOBAL_BATCH)
         looks = watcher.end()
         said = serve_said()
-        snapshots = parse(client.slots(config, began_s)["snapshots"])
+        snapshots = parse(client.of(config).slots(began_s)["snapshots"])
     return Day(system, began_s, samples, looks, snapshots, said, round(steps * per_step), lost(log))
 
 
@@ -215,7 +215,7 @@ class Watcher:
         while not self.done.wait(1.0):
             with contextlib.suppress(SpringtideError, OSError, RuntimeError):  # Ray's client, where the dashboard is busy
                 self.shares.hold({*engine_pids(self.config), *self.job.workers})
-                slots = client.slots(self.config, time.time())["slots"]
+                slots = client.of(self.config).slots(time.time())["slots"]
                 states = replica_states(self.config)
                 serving, starting = states.count("RUNNING"), states.count("STARTING")
                 used = round(slots["total"] - slots["free"])
@@ -234,4 +234,4 @@ def replica_states(config: Config) -> list[str]:
 
 def engine_pids(config: Config) -> set[int]:
     """Of the replicas that answer."""
-    return {replica["pid"] for replica in client.status(config)["replicas"]}
+    return {replica["pid"] for replica in client.of(config).status()["replicas"]}

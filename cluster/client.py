@@ -1,67 +1,203 @@
-"""The operator's side of the gateway's ``/admin`` routes. Plain HTTP, so a command needs neither Ray nor a second to start."""
+"""A pool over HTTP: one method for each of the gateway's ``/admin`` routes. Plain HTTP, so a command needs neither Ray nor a second to start.
+
+The environment's proxies never count: a command speaks with the address that it was given, and with no other.
+"""
 
 import getpass
-from typing import Any, Literal
+import os
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import certifi
 import httpx
 
+from cluster import endpoint as endpoints
 from cluster.config import Config
-from cluster.errors import PoolUnavailable, refused
-from cluster.pool import local
+from cluster.endpoint import Endpoint
+from cluster.errors import PoolUnavailable, received
+from cluster.publishing.gate import Verdict
 from cluster.publishing.rollout import Policy, Rollout
-from cluster.types import VersionId
+from cluster.types import Generation, Manifest, VersionId
 
-TIMEOUT_S = 660
+PUBLISH_TIMEOUT_S = 660
 """Longer than a replica may take to load a version."""
+READ_TIMEOUT_S = 30
 LOOK_S = 10
-"""How long who only looks waits for an answer."""
+"""How long a command that redraws waits for one answer."""
+ASK_TIMEOUT_S = 300
+"""How long one answer of a model may take, a cold start included."""
+UPLOAD_TIMEOUT_S = 600
+CHUNK_BYTES = 1 << 20
+
+
+class Described(NamedTuple):
+    """One version: what it is, and how it was judged."""
+
+    manifest: Manifest
+    verdicts: list[Verdict]
+    """Oldest first."""
+
+
+class History(NamedTuple):
+    """An alias's moves, and its rollouts with all their records. Oldest first."""
+
+    moves: list[Generation]
+    rollouts: list[list[Rollout]]
+
+
+class Watched(NamedTuple):
+    """A rollout as it stands now."""
+
+    record: Rollout
+    seen: dict[str, Any]
+    """``{"waiting_for", "canary": {…}, "stable": {…}}``: what it waits for, and what the gateways measured where they did."""
+
+
+class Answer(NamedTuple):
+    text: str
+    version: str
+    seconds: float
+
+
+class Client:
+    """Errors arrive as they were raised on the other side: with the sender's class, status, code and words."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.url = endpoint.url
+        key = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+        self.http = httpx.Client(base_url=endpoint.url, headers=key, trust_env=False, verify=_certificates(endpoint.url))
+
+    # what there is
+
+    def status(self) -> dict[str, Any]:
+        """``{"slots": {"total", "free"}, "aliases": {…}, "replicas": […], …}``"""
+        return self._call("GET", "/admin/status")
+
+    def slots(self, since_s: float = 0.0) -> dict[str, Any]:
+        """``{"allocation": {…}, "snapshots": […], "slots": {…}}``: how the slots are divided, and each change after ``since_s`` (seconds since the
+        epoch), as `cluster.capacity.handover.parse` reads it."""
+        return self._call("GET", "/admin/slots", query={"since_s": repr(since_s)}, timeout_s=LOOK_S)
+
+    def models(self, name: str | None = None) -> list[dict[str, Any]]:
+        """A row for each version, oldest first: ``{"version", "kind", "base", "live_as", "created_s", "job", "metrics"}``."""
+        return self._call("GET", f"/admin/models/{name}" if name else "/admin/models")["versions"]
+
+    def version(self, id: VersionId) -> Described:
+        told = self._call("GET", f"/admin/models/{id}")
+        verdicts = [Verdict.model_validate(verdict) for verdict in told["verdicts"]]
+        return Described(Manifest.model_validate(told["manifest"]), verdicts)
+
+    def served(self) -> list[str]:
+        """What can be asked now, the pool's first model first: aliases, and versions that a replica holds."""
+        return [str(model["id"]) for model in self._call("GET", "/v1/models")["data"]]
+
+    def history(self, alias: str) -> History:
+        told = self._call("GET", f"/admin/history/{alias}")
+        moves = [Generation.model_validate(move) for move in told["moves"]]
+        return History(moves, [[Rollout.model_validate(one) for one in records] for records in told["rollouts"]])
+
+    def rollout(self, alias: str) -> Watched:
+        """The newest rollout of an alias. Costs the same however many there were."""
+        told = self._call("GET", f"/admin/rollouts/{alias}", timeout_s=LOOK_S)
+        return Watched(Rollout.model_validate(told["record"]), told["seen"])
+
+    # publishing
+
+    def publish(self, version: VersionId, alias: str, reason: str, policy: Policy | None = None) -> Rollout:
+        """Begin a rollout; see `cluster.control.actor.Control.publish` for what can be refused."""
+        order = {"version": str(version), "alias": alias, "reason": reason, "claimed_author": author()}
+        return self._order("publish", order | ({"policy": policy.model_dump(mode="json")} if policy else {}))
+
+    def step(self, what: Literal["promote", "abort"], alias: str, reason: str) -> Rollout:
+        """Bring the alias's rollout to 100 % now, or end it."""
+        return self._order(what, {"alias": alias, "reason": reason, "claimed_author": author()})
+
+    def rollback(self, alias: str, to: VersionId | None, reason: str) -> Rollout:
+        """Make the alias mean what it meant before, or ``to``."""
+        order = {"alias": alias, "to": str(to) if to else None, "reason": reason, "claimed_author": author()}
+        return self._order("rollback", order)
+
+    def _order(self, what: str, order: dict[str, Any]) -> Rollout:
+        return Rollout.model_validate(self._call("POST", f"/admin/{what}", order, timeout_s=PUBLISH_TIMEOUT_S))
+
+    # data
+
+    def upload(self, file: Path, sent: Callable[[int], None] = lambda _: None) -> str:
+        """Copy a file into the pool's store; returns how a job names it (``upload:<sha256>``). ``sent`` hears how many bytes have left."""
+        headers = {"content-length": str(file.stat().st_size), "content-type": "application/octet-stream"}
+        answer = self._send("PUT", "/admin/uploads", content=_chunks(file, sent), headers=headers, timeout=UPLOAD_TIMEOUT_S)
+        return str(answer["source"])
+
+    # models
+
+    def ask(self, model: str, question: str) -> Answer:
+        """One greedy answer, and the version that gave it."""
+        body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 64}
+        began_s = time.monotonic()
+        response = self._exchange("POST", "/v1/chat/completions", json=body, timeout=ASK_TIMEOUT_S)
+        text = str(self._document(response)["choices"][0]["message"]["content"] or "")
+        return Answer(text.strip(), response.headers.get("x-model-version", ""), time.monotonic() - began_s)
+
+    # the wire
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        query: dict[str, str] | None = None,
+        timeout_s: float = READ_TIMEOUT_S,
+    ) -> dict[str, Any]:
+        return self._send(method, path, json=body, params=query, timeout=timeout_s)
+
+    def _send(self, method: str, path: str, **request: Any) -> dict[str, Any]:
+        return self._document(self._exchange(method, path, **request))
+
+    def _exchange(self, method: str, path: str, **request: Any) -> httpx.Response:
+        try:
+            return self.http.request(method, path, **request)
+        except httpx.HTTPError as error:
+            words = str(error) or type(error).__name__
+            raise PoolUnavailable(
+                f"The gateway at {self.url} does not answer: {words}.", "It may still be starting; try again soon."
+            ) from error
+
+    def _document(self, response: httpx.Response) -> dict[str, Any]:
+        try:
+            document = response.json()
+        except ValueError as error:
+            raise PoolUnavailable(
+                f"{self.url} answered {response.status_code} and no JSON: {response.text[:200]!r}.", "Is it a gateway's URL?"
+            ) from error
+        if response.status_code != 200:
+            raise received(response.status_code, document)
+        return document
+
+
+def of(config: Config) -> Client:
+    """The client of the pool that runs from this home."""
+    return Client(endpoints.of(config))
 
 
 def author() -> str:
+    """Who says to have asked. Nothing verifies it: everybody who has the pool's token may write any name."""
     return getpass.getuser()
 
 
-def status(config: Config) -> dict[str, Any]:
-    """``{"slots": {"total", "free"}, "aliases": {…}, "replicas": […]}`` of the running pool."""
-    return _call(config, "GET", "/admin/status")
+def _certificates(url: str) -> ssl.SSLContext | bool:
+    """What an https gateway is checked against: ``SSL_CERT_FILE``, which a pool with an authority of its own needs, or the usual ones."""
+    if not url.startswith("https://"):
+        return False
+    return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())
 
 
-def slots(config: Config, since_s: float = 0.0) -> dict[str, Any]:
-    """``{"allocation": {…}, "snapshots": […], "slots": {…}}``: how the slots are divided, and each change after ``since_s`` (seconds since the
-    epoch), as `cluster.capacity.handover.parse` reads it."""
-    return _call(config, "GET", f"/admin/slots?since_s={since_s!r}", timeout_s=LOOK_S)
-
-
-def publish(config: Config, version: VersionId, alias: str, reason: str, policy: Policy | None = None) -> Rollout:
-    """Ask control to begin a rollout; see `cluster.control.actor.Control.publish` for what can be refused."""
-    order = {"version": str(version), "alias": alias, "reason": reason, "author": author()}
-    asked = {"policy": policy.model_dump(mode="json")} if policy else {}
-    return Rollout.model_validate(_call(config, "POST", "/admin/publish", order | asked))
-
-
-def step(config: Config, what: Literal["promote", "abort"], alias: str, reason: str) -> Rollout:
-    """Bring the alias's rollout to 100 % now, or end it."""
-    return Rollout.model_validate(_call(config, "POST", f"/admin/{what}", {"alias": alias, "reason": reason, "author": author()}))
-
-
-def rollback(config: Config, alias: str, to: VersionId | None, reason: str) -> Rollout:
-    """Make the alias mean what it meant before, or ``to``."""
-    order = {"alias": alias, "to": str(to) if to else None, "reason": reason, "author": author()}
-    return Rollout.model_validate(_call(config, "POST", "/admin/rollback", order))
-
-
-def _call(
-    config: Config, method: str, path: str, body: dict[str, Any] | None = None, timeout_s: float = TIMEOUT_S
-) -> dict[str, Any]:
-    local.require(config)
-    url = f"http://{config.gateway.host}:{config.gateway.port}"
-    try:
-        response = httpx.request(method, url + path, json=body, headers=local.bearer(), timeout=timeout_s)
-        document = response.json()
-    except (httpx.HTTPError, ValueError) as error:
-        raise PoolUnavailable(
-            f"The gateway at {url} does not answer: {error}.", "It may still be starting; try again soon."
-        ) from error
-    if response.status_code != 200:
-        raise refused(response.status_code, document)
-    return document
+def _chunks(file: Path, sent: Callable[[int], None]) -> Iterator[bytes]:
+    done_bytes = 0
+    with file.open("rb") as source:
+        while block := source.read(CHUNK_BYTES):
+            yield block
+            done_bytes += len(block)
+            sent(done_bytes)

@@ -20,6 +20,8 @@ from cluster.types import check_name
 
 PRESETS = Path(__file__).parent / "presets"
 ENV_PREFIX = "SPRINGTIDE_"
+POOL_URL, API_KEY = f"{ENV_PREFIX}POOL", f"{ENV_PREFIX}API_KEY"
+"""The pool that a command speaks with, and its key there (`cluster.endpoint`): no keys of the configuration."""
 DEFAULT_HOME = ".springtide"
 
 
@@ -50,6 +52,8 @@ class Gateway(Section):
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    max_upload_bytes: int = Field(default=1 << 30, ge=1024)
+    """The largest data file that `springtide train` may send."""
     max_choices: int = Field(default=16, ge=1)
     """The largest ``n`` or ``best_of`` a request may ask for; vLLM itself would try 16,384."""
     hold_timeout_s: float = Field(default=30, ge=0)
@@ -344,7 +348,8 @@ def merge(under: Any, over: Any) -> Any:
 
 def from_environment(environment: dict[str, str]) -> dict[str, Any]:
     """``{"SPRINGTIDE_FLEET__DTYPE": "float32"}`` → ``{"fleet": {"dtype": "float32"}}``."""
-    pairs = [(key[len(ENV_PREFIX) :].lower(), value) for key, value in environment.items() if key.startswith(ENV_PREFIX)]
+    own = {key: value for key, value in environment.items() if key.startswith(ENV_PREFIX) and key not in (POOL_URL, API_KEY)}
+    pairs = [(key[len(ENV_PREFIX) :].lower(), value) for key, value in own.items()]
     return from_pairs((key.replace("__", "."), value) for key, value in pairs)
 
 

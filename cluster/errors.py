@@ -5,7 +5,8 @@ The wire form is OpenAI's ``{"error": {"message", "type", "param", "code"}}``
 Instances pickle, because they cross Ray's process boundaries.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, cast
 
 
 class SpringtideError(Exception):
@@ -14,10 +15,10 @@ class SpringtideError(Exception):
     ``param`` names the request field or the configuration key at fault, as in OpenAI's errors.
     """
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
-    code: ClassVar[str] = "internal_error"
-    retry_after_s: ClassVar[int | None] = None
+    status: int = 500
+    type: str = "server_error"
+    code: str = "internal_error"
+    retry_after_s: int | None = None
     """When to try again, where time alone may help."""
 
     def __init__(self, message: str, do: str = "", param: str | None = None) -> None:
@@ -148,10 +149,44 @@ class Unauthorized(BadRequest):
 
 
 class Refused(SpringtideError):
-    """An error that came back over HTTP, in the sender's words."""
+    """An error of another server, or of another release: it has its sender's status and code, and no class of its own here."""
+
+    def __init__(
+        self,
+        message: str,
+        do: str = "",
+        param: str | None = None,
+        status: int = 500,
+        type: str = SpringtideError.type,
+        code: str = SpringtideError.code,
+    ) -> None:
+        super().__init__(message, do, param)
+        self.status, self.type, self.code = status, type, code
 
 
-def refused(status: int, document: dict[str, Any]) -> Refused:
-    """``status`` and the other side's ``{"error": {…}}`` as an exception."""
-    error = document.get("error", {})
-    return Refused(str(error.get("message", f"the gateway answered {status}")), param=error.get("param"))
+def received(status: int, document: Any) -> SpringtideError:
+    """The error that the other side sent with HTTP ``status``, as it was there: its class, code, param and words.
+
+    >>> received(409, {"error": {"message": "seedling was moved.", "code": "conflict", "param": None}})
+    Conflict('seedling was moved.', '', None)
+    >>> received(418, {"error": {"message": "I am a teapot.", "code": "teapot"}}).code
+    'teapot'
+    """
+    error = _section(_section(document).get("error"))
+    message = str(error.get("message") or f"The gateway answered {status} without a reason.")
+    code, param = str(error.get("code") or SpringtideError.code), error.get("param")
+    param = None if param is None else str(param)
+    for kind in _family(SpringtideError):
+        if (kind.status, kind.code) == (status, code) and kind is not Refused:
+            return kind(message, param=param)
+    return Refused(message, "", param, status, str(error.get("type") or SpringtideError.type), code)
+
+
+def _section(value: Any) -> dict[str, Any]:
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+
+
+def _family(kind: type[SpringtideError]) -> Iterator[type[SpringtideError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _family(child)

@@ -146,7 +146,7 @@ class Application:
     def __init__(self, gateway: Any) -> None:
         self.gateway = gateway
         limits = gateway.config.gateway
-        self.admin = Admin(lambda: gateway.control)
+        self.admin = Admin(lambda: gateway.control, gateway.config)
         self.generating = {path: Inference(path, limits, gateway) for path in GENERATING}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

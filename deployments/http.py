@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 import orjson
@@ -33,6 +33,26 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         await _discard(receive, more=not parts or bool(message.get("more_body")), limit_bytes=4 * limit_bytes)
         raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.", "Send less, or raise gateway.max_body_bytes.")
     return b"".join(parts)
+
+
+async def body_chunks(scope: Scope, receive: Receive, limit_bytes: int, limit: str) -> AsyncIterator[bytes]:
+    """The request's body as it comes in. ``limit``: the key of the configuration that bounds it. Raises `BodyTooLarge`, and `BadRequest` where
+    the client leaves before the end."""
+    announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+    size_bytes, more = 0, True
+    too_large = BodyTooLarge(f"The body is larger than {limit_bytes} bytes.", f"Send less, or raise {limit}.")
+    if announced.isdigit() and int(announced) > limit_bytes:
+        await _discard(receive, True, 4 << 20)
+        raise too_large
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise BadRequest("The body ended early.", "Send it again.")
+        size_bytes += len(message.get("body", b""))
+        if size_bytes > limit_bytes:
+            raise too_large
+        yield message.get("body", b"")
+        more = bool(message.get("more_body"))
 
 
 async def _discard(receive: Receive, more: bool, limit_bytes: int) -> None:

@@ -3,14 +3,10 @@
 import json
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-from pydantic import ValidationError
 from rich.console import Console
-from rich.live import Live
 from rich.markup import escape
 
 from cluster import client
@@ -18,7 +14,6 @@ from cluster.cli import doctor, render
 from cluster.config import Config, parse
 from cluster.errors import BadRequest, ConfigError, Conflict, PoolUnavailable
 from cluster.pool import graph, local, submit
-from cluster.publishing.rollout import UNDER_WAY, Policy, Rollout
 from cluster.store.objects import Store, sha256
 from cluster.store.registry import Registry
 from cluster.types import Lineage, VersionId, check_name
@@ -31,13 +26,6 @@ SERVING = {
 }
 """What is waited for, by whether the pool is ours to stop."""
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    text: str
-    version: str
-    seconds: float
 
 
 def up(config: Config, console: Console, model: str | None = None) -> Config:
@@ -135,13 +123,13 @@ def _grow(config: Config, console: Console) -> None:
 
 
 def _loop(config: Config, console: Console) -> None:
-    model, registry = config.default_model, Registry(Store(config.store))
-    history = registry.history(model)
+    model, pool = config.default_model, client.of(config)
+    history = pool.history(model).moves
     first = history[0].stable
     if len(history) > 1:
         console.print("This store has been through the loop already; here is what each of its versions answers.")
     else:
-        _show_answer(console, ask(config, model, QUESTION))
+        _show_answer(console, pool.ask(model, QUESTION))
         console.print(f"Fine-tuning on [bold]{TIDE.name}[/] while version 1 keeps serving.")
         arguments = ("--data", str(TIDE), "--base", model, "--name", model, "--epochs", "30", "--publish")
         job = submit.submit(config, "finetune", *arguments)
@@ -149,65 +137,13 @@ def _loop(config: Config, console: Console) -> None:
         went_live = result.get("stage") == "live"
         words = "into live traffic" if went_live else f"; its rollout is {result.get('stage')}"
         console.print(f"Published [bold]{result.get('version')}[/] {words}.")
-    both = [first, history[-1].stable] if str(first) in served(config) else [history[-1].stable]
-    names = [str(id) for id in both[:-1]] + [model]
-    render.answers(console, QUESTION, [ask(config, name, QUESTION) for name in names])
+    # Weights that were replaced are not served any more.
+    first_too = [str(first)] if first != history[-1].stable and str(first) in pool.served() else []
+    render.answers(console, QUESTION, [pool.ask(name, QUESTION) for name in (*first_too, model)])
 
 
-def served(config: Config) -> list[str]:
-    """The names that the gateway answers to now: aliases, and versions that a replica holds. Weights that were replaced are not among them."""
-    listed = httpx.get(f"http://{config.gateway.host}:{config.gateway.port}/v1/models", timeout=10).json()
-    return [str(model["id"]) for model in listed["data"]]
-
-
-def _show_answer(console: Console, answer: Answer) -> None:
+def _show_answer(console: Console, answer: client.Answer) -> None:
     console.print(f"“{QUESTION}” → [bold]{answer.version}[/]: {escape(answer.text)}")
-
-
-def ask(config: Config, model: str, question: str) -> Answer:
-    """One greedy answer over HTTP, with the version from the ``x-model-version`` header."""
-    url = f"http://{config.gateway.host}:{config.gateway.port}/v1/chat/completions"
-    body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 64}
-    began_s = time.monotonic()
-    try:
-        response = httpx.post(url, json=body, timeout=120)
-    except httpx.HTTPError as error:
-        raise PoolUnavailable(f"The gateway at {url} does not answer: {error}.", "Start serving with `springtide up`.") from error
-    if response.status_code != 200:
-        raise BadRequest(
-            response.json()["error"]["message"] if response.headers.get("content-type") == "application/json" else response.text
-        )
-    text = response.json()["choices"][0]["message"]["content"]
-    return Answer(text.strip(), response.headers["x-model-version"], time.monotonic() - began_s)
-
-
-def policy(pools: Policy, canary: bool, steps: str | None, gate: bool | None) -> Policy | None:
-    """The policy that a command asks for; None for the pool's own."""
-    if not canary and steps is None and gate is None:
-        return None
-    values = {**(Policy() if canary and len(pools.steps) == 1 else pools).model_dump(), "gate": pools.gate}
-    shares = {"steps": [int(share) for share in steps.split(",") if share.isdigit()]} if steps else {}
-    try:
-        return Policy.model_validate(values | shares | ({} if gate is None else {"gate": gate}))
-    except ValidationError as error:
-        raise BadRequest(str(error.errors()[0]["msg"]), "Write --steps as 5,25,100.", param="steps") from error
-
-
-def watch(config: Config, console: Console, rollout: Rollout) -> Rollout:
-    """Draw the rollout until it ends or goes live. Ctrl-C leaves it to control."""
-    registry = Registry(Store(config.store))
-    console.print(f"From another terminal: springtide promote {rollout.alias} · abort {rollout.alias}.")
-    try:
-        with Live(render.progress(rollout, {}), console=console, refresh_per_second=4) as live:
-            while rollout.stage in UNDER_WAY:
-                time.sleep(0.5)
-                rollout = registry.rollouts(rollout.alias)[rollout.number - 1][-1]
-                seen = {one["alias"]: one for one in client.status(config)["rollouts"]}
-                live.update(render.progress(rollout, seen.get(rollout.alias, {})))
-        console.print()
-    except KeyboardInterrupt:
-        console.print(f"The rollout goes on by itself; springtide promote {rollout.alias} · abort {rollout.alias} · history.")
-    return rollout
 
 
 def _hosting(config: Config, model: str) -> Config:

@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from ray.job_submission import JobDetails
 from rich.console import Console
@@ -13,23 +13,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from cluster.client import Answer
 from cluster.config import Config
 from cluster.pool import submit
-from cluster.pool.local import Pool
 from cluster.publishing.gate import Verdict
 from cluster.publishing.rollout import Rollout
-from cluster.store.registry import Registry
 from cluster.types import Generation, Manifest
 
 IDS = ("job", "run", "replica", "version", "x-model-version", "base", "canary", "from", "owner")
 """Columns whose cells are copied into the next command."""
-
-
-class Answered(Protocol):
-    @property
-    def text(self) -> str: ...
-    @property
-    def version(self) -> str: ...
 
 
 def serving(console: Console, config: Config) -> None:
@@ -76,7 +68,7 @@ def result(log: str) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
-def answers(console: Console, question: str, given: Sequence[Answered]) -> None:
+def answers(console: Console, question: str, given: Sequence[Answer]) -> None:
     table = _table("x-model-version", "answer", title=f"“{question}”")
     for answer in given:
         table.add_row(f"[bold green]{answer.version}[/]", escape(answer.text))
@@ -88,10 +80,10 @@ def _table(*headers: str, title: str | None = None) -> Table:
     return Table(*(Column(name, no_wrap=name in IDS) for name in headers), title=title, title_justify="left")
 
 
-def status(console: Console, running: Pool, document: dict[str, Any]) -> None:
+def status(console: Console, url: str, document: dict[str, Any]) -> None:
     slots = document["slots"]
     used = f"{slots['total'] - slots['free']:g} of {slots['total']:g} slots in use"
-    console.print(f"Pool [bold]{running.dashboard}[/], process {running.pid}, up {ago(running.created_s)}; {used}")
+    console.print(f"Pool [bold]{url}[/]; {used}")
     aliases = _table("model", "version", "generation", "since", "reason")
     for name, move in sorted(document["aliases"].items()):
         canary = f" · {move['canary']} {move['percent']} %" if move["canary"] else ""
@@ -125,21 +117,17 @@ def allocation(document: dict[str, Any]) -> Table:
     return table
 
 
-def models(console: Console, registry: Registry, names: list[str]) -> None:
+def models(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     table = _table("version", "kind", "base", "live as", "made", "from", "measured")
-    aliases = registry.aliases()
-    for name in names:
-        for m in registry.versions(name):
-            live = ", ".join(alias for alias, move in aliases.items() if move.stable == m.id)
-            table.add_row(str(m.id), m.kind, str(m.base or ""), live, ago(m.created_s), m.lineage.job or "", _metrics(m))
-    console.print(
-        table if table.row_count else f"The store {registry.store.url} holds no {' or '.join(names) or 'versions'} yet."
-    )
+    for row in rows:
+        live, made = ", ".join(row["live_as"]), ago(row["created_s"])
+        table.add_row(row["version"], row["kind"], row["base"] or "", live, made, row["job"] or "", _metrics(row["metrics"]))
+    console.print(table if rows else "The pool's store holds no versions yet.")
 
 
-def _metrics(manifest: Manifest) -> str:
+def _metrics(measured: dict[str, float]) -> str:
     kept = ("eval_loss_before", "eval_loss", "exact_match", "train_loss")
-    return " ".join(f"{key}={manifest.lineage.metrics[key]:.4g}" for key in kept if key in manifest.lineage.metrics)
+    return " ".join(f"{key}={measured[key]:.4g}" for key in kept if key in measured)
 
 
 def manifest(console: Console, manifest: Manifest, verdicts: Sequence[Verdict]) -> None:
@@ -191,7 +179,7 @@ def rollout(console: Console, one: Rollout) -> None:
 
 
 def progress(one: Rollout, seen: dict[str, Any]) -> Table:
-    """A rollout that is watched: canary and stable side by side. ``seen``: its entry in `springtide status`."""
+    """A rollout that is watched: canary and stable side by side. ``seen``: as in `cluster.client.Watched`."""
     waiting = seen.get("waiting_for") or "control"
     title = f"{one.version} on {one.alias}: {staged(one)}, waiting for {waiting}"
     table = _table("", "requests", "failed", "first token", "between tokens", "answers end", title=title)

@@ -13,15 +13,15 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from cluster import client
 from cluster.capacity.allocator import SNAPSHOTS, GrantChange
 from cluster.capacity.arbiter import SERVING
 from cluster.capacity.handover import Handover, SlotSnapshot, ended_since, handovers, parse
-from cluster.config import Config
+from cluster.client import Client
 from cluster.errors import PoolUnavailable
-from cluster.pool import local
 
 REDRAWN_S = 1.0
+GONE_S = 60
+"""How long a gateway that answered before may be silent: one that is started again needs some time."""
 IDLE, NOTHING = "", "nothing"
 """Owners of a cell beside serving and the jobs: nobody, and no slot at all (or no record of it)."""
 BLOCKS = {True: "█", False: "░"}
@@ -44,7 +44,7 @@ class Seen(NamedTuple):
     """When it last answered."""
 
     def told(self, document: dict[str, Any], now_s: float) -> "Seen":
-        """With an answer of `cluster.client.slots`, which has the snapshots since the last one."""
+        """With an answer of `cluster.client.Client.slots`, which has the snapshots since the last one."""
         snapshots = (*self.snapshots, *parse(document["snapshots"]))[-SNAPSHOTS:]
         return Seen(snapshots, tuple(GrantChange(**change) for change in document["allocation"]["changes"]), now_s)
 
@@ -237,27 +237,27 @@ def _line(at_s: float, words: str) -> str:
 # watching
 
 
-def watch(config: Config, console: Console, minutes: float) -> None:
+def watch(pool: Client, console: Console, minutes: float) -> None:
     """Redraw once a second until Ctrl-C, or print changes where ``console`` is no terminal. Raises `PoolUnavailable` once the pool is
     gone; a gateway that is silent for a moment is asked again."""
     try:
         if console.is_terminal and not console.is_dumb_terminal:
-            _redraw(config, console, minutes)
+            _redraw(pool, console, minutes)
         else:
-            _print(config, console)
+            _print(pool, console)
     except KeyboardInterrupt:
         return
 
 
-def _redraw(config: Config, console: Console, minutes: float) -> None:
-    seen = look(config, Seen())
+def _redraw(pool: Client, console: Console, minutes: float) -> None:
+    seen = look(pool, Seen())
     try:
         # On a screen of its own, which is overwritten in place: erasing lines before they are drawn anew would flicker.
         with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
             while True:
                 live.update(picture(seen, console, minutes), refresh=True)
                 time.sleep(REDRAWN_S)
-                seen = look(config, seen)
+                seen = look(pool, seen)
     finally:
         console.print(picture(seen, console, minutes))  # that screen is gone: leave what was seen last
 
@@ -271,21 +271,21 @@ def picture(seen: Seen, console: Console, minutes: float) -> Group:
     return Group(title, draw(seen, now_s, width, height - 1, minutes))
 
 
-def _print(config: Config, console: Console) -> None:
+def _print(pool: Client, console: Console) -> None:
     seen = Seen()
     while True:
-        before, seen = seen, look(config, seen)
+        before, seen = seen, look(pool, seen)
         for line in news(before, seen):
             console.print(escape(line), soft_wrap=True, highlight=False)
         time.sleep(REDRAWN_S)
 
 
-def look(config: Config, seen: Seen) -> Seen:
-    """Ask once; where the gateway does not answer but the pool lives, what was seen before."""
+def look(pool: Client, seen: Seen) -> Seen:
+    """Ask once. Where the gateway is silent for a moment: what was seen before. Raises `PoolUnavailable` once it has been for `GONE_S`."""
     since_s = seen.snapshots[-1].at_s if seen.snapshots else 0.0
     try:
-        return seen.told(client.slots(config, since_s), time.time())
+        return seen.told(pool.slots(since_s), time.time())
     except PoolUnavailable:
-        if not seen.at_s or local.find(config) is None:
+        if time.time() - seen.at_s > GONE_S:
             raise
         return seen

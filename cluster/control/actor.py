@@ -15,8 +15,8 @@ import ray
 from cluster import niceness
 from cluster.capacity.allocator import Grant, Heartbeat
 from cluster.config import Config, parse
-from cluster.control import cold_starts, describe
-from cluster.control.aliases import AliasReconciler
+from cluster.control import catalogue, cold_starts, describe
+from cluster.control.aliases import AliasReconciler, Progress
 from cluster.control.allocation import Allocation
 from cluster.control.applications import Applications
 from cluster.control.client import ACTOR, ENGINES, NAMESPACE
@@ -28,7 +28,6 @@ from cluster.control.hosting import Hosting
 from cluster.control.publishing import Publishing
 from cluster.control.reconcile import Reconcilers
 from cluster.control.replicas import Replicas
-from cluster.errors import ModelNotFound
 from cluster.publishing.rollout import Policy, Rollout
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
@@ -148,6 +147,7 @@ class Control:
             "rollouts": [describe.rollout_of(one, time.time()) for one in list(self.aliases.progress.values())],
             "troubles": describe.troubles(self.reconcilers.loop.queue.failures, time.monotonic()),
             "allocation": self.slots.describe(),
+            "policy": self.config.publishing.policy.model_dump(mode="json"),
         }
 
     def fleets(self) -> list[dict[str, Any]]:
@@ -155,13 +155,19 @@ class Control:
         fleets, replicas, known = list(self.hosting.fleets.values()), self.replicas.states, self.applications.known
         return [describe.fleet(one, replicas, known) for one in fleets]
 
+    def models(self, name: str | None = None) -> dict[str, Any]:
+        return catalogue.models(self.registry, name)
+
+    def version(self, id: str) -> dict[str, Any]:
+        return catalogue.version(self.registry, id)
+
     def history(self, alias: str) -> dict[str, Any]:
-        """``{"moves": […], "rollouts": [[record, …], …]}`` of an alias, oldest first. Raises `ModelNotFound`."""
-        moves = self.registry.history(alias)
-        if not moves:
-            raise ModelNotFound(f"There is no alias {alias}.", "See `springtide models` for the ones that exist.", param="model")
-        rollouts = [[record.model_dump(mode="json") for record in records] for records in self.registry.rollouts(alias)]
-        return {"moves": [move.model_dump(mode="json") for move in moves], "rollouts": rollouts}
+        return catalogue.history(self.registry, alias)
+
+    def rollout(self, alias: str) -> dict[str, Any]:
+        """``{"record", "seen"}``: the newest rollout of an alias, and what is known of it. Raises `ModelNotFound`."""
+        progress = self.aliases.progress.get(alias) or Progress(catalogue.rollout(self.registry, alias), None, False)
+        return {"record": progress.rollout.model_dump(mode="json"), "seen": describe.seen(progress, time.time())}
 
     def allocation(self, since_s: float) -> dict[str, Any]:
         """What `springtide top` draws: ``{"allocation", "snapshots", "slots"}``, snapshots after ``since_s`` (seconds since the epoch)."""

@@ -19,14 +19,16 @@ def public(replica: ReplicaState) -> dict[str, Any]:
 
 
 def rollout_of(progress: Progress, now_s: float) -> dict[str, Any]:
-    """A rollout's record, what it waits for, and how canary and stable compare so far."""
+    """A rollout's record, with what is `seen` of it."""
+    return {**progress.rollout.model_dump(mode="json"), **seen(progress, now_s)}
+
+
+def seen(progress: Progress, now_s: float) -> dict[str, Any]:
+    """``{"waiting_for", "canary", "stable"}``: what a rollout waits for, and how canary and stable compare so far, where they do."""
     facts = progress.facts or Facts()
     compared = facts.comparison._asdict().items() if facts.comparison else ()
-    return {
-        **progress.rollout.model_dump(mode="json"),
-        "waiting_for": rollout.waiting_for(progress.rollout, facts, now_s),
-        **{side: summary(tally) for side, tally in compared},
-    }
+    waiting = rollout.waiting_for(progress.rollout, facts, now_s)
+    return {"waiting_for": waiting, **{side: summary(tally) for side, tally in compared}}
 
 
 def summary(tally: Tally) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -33,6 +34,8 @@ START_TIMEOUT_S = 90
 JOBS_S = 10
 """How long jobs may take to keep their state when the pool ends."""
 STOP_TIMEOUT_S = 3
+ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+"""What a shell may have set for another Ray. A new pool takes none of it, nor our own variables: the resolved file has them all."""
 SERVING_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # 15 by default, which starves the gateway beside a busy engine
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -55,6 +58,10 @@ class Pool:
     """Ray's GCS, ``host:port``."""
     dashboard: str
     """The Jobs API and the dashboard, ``http://host:port``."""
+    gateway: str = ""
+    """Where clients connect, ``http://host:port``."""
+    token: str = field(default="", repr=False)
+    """What Ray's own API and the gateway's admin routes ask for."""
 
     @property
     def alive(self) -> bool:
@@ -87,8 +94,9 @@ def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in the terminal is for the command in front, which then stops the pool in order
         )
-    pool = Pool(supervisor.pid, psutil.Process(supervisor.pid).create_time(), address(config), dashboard(config))
-    (config.home / "pool.json").write_text(json.dumps(asdict(pool)))  # at once: whoever interrupts the start can stop it
+    began_s = psutil.Process(supervisor.pid).create_time()
+    pool = Pool(supervisor.pid, began_s, address(config), dashboard(config), gateway(config), token())
+    write_json(config.home / "pool.json", asdict(pool))  # at once: whoever interrupts the start can stop it
     _wait(lambda: _answers(pool), supervisor, log)
     return pool
 
@@ -97,8 +105,16 @@ def remember(config: Config) -> Path:
     """Write the configuration in force where later commands on this home find it."""
     config.home.mkdir(parents=True, exist_ok=True)
     resolved = config.home / "resolved.json"
-    resolved.write_text(json.dumps(config.dump(), indent=1))
+    write_json(resolved, config.dump())
     return resolved
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Readable by its owner only. Whoever reads ``path`` meanwhile gets the old document or the new one, and never half of one."""
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mode 0600
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(document, file, indent=1)
+    os.replace(partial, path)
 
 
 def remembered(config: Config) -> Config:
@@ -107,15 +123,26 @@ def remembered(config: Config) -> Config:
 
 
 def find(config: Config) -> Pool | None:
-    """The pool started from this home, None where none runs."""
-    path = config.home / "pool.json"
-    if not path.exists():
+    """The pool started from this home, None where none runs. This process, and what it starts, speak with that pool from now on."""
+    pool = _read(config.home / "pool.json")
+    if pool is None or not pool.alive:
         return None
-    pool = Pool(**json.loads(path.read_text()))
-    if not pool.alive:
-        return None
+    if not pool.gateway:  # written by an older release
+        pool = replace(pool, gateway=gateway(config), token=token_of(environment(config)))
     os.environ.update(environment(config))
+    os.environ["RAY_API_SERVER_ADDRESS"] = pool.dashboard  # it would win over the address that Ray's client is given
+    if token() != pool.token:
+        os.environ["RAY_AUTH_TOKEN"] = pool.token  # the shell's own is for another Ray
     return pool
+
+
+def _read(path: Path) -> Pool | None:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    known = {one.name for one in fields(Pool)}
+    return Pool(**{key: value for key, value in values.items() if key in known})
 
 
 def require(config: Config) -> Pool:
@@ -149,6 +176,12 @@ def dashboard(config: Config) -> str:
     return f"http://{config.pool.host}:{config.pool.dashboard_port}"
 
 
+def gateway(config: Config) -> str:
+    """Where commands on this machine reach the gateway: an address that stands for all interfaces is no destination."""
+    host = LOOPBACK if config.gateway.host in ("0.0.0.0", "::", "") else config.gateway.host  # noqa: S104 (compared, not bound)
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"
+
+
 def metrics_port(config: Config) -> int:
     """Where Ray's agent answers ``GET /metrics`` for Prometheus; see `cluster.metrics`."""
     return config.pool.agent_ports + 4  # behind those of HAProxy's statistics
@@ -162,8 +195,14 @@ def environment(config: Config) -> dict[str, str]:
     (``ray/_private/services.py::get_node_ip_address``).
     """
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if config.pool.host == LOOPBACK else {}
-    direct = [*os.environ.get("NO_PROXY", "").split(","), "127.0.0.1", "localhost", config.pool.host, config.gateway.host]
-    return {**loopback, "NO_PROXY": ",".join(dict.fromkeys(filter(None, direct))), **_token(config)}
+    excepted = [*os.environ.get("NO_PROXY", "").split(","), *os.environ.get("no_proxy", "").split(",")]
+    direct = ",".join(dict.fromkeys(filter(None, [*excepted, "127.0.0.1", "localhost", config.pool.host, config.gateway.host])))
+    return {
+        **loopback,
+        "NO_PROXY": direct,
+        "no_proxy": direct,
+        **_token(config),
+    }  # where both are set, the second counts for most
 
 
 def _token(config: Config) -> dict[str, str]:
@@ -186,14 +225,18 @@ def client_environment(config: Config) -> dict[str, str]:
 
 def _answers(pool: Pool) -> bool:
     try:
-        return httpx.get(f"{pool.dashboard}/api/version", timeout=2, headers=bearer()).status_code == 200
+        return httpx.get(f"{pool.dashboard}/api/version", timeout=2, headers=bearer(), trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 
 
 def token() -> str:
     """The pool's token, from the environment that `environment` made. Ray's own API and the gateway's admin routes ask for it."""
-    return os.environ.get("RAY_AUTH_TOKEN") or Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    return token_of(os.environ)
+
+
+def token_of(environment: Mapping[str, str]) -> str:
+    return environment.get("RAY_AUTH_TOKEN") or Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
 
 
 def bearer() -> dict[str, str]:
@@ -247,7 +290,7 @@ def ray_environment(config: Config, resolved: Path, run: Path) -> dict[str, str]
 
     base = config.pool.agent_ports
     return {
-        **{key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)},  # the resolved file has them all
+        **{key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX) and key not in ELSEWHERE},
         **environment(config),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
         "SPRINGTIDE_CONFIG": str(resolved),

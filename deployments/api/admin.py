@@ -1,90 +1,91 @@
-"""``/admin``: what an operator may ask, for whoever holds the pool's token. `cluster.client` is its client."""
+"""``/admin``: what an operator may ask, for whoever holds the pool's token. `cluster.client` is its client.
+
+One table (`routes`) has every route: the method, the path, what it calls, and what its body must be. Most hand the request to the control
+actor, whose refusals come back as themselves.
+"""
 
 import hmac
 import math
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from ray.exceptions import RayError, RayTaskError
 
-from cluster.errors import BadRequest, PoolUnavailable, RouteNotFound, SpringtideError, Unauthorized
+from cluster.config import Config
+from cluster.errors import BadRequest, MethodNotAllowed, PoolUnavailable, RouteNotFound, SpringtideError, Unauthorized
 from cluster.pool import local
 from cluster.publishing.rollout import Policy
-from cluster.types import Durable
-from deployments.http import Headers, Receive, Scope, parse_json, read_body
+from cluster.store.objects import Store
+from deployments.api.uploads import Uploads
+from deployments.http import Headers, Receive, Scope, body_chunks, parse_json, read_body
 
 MAX_BODY_BYTES = 64 << 10
-HISTORY = "/admin/history/"
 
 
-class Publish(Durable):
-    """``POST /admin/publish``"""
+class Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+class Order(Body):
+    claimed_author: str = "operator"
+    """The name that the client gives itself. Nothing verifies it: everybody who has the pool's token may write any."""
+
+
+class Publish(Order):
     version: str
     alias: str
     reason: str
-    author: str
     policy: Policy | None = None
     """None: the pool's own (``publishing.policy``)."""
 
 
-class Step(Durable):
-    """``POST /admin/promote`` and ``/admin/abort``"""
+class Step(Order):
+    """Promote or abort."""
 
     alias: str
     reason: str
-    author: str
 
 
 class Rollback(Step):
-    """``POST /admin/rollback``"""
-
     to: str | None = None
 
 
-class Admin:
-    """Checks the token and hands the request to the control actor, whose refusals come back as themselves."""
+class Request(NamedTuple):
+    """What a route's handler gets to see of a request."""
 
-    def __init__(self, control: Callable[[], Any]) -> None:
-        self.control = control
-        self.token = local.token().encode()
+    name: str
+    """The part of the path that ``{name}`` stands for; empty where the route has none."""
+    query: dict[str, str]
+    body: Any
+    """An instance of the route's body; None where it has none."""
+    chunks: AsyncIterator[bytes]
+    """The raw body, for a route that streams it."""
 
-    async def answer(self, method: str, path: str, scope: Scope, receive: Receive) -> dict[str, Any]:
-        self._check_token(scope["headers"])
-        if (method, path) == ("GET", "/admin/status"):
-            return await self._ask(self.control().status.remote())
-        if (method, path) == ("GET", "/admin/slots"):
-            return await self._ask(self.control().allocation.remote(since(scope["query_string"])))
-        if method == "GET" and path.startswith(HISTORY):
-            return await self._ask(self.control().history.remote(path.removeprefix(HISTORY)))
-        if method != "POST" or path not in ORDERS:
-            raise RouteNotFound(
-                f"There is no {method} {path[:200]} here.",
-                f"GET /admin/status, GET /admin/slots, GET {HISTORY}ALIAS and POST {', '.join(ORDERS)} are.",
-            )
-        order: Any = parse_order(ORDERS[path], parse_json(await read_body(scope, receive, MAX_BODY_BYTES)))
-        rollout = await self._ask(self._call(path, order))
-        return rollout.model_dump(mode="json")
 
-    def _call(self, path: str, order: Any) -> Any:
-        if isinstance(order, Publish):
-            return self.control().publish.remote(order.version, order.alias, order.reason, order.author, order.policy)
-        if isinstance(order, Rollback):
-            return self.control().rollback.remote(order.alias, order.to, order.reason, order.author)
-        return self.control().order.remote(order.alias, path.rpartition("/")[2], order.reason, order.author)
+class Route(NamedTuple):
+    method: str
+    path: str
+    """``{name}`` stands for one part of a path."""
+    handle: Callable[[Request], Awaitable[Any]]
+    body: type[Body] | None = None
 
-    def _check_token(self, headers: Headers) -> None:
-        offered = next((value for name, value in headers if name == b"authorization"), b"")
-        if not hmac.compare_digest(offered, b"Bearer " + self.token):
-            raise Unauthorized(
-                "The admin routes need the pool's token.", "Send it as `Authorization: Bearer …`; see `springtide env`."
-            )
+    def match(self, path: str) -> re.Match[str] | None:
+        return re.fullmatch(re.escape(self.path).replace(r"\{name\}", "([^/]+)"), path)
 
-    async def _ask(self, reference: Any) -> Any:
+
+class Control:
+    """The control actor, asked by a method's name."""
+
+    def __init__(self, actor: Callable[[], Any]) -> None:
+        self.actor = actor
+
+    async def __call__(self, method: str, *arguments: Any) -> Any:
+        """What the method returns, as plain JSON values. Raises what it raises, or `PoolUnavailable` where nobody answers."""
         try:
-            return await reference
+            return plain(await getattr(self.actor(), method).remote(*arguments))
         except RayTaskError as error:
             if isinstance(error.cause, SpringtideError):
                 raise error.cause from None
@@ -95,36 +96,111 @@ class Admin:
             ) from error
 
 
-ORDERS: dict[str, type[Durable]] = {
-    "/admin/publish": Publish,
-    "/admin/promote": Step,
-    "/admin/abort": Step,
-    "/admin/rollback": Rollback,
-}
+def routes(control: Control, uploads: Uploads) -> tuple[Route, ...]:
+    return (
+        Route("GET", "/admin/status", lambda _: control("status")),
+        Route("GET", "/admin/slots", lambda request: control("allocation", since(request.query))),
+        Route("GET", "/admin/models", lambda _: control("models")),
+        Route(
+            "GET", "/admin/models/{name}", lambda request: control("version" if "@" in request.name else "models", request.name)
+        ),
+        Route("GET", "/admin/history/{name}", lambda request: control("history", request.name)),
+        Route("GET", "/admin/rollouts/{name}", lambda request: control("rollout", request.name)),
+        Route("POST", "/admin/publish", lambda request: publish(control, request.body), Publish),
+        Route("POST", "/admin/promote", lambda request: step(control, "promote", request.body), Step),
+        Route("POST", "/admin/abort", lambda request: step(control, "abort", request.body), Step),
+        Route("POST", "/admin/rollback", lambda request: rollback(control, request.body), Rollback),
+        Route("PUT", "/admin/uploads", lambda request: uploads.take(request.chunks)),
+    )
 
 
-def since(query: bytes) -> float:
+def publish(control: Control, order: Publish) -> Awaitable[Any]:
+    return control("publish", order.version, order.alias, order.reason, order.claimed_author, order.policy)
+
+
+def step(control: Control, what: str, order: Step) -> Awaitable[Any]:
+    return control("order", order.alias, what, order.reason, order.claimed_author)
+
+
+def rollback(control: Control, order: Rollback) -> Awaitable[Any]:
+    return control("rollback", order.alias, order.to, order.reason, order.claimed_author)
+
+
+class Admin:
+    """Checks the token, finds the route, reads the body, and answers."""
+
+    def __init__(self, actor: Callable[[], Any], config: Config) -> None:
+        self.token = local.token().encode()
+        self.max_upload_bytes = config.gateway.max_upload_bytes
+        self.routes = routes(Control(actor), Uploads(Store(config.store), self.max_upload_bytes))
+
+    async def answer(self, method: str, path: str, scope: Scope, receive: Receive) -> Any:
+        self._check_token(scope["headers"])
+        route, name = find(self.routes, method, path)
+        chunks = body_chunks(scope, receive, self.max_upload_bytes, "gateway.max_upload_bytes")
+        body = read_order(route.body, await read_body(scope, receive, MAX_BODY_BYTES)) if route.body else None
+        return await route.handle(Request(name, query(scope["query_string"]), body, chunks))
+
+    def _check_token(self, headers: Headers) -> None:
+        offered = next((value for name, value in headers if name == b"authorization"), b"")
+        if not hmac.compare_digest(offered, b"Bearer " + self.token):  # as long for a wrong token as for the right one
+            raise Unauthorized(
+                "The admin routes need the pool's token.",
+                "Send it as `Authorization: Bearer …`; the `springtide` command takes it from SPRINGTIDE_API_KEY.",
+            )
+
+
+def find(table: Iterable[Route], method: str, path: str) -> tuple[Route, str]:
+    """The route of a request, and what its ``{name}`` stands for. Raises `RouteNotFound` or `MethodNotAllowed`."""
+    fitting = [(route, match) for route in table if (match := route.match(path))]
+    for route, match in fitting:
+        if route.method == method:
+            return route, next(iter(match.groups()), "")
+    if fitting:
+        allowed = ", ".join(route.method for route, _ in fitting)
+        raise MethodNotAllowed(f"{method} is not what {path[:200]} takes.", f"It takes {allowed}.")
+    known = ", ".join(f"{route.method} {route.path}" for route in table)
+    raise RouteNotFound(f"There is no {method} {path[:200]} here.", f"There are {known}.")
+
+
+def plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def query(raw: bytes) -> dict[str, str]:
+    """
+    >>> query(b"since_s=12.5&x=")
+    {'since_s': '12.5'}
+    """
+    return {key: values[0] for key, values in parse_qs(raw.decode("latin-1")).items()}
+
+
+def since(asked: dict[str, str]) -> float:
     """``since_s`` of a query, in seconds since the epoch; without it the beginning. Raises `BadRequest`.
 
-    >>> since(b"since_s=12.5"), since(b"")
+    >>> since({"since_s": "12.5"}), since({})
     (12.5, 0.0)
     """
-    text = parse_qs(query.decode("latin-1")).get("since_s", ["0"])[0]
+    return number(asked, "since_s", "Send a time in seconds since 1970.")
+
+
+def number(asked: dict[str, str], name: str, do: str) -> float:
+    """A number from a query, 0 where it is absent. Raises `BadRequest`."""
+    text = asked.get(name, "0")
     try:
-        since_s = float(text)
+        value = float(text)
     except ValueError:
-        since_s = math.nan
-    if not math.isfinite(since_s):
-        raise BadRequest(
-            f"since_s: {text[:50]!r} is no number of seconds.", "Send a time in seconds since 1970.", param="since_s"
-        )
-    return since_s
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadRequest(f"{name}: {text[:50]!r} is no number.", do, param=name)
+    return value
 
 
-def parse_order(kind: type[Durable], body: dict[str, Any]) -> Durable:
+def read_order(kind: type[Body], raw: bytes) -> Body:
+    """A body as its route wants it. Raises `BadRequest`."""
     try:
-        return kind.model_validate(body)
+        return kind.model_validate(parse_json(raw))
     except ValidationError as error:
         first = error.errors()[0]
         where, wanted = ".".join(map(str, first["loc"])), ", ".join(kind.model_fields)
-        raise BadRequest(f"{where}: {first['msg']}.", f"Send {wanted}.") from None
+        raise BadRequest(f"{where}: {first['msg']}.", f"Send {wanted}.", param=where) from None

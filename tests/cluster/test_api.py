@@ -118,7 +118,7 @@ def test_only_the_routes_of_the_api_exist(pool: Running, path: str) -> None:
 
 def test_bad_input_has_killed_nothing(pool: Running) -> None:
     """Runs after the cases above, on the same replica."""
-    (replica,) = admin.status(pool.config)["replicas"]
+    (replica,) = admin.of(pool.config).status()["replicas"]
     assert replica["refused"] == {}
     body = {"model": "seedling", "messages": QUESTION, "max_tokens": 2}
     assert httpx.post(f"{pool.url}/v1/chat/completions", json=body).status_code == 200
@@ -143,11 +143,11 @@ def test_a_client_that_leaves_frees_the_engine(pool: Running) -> None:
 
 
 def running(pool: Running) -> int:
-    return sum(replica["running"] for replica in admin.status(pool.config)["replicas"])
+    return sum(replica["running"] for replica in admin.of(pool.config).status()["replicas"])
 
 
 def test_a_replica_answers_only_to_the_gateway(pool: Running) -> None:
-    (replica,) = admin.status(pool.config)["replicas"]
+    (replica,) = admin.of(pool.config).status()["replicas"]
     assert "secret" not in replica
     for headers in ({}, {"x-springtide-secret": "guess"}):
         assert httpx.post(f"{replica['url']}/v1/chat/completions", json={}, headers=headers).status_code == 403

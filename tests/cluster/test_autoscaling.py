@@ -26,7 +26,7 @@ def deploy(pool: Running, **fleet: Any) -> None:
 
 
 def replicas(pool: Running) -> int:
-    return len(client.status(pool.config)["replicas"])
+    return len(client.of(pool.config).status()["replicas"])
 
 
 def ask(pool: Running, timeout_s: float = 120) -> httpx.Response:
@@ -85,12 +85,12 @@ def test_engines_with_too_much_to_do_get_another_beside_them(pool: Running) -> N
 @pytest.mark.parametrize("victim", ["replica", "engine"])
 def test_an_engine_ends_with_its_replica_and_a_replica_with_its_engine(pool: Running, victim: str) -> None:
     """Whoever is killed: the other does not stay behind, and there is another pair soon."""
-    (replica,), pid = named(pool, "ray::ServeReplica:fleet"), client.status(pool.config)["replicas"][0]["pid"]
+    (replica,), pid = named(pool, "ray::ServeReplica:fleet"), client.of(pool.config).status()["replicas"][0]["pid"]
     (engine,) = (one for one in engines(pool) if one.pid == pid)
     (replica if victim == "replica" else engine).kill()
     _, left = psutil.wait_procs([replica, engine], timeout=5)
     assert left == []
-    when(lambda: [one["pid"] != pid for one in client.status(pool.config)["replicas"]] == [True], 90)
+    when(lambda: [one["pid"] != pid for one in client.of(pool.config).status()["replicas"]] == [True], 90)
 
 
 @pytest.mark.chaos
@@ -105,18 +105,18 @@ def test_an_engine_that_slept_through_publishes_wakes_with_what_is_live(pool: Ru
         base = pool.registry.fetch(pool.registry.manifest(VersionId("seedling", 1)), tmp_path / "cache")
         folder = make_weights(tmp_path / "weights", base, 77, 0.02)
         weights = pool.registry.register("seedling", "weights", None, folder, Lineage())
-        client.publish(pool.config, weights.id, "seedling", "while one sleeps", DIRECT)
+        client.of(pool.config).publish(weights.id, "seedling", "while one sleeps", DIRECT)
         adapter = make_adapter(tmp_path / "adapter", folder, 8, 78)
         tuned = pool.registry.register("seedling", "adapter", weights.id, adapter, Lineage())
-        client.publish(pool.config, tuned.id, "seedling", "while it still sleeps", DIRECT)
+        client.of(pool.config).publish(tuned.id, "seedling", "while it still sleeps", DIRECT)
         deploy(pool, **deployed)
         print(f"awake after {when(lambda: replicas(pool) == 2, 60):.1f} s")
-        states = client.status(pool.config)["replicas"]
+        states = client.of(pool.config).status()["replicas"]
         assert {state["base"] for state in states} == {str(weights.id)} and len({state["fingerprint"] for state in states}) == 1
         assert all(str(tuned.id) in state["held"] for state in states)
         assert len(engines(pool)) == 2, "none was started"
     finally:
-        client.publish(pool.config, before, "seedling", "as it was", DIRECT)
+        client.of(pool.config).publish(before, "seedling", "as it was", DIRECT)
         deploy(pool)
 
 

@@ -36,11 +36,11 @@ def as_it_was(pool: Running) -> Iterator[None]:
     wait_until(lambda: ready(pool), timeout_s=150)
     now = pool.registry.rollout("seedling")
     if now is not None and now.stage in ("registered", "warming", "canary"):
-        client.step(pool.config, "abort", "seedling", "the test is over")
+        client.of(pool.config).step("abort", "seedling", "the test is over")
     back_to_one(pool)
     graph.deploy(pool.config)
-    wait_until(lambda: [r["base"] for r in client.status(pool.config)["replicas"]] == [str(ONE)], timeout_s=150)
-    wait_until(lambda: client.status(pool.config)["slots"]["free"] >= 2, timeout_s=90)
+    wait_until(lambda: [r["base"] for r in client.of(pool.config).status()["replicas"]] == [str(ONE)], timeout_s=150)
+    wait_until(lambda: client.of(pool.config).status()["slots"]["free"] >= 2, timeout_s=90)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def crashing(pool: Running) -> Iterator[Path]:
 
 def ready(pool: Running) -> bool:
     try:
-        return len(client.status(pool.config)["replicas"]) > 0
+        return len(client.of(pool.config).status()["replicas"]) > 0
     except (Refused, PoolUnavailable):
         return False
 
@@ -76,7 +76,7 @@ def settle(pool: Running, made: Manifest) -> str:
 def back_to_one(pool: Running) -> None:
     wait_until(lambda: ready(pool), timeout_s=60)
     if pool.registry.aliases()["seedling"].stable != ONE:
-        client.rollback(pool.config, "seedling", ONE, "again from the start")
+        client.of(pool.config).rollback("seedling", ONE, "again from the start")
 
 
 def crash_points(pool: Running, home: Path, made: Manifest) -> int:
@@ -84,7 +84,7 @@ def crash_points(pool: Running, home: Path, made: Manifest) -> int:
     (home / "acts.log").unlink(missing_ok=True)
     (home / "crash.json").write_text(json.dumps({"run": f"count {made.id}", "at": 0}))
     with recording(pool.url, "seedling", 6, pause_s=0.1):
-        client.publish(pool.config, made.id, "seedling", "undisturbed", policy_of(made))
+        client.of(pool.config).publish(made.id, "seedling", "undisturbed", policy_of(made))
         assert settle(pool, made) == "live"
     (home / "crash.json").unlink()
     acts = (home / "acts.log").read_text().splitlines()
@@ -106,7 +106,7 @@ def test_control_killed_enginesevery_act_of_a_rollout(pool: Running, crashing: P
             began_s = time.monotonic()
             (crashing / "crash.json").write_text(json.dumps({"run": f"{made.id} {at}", "at": at}))
             with contextlib.suppress(Refused, PoolUnavailable):  # its answer dies with it; the rollout goes on, or never began
-                client.publish(pool.config, made.id, "seedling", f"dies before act {at}", policy_of(made))
+                client.of(pool.config).publish(made.id, "seedling", f"dies before act {at}", policy_of(made))
             wait_until(lambda: ready(pool), timeout_s=60)
             stage = settle(pool, made)
             assert not (crashing / "crash.json").exists(), "it did die"
@@ -126,7 +126,7 @@ def test_control_killed_enginesevery_act_of_an_abort(pool: Running, crashing: Pa
         for at in range(100):
             if at > acts:
                 break
-            assert client.publish(pool.config, made.id, "seedling", f"aborted, dies before act {at}", half).stage == "canary"
+            assert client.of(pool.config).publish(made.id, "seedling", f"aborted, dies before act {at}", half).stage == "canary"
             (crashing / "acts.log").unlink(missing_ok=True)
             (crashing / "crash.json").write_text(json.dumps({"run": f"abort {at}", "at": at}))
             began_s = time.monotonic()
@@ -143,11 +143,11 @@ def test_control_killed_enginesevery_act_of_an_abort(pool: Running, crashing: Pa
 
 def abort(pool: Running) -> None:
     with contextlib.suppress(Refused, PoolUnavailable):
-        client.step(pool.config, "abort", "seedling", "not good")
+        client.of(pool.config).step("abort", "seedling", "not good")
     wait_until(lambda: ready(pool), timeout_s=60)
     if where(pool).startswith("canary"):
         with contextlib.suppress(Refused):  # it has just happened
-            client.step(pool.config, "abort", "seedling", "not good, said again")
+            client.of(pool.config).step("abort", "seedling", "not good, said again")
 
 
 def policy_of(made: Manifest) -> Policy:
@@ -168,18 +168,18 @@ def test_replicas_killed_added_and_removed_under_publishes(pool: Running, tmp_pa
     """Only streams that a killed process was answering end early, each with an error event; nothing else fails, nothing is mixed."""
     made = [adapter(pool, tmp_path, seed=seed) for seed in (42, 43)]
     graph.deploy(doubled(pool.config))
-    wait_until(lambda: len(client.status(pool.config)["replicas"]) == 2, timeout_s=150)
+    wait_until(lambda: len(client.of(pool.config).status()["replicas"]) == 2, timeout_s=150)
     killed_s: list[float] = []
     with recording(pool.url, "seedling", 8, pause_s=0.1) as events:
         for turn, victim in enumerate(("replica", "engine core")):
-            client.publish(pool.config, made[turn].id, "seedling", f"before {victim} dies", STEPS)
+            client.of(pool.config).publish(made[turn].id, "seedling", f"before {victim} dies", STEPS)
             before = ids(pool)
             (replicas(pool) if victim == "replica" else cores(pool))[0].kill()
             killed_s.append(time.monotonic())
             wait_until(lambda: two_others(ids(pool), before), timeout_s=150)  # noqa: B023 (called at once)
             settle(pool, made[turn])
         graph.deploy(pool.config)
-        wait_until(lambda: len(client.status(pool.config)["replicas"]) == 1, timeout_s=150)
+        wait_until(lambda: len(client.of(pool.config).status()["replicas"]) == 1, timeout_s=150)
         time.sleep(1)
     expected = expected_of(pool.url, [str(ONE), *(str(one.id) for one in made)])
     lost = [event for event in events if event.error]
@@ -194,12 +194,12 @@ def a_canary_of_weights_takes_its_share_of_the_replicas(pool: Running, made: Man
     with recording(pool.url, "seedling", 8, pause_s=0.1) as events:
         half = Policy(steps=(50, 100), min_requests=10_000, gate=False, margins=ANY)
         expected = expected_of(pool.url, [str(ONE)])
-        assert client.publish(pool.config, made.id, "seedling", "half of it", half).stage == "canary"
+        assert client.of(pool.config).publish(made.id, "seedling", "half of it", half).stage == "canary"
         wait_until(lambda: {e.version for e in events[-16:]} == {str(ONE), str(made.id)}, timeout_s=30)
-        assert sorted(r["base"] for r in client.status(pool.config)["replicas"]) == sorted([str(ONE), str(made.id)])
-        assert client.step(pool.config, "promote", "seedling", "test").stage == "live"
+        assert sorted(r["base"] for r in client.of(pool.config).status()["replicas"]) == sorted([str(ONE), str(made.id)])
+        assert client.of(pool.config).step("promote", "seedling", "test").stage == "live"
         time.sleep(0.5)
-    assert {r["base"] for r in client.status(pool.config)["replicas"]} == {str(made.id)}
+    assert {r["base"] for r in client.of(pool.config).status()["replicas"]} == {str(made.id)}
     assert problems(events, expected | expected_of(pool.url, [str(made.id)])) == []
 
 
@@ -213,25 +213,25 @@ def two_others(now: set[str], before: set[str]) -> bool:
 
 
 def ids(pool: Running) -> set[str]:
-    return {replica["id"] for replica in client.status(pool.config)["replicas"]}
+    return {replica["id"] for replica in client.of(pool.config).status()["replicas"]}
 
 
 def test_a_late_replica_has_the_same_bits_as_one_that_was_swapped(pool: Running, tmp_path: Path) -> None:
     """P3 for weights: what was loaded in place is what a fresh engine loads."""
     made = other_weights(pool, tmp_path, 44)
-    client.publish(pool.config, made.id, "seedling", "before the second replica")
+    client.of(pool.config).publish(made.id, "seedling", "before the second replica")
     graph.deploy(doubled(pool.config))
-    wait_until(lambda: len(client.status(pool.config)["replicas"]) == 2, timeout_s=150)
-    replicas = client.status(pool.config)["replicas"]
+    wait_until(lambda: len(client.of(pool.config).status()["replicas"]) == 2, timeout_s=150)
+    replicas = client.of(pool.config).status()["replicas"]
     assert {replica["base"] for replica in replicas} == {str(made.id)}
     assert len({replica["fingerprint"] for replica in replicas}) == 1
     back_to_one(pool)
-    wait_until(lambda: {r["base"] for r in client.status(pool.config)["replicas"]} == {str(ONE)}, timeout_s=30)
+    wait_until(lambda: {r["base"] for r in client.of(pool.config).status()["replicas"]} == {str(ONE)}, timeout_s=30)
     a_canary_of_weights_takes_its_share_of_the_replicas(pool, made)
     back_to_one(pool)
-    wait_until(lambda: {r["base"] for r in client.status(pool.config)["replicas"]} == {str(ONE)}, timeout_s=30)
+    wait_until(lambda: {r["base"] for r in client.of(pool.config).status()["replicas"]} == {str(ONE)}, timeout_s=30)
     graph.deploy(pool.config)
-    wait_until(lambda: len(client.status(pool.config)["replicas"]) == 1, timeout_s=150)
+    wait_until(lambda: len(client.of(pool.config).status()["replicas"]) == 1, timeout_s=150)
 
 
 def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_ones(pool: Running, tmp_path: Path) -> None:
@@ -251,24 +251,24 @@ def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_o
     assert seen <= {str(ONE), str(made.id)}
     expected |= expected_of(pool.url, [str(made.id)])
     assert problems([event for event in events if not event.error], expected) == []
-    (state,) = client.status(pool.config)["replicas"]
+    (state,) = client.of(pool.config).status()["replicas"]
     assert state["base"] == str(made.id)
     back_to_one(pool)
 
 
 def attempt(pool: Running, made: Manifest) -> None:
     with contextlib.suppress(Refused, PoolUnavailable):
-        client.publish(pool.config, made.id, "seedling", "its replica dies")
+        client.of(pool.config).publish(made.id, "seedling", "its replica dies")
 
 
 def test_control_killed_while_a_second_fleet_takes_over(pool: Running, tmp_path: Path) -> None:
     """P11 for another shape: killed while its fleet starts, while the canary runs and while the fleet's own replica changes engines."""
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
     made = pool.registry.register("seedling", "weights", None, make_smaller(tmp_path / "smaller", base), Lineage())
-    (before,), expected = client.status(pool.config)["replicas"], expected_of(pool.url, [str(ONE)])
+    (before,), expected = client.of(pool.config).status()["replicas"], expected_of(pool.url, [str(ONE)])
     with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
         began_s = time.monotonic()
-        client.publish(pool.config, made.id, "seedling", "another shape", STEPS)
+        client.of(pool.config).publish(made.id, "seedling", "another shape", STEPS)
         wait_until(lambda: len(replicas(pool)) == 2, timeout_s=60)
         for reached in ("warming 0", "canary 50", "canary 100"):
             wait_until(lambda: where(pool) == reached, timeout_s=150)  # noqa: B023 (called at once)
@@ -276,7 +276,7 @@ def test_control_killed_while_a_second_fleet_takes_over(pool: Running, tmp_path:
         wait_until(lambda: where(pool) == "live 0", timeout_s=150)
         wait_until(lambda: len(ids(pool)) == 1, timeout_s=60)
         print(f"another shape, control killed three times: live and alone again after {time.monotonic() - began_s:.0f} s")
-    (after,) = client.status(pool.config)["replicas"]
+    (after,) = client.of(pool.config).status()["replicas"]
     assert (after["id"], after["base"]) == (before["id"], str(made.id))
     assert problems(events, expected | expected_of(pool.url, [str(made.id)])) == []
     longest_s = max(event.end_s - event.start_s for event in events)
@@ -306,34 +306,34 @@ def test_a_shape_that_no_engine_can_start_leaves_everything_as_it_was(pool: Runn
     made = pool.registry.register("seedling", "weights", None, folder, Lineage())
     with recording(pool.url, "seedling", 4, pause_s=0.2) as events:
         began_s = time.monotonic()
-        client.publish(pool.config, made.id, "seedling", "no engine can start it", STEPS)
+        client.of(pool.config).publish(made.id, "seedling", "no engine can start it", STEPS)
         wait_until(lambda: where(pool) == "rolled_back 0", timeout_s=200)
         print(f"given up after {time.monotonic() - began_s:.0f} s")
     now = pool.registry.rollout("seedling")
     assert now is not None and "did not start" in now.reason, now
     assert problems(events, expected_of(pool.url, [str(ONE)])) == []
-    wait_until(lambda: client.status(pool.config)["slots"]["free"] >= 1, timeout_s=90)
+    wait_until(lambda: client.of(pool.config).status()["slots"]["free"] >= 1, timeout_s=90)
 
 
 def test_a_canary_of_weights_on_one_replica_and_a_swap_that_fails_afterwards(pool: Running, tmp_path: Path) -> None:
     """P1b: a second fleet hosts the canary. Then the file is damaged before the fleet's own replica reads it: the rollout ends with that
     replica's words, and everybody is back at the old version, in the same process."""
     made, expected = other_weights(pool, tmp_path, 46), expected_of(pool.url, [str(ONE)])
-    (before,) = client.status(pool.config)["replicas"]
+    (before,) = client.of(pool.config).status()["replicas"]
     half = Policy(steps=(50, 100), min_requests=10_000, gate=False, margins=ANY)
     with recording(pool.url, "seedling", 8, pause_s=0.1) as events:
-        client.publish(pool.config, made.id, "seedling", "half of the sessions", half)
+        client.of(pool.config).publish(made.id, "seedling", "half of the sessions", half)
         wait_until(lambda: {e.version for e in events[-16:]} == {str(ONE), str(made.id)}, timeout_s=120)
         expected |= expected_of(pool.url, [str(made.id)])
         root = pool.registry.store.local_root
         assert root is not None
         damage(root / f"versions/seedling/{made.id.n}/files/model.safetensors")
         with pytest.raises(Refused, match=r"could not load seedling@\d+: .*does not match its manifest"):
-            client.step(pool.config, "promote", "seedling", "to everybody")
+            client.of(pool.config).step("promote", "seedling", "to everybody")
         wait_until(lambda: len(ids(pool)) == 1, timeout_s=60)
         time.sleep(0.5)
     assert problems(events, expected) == [] and events[-1].version == str(ONE)
-    (after,) = client.status(pool.config)["replicas"]
+    (after,) = client.of(pool.config).status()["replicas"]
     assert (after["id"], after["fingerprint"]) == (before["id"], before["fingerprint"])
 
 
@@ -349,9 +349,9 @@ def test_poisoned_weights_are_rolled_back_by_the_canary(pool: Running, tmp_path:
     folder = make_weights(tmp_path / "poison", base, 47, noise=0.5)
     made = pool.registry.register("seedling", "weights", None, folder, Lineage())
     policy = Policy(steps=(25, 100), min_requests=10_000, gate=False)
-    wait_until(lambda: client.status(pool.config)["slots"]["free"] >= 1, timeout_s=90)
+    wait_until(lambda: client.of(pool.config).status()["slots"]["free"] >= 1, timeout_s=90)
     with recording(pool.url, "seedling", 32, pause_s=0.1) as events:
-        client.publish(pool.config, made.id, "seedling", "poisoned", policy)
+        client.of(pool.config).publish(made.id, "seedling", "poisoned", policy)
         wait_until(lambda: where(pool) == "canary 25", timeout_s=120)
         began_s = time.monotonic()
         wait_until(lambda: where(pool) == "rolled_back 0", timeout_s=30)

@@ -79,7 +79,7 @@ def join(pool: Running, slots: int) -> "subprocess.Popen[bytes]":
 
 
 def total(pool: Running) -> float:
-    return client.status(pool.config)["slots"]["total"]
+    return client.of(pool.config).status()["slots"]["total"]
 
 
 @pytest.mark.timeout(900)

@@ -89,17 +89,17 @@ def test_train_publish_and_roll_back_under_load(pool: Running) -> None:
 def test_an_adapter_is_acknowledged_by_digest_before_it_is_live(pool: Running, tmp_path: Path) -> None:
     made = adapter(pool, tmp_path, seed=1)
     live = pool.registry.aliases()["seedling"].stable
-    rollout = admin.publish(pool.config, made.id, "seedling", "test")
+    rollout = admin.of(pool.config).publish(made.id, "seedling", "test")
     assert (rollout.alias, rollout.stage) == ("seedling", "live")
-    for replica in admin.status(pool.config)["replicas"]:
+    for replica in admin.of(pool.config).status()["replicas"]:
         assert replica["held"][str(made.id)] == made.digest
     assert ask(pool).headers["x-model-version"] == str(made.id)
-    admin.publish(pool.config, live, "seedling", "clean up")
+    admin.of(pool.config).publish(live, "seedling", "clean up")
 
 
 def test_publishing_what_is_live_already_changes_nothing(pool: Running) -> None:
     live = pool.registry.aliases()["seedling"]
-    assert admin.publish(pool.config, live.stable, "seedling", "again").stage == "live"
+    assert admin.of(pool.config).publish(live.stable, "seedling", "again").stage == "live"
     assert pool.registry.aliases()["seedling"] == live
 
 
@@ -137,13 +137,13 @@ def test_an_adapter_that_the_engine_cannot_load_is_refused(pool: Running, tmp_pa
 def assert_refused_under_traffic(pool: Running, made: Manifest, words: str) -> None:
     """Refused with words that explain, the alias unmoved, the same replica alive, no request failed."""
     live = pool.registry.aliases()["seedling"]
-    replicas = {replica["id"] for replica in admin.status(pool.config)["replicas"]}
+    replicas = {replica["id"] for replica in admin.of(pool.config).status()["replicas"]}
     with traffic(pool, streams=4) as samples:
         with pytest.raises(Refused, match=words):
-            admin.publish(pool.config, made.id, "seedling", "must not work")
+            admin.of(pool.config).publish(made.id, "seedling", "must not work")
         time.sleep(0.5)
     assert pool.registry.aliases()["seedling"] == live
-    assert {replica["id"] for replica in admin.status(pool.config)["replicas"]} == replicas
+    assert {replica["id"] for replica in admin.of(pool.config).status()["replicas"]} == replicas
     assert [s.error for s in samples if not s.ok] == [] and {s.version for s in samples} == {str(live.stable)}
 
 
@@ -157,24 +157,24 @@ def test_control_converges_after_it_was_killed(pool: Running, tmp_path: Path) ->
         pool.registry.move("seedling", made.id, "moved behind control's back", "test", live.generation)
         wait_until(lambda: ask(pool).headers.get("x-model-version") == str(made.id), timeout_s=40)
     assert [s.error for s in samples if not s.ok] == []
-    admin.publish(pool.config, live.stable, "seedling", "clean up")
+    admin.of(pool.config).publish(live.stable, "seedling", "clean up")
 
 
 def test_a_replica_that_starts_later_comes_up_with_what_is_live(pool: Running, tmp_path: Path) -> None:
     """And with two gateways and two replicas no client sees a move of the alias go back."""
     made, next_one = adapter(pool, tmp_path, seed=5), adapter(pool, tmp_path, seed=6)
-    admin.publish(pool.config, made.id, "seedling", "before the second replica")
+    admin.of(pool.config).publish(made.id, "seedling", "before the second replica")
     with traffic(pool, streams=8) as samples:
         graph.deploy(doubled(pool.config))
-        wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 2, timeout_s=120)
-        assert all(replica["held"].get(str(made.id)) == made.digest for replica in admin.status(pool.config)["replicas"])
+        wait_until(lambda: len(admin.of(pool.config).status()["replicas"]) == 2, timeout_s=120)
+        assert all(replica["held"].get(str(made.id)) == made.digest for replica in admin.of(pool.config).status()["replicas"])
         wait_until(lambda: len(gateways(pool)) == 2, timeout_s=60)
         time.sleep(1)
         for version in (next_one, made) * 2:
-            admin.publish(pool.config, version.id, "seedling", "moved under two gateways")
+            admin.of(pool.config).publish(version.id, "seedling", "moved under two gateways")
             time.sleep(1)
         graph.deploy(pool.config)
-        wait_until(lambda: len(admin.status(pool.config)["replicas"]) == 1, timeout_s=90)
+        wait_until(lambda: len(admin.of(pool.config).status()["replicas"]) == 1, timeout_s=90)
     assert len(cores(pool)) == 1, "whatever else there is sleeps"
     assert [s.error for s in samples if not s.ok] == [], "neither the new replica nor its end cost a request"
     assert [s.generation for s in samples if s.generation is None] == []
@@ -191,7 +191,7 @@ def doubled(config: Config) -> Config:
 
 def cores(pool: Running) -> list[psutil.Process]:
     """Of the engines that serve."""
-    serving = {replica["pid"] for replica in admin.status(pool.config)["replicas"]}
+    serving = {replica["pid"] for replica in admin.of(pool.config).status()["replicas"]}
     return [process for process in named(pool, "VLLM::EngineCor") if process.ppid() in serving]
 
 

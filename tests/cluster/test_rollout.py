@@ -44,9 +44,9 @@ def seedling_one_is_live(pool: Running) -> Iterator[None]:
 def clean_up(pool: Running) -> None:
     now = pool.registry.rollout("seedling")
     if now is not None and now.stage in ("registered", "warming", "canary"):
-        client.step(pool.config, "abort", "seedling", "the test is over")
+        client.of(pool.config).step("abort", "seedling", "the test is over")
     if pool.registry.aliases()["seedling"].stable != ONE:
-        client.rollback(pool.config, "seedling", ONE, "the test is over")
+        client.of(pool.config).rollback("seedling", ONE, "the test is over")
         wait_until(lambda: stage(pool) == "live", timeout_s=120)
 
 
@@ -56,7 +56,7 @@ def stage(pool: Running) -> str:
 
 
 def canary(pool: Running, made: Manifest, policy: Policy = HALF) -> Rollout:
-    return client.publish(pool.config, made.id, "seedling", "test", policy)
+    return client.of(pool.config).publish(made.id, "seedling", "test", policy)
 
 
 def gone(events: list[Event], since: int = 0) -> set[str]:
@@ -73,7 +73,7 @@ def test_a_canary_gets_its_share_of_sessions_and_each_session_sees_one_version(p
         since = len(events)
         wait_until(lambda: len(events) > since + 4 * SESSIONS, timeout_s=30)
         split = events[since + SESSIONS :]
-        assert client.step(pool.config, "promote", "seedling", "test").stage == "live"
+        assert client.of(pool.config).step("promote", "seedling", "test").stage == "live"
         promoted_s = time.monotonic()
         time.sleep(1)
     assert problems(events, expected_of(pool.url, [str(ONE), str(made.id)])) == []
@@ -130,7 +130,7 @@ def test_a_version_with_nan_is_refused_before_any_replica_is_touched(pool: Runni
     made = pool.registry.register("seedling", "adapter", ONE, folder, Lineage())
     with pytest.raises(Refused, match="NaN or infinite"):
         canary(pool, made)
-    assert all(str(made.id) not in replica["held"] for replica in client.status(pool.config)["replicas"])
+    assert all(str(made.id) not in replica["held"] for replica in client.of(pool.config).status()["replicas"])
 
 
 def test_the_gate_stops_a_version_that_has_unlearnt_what_the_live_one_knows(pool: Running, tmp_path: Path) -> None:
@@ -184,16 +184,16 @@ def test_weights_of_the_same_shape_are_swapped_in_place(pool: Running, tmp_path:
     """One replica, no second copy: requests wait for the swap, none fails, none is answered by a mixture; and back again."""
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
     made = pool.registry.register("seedling", "weights", None, make_weights(tmp_path / "w", base, 28, noise=0.02), Lineage())
-    (before,) = client.status(pool.config)["replicas"]
+    (before,) = client.of(pool.config).status()["replicas"]
     expected = expected_of(pool.url, [str(ONE)])
     with recording(pool.url, "seedling", 6, pause_s=0.05) as events:
         time.sleep(1)
-        assert client.publish(pool.config, made.id, "seedling", "other weights").stage == "live"
+        assert client.of(pool.config).publish(made.id, "seedling", "other weights").stage == "live"
         expected |= expected_of(pool.url, [str(made.id)])
         time.sleep(1)
-        assert client.rollback(pool.config, "seedling", None, "and back").stage == "live"
+        assert client.of(pool.config).rollback("seedling", None, "and back").stage == "live"
         time.sleep(1)
-    (after,) = client.status(pool.config)["replicas"]
+    (after,) = client.of(pool.config).status()["replicas"]
     assert problems(events, expected) == []
     assert gone(events) == {str(ONE), str(made.id)}
     assert any(expected[str(ONE), prompt] != text for (version, prompt), text in expected.items() if version == str(made.id))
@@ -206,23 +206,23 @@ def test_weights_of_another_shape_go_live_through_a_second_fleet(pool: Running, 
     """Its own replicas answer for the new shape while the fleet's change their engines; then they go, and nothing has failed."""
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
     made = pool.registry.register("seedling", "weights", None, make_smaller(tmp_path / "w", base), Lineage())
-    (before,) = client.status(pool.config)["replicas"]
+    (before,) = client.of(pool.config).status()["replicas"]
     with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
         time.sleep(1)
         began_s = time.monotonic()
         assert canary(pool, made).stage in ("registered", "warming")
         wait_until(lambda: str(made.id) in gone(events), timeout_s=120)
         print(f"the second fleet answers after {time.monotonic() - began_s:.1f} s")
-        assert client.step(pool.config, "promote", "seedling", "test").stage == "live"
+        assert client.of(pool.config).step("promote", "seedling", "test").stage == "live"
         print(f"live after {time.monotonic() - began_s:.1f} s")
-        wait_until(lambda: len(client.status(pool.config)["replicas"]) == 1, timeout_s=60)
+        wait_until(lambda: len(client.of(pool.config).status()["replicas"]) == 1, timeout_s=60)
         expected = expected_of(pool.url, [str(made.id)])
         time.sleep(1)
-        began_s, _ = time.monotonic(), client.rollback(pool.config, "seedling", None, "and back")
+        began_s, _ = time.monotonic(), client.of(pool.config).rollback("seedling", None, "and back")
         wait_until(lambda: stage(pool) == "live", timeout_s=120)
         print(f"back after {time.monotonic() - began_s:.1f} s")
         time.sleep(1)
-    after = next(replica for replica in client.status(pool.config)["replicas"] if replica["id"] == before["id"])
+    after = next(replica for replica in client.of(pool.config).status()["replicas"] if replica["id"] == before["id"])
     assert after["fingerprint"] == before["fingerprint"], "the fleet's own replica, with another engine twice, the same bits"
     expected |= expected_of(pool.url, [str(ONE)])
     assert problems(events, expected) == [] and gone(events) == {str(ONE), str(made.id)}
@@ -233,10 +233,10 @@ def test_going_back_names_a_version_and_moves_at_once(pool: Running, tmp_path: P
     """P12: a live version is taken back under load, and nobody who asks afterwards gets it."""
     made = adapter(pool, tmp_path, seed=30)
     with recording(pool.url, "seedling", SESSIONS, pause_s=0.05) as events:
-        client.publish(pool.config, made.id, "seedling", "test")
+        client.of(pool.config).publish(made.id, "seedling", "test")
         wait_until(lambda: str(made.id) in gone(events), timeout_s=10)
         began_s = time.monotonic()
-        back = client.rollback(pool.config, "seedling", VersionId("seedling", 1), "test")
+        back = client.of(pool.config).rollback("seedling", VersionId("seedling", 1), "test")
         ended_s = time.monotonic()
         time.sleep(0.5)
     assert back.stage == "live" and ended_s - began_s < 5
@@ -250,12 +250,12 @@ def test_a_rollback_asked_for_twice_goes_back_once(pool: Running, tmp_path: Path
     """The second one joins the first, and never takes it back."""
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
     made = pool.registry.register("seedling", "weights", None, make_weights(tmp_path / "w", base, 37), Lineage())
-    client.publish(pool.config, made.id, "seedling", "bad")
+    client.of(pool.config).publish(made.id, "seedling", "bad")
     stages: list[str] = []
 
     def back() -> None:
         with contextlib.suppress(Refused):  # the first had ended already: there is nothing before version 1
-            stages.append(client.rollback(pool.config, "seedling", None, "bad").stage)
+            stages.append(client.of(pool.config).rollback("seedling", None, "bad").stage)
 
     both = [threading.Thread(target=back) for _ in range(2)]
     for thread in both:
@@ -270,7 +270,7 @@ def test_a_rollback_asked_for_twice_goes_back_once(pool: Running, tmp_path: Path
 def test_a_long_stream_by_bad_weights_does_not_hold_up_the_way_back(pool: Running, tmp_path: Path) -> None:
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
     made = pool.registry.register("seedling", "weights", None, make_weights(tmp_path / "w", base, 38), Lineage())
-    client.publish(pool.config, made.id, "seedling", "bad")
+    client.of(pool.config).publish(made.id, "seedling", "bad")
     body = {
         "model": "seedling",
         "messages": [{"role": "user", "content": "Go on."}],
@@ -282,7 +282,7 @@ def test_a_long_stream_by_bad_weights_does_not_hold_up_the_way_back(pool: Runnin
         events = response.iter_text()
         next(events)
         began_s = time.monotonic()
-        client.rollback(pool.config, "seedling", None, "bad")
+        client.of(pool.config).rollback("seedling", None, "bad")
         took_s = time.monotonic() - began_s
         rest = "".join(events)
     print(f"back after {took_s:.1f} s")
@@ -298,7 +298,7 @@ def test_a_run_that_publishes_is_judged_by_what_it_did_not_train_on(
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
     folder = make_adapter(tmp_path / "adapter", base, seed=39, scale=scale)
     made = pool.registry.register("seedling", "adapter", ONE, folder, Lineage())
-    waiting = client.publish(pool.config, made.id, "seedling", "trained", DIRECT.model_copy(update={"gate": True}))
+    waiting = client.of(pool.config).publish(made.id, "seedling", "trained", DIRECT.model_copy(update={"gate": True}))
     assert waiting.stage == "registered"
     home = {**os.environ, "SPRINGTIDE_HOME": str(pool.config.home)}
     line = [sys.executable, "-m", "tests.judging", "seedling"]
@@ -311,7 +311,7 @@ def test_a_run_that_publishes_is_judged_by_what_it_did_not_train_on(
 def test_a_publish_and_a_rollback_at_once_end_in_one_history(pool: Running, tmp_path: Path) -> None:
     """P10: whichever came first, every gateway answers with what the newest generation says, and the generations have no gap."""
     one, two = adapter(pool, tmp_path, seed=31), adapter(pool, tmp_path, seed=32)
-    client.publish(pool.config, one.id, "seedling", "live before the race")
+    client.of(pool.config).publish(one.id, "seedling", "live before the race")
     outcomes: list[str] = []
 
     def attempt(act: Callable[[], Rollout]) -> None:
@@ -321,8 +321,8 @@ def test_a_publish_and_a_rollback_at_once_end_in_one_history(pool: Running, tmp_
             outcomes.append(str(error))
 
     acts = [
-        lambda: client.publish(pool.config, two.id, "seedling", "forward"),
-        lambda: client.rollback(pool.config, "seedling", ONE, "back"),
+        lambda: client.of(pool.config).publish(two.id, "seedling", "forward"),
+        lambda: client.of(pool.config).rollback("seedling", ONE, "back"),
     ]
     with recording(pool.url, "seedling", 4) as events:
         threads = [threading.Thread(target=attempt, args=(act,)) for act in acts]
@@ -344,23 +344,23 @@ def test_more_adapters_than_places_push_out_the_idle_ones_and_never_the_live_one
     made = [adapter(pool, tmp_path, seed=100 + n) for n in range(places + 2)]
     with recording(pool.url, "seedling", 4, pause_s=0.05) as events:
         for one in made:
-            client.publish(pool.config, one.id, "seedling", "one more")
+            client.of(pool.config).publish(one.id, "seedling", "one more")
             assert ask(pool).headers["x-model-version"] == str(one.id)
     assert problems(events, {}) == []
-    (replica,) = client.status(pool.config)["replicas"]
+    (replica,) = client.of(pool.config).status()["replicas"]
     assert len(replica["held"]) == places + 1, "the base and every place"
     wait_until(lambda: ask(pool, str(made[0].id)).status_code == 404, timeout_s=5)
     assert ask(pool, str(made[-2].id)).status_code == 200
-    client.publish(pool.config, made[0].id, "seedling", "again")
+    client.of(pool.config).publish(made[0].id, "seedling", "again")
     assert ask(pool, str(made[0].id)).status_code == 200
 
 
 def test_a_name_published_again_answers_from_no_stale_cache(pool: Running, tmp_path: Path) -> None:
     """P9: the same question to both versions of a name, before and after; the engine's prefix cache is keyed by the version."""
     one, two = adapter(pool, tmp_path, seed=33), adapter(pool, tmp_path, seed=34)
-    client.publish(pool.config, one.id, "seedling", "first")
+    client.of(pool.config).publish(one.id, "seedling", "first")
     first = expected_of(pool.url, [str(one.id)])
-    client.publish(pool.config, two.id, "seedling", "second of the same name")
+    client.of(pool.config).publish(two.id, "seedling", "second of the same name")
     both = expected_of(pool.url, [str(one.id), str(two.id)])
     assert all(both[key] == text for key, text in first.items())
     assert any(both[str(one.id), prompt] != both[str(two.id), prompt] for _, prompt in first)
@@ -385,7 +385,7 @@ def test_a_replica_whose_swap_fails_goes_back_to_what_it_had(pool: Running, tmp_
     """P1b: the new weights were in memory already and are not what they should be; the same process answers as before, and says why."""
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
     made = pool.registry.register("seedling", "weights", None, make_weights(tmp_path / "w", base, 35), Lineage())
-    (before,), expected = client.status(pool.config)["replicas"], expected_of(pool.url, [str(ONE)])
+    (before,), expected = client.of(pool.config).status()["replicas"], expected_of(pool.url, [str(ONE)])
     with recording(pool.url, "seedling", 4, pause_s=0.05) as events:
         line = [sys.executable, "-m", "tests.reverting", str(made.id)]
         home = {**os.environ, "SPRINGTIDE_HOME": str(pool.config.home)}
@@ -418,7 +418,7 @@ def test_the_base_answers_as_itself_beside_as_many_adapters_as_there_are_slots(p
     expected = expected_of(pool.url, [str(ONE)])
     made = [adapter(pool, tmp_path, seed=200 + n) for n in range(pool.config.fleet.max_loras + 1)]
     for one in made:
-        client.publish(pool.config, one.id, "seedling", "takes a slot")
+        client.of(pool.config).publish(one.id, "seedling", "takes a slot")
         expected |= expected_of(pool.url, [str(one.id)])
     with (
         recording(pool.url, str(ONE), 4, pause_s=0, prefix="base") as base,

@@ -55,7 +55,7 @@ class Record:
 
     def look(self) -> None:
         since_s = max(self.snapshots, default=time.time() - 1)
-        self.snapshots |= {snapshot.at_s: snapshot for snapshot in parse(client.slots(self.pool.config, since_s)["snapshots"])}
+        self.snapshots |= {snapshot.at_s: snapshot for snapshot in parse(client.of(self.pool.config).slots(since_s)["snapshots"])}
 
     def all(self) -> list[SlotSnapshot]:
         return [self.snapshots[at_s] for at_s in sorted(self.snapshots)]
@@ -110,7 +110,7 @@ class Job:
     @property
     def allocation(self) -> Allocation | None:
         with suppress(SpringtideError):
-            for job in client.status(self.pool.config)["allocation"]["jobs"]:
+            for job in client.of(self.pool.config).status()["allocation"]["jobs"]:
                 if job["id"] == self.name:
                     return Allocation(job["id"], 0, job["held"], job["active"])
         return None
@@ -152,7 +152,7 @@ def record(pool: Running) -> Iterator[Record]:
     record = Record(pool)
     yield record
     scaled(pool, 1)
-    when(lambda: client.status(pool.config)["slots"]["free"] == 2, 90)  # none is lost for ever
+    when(lambda: client.of(pool.config).status()["slots"]["free"] == 2, 90)  # none is lost for ever
     record.audit()
 
 
@@ -173,7 +173,7 @@ def scaling(pool: Running, replicas: int) -> Iterator[None]:
 
 
 def replicas(pool: Running) -> int:
-    return len(client.status(pool.config)["replicas"])
+    return len(client.of(pool.config).status()["replicas"])
 
 
 def processes(pool: Running, name: str) -> list[psutil.Process]:
@@ -248,7 +248,7 @@ def test_a_burst_takes_slots_from_a_job_and_no_request_fails(pool: Running, tmp_
     with running(pool, tmp_path, *finetune()) as job:
         with load.background(f"{pool.url}/v1", "seedling", streams=12) as samples:
             began_s, first_s = time.time(), time.monotonic()
-            starts_s = when(lambda: bool(client.status(pool.config)["starting"]) or replicas(pool) == 2, 60)
+            starts_s = when(lambda: bool(client.of(pool.config).status()["starting"]) or replicas(pool) == 2, 60)
             came_s = starts_s + when(lambda: replicas(pool) == 2, 120)
             asked_s, gave_s = (
                 since(record, began_s, lambda m: m.wanted > 1),
@@ -333,7 +333,7 @@ def test_a_killed_driver_frees_its_slots_and_the_run_can_be_resumed(pool: Runnin
     with running(pool, tmp_path, *finetune(epochs=400), checkpoint_s=2) as job:
         when(lambda: job.times("checkpoint step=") >= 2, 60)
         job.process.kill()
-        print(f"slots free after {when(lambda: client.status(pool.config)['slots']['free'] == 2, 15):.1f} s")
+        print(f"slots free after {when(lambda: client.of(pool.config).status()['slots']['free'] == 2, 15):.1f} s")
         reached, name = job.steps, job.name
     again = Job(pool, tmp_path, *finetune("--resume", name, epochs=400))
     assert again.process.wait(300) == 0, again.text[-2000:]

@@ -96,14 +96,14 @@ def test_a_missing_or_damaged_data_file_ends_a_job_before_it_has_a_slot(pool: Ru
     bad = tmp_path / "bad.jsonl"
     bad.write_text("".join(Path(TIDE).read_text().splitlines(keepends=True)[:2]) + '{"messages": [\n')
     record.snapshots |= {
-        snapshot.at_s: snapshot for snapshot in parse(client.slots(pool.config)["snapshots"])
+        snapshot.at_s: snapshot for snapshot in parse(client.of(pool.config).slots()["snapshots"])
     }  # nothing new shall come
     known = {allocation.job for snapshot in record.all() for allocation in snapshot.jobs}
     for data, words in ((bad, f"{bad}, line 3: not JSON"), (tmp_path / "none.jsonl", f"{tmp_path}/none.jsonl cannot be read")):
         began_s = time.monotonic()
         job = Job(pool, tmp_path, "jobs.finetune", "--data", str(data), "--base", "seedling@1")
         while job.process.poll() is None:
-            assert client.status(pool.config)["slots"]["free"] == 2
+            assert client.of(pool.config).status()["slots"]["free"] == 2
         assert job.process.returncode == 2, job.text
         assert f"error: {words}" in job.text and not re.search("^run |Traceback", job.text, re.MULTILINE)
         print(f"{data.name}: ended {time.monotonic() - began_s:.1f} s after it was begun")

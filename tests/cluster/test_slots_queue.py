@@ -104,7 +104,7 @@ def workers(job: Job) -> list[int]:
 
 
 def free(pool: Running) -> int:
-    return round(client.status(pool.config)["slots"]["free"])
+    return round(client.of(pool.config).status()["slots"]["free"])
 
 
 def test_ray_trains_own_elastic_run_stays_off_the_slots_of_serving(pool: Running, tmp_path: Path, record: Record) -> None:

@@ -43,11 +43,11 @@ def read(terminal: int, until: str, timeout_s: float) -> str:
 
 
 def test_slots_are_told_to_whoever_has_the_token(pool: Running) -> None:
-    told = client.slots(pool.config)
+    told = client.of(pool.config).slots()
     last = parse(told["snapshots"])[-1]
     assert last.slots == told["slots"]["total"] == pool.config.pool.slots
     assert last.serving >= 1 and told["allocation"]["grants"]["serving"] >= 1
-    assert client.slots(pool.config, last.at_s + 3600)["snapshots"] == []
+    assert client.of(pool.config).slots(last.at_s + 3600)["snapshots"] == []
     url = f"{pool.url}/admin/slots"
     assert httpx.get(url).status_code == 401
     assert httpx.get(f"{url}?since_s=soon", headers=bearer()).status_code == 400

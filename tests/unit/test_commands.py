@@ -10,15 +10,13 @@ from typing import Any
 import pytest
 from ray.job_submission import JobDetails, JobStatus
 from rich.console import Console
-from typer.testing import CliRunner
 
 import jobs
-from cluster.cli import commands, demo, render
+from cluster.cli import demo, render
 from cluster.config import Config, parse
-from cluster.errors import ModelNotFound, PoolUnavailable
+from cluster.errors import PoolUnavailable
 from cluster.pool import local, submit
 from jobs import Parser, finetune
-from tests.conftest import ROOT
 
 RUN, JOB = "finetune-0123456789ab", "raysubmit_0123456789abcdef"
 BEGUN = f"8 examples to train on\nrun {RUN}\n"
@@ -57,14 +55,6 @@ def test_a_part_of_an_options_name_is_refused(short: list[str], monkeypatch: Any
     with pytest.raises(SystemExit):
         finetune.parse_arguments()
     assert f"unrecognized arguments: {' '.join(short)}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("base", ["nobody", "nobody@1"])
-def test_a_base_that_does_not_exist_is_refused_before_a_job_is_submitted(base: str, config: Config, monkeypatch: Any) -> None:
-    monkeypatch.setattr(commands, "_running", lambda: config)
-    data = str(ROOT / "jobs" / "seedling" / "tide.jsonl")
-    done = CliRunner().invoke(commands.app, ["train", "--data", data, "--base", base, "--no-wait"])
-    assert isinstance(done.exception, ModelNotFound) and base in str(done.exception)
 
 
 # jobs

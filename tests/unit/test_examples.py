@@ -9,8 +9,11 @@ import pytest
 @pytest.mark.parametrize(
     "module",
     [
-        "cluster.cli.commands",
+        "cluster.cli.jobs",
         "cluster.config",
+        "cluster.endpoint",
+        "cluster.errors",
+        "deployments.api.admin",
         "cluster.pool.submit",
         "deployments.routing.upstream",
         "deployments.routing.shadow",

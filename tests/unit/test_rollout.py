@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.cli import demo
+from cluster.cli.publishing import policy
 from cluster.publishing.canary import Comparison, Tally
 from cluster.publishing.rollout import (
     DIRECT,
@@ -214,6 +214,6 @@ def test_a_canary_on_a_pool_without_a_gate_needs_no_verdict() -> None:
     """`publish --canary` takes the usual steps, and whether a verdict is needed from the pool."""
     for gate in (False, True):
         pools = DIRECT.model_copy(update={"gate": gate})
-        chosen = demo.policy(pools, canary=True, steps=None, gate=None)
-        assert chosen is not None and chosen.gate == gate and chosen.steps == Policy().steps
-        assert (other := demo.policy(pools, canary=True, steps=None, gate=not gate)) and other.gate != gate
+        chosen = policy(pools, canary=True, steps=None, gate=None)
+        assert chosen.gate == gate and chosen.steps == Policy().steps
+        assert policy(pools, canary=True, steps=None, gate=not gate).gate != gate

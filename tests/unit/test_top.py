@@ -26,9 +26,9 @@ from cluster.cli.top import (
     span,
     times,
 )
-from cluster.config import Config
-from cluster.errors import BadRequest, PoolUnavailable
-from deployments.api.admin import since
+from cluster.client import Client
+from cluster.endpoint import Endpoint
+from cluster.errors import PoolUnavailable
 
 NOW_S = 1_000_000.0
 SERVING = Cell("serving")
@@ -188,7 +188,11 @@ def interrupted(_: float) -> None:
     raise KeyboardInterrupt
 
 
-def looked(config: Config, seen: Seen) -> Seen:
+POOL = Client(Endpoint("http://127.0.0.1:1", ""))
+"""Nothing answers there."""
+
+
+def looked(pool: Client, seen: Seen) -> Seen:
     return Seen((SlotSnapshot(time.time(), 2, 1, 1, 1),), (), time.time())
 
 
@@ -196,7 +200,7 @@ def test_a_file_gets_lines_and_ctrl_c_ends_it(monkeypatch: Any) -> None:
     monkeypatch.setattr(top, "look", looked)
     monkeypatch.setattr(top.time, "sleep", interrupted)
     file = io.StringIO()
-    top.watch(Config(), Console(file=file, force_terminal=False), 5)
+    top.watch(POOL, Console(file=file, force_terminal=False), 5)
     assert file.getvalue()[9:] == "serving holds 1 of 1; 1 of 2 slots idle\n"
 
 
@@ -205,29 +209,15 @@ def test_a_terminal_gets_the_picture_and_its_own_screen_back(monkeypatch: Any) -
     monkeypatch.setattr(top.time, "sleep", interrupted)
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
-    top.watch(Config(), Console(file=file, force_terminal=True, width=80, height=24), 5)
+    top.watch(POOL, Console(file=file, force_terminal=True, width=80, height=24), 5)
     first, _, left = file.getvalue().partition("\x1b[?1049l")
     assert "\x1b[?1049h" in first and "serving" in first
     assert "serving" in left, "what was seen last stays"
 
 
-def test_a_gateway_that_is_silent_for_a_moment_is_asked_again(monkeypatch: Any) -> None:
-    def silent(config: Config, since_s: float) -> Any:
-        raise PoolUnavailable("The gateway does not answer.")
-
-    seen = Seen((at(5, 1),), (), NOW_S)
-    monkeypatch.setattr(top.client, "slots", silent)
-    monkeypatch.setattr(top.local, "find", lambda config: object())
-    assert top.look(Config(), seen) is seen
-    with pytest.raises(PoolUnavailable):
-        top.look(Config(), Seen())
-    monkeypatch.setattr(top.local, "find", lambda config: None)
-    with pytest.raises(PoolUnavailable):
-        top.look(Config(), seen)
-
-
-@pytest.mark.parametrize("query", [b"since_s=soon", b"since_s=nan", b"since_s=inf", b"since_s=%00"])
-def test_a_time_that_is_none_is_refused(query: bytes) -> None:
-    with pytest.raises(BadRequest, match="since_s"):
-        since(query)
-    assert since(b"since_s=1.5&x=2") == 1.5 and since(b"") == 0.0
+def test_a_gateway_that_is_silent_for_a_moment_is_asked_again() -> None:
+    seen = Seen((at(5, 1),), (), time.time())
+    assert top.look(POOL, seen) is seen
+    for silent in (Seen(), seen._replace(at_s=time.time() - top.GONE_S - 1)):
+        with pytest.raises(PoolUnavailable):
+            top.look(POOL, silent)

@@ -1,0 +1,72 @@
+"""What every file of commands shares: the `springtide` command itself, its options, and the pool that it speaks with."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import typer
+from rich.console import Console
+
+from cluster import config as configuration
+from cluster import endpoint
+from cluster.client import Client
+from cluster.config import Config
+from cluster.errors import BadRequest
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One pool of accelerators that serves models and trains them.",
+)
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)
+
+Preset = Annotated[str | None, typer.Option(help="Start from cluster/presets/NAME.yaml: laptop or gpu.")]
+File = Annotated[Path | None, typer.Option("--config", help="A YAML file; springtide.yaml here by default.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: --set fleet.max_replicas=2. Repeatable.")]
+Wait = Annotated[bool, typer.Option(help="Follow it until it ends. Ctrl-C ends only the following.")]
+
+
+class Chosen(NamedTuple):
+    """The options before the command's name."""
+
+    pool: str | None = None
+
+
+chosen = Chosen()
+
+
+@app.callback()
+def options(
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="The gateway of the pool to speak with; SPRINGTIDE_API_KEY is the key for it. By default SPRINGTIDE_POOL, "
+            "else the pool that runs from this home.",
+        ),
+    ] = None,
+) -> None:
+    global chosen
+    chosen = Chosen(pool)
+
+
+def client() -> Client:
+    """The pool that the command speaks with, from any folder and any machine."""
+    return Client(endpoint.find(chosen.pool))
+
+
+def load(preset: str | None = None, file: Path | None = None, sets: list[str] | None = None) -> Config:
+    """The configuration of this home, for what starts and stops local processes. Raises `BadRequest` where another pool was named."""
+    if chosen.pool:
+        raise BadRequest("This command works on this machine alone.", "Leave --pool out.", param="pool")
+    pairs: list[tuple[str, str]] = []
+    for text in sets or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise BadRequest(f"--set {text} has no value.", "Write it as --set KEY=VALUE.", param=key)
+        pairs.append((key, value))
+    if file is not None and not file.is_file():
+        raise BadRequest(f"There is no file {file}.", "Check the path given with --config.", param="config")
+    return configuration.load(preset, file, configuration.from_pairs(pairs))

@@ -1,0 +1,110 @@
+"""Commands that start, stop and examine what runs on this machine."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from cluster.cli import render
+from cluster.cli.app import File, Preset, Sets, app, console, load
+from cluster.config import Config
+from cluster.pool import local
+
+k8s_app = typer.Typer(no_args_is_help=True, help="Manifests for KubeRay, rendered from the same configuration.")
+app.add_typer(k8s_app, name="k8s")
+
+Model = Annotated[str | None, typer.Option(help="A folder in Hugging Face layout, a hub id, or a name in the store.")]
+
+
+@app.command()
+def run(
+    preset: Preset = None,
+    config: File = None,
+    set: Sets = None,
+    once: Annotated[bool, typer.Option(help="Stop when the loop is done.")] = False,
+) -> None:
+    """The whole loop: start the pool, serve a model, fine-tune it, publish the result into live traffic, keep serving."""
+    from cluster.cli import demo
+
+    demo.run(load(preset, config, set), console, keep_serving=not once)
+
+
+@app.command()
+def up(model: Model = None, preset: Preset = None, config: File = None, set: Sets = None) -> None:
+    """Start the pool and serve. Returns when it answers; `springtide down` stops it."""
+    from cluster.cli import demo
+
+    loaded = demo.up(load(preset, config, set), console, model)
+    render.serving(console, loaded)
+
+
+@app.command()
+def down() -> None:
+    """Stop the pool and every process it started. The store stays."""
+    stopped = local.down(running())
+    console.print("Stopped." if stopped else "Nothing was running.")
+
+
+@app.command("config")
+def show_config(preset: Preset = None, config: File = None, set: Sets = None) -> None:
+    """The resolved configuration: every key with the value in force."""
+    import yaml
+
+    print(yaml.safe_dump(load(preset, config, set).dump(), sort_keys=False), end="")
+
+
+@app.command()
+def env() -> None:
+    """Shell lines for Ray's own commands on this pool: eval "$(springtide env)"."""
+    for key, value in local.client_environment(running()).items():
+        print(f"export {key}={shlex.quote(value)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check what usually goes wrong: the store, the ports, the versions, the memory."""
+    from cluster.cli import doctor
+
+    findings = doctor.examine(load())
+    table = Table(box=None, show_header=False)
+    for finding in findings:
+        table.add_row("[green]ok[/]" if finding.ok else "[red]no[/]", finding.subject, finding.words)
+    console.print(table)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context, what: str) -> None:
+    """Measure, as `python -m benchmarks` does: springtide bench serving."""
+    raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks", what, *context.args]))
+
+
+@k8s_app.command("render")
+def k8s_render(
+    into: Annotated[Path | None, typer.Option(help="Write the files here instead of printing them.")] = None,
+    preset: Preset = "gpu",
+    config: File = None,
+    set: Sets = None,
+) -> None:
+    """The RayService for serving and the RayJob for fine-tuning."""
+    from cluster.pool import k8s
+
+    files = k8s.render(load(preset, config, set))
+    for name, text in files.items():
+        if into is None:
+            print(f"# {name}\n{text}")
+        else:
+            into.mkdir(parents=True, exist_ok=True)
+            (into / name).write_text(text)
+    if into is not None:
+        console.print(f"Wrote {', '.join(files)} to {into}.")
+
+
+def running() -> Config:
+    """The configuration of the pool that runs from this home; what would be started, where none runs."""
+    config = load()
+    return local.remembered(config) if local.find(config) else config

@@ -1,0 +1,100 @@
+"""Commands that bring a version to a live model name, and take it back."""
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.live import Live
+
+from cluster.cli import render
+from cluster.cli.app import Wait, app, client, console
+from cluster.client import Client
+from cluster.errors import BadRequest
+from cluster.publishing.gate import latest
+from cluster.publishing.rollout import UNDER_WAY, Policy, Rollout
+from cluster.types import VersionId
+
+LOOK_AGAIN_S = 0.5
+
+
+@app.command()
+def history(alias: str) -> None:
+    """Every move of an alias and every step of its rollouts: when, to what, by whom and why."""
+    told = client().history(alias)
+    render.history(console, told.moves, told.rollouts)
+
+
+@app.command()
+def publish(
+    version: Annotated[str, typer.Argument(help="NAME@N")],
+    alias: Annotated[str | None, typer.Option(help="The alias to move; the version's own name by default.")] = None,
+    reason: str = "published by hand",
+    canary: Annotated[bool, typer.Option("--canary", help="Go by the policy's steps, compared with the live version.")] = False,
+    steps: Annotated[str | None, typer.Option(help="Shares for --canary, for example 5,25,100.")] = None,
+    gate: Annotated[bool | None, typer.Option(help="Whether a verdict is needed; the policy's own choice by default.")] = None,
+    wait: Wait = True,
+) -> None:
+    """Bring a version to the live model name. No request fails, and what was live stays live until the new one has shown itself."""
+    id, pool = VersionId.parse(version), client()
+    own = canary or steps is not None or gate is not None
+    chosen = policy(Policy.model_validate(pool.status()["policy"]), canary, steps, gate) if own else None
+    rollout = pool.publish(id, alias or id.name, reason, chosen)
+    if rollout.stage == "registered" and latest(pool.version(id).verdicts, rollout.incumbent) is None:
+        from cluster.cli.jobs import measure
+
+        console.print("It needs a verdict first; measuring it now.")
+        measure(pool, id, ["--alias", rollout.alias])
+    if wait and rollout.stage in UNDER_WAY:
+        rollout = watch(pool, console, rollout)
+    render.rollout(console, rollout)
+    if rollout.stage == "rolled_back":
+        sys.exit(2)  # as where it is refused at once
+
+
+@app.command()
+def promote(alias: str, reason: str = "promoted by hand") -> None:
+    """Make the alias's canary live now, for everybody."""
+    render.rollout(console, client().step("promote", alias, reason))
+
+
+@app.command()
+def abort(alias: str, reason: str = "aborted by hand") -> None:
+    """End the alias's rollout; every session gets the stable version again."""
+    render.rollout(console, client().step("abort", alias, reason))
+
+
+@app.command()
+def rollback(alias: str, to: Annotated[str | None, typer.Option(help="A version; the previous one by default.")] = None) -> None:
+    """End the rollout under way, or else move the alias back to what it served before. Nothing is deleted."""
+    render.rollout(console, client().rollback(alias, VersionId.parse(to) if to else None, "rolled back by hand"))
+
+
+def policy(pools: Policy, canary: bool, steps: str | None, gate: bool | None) -> Policy:
+    """The pool's own policy, with what a command's options change of it."""
+    values = {**(Policy() if canary and len(pools.steps) == 1 else pools).model_dump(), "gate": pools.gate}
+    shares = {"steps": [int(share) for share in steps.split(",") if share.isdigit()]} if steps else {}
+    try:
+        return Policy.model_validate(values | shares | ({} if gate is None else {"gate": gate}))
+    except ValidationError as error:
+        raise BadRequest(str(error.errors()[0]["msg"]), "Write --steps as 5,25,100.", param="steps") from error
+
+
+def watch(pool: Client, console: Console, rollout: Rollout) -> Rollout:
+    """Draw the rollout until it ends or goes live. Ctrl-C leaves it to control."""
+    console.print(f"From another terminal: springtide promote {rollout.alias} · abort {rollout.alias}.")
+    try:
+        with Live(render.progress(rollout, {}), console=console, refresh_per_second=4) as live:
+            while rollout.stage in UNDER_WAY:
+                time.sleep(LOOK_AGAIN_S)
+                now = pool.rollout(rollout.alias)
+                if now.record.number != rollout.number:  # it ended, and another has followed
+                    return pool.history(rollout.alias).rollouts[rollout.number - 1][-1]
+                rollout = now.record
+                live.update(render.progress(rollout, now.seen))
+        console.print()
+    except KeyboardInterrupt:
+        console.print(f"The rollout goes on by itself; springtide promote {rollout.alias} · abort {rollout.alias} · history.")
+    return rollout

@@ -1,0 +1,58 @@
+"""Commands that look at what the pool serves, and ask it."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from cluster.cli import render
+from cluster.cli.app import app, client, console
+from cluster.errors import BadRequest, ModelNotFound
+from cluster.types import VersionId
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole document.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Draw who holds the slots, once a second; Ctrl-C ends it.")] = False,
+    minutes: Annotated[float, typer.Option(help="How far back --watch draws.", min=0.1, max=1440)] = 5,
+) -> None:
+    """What is running: replicas with the versions they hold, aliases, slots."""
+    pool = client()
+    if watch and as_json:
+        raise BadRequest("--watch prints no JSON.", "Use `springtide status --json` alone.")
+    if watch:
+        from cluster.cli import top
+
+        return top.watch(pool, console, minutes)
+    document = pool.status()
+    if as_json:
+        print(json.dumps(document))
+    else:
+        render.status(console, pool.url, document)
+
+
+@app.command()
+def models(name: Annotated[str | None, typer.Argument(help="A model, or one version as NAME@N.")] = None) -> None:
+    """Every version, with its kind, lineage and measurements; the live one marked."""
+    if name and "@" in name:
+        told = client().version(VersionId.parse(name))
+        render.manifest(console, told.manifest, told.verdicts)
+    else:
+        render.models(console, client().models(name))
+
+
+@app.command()
+def ask(
+    question: str,
+    model: Annotated[str | None, typer.Option(help="The alias; by default the first that the pool lists.")] = None,
+    version: Annotated[int | None, typer.Option(help="Pin NAME@N.")] = None,
+) -> None:
+    """Ask the live model one question and show which version answered."""
+    pool = client()
+    model = model or next(iter(pool.served()), None)
+    if model is None:
+        raise ModelNotFound("The pool serves no model yet.", "`springtide status` says what it waits for.")
+    answer = pool.ask(f"{model}@{version}" if version else model, question)
+    console.print(f"[bold]{answer.version}[/]: {escape(answer.text)}")

@@ -1,0 +1,136 @@
+"""The admin routes: the table, the token, the bodies."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import Config, parse
+from cluster.errors import BadRequest, BodyTooLarge, MethodNotAllowed, RouteNotFound, SpringtideError, Unauthorized
+from cluster.store.objects import Store
+from deployments.api.admin import Admin, Publish, find, query, read_order, since
+from deployments.api.uploads import Uploads
+from deployments.http import body_chunks
+
+
+@pytest.fixture
+def admin(tmp_path: Path, monkeypatch: Any) -> Admin:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
+    config = parse({**Config().dump(), "home": str(tmp_path), "store": tmp_path.as_uri(), "gateway": {"max_upload_bytes": 2000}})
+    return Admin(lambda: pytest.fail("control was asked"), config)
+
+
+def answer(admin: Admin, method: str, path: str, token: str = "token", body: bytes = b"", length: int | None = None) -> Any:
+    headers = [
+        (b"authorization", f"Bearer {token}".encode()),
+        (b"content-length", str(len(body) if length is None else length).encode()),
+    ]
+    messages = [{"type": "http.request", "body": body[at : at + 700], "more_body": True} for at in range(0, len(body), 700)]
+    messages.append({"type": "http.disconnect"} if length else {"type": "http.request", "body": b""})
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    return asyncio.run(admin.answer(method, path, {"headers": headers, "query_string": b""}, receive))
+
+
+@pytest.mark.parametrize("path", ["/admin/status", "/admin/uploads", "/admin/nowhere"])
+def test_without_the_token_there_is_nothing_here(admin: Admin, path: str) -> None:
+    for token in ("", "toke", "tokens", "tøken"):
+        with pytest.raises(Unauthorized):
+            answer(admin, "GET", path, token)
+
+
+def test_every_route_is_found_and_nothing_else(admin: Admin) -> None:
+    for route in admin.routes:
+        assert find(admin.routes, route.method, route.path.replace("{name}", "m@1")) == (
+            route,
+            "m@1" if "{name}" in route.path else "",
+        )
+    with pytest.raises(MethodNotAllowed, match="It takes POST"):
+        find(admin.routes, "GET", "/admin/publish")
+    for path in (
+        "/admin/",
+        "/admin/status/",
+        "/admin/history/",
+        "/admin/history/a/b",
+        "/admin/models/a/b",
+        "/admin/statu",
+        "/admin/{name}",
+    ):
+        with pytest.raises(RouteNotFound, match="GET /admin/status"):
+            find(admin.routes, "GET", path)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"{}", b'{"version": 3, "alias": "a", "reason": ""}', b'{"version": "a@1", "alias": "a", "reason": "", "x": 1}']
+)
+def test_a_body_that_is_not_as_its_route_wants_it_is_refused_with_the_field(raw: bytes) -> None:
+    with pytest.raises(BadRequest, match="Send claimed_author, version, alias, reason, policy") as raised:
+        read_order(Publish, raw)
+    assert raised.value.param in ("version", "x")
+
+
+@pytest.mark.parametrize("raw", [b"since_s=soon", b"since_s=nan", b"since_s=inf", b"since_s=%00"])
+def test_a_time_that_is_none_is_refused(raw: bytes) -> None:
+    with pytest.raises(BadRequest, match="since_s"):
+        since(query(raw))
+    assert since(query(b"since_s=1.5&x=2")) == 1.5 and since(query(b"")) == 0.0
+
+
+# uploads
+
+
+def test_an_upload_is_an_object_called_by_its_digest(admin: Admin, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 7
+    name = hashlib.sha256(data).hexdigest()
+    for _ in range(2):  # the second time it is there already
+        assert answer(admin, "PUT", "/admin/uploads", body=data) == {"source": f"upload:{name}", "size_bytes": len(data)}
+    assert Store(tmp_path.as_uri()).get(f"uploads/{name}") == data
+
+
+@pytest.mark.parametrize(
+    ("body", "length", "error"),
+    [
+        (b"x" * 2001, None, BodyTooLarge),
+        (b"x", 2001, BodyTooLarge),
+        (b"x" * 100, 200, BadRequest),  # the client left
+        (b"", None, BadRequest),
+    ],
+)
+def test_an_upload_that_is_refused_leaves_nothing(
+    admin: Admin, tmp_path: Path, body: bytes, length: int | None, error: type[SpringtideError]
+) -> None:
+    with pytest.raises(error):
+        answer(admin, "PUT", "/admin/uploads", body=body, length=length)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_upload_holds_little_in_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    async def many() -> AsyncIterator[bytes]:
+        for _ in range(640):
+            yield bytes(100_000)
+
+    tracemalloc.start()
+    taken = asyncio.run(Uploads(Store(tmp_path.as_uri()), 1 << 30).take(many()))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken["size_bytes"] == 64_000_000
+    assert peak_bytes < 16 << 20
+
+
+def test_a_stream_ends_with_the_body() -> None:
+    messages = [{"type": "http.request", "body": b"a", "more_body": True}, {"type": "http.request", "body": b"b"}]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    async def collect() -> list[bytes]:
+        return [chunk async for chunk in body_chunks({"headers": []}, receive, 10, "key")]
+
+    assert asyncio.run(collect()) == [b"a", b"b"]

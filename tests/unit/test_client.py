@@ -1,0 +1,118 @@
+"""A pool over HTTP: errors arrive as they left, and nothing in the environment leads a command elsewhere."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import errors
+from cluster.client import Client
+from cluster.endpoint import Endpoint
+from cluster.errors import PoolUnavailable, Refused, SpringtideError, received
+from cluster.types import VersionId
+from tests.conftest import free_ports
+
+FAMILY = [
+    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SpringtideError) and kind is not Refused
+]
+
+
+class Gateway(http.server.BaseHTTPRequestHandler):
+    """Answers everything with the same, and remembers what it was asked."""
+
+    status, document = 200, b"{}"
+    asked: list[tuple[str, str, str, bytes]]
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.asked.append((self.command, self.path, self.headers.get("authorization") or "", body))
+        self.send_response(self.status)
+        self.send_header("content-length", str(len(self.document)))
+        self.end_headers()
+        self.wfile.write(self.document)
+
+    do_GET = do_POST = do_PUT = do_DELETE = answer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def gateway(status: int = 200, document: Any = b"{}") -> Iterator[tuple[Client, list[tuple[str, str, str, bytes]]]]:
+    told = document if isinstance(document, bytes) else json.dumps(document).encode()
+    kind = type("One", (Gateway,), {"status": status, "document": told, "asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield Client(Endpoint(f"http://127.0.0.1:{server.server_port}", "key")), kind.asked  # type: ignore[attr-defined]
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_an_error_arrives_as_it_left(kind: type[SpringtideError]) -> None:
+    """It used to arrive as an internal error with status 500, whatever it was."""
+    sent = kind("Somebody was faster.", "Look first.", "alias")
+    with gateway(sent.status, sent.body()) as (client, _), pytest.raises(SpringtideError) as raised:
+        client.history("seedling")
+    for found in (raised.value, pickle.loads(pickle.dumps(raised.value))):
+        assert (found.status, found.code, found.type, found.param) == (sent.status, sent.code, sent.type, "alias")
+        assert str(found) == str(sent)
+        assert found.body() == sent.body()
+
+
+def test_an_error_that_can_be_told_by_its_class_is_of_it() -> None:
+    assert type(received(409, errors.Conflict("x").body())) is errors.Conflict
+    assert type(received(404, errors.JobNotFound("x").body())) is errors.JobNotFound
+
+
+@pytest.mark.parametrize("document", [{}, {"error": None}, {"error": {"code": "teapot", "type": "t"}}, [], "x", None, 3])
+def test_an_error_of_another_server_keeps_its_status(document: Any) -> None:
+    error = received(418, document)
+    assert isinstance(error, Refused) and error.status == 418 and str(error)
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.status, again.code, str(again)) == (418, error.code, str(error))
+
+
+def test_what_is_no_gateway_is_said_to_be_none() -> None:
+    with gateway(502, b"<html>Bad gateway</html>") as (client, _), pytest.raises(PoolUnavailable, match="502 and no JSON"):
+        client.status()
+    (closed,) = free_ports(1)
+    with pytest.raises(PoolUnavailable, match="does not answer"):
+        Client(Endpoint(f"http://127.0.0.1:{closed}", "")).status()
+
+
+def test_proxies_of_the_environment_never_take_a_command_elsewhere(monkeypatch: Any) -> None:
+    """`ALL_PROXY` of the shell took the commands for the own pool to the proxy, or ended them with a traceback."""
+    (closed,) = free_ports(1)
+    for key in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(key, f"http://127.0.0.1:{closed}")
+    monkeypatch.setenv("ALL_PROXY", "socks9://nowhere")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with gateway(200, {"slots": {}}) as (client, asked):
+        assert client.status() == {"slots": {}}
+    assert asked == [("GET", "/admin/status", "Bearer key", b"")]
+
+
+def test_an_upload_sends_the_bytes_and_says_how_far_it_is(tmp_path: Path) -> None:
+    file, told = tmp_path / "data.jsonl", list[int]()
+    file.write_bytes(b"x" * 2_500_000)
+    with gateway(200, {"source": "upload:0"}) as (client, asked):
+        assert client.upload(file, told.append) == "upload:0"
+    method, path, _, body = asked[0]
+    assert (method, path, hashlib.sha256(body).digest()) == ("PUT", "/admin/uploads", hashlib.sha256(file.read_bytes()).digest())
+    assert told == [1 << 20, 2 << 20, 2_500_000]
+
+
+def test_an_order_says_who_claims_to_give_it() -> None:
+    with gateway(409, errors.Conflict("no").body()) as (client, asked), contextlib.suppress(errors.Conflict):
+        client.publish(VersionId("seedling", 2), "seedling", "why")
+    assert json.loads(asked[0][3]).keys() == {"version", "alias", "reason", "claimed_author"}
