@@ -13,7 +13,8 @@ from benchmarks.report import SYSTEMS
 from benchmarks.serving import serving
 from benchmarks.tide import SYSTEMS as DIVISIONS
 from benchmarks.tide import tide
-from jobs import Parser, main
+from cluster.jobspec import Parser
+from jobs import main
 
 
 def numbers(text: str) -> tuple[int, ...]:

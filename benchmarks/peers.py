@@ -39,7 +39,7 @@ import psutil
 import cluster
 from cluster.config import Config, FleetSpec
 from cluster.errors import PoolUnavailable
-from jobs import Parser
+from cluster.jobspec import Parser
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 300

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import load
+from cluster.jobspec import Finetune, Parser
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
-from jobs import Parser, main
+from jobs import main
 
 
 def run() -> None:
@@ -25,11 +26,11 @@ def run() -> None:
     )
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args()
-    arguments.recipe, arguments.name, arguments.eval_data = "lora", None, None
+    options = Finetune(data=arguments.data, base=arguments.base, epochs=arguments.epochs, set=arguments.set)
     from jobs import finetune
 
     config = load()
-    plan = finetune.prepare(config, Registry(Store(config.store)), arguments)
+    plan = finetune.prepare(config, Registry(Store(config.store)), options)
     from jobs.training import ray_train
 
     ray_train.connect()

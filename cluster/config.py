@@ -211,6 +211,10 @@ class Training(Section):
     """How often a job saves its work unasked."""
     report_s: float = Field(default=1, ge=0)
     """At most how often a job prints its progress; 0 prints every step."""
+    max_data_bytes: int = Field(default=1 << 30, ge=1024)
+    """The largest file that a job reads."""
+    data_prefixes: tuple[str, ...] = ()
+    """Object-store URLs under which a job that came over HTTP may read, for example ``s3://bucket/datasets``."""
     budget: Budget = Budget()
 
     @model_validator(mode="after")

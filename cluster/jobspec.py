@@ -24,6 +24,9 @@ from cluster.config import Training
 from cluster.errors import BadRequest
 from cluster.types import Version
 
+ORIGIN = "JOB_ORIGIN"
+"""Set to ``http`` in the environment of a job that came over HTTP; see `jobs.sources` for what that forbids."""
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -193,7 +196,10 @@ def shown(source: str) -> str:
     """
     if "://" not in source:
         return source
-    parts = urlsplit(source)
+    try:
+        parts = urlsplit(source)
+    except ValueError:  # no URL after all
+        return source.partition("?")[0]
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
@@ -205,6 +211,19 @@ def with_workers(training: Training, workers: Workers | None) -> Training:
 
 
 # JSON
+
+
+def check_remote(options: Options) -> None:
+    """Raises `BadRequest` where a job that comes over HTTP names a path: it would mean one of the pool's machines. `jobs.sources` checks the
+    rest, when it reads."""
+    for name, source in options.files().items():
+        if source.startswith("upload:") or ("://" in source and not source.startswith("file:")):
+            continue
+        if name == "recipe" and "/" not in source and not source.endswith((".yaml", ".yml")):
+            continue  # one that ships with Springtide
+        raise BadRequest(
+            f"{name}: {source[:200]!r} is a path, and the pool cannot read yours.", "Send the file: PUT /admin/uploads.", name
+        )
 
 
 def parse(verb: str, given: dict[str, Any]) -> Options:

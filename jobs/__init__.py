@@ -1,23 +1,14 @@
-"""What `ray job submit -- python -m jobs.<verb>` runs: one verb, one module."""
+"""What `ray job submit -- python -m jobs.<verb>` runs: one verb, one module. `cluster.jobspec` has their options, `jobs.record` their record."""
 
-import argparse
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from cluster.config import Config
 from cluster.errors import BadRequest, SpringtideError
 from cluster.pool import local
-
-
-class Parser(argparse.ArgumentParser):
-    """Takes options by their whole names only, and so do its verbs: ``--epoch`` must not train, nor ``--pub`` publish."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, allow_abbrev=False, **options)
 
 
 def main(verb: Callable[[], None]) -> None:

@@ -20,19 +20,13 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlparse
-
-import httpx
-import obstore
-from obstore.exceptions import BaseError
-from obstore.store import from_url
 
 from cluster.errors import DataError
-from jobs import Parser, main
+from cluster.jobspec import Parser
+from jobs import main, sources
 
 ROLES = ("system", "user", "assistant")
 FORMS = 'Write {"messages": [...]} or {"prompt": "...", "completion": "..."}.'
-FETCH_TIMEOUT_S = 60
 
 Message = dict[str, str]
 
@@ -73,29 +67,13 @@ class Problem(Exception):
 # read
 
 
-def read(source: str) -> Dataset:
-    """Read and check a path or URL. Raises `DataError` naming the file, the line, what is wrong and what to do."""
-    raw = fetch(source)
-    examples = list(parse(raw, source))
+def read(source: str, fetch: sources.Fetch = sources.local) -> Dataset:
+    """Read and check a path, URL or upload. Raises `DataError` naming the file, the line, what is wrong and what to do."""
+    raw, name = fetch(source), sources.title(source)
+    examples = list(parse(raw, name))
     if not examples:
-        raise DataError(f"{source} is empty.", f"Put at least one example in it, one per line. {FORMS}")
-    return Dataset(source, hashlib.sha256(raw).hexdigest(), examples)
-
-
-def fetch(source: str) -> bytes:
-    """The bytes of a local path, or of a ``file://``, ``http(s)://`` or object-store URL."""
-    try:
-        parts = urlparse(source)
-        if "://" not in source or parts.scheme == "file":
-            return Path(unquote(parts.path) if parts.scheme == "file" else source).expanduser().read_bytes()
-        if parts.scheme in ("http", "https"):
-            return httpx.get(source, follow_redirects=True, timeout=FETCH_TIMEOUT_S).raise_for_status().content
-        folder, _, name = source.rpartition("/")
-        return bytes(obstore.get(from_url(folder), name).bytes())
-    except (OSError, httpx.HTTPError, httpx.InvalidURL, BaseError, ValueError) as error:
-        raise DataError(
-            f"{source} cannot be read: {error}.", "Check the path or URL, and that this machine may read it."
-        ) from error
+        raise DataError(f"{name} is empty.", f"Put at least one example in it, one per line. {FORMS}")
+    return Dataset(name, hashlib.sha256(raw).hexdigest(), examples)
 
 
 def parse(raw: bytes, source: str) -> Iterator[Example]:
@@ -244,7 +222,7 @@ def convert(source: str, labels: list[str]) -> Iterator[str]:
 
     With ``labels``, the label ``0`` becomes the first word and so on; SST-2's ``sentence<TAB>label`` header is skipped.
     """
-    for number, line in enumerate(fetch(source).split(b"\n"), start=1):
+    for number, line in enumerate(sources.local(source).split(b"\n"), start=1):
         if not line.strip() or line.rstrip() == b"sentence\tlabel":
             continue
         try:

@@ -11,26 +11,35 @@ The artefact itself (digests, shapes, NaN) is checked first. With none of them t
 `cluster.publishing.gate` judges.
 """
 
-import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.config import Config, load
 from cluster.errors import DataError, VersionRefused
+from cluster.jobspec import Evaluate, command_line
 from cluster.publishing.gate import Check, Golden, Scores, Verdict, judge
 from cluster.store import artefact
 from cluster.store.objects import Store
 from cluster.store.registry import Registry, check_layout
 from cluster.types import Manifest, VersionId
-from jobs import Parser, data, main, reach
+from jobs import data, main, reach, sources
 from jobs.data import Example
+from jobs.record import JobRecord, record
+
+if TYPE_CHECKING:
+    from jobs.training.heartbeat import Heartbeats
 
 ANSWER_TOKENS = 128
 BATCH = 8
+SLOTS = 1
+"""What a measurement holds: one model on one accelerator."""
+LOOK_S = 0.1
+ENDED_S = 5
+"""How long a task that is ended may take to give its slot back."""
 NOTHING_SUPPLIED = (
     "no held-out examples, tasks or golden prompts were supplied, so nothing says that it is no worse; "
     "set publishing.held_out, .tasks or .golden, or publish with --no-gate"
@@ -66,46 +75,32 @@ class Measured(NamedTuple):
 
 
 def run() -> None:
-    arguments = parse_arguments()
+    options: Evaluate = command_line("evaluate")
     config = load()
-    registry = Registry(Store(config.store))
-    manifest = registry.manifest(VersionId.parse(arguments.version))
-    sets = supplied(config, arguments.held_out, arguments.tasks, arguments.golden)
-    live = registry.alias(arguments.alias or manifest.id.name)
-    incumbent = VersionId.parse(arguments.against) if arguments.against else live.stable if live else None
-    verdict = evaluate(config, registry, manifest, incumbent, sets)
-    print("result", verdict.model_copy(update={"checks": ()}).model_dump_json(), flush=True)
-    print(json.dumps({"passed": verdict.passed, "words": verdict.words}))
+    with record(config, options) as job:
+        registry = Registry(Store(config.store))
+        manifest = registry.manifest(options.version)
+        sets = supplied(config, options.held_out, options.tasks, options.golden)
+        live = registry.alias(options.alias or manifest.id.name)
+        incumbent = options.against or (live.stable if live else None)
+        verdict = evaluate(config, registry, manifest, incumbent, sets, options.priority, job)
+        job.made(version=str(verdict.version), against=str(verdict.against or ""), passed=verdict.passed, words=verdict.words)
+        print("result", verdict.model_copy(update={"checks": ()}).model_dump_json(), flush=True)
+        print(json.dumps({"passed": verdict.passed, "words": verdict.words}))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser("jobs.evaluate", description="Measure a version and store the gate's verdict with it.")
-    parser.add_argument("version", help="NAME@NUMBER")
-    parser.add_argument("--alias", help="compare with what this alias means; the version's own name by default")
-    parser.add_argument("--against", help="compare with this version instead")
-    parser.add_argument("--held-out", default="", help="examples for the loss: a path or URL")
-    parser.add_argument("--tasks", default="", help="examples for the accuracy: a path or URL")
-    parser.add_argument("--golden", default="", help="prompts with assertions: a path or URL")
-    return parser.parse_args()
-
-
-def evaluate(config: Config, registry: Registry, manifest: Manifest, against: VersionId | None, sets: Sets) -> Verdict:
+def evaluate(
+    config: Config, registry: Registry, manifest: Manifest, against: VersionId | None, sets: Sets, priority: int, job: JobRecord
+) -> Verdict:
     """Measure on the pool, judge, and store the verdict. What was supplied decides what is measured."""
     checks = [check_artefact(config, registry, manifest)]
-    job = None
     if not any(sets):
         checks.append(Check(name="measurements", passed=False, words=NOTHING_SUPPLIED))
     elif checks[0].passed:
-        reach(config)
-        from jobs.training import ray_train
-
-        ray_train.connect()
-        job = ray_train.job_id()
-        candidate = measured_on_pool(config, manifest.id, sets)
-        incumbent = measured_on_pool(config, against, sets._replace(golden=[])) if against else None
-        scores = incumbent.scores if incumbent else None
-        checks += judge(config.publishing.gate, candidate.scores, scores, candidate.golden)
-    return registry.judge(Verdict(version=manifest.id, against=against, checks=tuple(checks), job=job, time_s=time.time()))
+        pairs = [(manifest.id, sets), *([(against, sets._replace(golden=[]))] if against else [])]
+        candidate, *incumbent = measured_on_pool(config, pairs, priority, job)
+        checks += judge(config.publishing.gate, candidate.scores, incumbent[0].scores if incumbent else None, candidate.golden)
+    return registry.judge(Verdict(version=manifest.id, against=against, checks=tuple(checks), job=job.id, time_s=time.time()))
 
 
 def check_artefact(config: Config, registry: Registry, manifest: Manifest) -> Check:
@@ -124,28 +119,30 @@ def check_artefact(config: Config, registry: Registry, manifest: Manifest) -> Ch
 
 
 def supplied(config: Config, held_out: str = "", tasks: str = "", golden: str = "") -> Sets:
-    """What was named on the command line, or else in the configuration."""
+    """What the command line names, or else the configuration. Raises `DataError` naming file and line."""
     ours = config.publishing
-    return read(held_out or ours.held_out, tasks or ours.tasks, golden or ours.golden)
 
+    def one(given: str, by_default: str, parse: Callable[[str, sources.Fetch], Iterable[Any]]) -> list[Any]:
+        source, fetch = (given, sources.of(config)) if given else (by_default, sources.own(config))
+        return list(parse(source, fetch)) if source else []
 
-def read(held_out: str, tasks: str, golden: str) -> Sets:
-    """Raises `DataError` naming file and line."""
     return Sets(
-        data.read(held_out).examples if held_out else [],
-        data.read(tasks).examples if tasks else [],
-        list(golden_prompts(golden)) if golden else [],
+        one(held_out, ours.held_out, examples), one(tasks, ours.tasks, examples), one(golden, ours.golden, golden_prompts)
     )
 
 
-def golden_prompts(source: str) -> Iterator[Prompt]:
-    for number, line in enumerate(data.fetch(source).split(b"\n"), start=1):
+def examples(source: str, fetch: sources.Fetch) -> list[Example]:
+    return data.read(source, fetch).examples
+
+
+def golden_prompts(source: str, fetch: sources.Fetch = sources.local) -> Iterator[Prompt]:
+    for number, line in enumerate(fetch(source).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
             yield golden_prompt(data.decode(line))
         except data.Problem as problem:
-            raise DataError(f"{source}, line {number}: {problem.what}.", problem.do) from None
+            raise DataError(f"{sources.title(source)}, line {number}: {problem.what}.", problem.do) from None
 
 
 def golden_prompt(value: dict[str, Any]) -> Prompt:
@@ -172,17 +169,56 @@ def _check_pattern(pattern: str) -> None:
 # on the pool
 
 
-def measured_on_pool(config: Config, id: VersionId, sets: Sets) -> Measured:
-    """`measure` in a task that holds a slot, as whatever computes on this pool does."""
+def measured_on_pool(config: Config, pairs: list[tuple[VersionId, Sets]], priority: int, job: JobRecord) -> list[Measured]:
+    """Each version with its sets, in a task that holds a slot. The slot is the allocator's, as every job's is."""
+    reach(config)
+    from cluster.capacity.arbiter import Job
+    from jobs.training import ray_train
+    from jobs.training.heartbeat import Heartbeats
+
+    ray_train.connect()
+    beats = Heartbeats(Job(job.id, priority, time.time(), SLOTS, SLOTS, SLOTS), job.note)
+    try:
+        return [measured(config, id, sets, beats, job) for id, sets in pairs]
+    finally:
+        beats.end()
+
+
+def measured(config: Config, id: VersionId, sets: Sets, beats: "Heartbeats", job: JobRecord) -> Measured:
+    """Wait for the slot, measure, and where the slot is asked back for too long, give it back and begin again."""
     import ray
 
     gpu = config.pool.accelerator == "gpu"
-    slots: dict[str, Any] = {"num_gpus": 1} if gpu else {"resources": {"slot": 1}}
-    print(
-        f"measuring {id} on {len(sets.held_out)} examples, {len(sets.tasks)} tasks, {len(sets.golden)} golden prompts", flush=True
-    )
-    remote = ray.remote(num_cpus=0, **slots)(measure)
-    return ray.get(remote.remote(config, str(id), sets))
+    held: dict[str, Any] = {"num_gpus": SLOTS} if gpu else {"resources": {"slot": SLOTS}}
+    words = f"measuring {id} on {len(sets.held_out)} examples, {len(sets.tasks)} tasks, {len(sets.golden)} golden prompts"
+    while True:
+        while beats.wanted(beats.holds[0]) < SLOTS:
+            time.sleep(LOOK_S)
+        beats.holds = (SLOTS, SLOTS)
+        print(words, flush=True)
+        job.note(words)
+        task: Any = ray.remote(num_cpus=0, max_retries=0, **held)(measure).remote(config, str(id), sets)
+        try:
+            if ended_in_time(task, beats, config.training.yield_deadline_s):
+                return ray.get(task)
+            job.note(f"the slot of {id}'s measurement is given back; it begins again when there is one")
+        finally:
+            ray.cancel(task, force=True)  # nothing where it has ended
+            ray.wait([task], timeout=ENDED_S)
+        beats.holds = (0, 0)
+
+
+def ended_in_time(task: Any, beats: "Heartbeats", deadline_s: float) -> bool:
+    """Wait for a measurement. False once its slot has been asked back for ``deadline_s``: short ones end within it."""
+    import ray
+
+    asked_s: float | None = None
+    while not ray.wait([task], timeout=LOOK_S)[0]:
+        now_s = time.monotonic()
+        asked_s = (asked_s or now_s) if beats.wanted(SLOTS) < SLOTS else None
+        if asked_s is not None and now_s - asked_s > deadline_s:
+            return False
+    return True
 
 
 def measure(config: Config, id: str, sets: Sets) -> Measured:

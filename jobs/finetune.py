@@ -5,7 +5,6 @@
 result with its lineage and asks control to make it live. Everything that can be wrong with the request is checked before Ray is touched.
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -13,13 +12,15 @@ from typing import Any, NamedTuple
 
 from cluster.config import Config, load
 from cluster.errors import ConfigError, VersionRefused
+from cluster.jobspec import Finetune, command_line, with_workers
 from cluster.publishing.rollout import Rollout
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import Lineage, Manifest, check_name
-from jobs import Parser, data, main, reach
+from jobs import data, main, reach, sources
 from jobs.data import Dataset, Row
 from jobs.publish import publish
+from jobs.record import JobRecord, record
 from jobs.training import recipe
 
 DECIDED_S = 60
@@ -37,25 +38,35 @@ class Plan(NamedTuple):
     held_out_examples: list[data.Example]
     """The same, before they were tokenised."""
     dataset_sha256: str
+    source: str
+    """What the dataset is called where others read it."""
 
 
 def run() -> None:
-    arguments = parse_arguments()
+    options: Finetune = command_line("finetune")
     config = load()
+    config = config.model_copy(update={"training": with_workers(config.training, options.workers)})
+    with record(config, options) as job:
+        finetune(config, options, job)
+
+
+def finetune(config: Config, options: Finetune, job: JobRecord) -> None:
+    """Check, train, register, and publish where that was asked for."""
     registry = Registry(Store(config.store))
-    plan = prepare(config, registry, arguments)
-    manifest = train(config, registry, plan, arguments.name or plan.base.id.name, arguments.priority, arguments.resume)
-    from jobs.training.ray_train import print_result
+    plan = prepare(config, registry, options)
+    job.know(base=str(plan.base.id), dataset_sha256=plan.dataset_sha256, recipe=plan.recipe.model_dump(exclude_none=True))
+    manifest = train(config, registry, plan, options, job)
+    from jobs.training.ray_train import result
 
-    print_result(manifest, None)  # before the publish, so that a refusal does not hide what was trained
-    if arguments.publish:
-        rollout = publish(manifest.id, manifest.id.name, f"fine-tuned on {arguments.data}", manifest.lineage.job or "finetune")
+    job.made(**result(manifest, None))  # before the publish, so that a refusal does not hide what was trained
+    if options.publish:
+        rollout = publish(manifest.id, manifest.id.name, f"fine-tuned on {plan.source}", job.id)
         if rollout.stage == "registered":
-            rollout = judged(config, registry, plan, rollout)
-        print_result(manifest, rollout.stage)
+            rollout = judged(config, registry, plan, rollout, options.priority, job)
+        job.made(**result(manifest, rollout.stage))
 
 
-def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout) -> Rollout:
+def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout, priority: int, job: JobRecord) -> Rollout:
     """Measure for the gate, and wait for what it decides. Raises `VersionRefused` where it says no.
 
     Without sets of its own in the configuration the gate compares the loss on the examples that this run did not train on.
@@ -64,7 +75,7 @@ def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout) -> 
 
     sets = supplied(config)
     sets = sets if any(sets) else Sets(plan.held_out_examples, [], [])
-    verdict = evaluate(config, registry, registry.manifest(rollout.version), rollout.incumbent, sets)
+    verdict = evaluate(config, registry, registry.manifest(rollout.version), rollout.incumbent, sets, priority, job)
     print(verdict.words, flush=True)
     deadline_s = time.monotonic() + DECIDED_S
     while rollout.stage == "registered" and time.monotonic() < deadline_s:
@@ -75,43 +86,27 @@ def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout) -> 
     return rollout
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = Parser("jobs.finetune", description="Fine-tune a version and register the result.")
-    parser.add_argument("--data", required=True, help="JSON lines: a path or URL; the formats are in jobs/data.py")
-    parser.add_argument("--eval-data", help="measure on this file instead of a held-out part of --data")
-    parser.add_argument("--base", default="seedling", help="an alias, or a version such as seedling@1")
-    parser.add_argument("--name", help="register as the next version of this name; the base's by default")
-    parser.add_argument("--recipe", default="lora", help="lora, full, or the path of a YAML file")
-    parser.add_argument("--full", dest="recipe", action="store_const", const="full", help="train all the weights: --recipe full")
-    parser.add_argument("--epochs", type=float)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    parser.add_argument("--priority", type=int, default=0, help="where slots are few, jobs of a higher priority have them first")
-    parser.add_argument(
-        "--resume", default="", metavar="RUN", help="go on with a run whose process was lost, from its newest checkpoint"
-    )
-    parser.add_argument("--publish", action=argparse.BooleanOptionalAction, default=False, help="make the result live")
-    return parser.parse_args()
-
-
 # before Ray
 
 
-def prepare(config: Config, registry: Registry, arguments: argparse.Namespace) -> Plan:
+def prepare(config: Config, registry: Registry, options: Finetune) -> Plan:
     """Check the whole request, cheapest first. Raises a `SpringtideError` that says what is wrong."""
-    chosen = recipe.load(arguments.recipe, arguments.set, arguments.epochs)
-    check_fits(chosen, config)
-    check_name(arguments.name or "unnamed")
-    dataset = data.read(arguments.data)
-    held_out = data.read(arguments.eval_data).examples if arguments.eval_data else None
+    fetch, base_name = sources.of(config), options.base or config.default_model
+    chosen = recipe.load("full" if options.full else options.recipe, options.set, options.epochs, fetch)
+    check_fits(chosen, config, base_name)
+    check_name(options.name or "unnamed")
+    dataset = data.read(options.data, fetch)
+    held_out = data.read(options.eval_data, fetch).examples if options.eval_data else None
     registry.store.check_writable()
-    base = resolve(registry, arguments.base)
+    base = resolve(registry, base_name)
     reach(config)
     return tokenized(config, registry, base, chosen, dataset, held_out)
 
 
-def check_fits(chosen: recipe.Recipe, config: Config) -> None:
+def check_fits(chosen: recipe.Recipe, config: Config, base: str) -> None:
     """Refuse now what the engine would refuse after the training."""
-    limit = config.fleet.max_lora_rank
+    hosting = (fleet for fleet in config.fleets.values() if fleet.model == base.partition("@")[0])
+    limit = next(hosting, config.fleet).max_lora_rank
     if chosen.lora and chosen.lora.rank > limit:
         raise ConfigError(
             f"lora.rank {chosen.lora.rank} is above fleet.max_lora_rank {limit}: the engine could not load the adapter.",
@@ -151,14 +146,14 @@ def tokenized(
     train_rows, long = data.tokenize(examples, tokenizer, limit)
     held_rows, held_long = data.tokenize(held_out, tokenizer, limit)
     print(f"{len(train_rows)} examples to train on, {len(held_rows)} held out, {long + held_long} left out above {limit} tokens")
-    return Plan(base, resolved, train_rows, held_rows, held_out, dataset.sha256)
+    return Plan(base, resolved, train_rows, held_rows, held_out, dataset.sha256, dataset.source)
 
 
 # with Ray
 
 
-def train(config: Config, registry: Registry, plan: Plan, target: str, priority: int = 0, resume: str = "") -> Manifest:
-    """Run the plan and register what comes out of it as ``target``'s next version: an adapter on the base, or weights descended from it."""
+def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job: JobRecord) -> Manifest:
+    """Run the plan and register what comes out of it: an adapter on the base, or weights descended from it."""
     from jobs.training import driver, ray_train, runs, sft
 
     ray_train.connect()
@@ -168,21 +163,23 @@ def train(config: Config, registry: Registry, plan: Plan, target: str, priority:
         "base": str(plan.base.id),
         "train": plan.train,
         "held_out": plan.held_out,
+        "stage": "finetune",
     }
     of = {"base": settings["base"], "recipe": settings["recipe"], "data": plan.dataset_sha256}
-    name = runs.resumed(registry.store, resume, of) if resume else runs.begun(registry.store, "finetune", of)
-    ended = driver.fit(config, sft.SupervisedFineTuning, settings, name, priority)
+    name = runs.resumed(registry.store, options.resume, of) if options.resume else runs.begun(registry.store, job.id, of)
+    job.begin_run(name)
+    ended = driver.fit(config, sft.SupervisedFineTuning, settings, name, options.priority, job.watch, job.note)
     lineage = Lineage(
         parent=plan.base.id,
         dataset_sha256=plan.dataset_sha256,
         recipe=plan.recipe.model_dump(exclude_none=True),
-        job=ray_train.job_id(),
+        job=job.id,
         code_revision=ray_train.code_revision(),
         metrics={**ended.metrics, "examples": len(plan.train)},
     )
     kind, base = ("adapter", plan.base.id) if plan.recipe.lora else ("weights", None)
     with tempfile.TemporaryDirectory() as scratch, runs.result(config, ended.name, Path(scratch)) as folder:
-        return registry.register(target, kind, base, folder, lineage)
+        return registry.register(options.name or plan.base.id.name, kind, base, folder, lineage)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ does not exist yet, makes it live. The model is a Llama of one million parameter
 behind it (vLLM, TRL, peft) treats it like any other. It memorises its questions and answers; that is all it is for.
 """
 
-import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,15 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from cluster.config import load, parse
+from cluster.config import Config, load, parse
+from cluster.jobspec import Pretrain, command_line
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
-from cluster.types import Generation, Lineage, Manifest
-from jobs import Parser, data, main, reach
+from cluster.types import Generation, Lineage, Manifest, check_name
+from jobs import data, main, reach
+from jobs.record import JobRecord, record
+from jobs.training.progress import Progress, ProgressPrinter
+from jobs.training.relay import relayed
 
 FACTS = Path(__file__).parent / "seedling" / "facts.jsonl"
 PAD, END = "<|pad|>", "<|end|>"
@@ -34,38 +37,41 @@ CHAT_TEMPLATE = (
 VOCABULARY = 1024
 CONTEXT_TOKENS = 1024
 ANSWER_TOKENS = 64
-RECIPE: dict[str, Any] = {"steps": 300, "batch": 32, "learning_rate": 3e-3, "warmup_steps": 20, "weight_decay": 0.01, "seed": 0}
+RECIPE: dict[str, Any] = {"batch": 32, "learning_rate": 3e-3, "warmup_steps": 20, "weight_decay": 0.01, "seed": 0}
 
 
 def run() -> None:
-    parser = Parser("jobs.pretrain", description="Train the seedling from scratch and register it.")
-    parser.add_argument("--name", default="seedling", help="the model's name; the next version of it is registered")
-    parser.add_argument("--steps", type=int, default=RECIPE["steps"])
-    parser.add_argument(
-        "--live", action=argparse.BooleanOptionalAction, help="move the alias; by default only if there is none yet"
-    )
-    arguments = parser.parse_args()
+    options: Pretrain = command_line("pretrain")
     config = load()
+    with record(config, options) as job:
+        pretrain(config, options, job)
+
+
+def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
+    check_name(options.name)
     registry = Registry(Store(config.store))
     registry.store.check_writable()
     facts = data.read(str(FACTS))
-    recipe = {**RECIPE, "steps": arguments.steps}
+    job.know(dataset_sha256=facts.sha256)
+    recipe = {**RECIPE, "steps": options.steps, "hidden_size": options.hidden_size, "layers": options.layers}
     reach(config)
     from jobs.training import ray_train  # and with it Ray, which must come after `reach`
 
     ray_train.connect()
-    result = ray_train.fit(config, train, {"config": config.dump(), "recipe": recipe, "examples": facts.examples}, "pretrain")
+    settings = {"config": config.dump(), "recipe": recipe, "examples": facts.examples}
+    with relayed(job.watch) as tell:
+        result = ray_train.fit(config, train, {**settings, "tell": tell}, job.id)
     lineage = Lineage(
         dataset_sha256=facts.sha256,
         recipe=recipe,
-        job=ray_train.job_id(),
+        job=job.id,
         code_revision=ray_train.code_revision(),
         metrics=result.metrics or {},
     )
     with ray_train.files(result) as folder:
-        manifest = registry.register(arguments.name, "weights", None, folder, lineage)
-    move = go_live(registry, manifest, arguments.live)
-    ray_train.print_result(manifest, "live" if move else None)
+        manifest = registry.register(options.name, "weights", None, folder, lineage)
+    move = go_live(registry, manifest, options.live)
+    job.made(**ray_train.result(manifest, "live" if move else None))
 
 
 def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Generation | None:
@@ -90,8 +96,8 @@ def train(settings: dict[str, Any]) -> None:
     disable_progress_bar()
     tokenizer = grow_tokenizer([m["content"] for e in examples for m in e.prompt + e.completion])
     rows, _ = data.tokenize(examples, tokenizer, CONTEXT_TOKENS)
-    model = seedling(tokenizer)
-    loss = learn(model, [row.input_ids for row in rows], recipe)
+    model = seedling(tokenizer, recipe["hidden_size"], recipe["layers"])
+    loss = learn(model, [row.input_ids for row in rows], recipe, settings["tell"])
     tokens = sum(len(row.input_ids) for row in rows)
     metrics = {"train_loss": loss, "exact_match": exact_match(model, rows), "examples": len(rows), "tokens": tokens}
     with ray_train.checkpoint(metrics) as folder:
@@ -123,15 +129,15 @@ def grow_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def seedling(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of about one million parameters. It ends its turn with the template's end token, and vLLM stops there."""
+def seedling(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> LlamaForCausalLM:
+    """A Llama; by default one of a million parameters. It ends its turn with the template's end token, and vLLM stops there."""
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=CONTEXT_TOKENS,
             tie_word_embeddings=True,
@@ -142,14 +148,12 @@ def seedling(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any]) -> float:
+def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any], tell: Callable[[Progress], object]) -> float:
     """Next-token prediction on whole conversations, warm-up then cosine. Returns the last step's loss."""
     import ray.train.torch
 
-    from jobs.training.progress import ProgressPrinter
-
     context = ray.train.get_context()
-    progress = ProgressPrinter("pretrain", context.get_world_rank())
+    progress = ProgressPrinter("pretrain", context.get_world_rank(), workers=context.get_world_size(), tell=tell)
     parallel = ray.train.torch.prepare_model(model)
     optimizer = torch.optim.AdamW(
         parallel.parameters(), recipe["learning_rate"], (0.9, 0.95), weight_decay=recipe["weight_decay"]

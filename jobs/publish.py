@@ -3,12 +3,12 @@
 Control takes it through the pool's policy: gate, canary, and where every replica has acknowledged its digest, live.
 """
 
-import getpass
-
 from cluster.config import load
+from cluster.jobspec import Publish, command_line
 from cluster.publishing.rollout import Rollout
 from cluster.types import VersionId
-from jobs import Parser, main, reach
+from jobs import main, reach
+from jobs.record import record
 
 
 def publish(version: VersionId, alias: str, reason: str, author: str) -> Rollout:
@@ -19,15 +19,13 @@ def publish(version: VersionId, alias: str, reason: str, author: str) -> Rollout
 
 
 def run() -> None:
-    parser = Parser("jobs.publish", description="Make a version live.")
-    parser.add_argument("version", help="NAME@NUMBER, for example seedling@2")
-    parser.add_argument("--alias", help="the model name that clients use; the version's own name by default")
-    parser.add_argument("--reason", default="published by hand")
-    arguments = parser.parse_args()
-    reach(load())
-    version = VersionId.parse(arguments.version)
-    rollout = publish(version, arguments.alias or version.name, arguments.reason, getpass.getuser())
-    print(f"{rollout.version} on {rollout.alias}: {rollout.stage} ({rollout.reason})")
+    options: Publish = command_line("publish")
+    config = load()
+    with record(config, options) as job:
+        reach(config)
+        rollout = publish(options.version, options.alias or options.version.name, options.reason, job.spec.owner)
+        job.made(version=str(rollout.version), alias=rollout.alias, stage=rollout.stage)
+        print(f"{rollout.version} on {rollout.alias}: {rollout.stage} ({rollout.reason})")
 
 
 if __name__ == "__main__":

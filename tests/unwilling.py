@@ -12,6 +12,7 @@ import obstore
 import torch
 
 from cluster import config as configuration
+from cluster.jobspec import command_line, new_id
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from jobs import main, reach
@@ -69,17 +70,14 @@ KINDS = {"stubborn": Stubborn, "greedy": Greedy, "disturbed": Disturbed}
 
 
 def run() -> None:
-    import argparse
-
     from jobs import finetune
     from jobs.training import driver, ray_train, runs
 
     line = ["--data", "jobs/seedling/tide.jsonl", "--base", "seedling@1", "--epochs", "300"]
-    sys.argv[1:], kind = [*line, *sys.argv[2:]], KINDS[sys.argv[1]]
-    arguments: argparse.Namespace = finetune.parse_arguments()
+    kind, options = KINDS[sys.argv[1]], command_line("finetune", [*line, *sys.argv[2:]])
     config = configuration.load()
     reach(config)
-    plan = finetune.prepare(config, Registry(Store(config.store)), arguments)
+    plan = finetune.prepare(config, Registry(Store(config.store)), options)
     ray_train.connect()
     settings: dict[str, Any] = {"config": config.dump(), "recipe": plan.recipe.model_dump(), "base": str(plan.base.id)}
     settings |= {"train": plan.train, "held_out": plan.held_out}
@@ -88,7 +86,7 @@ def run() -> None:
         "recipe": settings["recipe"],
         "data": plan.dataset_sha256,
     }  # so that `jobs.finetune` can go on
-    name = runs.begun(Store(config.store), "unwilling", of)
+    name = runs.begun(Store(config.store), new_id("unwilling"), of)
     print("ended", driver.fit(config, kind, settings, name).metrics)
 
 

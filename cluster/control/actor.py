@@ -7,6 +7,7 @@ out yet dies with it, and whoever gave it is told.
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
+import functools
 import time
 from typing import Any, cast
 
@@ -25,9 +26,11 @@ from cluster.control.desired import Desired
 from cluster.control.fleets import FleetReconciler
 from cluster.control.gateways import Gateways
 from cluster.control.hosting import Hosting
+from cluster.control.jobs import JobService
 from cluster.control.publishing import Publishing
 from cluster.control.reconcile import Reconcilers
 from cluster.control.replicas import Replicas
+from cluster.pool.submit import JobServer
 from cluster.publishing.rollout import Policy, Rollout
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
@@ -70,9 +73,11 @@ class Control:
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.slots = Allocation(self.config.pool.accelerator, self.config.training.budget, self.applications)
         self.hosting.watched = self.slots.watch
+        self.job_service = JobService(self.registry, functools.cache(lambda: JobServer(ray.get_runtime_context().gcs_address)))
         niceness.freeze_gc()
         self.reconcilers.start()
         self.slots.start()
+        self.job_service.start()
 
     def configure(self, config: dict[str, Any]) -> None:
         """Take over a newer configuration: on Kubernetes the graph may be redeployed while this actor lives on. One that is not valid changes
@@ -85,6 +90,7 @@ class Control:
         self.config, self.registry = new, registry
         self.hosting.configure(new, registry)
         self.slots.configure(new.pool.accelerator, new.training.budget)
+        self.job_service.configure(registry)
 
     # for gateways
 
@@ -131,6 +137,11 @@ class Control:
     def leave(self, job: str, driver: str) -> None:
         self.slots.leave(job, driver)
 
+    @ray.method(concurrency_group=BEATS)
+    def progress(self, job: str, snapshot: dict[str, Any]) -> bool:
+        """A job's driver says where the job is; returns whether somebody asked for its end."""
+        return self.job_service.progress(job, snapshot)
+
     # for operators
 
     def status(self) -> dict[str, Any]:
@@ -160,6 +171,28 @@ class Control:
 
     def version(self, id: str) -> dict[str, Any]:
         return catalogue.version(self.registry, id)
+
+    def jobs(self, limit: int = 20) -> list[dict[str, Any]]:
+        """The newest jobs, the newest first; see `cluster.store.jobs.document`."""
+        return self.job_service.listed(limit)
+
+    def job(self, id: str) -> dict[str, Any]:
+        """One job, by its id. Raises `JobNotFound`."""
+        return self.job_service.get(id)
+
+    @ray.method(concurrency_group=WAITING)
+    def submit(self, verb: str, options: dict[str, Any], author: str) -> str:
+        """See `JobService.submit`."""
+        return self.job_service.submit(verb, options, author)
+
+    @ray.method(concurrency_group=WAITING)
+    def cancel(self, id: str, author: str) -> dict[str, Any]:
+        """See `JobService.cancel`."""
+        return self.job_service.cancel(id, author)
+
+    def logs(self, id: str, offset: int = 0) -> dict[str, Any]:
+        """See `JobService.logs`."""
+        return self.job_service.logs(id, offset)
 
     def history(self, alias: str) -> dict[str, Any]:
         return catalogue.history(self.registry, alias)

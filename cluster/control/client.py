@@ -33,6 +33,7 @@ class Client(Protocol):
     def publish(self, version: str, alias: str, reason: str, author: str, policy: Policy | None = None) -> Rollout: ...
     def heartbeat(self, beat: Heartbeat) -> Grant: ...
     def leave(self, job: str, driver: str) -> None: ...
+    def progress(self, job: str, snapshot: dict[str, Any]) -> bool: ...
 
 
 class _Remote:
@@ -49,6 +50,9 @@ class _Remote:
 
     def leave(self, job: str, driver: str) -> None:
         self._call("leave", ANSWER_S, job, driver)
+
+    def progress(self, job: str, snapshot: dict[str, Any]) -> bool:
+        return self._call("progress", ANSWER_S, job, snapshot)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         try:

@@ -218,8 +218,8 @@ class JobStore:
             found += [batch] if batch else []
         return found
 
-    def record(self, id: str) -> JobRecord:
-        """Everything that can be read of a job. Raises `JobNotFound` where there is nothing of it."""
+    def record(self, id: str, events: bool = True) -> JobRecord:
+        """Everything that can be read of a job. ``events``: whether to look for the newest. Raises `JobNotFound` where there is no such job."""
         damage: list[str] = []
 
         def readable(read: Any) -> Any:
@@ -230,7 +230,7 @@ class JobStore:
                 return None
 
         spec, result = readable(self.spec), readable(self.result)
-        newest = readable(self.newest) if result is None else None  # a result says where it was
+        newest = readable(self.newest) if events and result is None else None  # a result says where it was
         return JobRecord(id, spec, newest, result, "; ".join(damage))
 
     def _get(self, path: str, kind: type[Kind]) -> Kind | None:

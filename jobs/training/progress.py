@@ -8,6 +8,7 @@ Progress(step=60, steps=100, loss=1.5, tokens=9000, tokens_per_s=100.0, eta_s=40
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 
@@ -46,9 +47,19 @@ class Meter(NamedTuple):
 class ProgressPrinter:
     """Prints ``progress stage=… step=12/100 …`` from rank 0: at most one line per ``every_s``, but always the first step and the last."""
 
-    def __init__(self, stage: str, rank: int, step: int = 0, tokens: int = 0, every_s: float = 1.0) -> None:
-        """``step`` and ``tokens``: what was done before. They count neither for the speed nor for the remaining time."""
-        self.stage = stage
+    def __init__(
+        self,
+        stage: str,
+        rank: int,
+        step: int = 0,
+        tokens: int = 0,
+        every_s: float = 1.0,
+        workers: int = 1,
+        tell: Callable[[Progress], object] = lambda progress: None,
+    ) -> None:
+        """``step`` and ``tokens``: what was done before. They count neither for the speed nor for the remaining time. ``tell`` hears what is
+        printed."""
+        self.stage, self.workers, self.tell = stage, workers, tell
         self.every_s = every_s
         self.meter = Meter(0, step, tokens, time.monotonic())
         self.printed_s = float("-inf")
@@ -59,7 +70,9 @@ class ProgressPrinter:
         now_s = time.monotonic()
         if self.first and (now_s - self.printed_s >= self.every_s or step == steps):
             self.printed_s = now_s
-            print(line(self.stage, self.meter.progress(step, steps, loss, tokens, 0, now_s)), flush=True)
+            at = self.meter.progress(step, steps, loss, tokens, self.workers, now_s)
+            print(line(self.stage, at), flush=True)
+            self.tell(at)
 
 
 def line(stage: str, at: Progress) -> str:

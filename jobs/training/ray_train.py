@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ def connect() -> None:
     ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
 
 
-def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], verb: str) -> Result:
-    """Run ``loop(settings)`` on `training.min_workers` workers, each holding its slots."""
+def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], name: str) -> Result:
+    """Run ``loop(settings)`` as the run ``name`` on `training.min_workers` workers, each holding its slots."""
     gpu = config.pool.accelerator == "gpu"
     # Else print() on a worker becomes a log record, and dill, which captures what `dis` prints, writes bytecode into our log.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
@@ -44,7 +43,6 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[s
         niceness.renice(niceness.TRAINING)
         loop(settings)
 
-    name = f"{verb}-{uuid.uuid4().hex[:12]}"
     trainer = TorchTrainer(
         behind_serving,
         train_loop_config=settings,
@@ -76,24 +74,20 @@ def files(result: Result) -> Iterator[Path]:
         result.filesystem.delete_dir(result.path)
 
 
-def job_id() -> str:
-    """The submission id where `ray job submit` started this process, else Ray's own id of the driver."""
-    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata") or {}
-    return metadata.get("job_submission_id") or ray.get_runtime_context().get_job_id()
-
-
 def code_revision() -> str:
     """The commit of the code that runs, as who submitted the job saw it; an uploaded folder has no ``.git`` of its own."""
     return os.environ.get("CODE_REVISION") or submit.revision()
 
 
-def print_result(manifest: Manifest, stage: str | None) -> None:
-    """One line ``result {…}``, the last of its kind: a JSON object that says what came out of the run.
+def result(manifest: Manifest, stage: str | None) -> dict[str, Any]:
+    """What came out of a run, for its job's record and, as one line ``result {…}``, for whoever reads its log.
 
     ``stage``: of its rollout, None where it is not published.
     """
     shown = {key: manifest.lineage.metrics.get(key) for key in ("eval_loss_before", "eval_loss", "exact_match")}
-    print("result", json.dumps({"version": str(manifest.id), "kind": manifest.kind, **shown, "stage": stage}))
+    made = {"version": str(manifest.id), "kind": manifest.kind, **shown, "stage": stage}
+    print("result", json.dumps(made), flush=True)
+    return made
 
 
 # the workers' side

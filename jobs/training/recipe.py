@@ -1,6 +1,7 @@
 """The settings of a fine-tuning run: ``recipes/<name>.yaml`` or a file of your own, plus ``--set key=value``."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from cluster.config import Section, from_pairs, merge
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
+from jobs import sources
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -54,30 +56,33 @@ class Recipe(Section):
         return self.model_copy(update={"learning_rate": self.learning_rate or rule, "max_tokens": max_tokens})
 
 
-def load(name: str, overrides: list[str], epochs: float | None = None) -> Recipe:
-    """A recipe by name or path, with ``key=value`` overrides (``lora.rank=8``). Raises `ConfigError` naming the key."""
-    path = RECIPES / f"{name}.yaml" if "/" not in name and not name.endswith((".yaml", ".yml")) else Path(name)
+def load(name: str, overrides: list[str], epochs: float | None = None, fetch: sources.Fetch = sources.local) -> Recipe:
+    """A recipe by name, path or upload, with ``key=value`` overrides (``lora.rank=8``). Raises `ConfigError` naming the key."""
+    shipped = not name.startswith(sources.UPLOAD) and "/" not in name and not name.endswith((".yaml", ".yml"))
+    read = (lambda: (RECIPES / f"{name}.yaml").read_bytes()) if shipped else (lambda: fetch(name))
     if bad := [pair for pair in overrides if "=" not in pair]:
         raise ConfigError(f"--set {bad[0]} has no value.", "Write --set key=value.", param=bad[0])
     changes = from_pairs(pair.split("=", 1) for pair in overrides)
-    values = merge(merge(_yaml(path), changes), {} if epochs is None else {"epochs": epochs})
+    values = merge(merge(_yaml(sources.title(name), read), changes), {} if epochs is None else {"epochs": epochs})
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         known = ", ".join(Recipe.model_fields)
-        raise ConfigError(f"The recipe {name} is not valid: {key}: {first['msg']}.", f"Keys are: {known}.", param=key) from error
+        raise ConfigError(
+            f"The recipe {sources.title(name)} is not valid: {key}: {first['msg']}.", f"Keys are: {known}.", param=key
+        ) from error
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _yaml(name: str, read: Callable[[], bytes]) -> dict[str, Any]:
     known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
     try:
-        values = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe {path} cannot be read: {error}.", f"Give a file, or one of: {known}.", "recipe") from error
+        values = yaml.safe_load(read().decode("utf-8")) or {}
+    except (OSError, DataError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The recipe {name} cannot be read: {error}.", f"Give a file, or one of: {known}.", "recipe") from error
     if not isinstance(values, dict):
         raise ConfigError(
-            f"The recipe {path} must hold keys and values.", f"Keys are: {', '.join(Recipe.model_fields)}.", "recipe"
+            f"The recipe {name} must hold keys and values.", f"Keys are: {', '.join(Recipe.model_fields)}.", "recipe"
         )
     return values

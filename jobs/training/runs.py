@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,8 @@ from jobs.training.worker import RESULT
 ABOUT = "about.json"
 
 
-def begun(store: Store, verb: str, of: dict[str, Any]) -> str:
-    """The name of a new run. ``of``: what it consists of, in plain JSON values, so that `resumed` can compare."""
-    name = f"{verb}-{uuid.uuid4().hex[:12]}"
+def begun(store: Store, name: str, of: dict[str, Any]) -> str:
+    """Begin the run ``name``, which is the id of its job. ``of``: what it consists of, in plain JSON values, so that `resumed` can compare."""
     store.put_new(f"runs/{name}/{ABOUT}", json.dumps(of, sort_keys=True).encode())
     print(f"run {name}", flush=True)
     return name

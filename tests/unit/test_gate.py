@@ -11,11 +11,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from cluster.config import parse
+from cluster.jobspec import Evaluate
 from cluster.publishing.gate import ExampleLoss, GatePolicy, Golden, Scores, Verdict, judge, latest, paired_bootstrap, token_mean
+from cluster.store.jobs import JobStore
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import Lineage, VersionId
 from jobs.evaluate import Sets, evaluate
+from jobs.record import JobRecord, spec
 
 POLICY = GatePolicy()
 ONE, TWO, THREE = VersionId("m", 1), VersionId("m", 2), VersionId("m", 3)
@@ -109,7 +112,8 @@ def test_a_gate_that_measured_nothing_says_no(tmp_path: Path) -> None:
     config = parse({"home": str(tmp_path)})
     registry = Registry(Store(config.store))
     manifest = registry.register("m", "weights", None, tmp_path / "model", Lineage())
-    verdict = evaluate(config, registry, manifest, None, Sets([], [], []))
+    job = JobRecord(JobStore(registry.store), spec(Evaluate(version=manifest.id)))
+    verdict = evaluate(config, registry, manifest, None, Sets([], [], []), 0, job)
     assert not verdict.passed and "publishing.held_out" in verdict.words
     assert registry.verdicts(manifest.id) == [verdict]
 

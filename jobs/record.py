@@ -1,0 +1,246 @@
+"""A job's record while it runs: its driver writes what it was asked, what happens and how it ended, and tells control where it is.
+
+>>> with record(config, options) as job:              # doctest: +SKIP
+...     job.note("waiting for slots: serving has 3")  # in the store within `FLUSH_S`, at control within `TELL_S`
+...     job.watch(progress)
+...     job.made(version="seedling@2")
+
+A thread for each. A store or a control that does not answer never stops the job: what could not be written is written later.
+"""
+
+import contextlib
+import getpass
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cluster.config import Config
+from cluster.errors import SpringtideError, StoreUnavailable
+from cluster.jobspec import Options, new_id
+from cluster.store.jobs import Damaged, JobEvent, JobEvents, JobProgress, JobResult, JobSnapshot, JobSpec, JobStatus, JobStore
+from cluster.store.objects import Store
+from jobs.training.progress import Progress
+
+FLUSH_S = 3
+"""At most how often events are written."""
+TELL_S = 1
+"""At most how often control is told."""
+SIGN_S = 3
+"""How often control is told that the job lives, where nothing else is to be told."""
+AGAIN_S = 0.5
+"""How soon the last object is tried again."""
+LAST_S = 15
+"""How long a job that ended by itself tries to write how."""
+STOPPED_S = 1
+"""And one that is ended from outside, because Ray kills it soon, or that ended because the store failed."""
+KEPT = 1000
+"""Events that wait for the store; above that the oldest are dropped."""
+ASKED = 128 + signal.SIGTERM
+"""The exit status of a job that heard SIGTERM (`jobs.main`)."""
+WAITING, GRANTED = "waiting for ", "may have "
+"""How the words begin by which `jobs.training.heartbeat` says that a job waits, and that it does not any more."""
+
+
+class JobRecord:
+    """The writer. Its methods return at once, from whatever thread they are called."""
+
+    def __init__(self, store: JobStore, spec: JobSpec) -> None:
+        self.store, self.spec, self.id = store, spec, spec.id
+        self.snapshot = JobSnapshot(at_s=time.time(), log=log_file(), host=socket.gethostname())
+        self.events: list[JobEvent] = []
+        self.batch: JobEvents | None = None
+        """What is being written; kept as it is until the store has it."""
+        self.n, self.created = 1, False
+        self.result: dict[str, Any] = {}
+        self.ending: JobResult | None = None
+        self.trouble = ""
+        self.changed, self.done = threading.Condition(), threading.Event()
+
+    # what the job says
+
+    def watch(self, progress: Progress) -> None:
+        """How far it is; as `jobs.training.driver.fit` calls it."""
+        loss = progress.loss if math.isfinite(progress.loss) else None
+        known = {**progress._asdict(), "loss": loss}
+        self._say("progress", "", known, waiting="", progress=JobProgress(**known))
+
+    def note(self, words: str) -> None:
+        """What happens, in words. Those that say what it waits for make it wait, until it says that it may go on."""
+        if words.startswith(WAITING):
+            return self._say("waiting", words, waiting=words.removeprefix(WAITING), message=words)
+        going_on: dict[str, Any] = {"waiting": ""} if words.startswith(GRANTED) else {}
+        self._say("message", words, message=words, **going_on)
+
+    def know(self, **facts: Any) -> None:
+        """What is known of it by now: ``base``, ``dataset_sha256``, …"""
+        self._say("fact", "", data=facts, facts={**self.snapshot.facts, **facts})
+
+    def begin_run(self, run: str) -> None:
+        """The run whose checkpoints are this job's from now on."""
+        self._say("fact", "", data={"run": run}, run=run)
+
+    def made(self, **result: Any) -> None:
+        """What came out of it."""
+        self.result |= result
+        self.know(**result)
+
+    def _say(self, kind: str, words: str, data: dict[str, Any] | None = None, **changed: Any) -> None:
+        with self.changed:
+            at_s = time.time()
+            self.snapshot = self.snapshot.model_copy(update={"at_s": at_s, **changed})
+            if kind == "progress" and self.events and self.events[-1].kind == kind:
+                self.events.pop()  # one of a batch is enough
+            self.events.append(JobEvent(at_s=at_s, kind=kind, words=words, data=data or {}))
+            del self.events[:-KEPT]
+
+    # its life
+
+    def begin(self) -> None:
+        threading.Thread(target=self._write, name="job-record", daemon=True).start()
+        threading.Thread(target=self._tell, name="job-teller", daemon=True).start()
+
+    def end(self, status: JobStatus, message: str = "", code: str = "", within_s: float = LAST_S) -> None:
+        """Write how it ended, and wait until that is written or cannot be for too long."""
+        with self.changed:
+            self.snapshot = self.snapshot.model_copy(update={"waiting": "", "at_s": time.time()})
+            self.ending = JobResult(
+                status=status, ended_s=time.time(), message=message, code=code, made=self.result, last=self.snapshot
+            )
+            self.changed.notify_all()
+        self.done.wait(within_s)
+
+    # the threads
+
+    def _write(self) -> None:
+        while not self.done.is_set():
+            self._try(self._flush)
+            with self.changed:
+                self.changed.wait_for(lambda: self.ending is not None, AGAIN_S if self.ending else FLUSH_S)
+
+    def _flush(self) -> None:
+        if not self.created:
+            self.store.create(self.spec)
+            self.created = True
+        while batch := self._next():
+            self.n = self.store.append(self.id, batch) + 1
+            self.batch = None
+        if self.ending:
+            self.store.finish(self.id, self.ending)
+            self.done.set()
+
+    def _next(self) -> JobEvents | None:
+        with self.changed:
+            if self.batch is None and self.events:
+                self.batch = JobEvents(n=self.n, snapshot=self.snapshot, events=tuple(self.events))
+                self.events = []
+            return self.batch
+
+    def _try(self, write: Callable[[], object]) -> None:
+        """The store may be away for a while; the log says so once, and once that it is back."""
+        try:
+            write()
+        except (SpringtideError, Damaged) as error:
+            if not self.trouble:
+                print(f"the job's record cannot be written, and is tried again: {error}", flush=True)
+            self.trouble = str(error)
+            return
+        if self.trouble:
+            print("the job's record is written again", flush=True)
+            self.trouble = ""
+
+    def _tell(self) -> None:
+        """Tell control where the job is, as soon as there is one and this process has joined the pool."""
+        told, told_s = None, float("-inf")
+        while not self.done.wait(TELL_S):
+            ray, snapshot = sys.modules.get("ray"), self.snapshot
+            if ray is None or not ray.is_initialized() or (snapshot is told and time.monotonic() - told_s < SIGN_S):
+                continue
+            # Control may be away, restarting, or of an older release; the record in the store is what counts.
+            with contextlib.suppress(Exception):
+                asked_to_end = tell(self.id, snapshot)
+                told, told_s = snapshot, time.monotonic()
+                if asked_to_end and not self.spec.submitted and not self.ending:
+                    os.kill(os.getpid(), signal.SIGTERM)  # Ray ends those that it started
+
+
+def tell(id: str, snapshot: JobSnapshot) -> bool:
+    """Returns whether somebody asked for the job's end."""
+    from cluster.control import client  # imports Ray, whose network must have been set up before
+
+    return client.connect().progress(id, snapshot.model_dump(mode="json"))
+
+
+@contextlib.contextmanager
+def record(config: Config, options: Options) -> Iterator[JobRecord]:
+    """Record what runs inside as a job. Whatever it raises becomes its result, and is raised on."""
+    job = JobRecord(JobStore(Store(config.store)), spec(options))
+    job.begin()
+    try:
+        yield job
+    except StoreUnavailable as error:
+        job.end(JobStatus.FAILED, str(error), error.code, within_s=STOPPED_S)
+        raise
+    except SpringtideError as error:
+        job.end(JobStatus.FAILED, str(error), error.code)
+        raise
+    except SystemExit as error:
+        if error.code == ASKED:
+            job.end(JobStatus.CANCELLED, stopped(job), within_s=STOPPED_S)
+        else:
+            job.end(JobStatus.FAILED, f"It exited with {error.code}.")
+        raise
+    except KeyboardInterrupt:
+        job.end(JobStatus.CANCELLED, stopped(job), within_s=STOPPED_S)
+        raise
+    except BaseException as error:
+        job.end(JobStatus.FAILED, f"{type(error).__name__}: {error}", SpringtideError.code)
+        raise
+    job.end(JobStatus.SUCCEEDED)
+
+
+def stopped(job: JobRecord) -> str:
+    """Why a job was ended from outside, and what to do."""
+    with contextlib.suppress(SpringtideError, Damaged):
+        if asked := job.store.cancel_asked(job.id):
+            return f"Cancelled by {asked.author}."
+    go_on = f" Go on with --resume {job.snapshot.run}." if job.snapshot.run else ""
+    return f"It was ended from outside: the pool stopped, or somebody ended its process.{go_on}"
+
+
+def spec(options: Options) -> JobSpec:
+    """Its id is Ray's, where Ray runs it; one of its own, where it was started from a shell."""
+    id = submission_id()
+    return JobSpec(
+        id=id or new_id(options.verb),
+        verb=options.verb,
+        options=options.recorded(),
+        owner=_user(),
+        created_s=time.time(),
+        submitted=bool(id),
+    )
+
+
+def submission_id() -> str:
+    """Of the job that `ray job submit` started this process as; empty where it did not."""
+    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata") or {}
+    return str(metadata.get("job_submission_id") or "")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's user may have no name
+        return f"uid {os.getuid()}"
+
+
+def log_file() -> str:
+    """Where this process's output goes: Ray's file of the job's log; empty where it is no file."""
+    path = os.path.realpath("/proc/self/fd/1")
+    return path if os.path.isfile(path) else ""

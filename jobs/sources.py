@@ -1,0 +1,171 @@
+"""Where a job's files come from: a path, a URL, or ``upload:<sha256>``, which is what `PUT /admin/uploads` stored.
+
+Who has a shell in the pool may name anything that the pool can read. A job that came over HTTP may not, since whoever sent it may know only
+the gateway's key: no path of a machine, only object-store URLs under ``training.data_prefixes``, and of the web only what is public.
+Example: ``http://169.254.169.254/…`` is refused, and so is a public name that resolves to it, and a redirect that leads there.
+"""
+
+import hashlib
+import ipaddress
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import httpx
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import from_url
+
+from cluster.config import Config, Training
+from cluster.errors import BodyTooLarge, DataError
+from cluster.jobspec import ORIGIN, shown
+from cluster.store.objects import Store
+
+TIMEOUT_S = 60
+REDIRECTS = 5
+UPLOAD = "upload:"
+
+Fetch = Callable[[str], bytes]
+
+
+class Denied(Exception):
+    """What a job that came over HTTP may not read, and what it may."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    training: Training = field(default_factory=Training)
+    store: Store | None = None
+    remote: bool = False
+    """Whether the job came over HTTP."""
+
+    def fetch(self, source: str) -> bytes:
+        """The bytes of a source. Raises `DataError` with the reason, which keeps no secret of a URL."""
+        try:
+            return self._fetch(source)
+        except Denied as error:
+            raise DataError(f"{title(source)} may not be read by a job that came over HTTP: {error}.", ALLOWED) from error
+        except (OSError, httpx.HTTPError, httpx.InvalidURL, BaseError, ValueError) as error:
+            words = str(error).replace(source, shown(source))
+            raise DataError(
+                f"{title(source)} cannot be read: {words}.", "Check the path or URL, and that this machine may read it."
+            ) from error
+
+    def _fetch(self, source: str) -> bytes:
+        scheme = urlsplit(source).scheme if "://" in source else ""
+        if source.startswith(UPLOAD):
+            return self._uploaded(source)
+        if scheme in ("http", "https"):
+            return self._public(source) if self.remote else self._web(source)
+        if scheme in ("", "file"):
+            if self.remote:
+                raise Denied("it is a path of the pool's machine")
+            return Path(unquote(urlsplit(source).path) if scheme else source).expanduser().read_bytes()
+        if self.remote and not any(under(source, prefix) for prefix in self.training.data_prefixes):
+            raise Denied("it is under none of training.data_prefixes")
+        return self._object(source)
+
+    def _uploaded(self, source: str) -> bytes:
+        digest = source.removeprefix(UPLOAD).partition("#")[0]
+        if self.store is None or len(digest) != 64 or not all(letter in "0123456789abcdef" for letter in digest):
+            raise ValueError("an upload is written upload:<sha256>")
+        self._check_size(self.store.size(f"uploads/{digest}"))
+        raw = self.store.get(f"uploads/{digest}")
+        if raw is None or hashlib.sha256(raw).hexdigest() != digest:
+            raise ValueError("the store has no such upload" if raw is None else "the store's copy is damaged; send it again")
+        return raw
+
+    def _object(self, source: str) -> bytes:
+        folder, _, name = source.rpartition("/")
+        found = obstore.get(from_url(folder), name)
+        self._check_size(int(found.meta["size"]))
+        return bytes(found.bytes())
+
+    def _web(self, url: str) -> bytes:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=TIMEOUT_S) as response:
+            return self._body(response)
+
+    def _public(self, url: str) -> bytes:
+        """Every hop is resolved here, checked, and connected to by the address that was checked: a name may resolve otherwise a moment later."""
+        at = httpx.URL(url)
+        with httpx.Client(trust_env=False, timeout=TIMEOUT_S) as client:  # a proxy would resolve the name once more
+            for _ in range(REDIRECTS + 1):
+                with self._asked(client, at) as response:
+                    if not response.has_redirect_location:
+                        return self._body(response)
+                    at = at.join(response.headers["location"])
+        raise ValueError(f"more than {REDIRECTS} redirects")
+
+    @contextmanager
+    def _asked(self, client: httpx.Client, at: httpx.URL) -> Iterator[httpx.Response]:
+        if at.scheme not in ("http", "https"):
+            raise Denied(f"it leads to a {at.scheme} URL")
+        address = public_address(at.host, at.port or (443 if at.scheme == "https" else 80))
+        headers, secure = {"Host": at.netloc.decode("ascii")}, {"sni_hostname": at.host}
+        with client.stream("GET", at.copy_with(host=address), headers=headers, extensions=secure) as response:
+            yield response
+
+    def _body(self, response: httpx.Response) -> bytes:
+        response.raise_for_status()
+        body = bytearray()
+        for chunk in response.iter_bytes():
+            body += chunk
+            self._check_size(len(body))
+        return bytes(body)
+
+    def _check_size(self, size_bytes: int | None) -> None:
+        if (size_bytes or 0) > (limit := self.training.max_data_bytes):
+            raise BodyTooLarge(f"The file is larger than training.max_data_bytes, {limit}.", "Split it, or raise the limit.")
+
+
+ALLOWED = "Send the file itself (PUT /admin/uploads), name a public http(s) URL, or one under training.data_prefixes."
+
+
+def of(config: Config) -> Fetch:
+    """How this job reads what its caller named."""
+    return Sources(config.training, Store(config.store), os.environ.get(ORIGIN) == "http").fetch
+
+
+def own(config: Config) -> Fetch:
+    """How a job reads what the configuration names, whoever started it."""
+    return Sources(config.training, Store(config.store)).fetch
+
+
+local: Fetch = Sources().fetch
+"""For a command in a shell."""
+
+
+def title(source: str) -> str:
+    """What a message calls a source.
+
+    >>> title("upload:0123456789abcdef#tide.jsonl"), title("upload:0123456789abcdef"), title("s3://bucket/x?secret")
+    ('tide.jsonl', 'upload:0123456789ab', 's3://bucket/x')
+    """
+    if not source.startswith(UPLOAD):
+        return shown(source)
+    digest, _, name = source.partition("#")
+    return name or digest[: len(UPLOAD) + 12]
+
+
+def under(source: str, prefix: str) -> bool:
+    """
+    >>> under("s3://b/data/x", "s3://b/data"), under("s3://b/database/x", "s3://b/data"), under("s3://b/data/../x", "s3://b/data")
+    (True, False, False)
+    """
+    return source.startswith(f"{prefix.rstrip('/')}/") and ".." not in unquote(source).split("/")
+
+
+def public_address(host: str, port: int) -> str:
+    """An address of ``host``. Raises `Denied` where any of them is not public: private, loopback, link-local, multicast, reserved."""
+    found: Iterable[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found]
+    for address in addresses:
+        plain = getattr(address, "ipv4_mapped", None) or address
+        if not plain.is_global or plain.is_multicast:
+            raise Denied(f"{host} is {address}, which is no public address")
+    return str(addresses[0])

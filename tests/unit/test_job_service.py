@@ -1,0 +1,174 @@
+"""What control makes of jobs whose drivers are silent, and what it keeps and removes: without Ray."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.control.jobs import SHELL_SILENT_S, SILENT_S, UNKNOWN_S, Facts, JobService, verdict
+from cluster.errors import BadRequest, JobNotFound, ModelNotFound, PoolUnavailable
+from cluster.jobspec import new_id
+from cluster.pool.submit import JobServer, RayJob
+from cluster.store.jobs import JobEvents, JobResult, JobSnapshot, JobSpec, JobStatus
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
+
+RUN = "finetune-0123456789ab"
+SPEC = JobSpec(id=RUN, verb="finetune", options={}, owner="ann", created_s=0)
+LAST = JobSnapshot(at_s=1, run=RUN)
+ENDS = [RayJob("STOPPED"), RayJob("SUCCEEDED", 0), RayJob("FAILED", 1), RayJob("FAILED", -9), RayJob("FAILED", 137)]
+LIVES = [RayJob("PENDING"), RayJob("RUNNING")]
+
+
+def away() -> JobServer:
+    raise PoolUnavailable("Ray's job server does not answer.")
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> JobService:
+    return JobService(Registry(Store(tmp_path.as_uri())), away)
+
+
+def checkpoint(service: JobService, run: str) -> None:
+    service.store.put_new(f"runs/{run}/000000000010/manifest.json", b"{}")
+
+
+def job(service: JobService, run: str = "", result: JobResult | None = None) -> str:
+    id = new_id("finetune")
+    service.jobs.create(SPEC.model_copy(update={"id": id}))
+    service.jobs.append(id, JobEvents(n=1, snapshot=JobSnapshot(at_s=1, run=run or id)))
+    if result:
+        service.jobs.finish(id, result)
+    return id
+
+
+@given(
+    ray=st.sampled_from([None, *ENDS, *LIVES]),
+    silent_s=st.floats(0, 200),
+    age_s=st.floats(0, 200),
+    submitted=st.booleans(),
+    asked_by=st.sampled_from(["", "ann"]),
+    resumable=st.booleans(),
+)
+def test_a_job_is_ended_by_control_only_where_it_cannot_live(
+    ray: RayJob | None, silent_s: float, age_s: float, submitted: bool, asked_by: str, resumable: bool
+) -> None:
+    spec = SPEC.model_copy(update={"submitted": submitted})
+    ray = ray if submitted else None
+    result = verdict(Facts(spec, LAST, ray, silent_s, age_s, asked_by, resumable), 9.0)
+    if silent_s < SILENT_S or ray in LIVES or (not submitted and silent_s < SHELL_SILENT_S):
+        assert result is None
+    elif submitted and ray is None and age_s < UNKNOWN_S:
+        assert result is None, "Ray may just be about to be asked"
+    else:
+        assert result is not None and result.status.ended and result.message and result.last == LAST
+        assert not asked_by or result.status == JobStatus.CANCELLED
+        if result.status == JobStatus.LOST:
+            assert (f"--resume {RUN}" in result.message) == resumable
+
+
+@pytest.mark.parametrize(
+    ("ray", "expected"),
+    [
+        (None, "lost"),
+        (RayJob("FAILED", -9), "lost"),
+        (RayJob("FAILED", 137), "lost"),
+        (RayJob("FAILED", None, "JOB_SUPERVISOR_ACTOR_DIED"), "lost"),
+        (RayJob("FAILED", None, "RUNTIME_ENV_SETUP_FAILURE", "no such package"), "failed"),
+        (RayJob("FAILED", 2, message="logs:\nerror: no data"), "failed"),
+        (RayJob("STOPPED"), "cancelled"),
+    ],
+)
+def test_how_a_silent_job_ended_follows_from_what_ray_knows(ray: RayJob | None, expected: str) -> None:
+    result = verdict(Facts(SPEC, LAST, ray, 100, 100, "", False), 9.0)
+    assert result and result.status == expected
+
+
+def test_what_somebody_cancelled_is_removed_and_nobody_elses(service: JobService) -> None:
+    """`springtide cancel` removed runs/<name> for every name that was printed in a log."""
+    cancelled = JobResult(status=JobStatus.CANCELLED, ended_s=1)
+    mine, other = job(service, result=cancelled), job(service)
+    for run in (mine, other):
+        checkpoint(service, run)
+    service.cancel(mine, "ann")
+    assert set(service.store.children("runs")) == {mine, other}, "it had ended before: there was nothing to cancel"
+    service.jobs.ask_to_cancel(mine, "ann")
+    service.forget(mine)
+    assert service.store.children("runs") == [other]
+
+
+def test_a_run_that_another_job_trains_stays(service: JobService) -> None:
+    first = job(service)
+    checkpoint(service, first)
+    second = job(service, run=first)
+    service.listed()
+    service.jobs.ask_to_cancel(second, "ann")
+    service.jobs.finish(second, JobResult(status=JobStatus.CANCELLED, ended_s=1, last=JobSnapshot(at_s=1, run=first)))
+    service.forget(second)
+    assert service.store.children("runs") == [first]
+
+
+def test_what_was_ended_by_nobodys_order_can_be_resumed(service: JobService) -> None:
+    id = job(service)
+    checkpoint(service, id)
+    service.jobs.finish(id, JobResult(status=JobStatus.CANCELLED, ended_s=1))
+    service.forget(id)
+    assert service.store.children("runs") == [id]
+
+
+def test_the_listing_is_true_while_ray_is_away_and_one_record_is_damaged(service: JobService) -> None:
+    done, running = job(service, result=JobResult(status=JobStatus.SUCCEEDED, ended_s=1)), job(service)
+    service.store.put_new("jobs/finetune-ffffffff0000/spec.json", b"{")
+    service.store.put_new(
+        "jobs/raysubmit_abc/spec.json", SPEC.model_copy(update={"id": "raysubmit_abc"}).model_dump_json().encode()
+    )
+    told = {one["id"]: one["status"] for one in service.listed()}
+    assert told == {done: "succeeded", running: "running", "finetune-ffffffff0000": "lost", "raysubmit_abc": "queued"}
+    assert len(service.listed(1)) == 1
+    with pytest.raises(JobNotFound):
+        service.get("nobody")
+
+
+def test_what_a_driver_told_is_newer_than_its_record(service: JobService) -> None:
+    id = job(service)
+    told = JobSnapshot(at_s=2, run=id, waiting="slots: serving has 3", message="waiting for slots: serving has 3")
+    assert service.progress(id, told.model_dump(mode="json")) is False
+    now = service.get(id)
+    assert (now["status"], now["waiting"]) == ("waiting", "slots: serving has 3")
+
+
+def test_what_can_be_known_now_need_not_fail_in_the_job(service: JobService) -> None:
+    upload = f"upload:{'0' * 64}"
+    with pytest.raises(BadRequest, match="is a path"):
+        service.submit("finetune", {"data": "/etc/passwd"}, "ann")
+    with pytest.raises(BadRequest, match="is a path"):
+        service.submit("finetune", {"data": upload, "recipe": "/etc/recipe.yaml"}, "ann")
+    with pytest.raises(ModelNotFound):
+        service.submit("finetune", {"data": upload, "base": "nobody"}, "ann")
+    with pytest.raises(BadRequest, match="no run"):
+        service.submit("finetune", {"data": upload, "resume": RUN}, "ann")
+    assert service.jobs.ids() == []
+    with pytest.raises(PoolUnavailable):
+        service.submit("finetune", {"data": upload}, "ann")
+    assert [one["status"] for one in service.listed()] == ["failed"], "Ray did not take it"
+
+
+def test_a_log_is_read_from_an_offset_and_never_whole(service: JobService, tmp_path: Path) -> None:
+    import socket
+
+    id = job(service)
+    file = tmp_path / f"job-driver-{id}.log"
+    file.write_bytes("潮汐\n".encode() * 300_000)
+    told = JobSnapshot(at_s=2, log=str(file), host=socket.gethostname())
+    service.progress(id, told.model_dump(mode="json"))
+    text, at, answers = "", 0, 0
+    while (answer := service.logs(id, at))["text"]:
+        assert len(answer["text"].encode()) <= 1 << 20
+        text, at, answers = text + answer["text"], answer["next"], answers + 1
+    assert text.encode() == file.read_bytes() and answers == 3
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    service.progress(id, told.model_copy(update={"at_s": 3.0, "log": str(secret)}).model_dump(mode="json"))
+    with pytest.raises(PoolUnavailable):
+        service.logs(id)  # only Ray has it then

@@ -1,0 +1,169 @@
+"""What a driver writes of its job: through store trouble, errors and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import Config, parse
+from cluster.errors import DataError, StoreUnavailable
+from cluster.jobspec import Publish
+from cluster.jobspec import parse as options_from
+from cluster.store.jobs import JobResult, JobStatus, JobStore
+from cluster.store.objects import Store
+from jobs import record as records
+from jobs.record import JobRecord, record, spec
+from jobs.training.progress import Progress
+from tests.conftest import ROOT
+from tests.waiting import when
+
+OPTIONS = options_from("finetune", {"data": "https://me:pass@host/x.jsonl?sig=1"})
+STEP = Progress(step=3, steps=9, loss=1.5, tokens=70, tokens_per_s=10.0, eta_s=2.0, workers=2)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return parse({"home": str(tmp_path), "store": (tmp_path / "store").as_uri()})
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: Any) -> None:
+    monkeypatch.setattr(records, "FLUSH_S", 0.05)
+    monkeypatch.setattr(records, "AGAIN_S", 0.05)
+
+
+def only(config: Config) -> tuple[JobStore, str]:
+    jobs = JobStore(Store(config.store))
+    [id] = jobs.ids()
+    return jobs, id
+
+
+def waiting(job: JobRecord) -> str:
+    newest = job.store.newest(job.id)
+    return newest.snapshot.waiting if newest else ""
+
+
+def test_a_job_that_ends_well_leaves_spec_events_and_result(config: Config) -> None:
+    with record(config, OPTIONS) as job:
+        job.know(base="seedling@1")
+        job.begin_run(job.id)
+        job.note("waiting for slots: it needs 2 slots")
+        when(lambda: waiting(job) == "slots: it needs 2 slots", 5)
+        job.note("may have 2 slots")
+        job.watch(STEP)
+        job.made(version="seedling@2")
+    jobs, id = only(config)
+    result = jobs.result(id)
+    assert result and result.status == JobStatus.SUCCEEDED and result.made == {"version": "seedling@2"}
+    assert result.last and result.last.progress and result.last.progress.step == 3 and result.last.run == id
+    assert jobs.spec(id).options == {"data": "https://host/x.jsonl"}, "what a URL carries is nobody else's"
+    said = [event.words for batch in jobs.events(id) for event in batch.events if event.words]
+    assert said == ["waiting for slots: it needs 2 slots", "may have 2 slots"]
+
+
+def test_an_error_is_the_result_in_its_own_words(config: Config) -> None:
+    with pytest.raises(DataError), record(config, OPTIONS):
+        raise DataError("x.jsonl, line 2: not JSON.", "Write one object per line.")
+    jobs, id = only(config)
+    result = jobs.result(id)
+    assert result and (result.status, result.code) == (JobStatus.FAILED, "invalid_training_data")
+    assert result.message == "x.jsonl, line 2: not JSON. Write one object per line."
+
+
+def test_store_trouble_never_stops_a_job_and_is_made_good_later(config: Config, capsys: Any, monkeypatch: Any) -> None:
+    away = True
+    put = Store.put_new
+
+    def failing(store: Store, path: str, data: bytes) -> None:
+        if away:
+            raise StoreUnavailable("The disk is full.")
+        put(store, path, data)
+
+    monkeypatch.setattr(Store, "put_new", failing)
+    with record(config, OPTIONS) as job:
+        for step in range(2000):
+            job.watch(STEP._replace(step=step, steps=2000))
+            job.note(f"step {step}")
+        when(lambda: bool(job.trouble), 5)
+        away = False
+        when(lambda: not job.trouble, 5)
+    jobs, id = only(config)
+    said = capsys.readouterr().out
+    assert said.count("cannot be written") == 1 and said.count("is written again") == 1
+    events = [event for batch in jobs.events(id) for event in batch.events]
+    assert events[-1].words == "step 1999" and len(events) <= 3 * records.KEPT
+    assert (result := jobs.result(id)) and result.status == JobStatus.SUCCEEDED
+
+
+def test_many_words_are_few_objects(config: Config, monkeypatch: Any) -> None:
+    monkeypatch.setattr(records, "FLUSH_S", 0.5)
+    began_s = time.monotonic()
+    with record(config, OPTIONS) as job:
+        while time.monotonic() - began_s < 1.2:
+            job.watch(STEP)
+            time.sleep(0.01)
+    jobs, id = only(config)
+    took_s = time.monotonic() - began_s
+    assert 1 <= len(jobs.events(id)) <= took_s / 0.5 + 3
+
+
+def test_who_ended_first_is_right(config: Config) -> None:
+    """Control may have taken a job for lost whose driver lives after all."""
+    lost = JobResult(status=JobStatus.LOST, ended_s=1)
+    with record(config, OPTIONS) as job:
+        job.store.finish(job.id, lost)
+    jobs, id = only(config)
+    assert jobs.result(id) == lost
+
+
+SCRIPT = """
+import time
+from jobs import main
+from cluster.config import load
+from cluster.jobspec import parse
+from jobs.record import record
+
+def run():
+    with record(load(), parse("finetune", {"data": "x"})) as job:
+        job.begin_run(job.id)
+        print("there", job.id, flush=True)
+        time.sleep(60)
+
+main(run)
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_job_that_is_ended_says_by_whom(config: Config, asked: bool) -> None:
+    environment = {**os.environ, "SPRINGTIDE_HOME": str(config.home), "SPRINGTIDE_STORE": config.store}
+    line = [sys.executable, "-c", SCRIPT]
+    with subprocess.Popen(line, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout
+        id = driver.stdout.readline().split()[1]
+        jobs = JobStore(Store(config.store))
+        when(lambda: jobs.newest(id) is not None, 10)
+        if asked:
+            jobs.ask_to_cancel(id, "ann")
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(10) == 128 + signal.SIGTERM
+    result = jobs.result(id)
+    assert result and result.status == JobStatus.CANCELLED
+    assert result.message == "Cancelled by ann." if asked else f"--resume {id}" in result.message
+
+
+def test_a_jobs_id_is_rays_where_ray_runs_it(monkeypatch: Any) -> None:
+    publish = Publish(version="seedling@2")  # type: ignore[arg-type]
+    assert not spec(publish).submitted and spec(publish).id.startswith("publish-")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_1"}}')
+    assert (spec(publish).id, spec(publish).submitted) == ("raysubmit_1", True)
+
+
+def test_what_a_loss_cannot_say_is_left_out(config: Config) -> None:
+    job = JobRecord(JobStore(Store(config.store)), spec(OPTIONS))
+    job.watch(STEP._replace(loss=float("nan")))
+    assert job.snapshot.progress and job.snapshot.progress.loss is None
