@@ -78,6 +78,10 @@ class ModelNotFound(BadRequest):
     status, code = 404, "model_not_found"
 
 
+class FleetNotFound(BadRequest):
+    status, code = 404, "fleet_not_found"
+
+
 class JobNotFound(BadRequest):
     status, code = 404, "job_not_found"
 

@@ -6,7 +6,7 @@ first token (`deployments.replica.load`). Serve adds its bounds and delays, and 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -69,6 +69,16 @@ class LoadPolicy:
         wanted = replicas_for(loads, self.target._replace(running=context.config.target_ongoing_requests))
         silent = context.current_num_replicas - len(loads)  # too busy to say how busy it is, or just started
         if silent > 0:
-            return max(wanted, context.target_num_replicas), {}
+            return capped(max(wanted, context.target_num_replicas), metrics), {}
         only_one_on_its_way = context.current_num_replicas == 0 and context.target_num_replicas > 0
-        return max(wanted, 1) if only_one_on_its_way else wanted, {}
+        return capped(max(wanted, 1) if only_one_on_its_way else wanted, metrics), {}
+
+
+def capped(wanted: int, metrics: Mapping[str, Mapping[Any, float]]) -> int:
+    """At most the fleet's ceiling, which its replicas repeat with their load: another fleet needs the slots more (`cluster.capacity.arbiter`).
+
+    >>> capped(3, {"ceiling": {"a": 2.0, "b": 2.0}}), capped(3, {})
+    (2, 3)
+    """
+    told = metrics.get("ceiling", {}).values()
+    return min(wanted, int(min(told))) if told else wanted

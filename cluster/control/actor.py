@@ -69,9 +69,10 @@ class Control:
             lambda kind, name: self.reconcilers.changed(kind, name),
         )
         self.aliases = AliasReconciler(self.hosting, self.gateways)
-        self.reconcilers = Reconcilers(self.hosting, self.aliases, FleetReconciler(self.hosting, self.gateways))
-        self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.slots = Allocation(self.config.pool.accelerator, self.config.training.budget, self.applications)
+        fleets = FleetReconciler(self.hosting, self.gateways, self.slots.ceilings)
+        self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, lambda: self.slots.slots()["total"])
+        self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.hosting.watched = self.slots.watch
         self.job_service = JobService(self.registry, functools.cache(lambda: JobServer(ray.get_runtime_context().gcs_address)))
         niceness.freeze_gc()
@@ -164,7 +165,20 @@ class Control:
     def fleets(self) -> list[dict[str, Any]]:
         """Every fleet with its bounds, its replicas and its state."""
         fleets, replicas, known = list(self.hosting.fleets.values()), self.replicas.states, self.applications.known
-        return [describe.fleet(one, replicas, known) for one in fleets]
+        failures = dict(self.reconcilers.runtime_fleets.failures)
+        return [*(describe.fleet(one, replicas, known) for one in fleets), *map(describe.failed_fleet, failures.items())]
+
+    @ray.method(concurrency_group=WAITING)
+    def add_fleet(self, name: str, overrides: dict[str, Any], author: str) -> list[dict[str, Any]]:
+        """See `RuntimeFleets.add`. Returns what `fleets` does."""
+        self.reconcilers.runtime_fleets.add(name, overrides, author)
+        return self.fleets()
+
+    @ray.method(concurrency_group=WAITING)
+    def remove_fleet(self, name: str, force: bool, author: str) -> list[dict[str, Any]]:
+        """See `RuntimeFleets.remove`. Returns what `fleets` does; the fleet is listed as draining until it has gone."""
+        self.reconcilers.runtime_fleets.remove(name, force, author)
+        return self.fleets()
 
     def models(self, name: str | None = None) -> dict[str, Any]:
         return catalogue.models(self.registry, name)

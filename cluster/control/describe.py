@@ -72,13 +72,19 @@ def fleet(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Ap
         "replicas": len(own),
         "min_replicas": settings.min_replicas,
         "max_replicas": settings.max_replicas,
-        "ceiling": fleet.ceiling,
+        "ceiling": fleet.capped[0],
         "priority": settings.priority,
         "slots": len(own) * settings.tensor_parallel_size,
         "slots_per_replica": settings.tensor_parallel_size,
         "weights": sorted({one.base for one in own}),
         "surge": str(fleet.surge) if fleet.surge else None,
     }
+
+
+def failed_fleet(failure: tuple[str, str]) -> dict[str, Any]:
+    """A fleet of the store whose record cannot be made true, and why."""
+    name, words = failure
+    return {"name": name, "model": None, "declared": False, "phase": str(FleetPhase.FAILED), "words": words, "replicas": 0}
 
 
 def phase(removed: bool, replicas: int, app: Application | None) -> tuple[FleetPhase, str]:

@@ -6,6 +6,7 @@ its replicas report), and the smallest step towards it is taken. A step that tak
 """
 
 import time
+from collections.abc import Callable
 
 from cluster.control.applications import Applications, surge_app
 from cluster.control.desired import Desired
@@ -25,9 +26,11 @@ RETRY_REFUSED_S = 30
 class FleetReconciler:
     """Used by the loop's thread only."""
 
-    def __init__(self, hosting: Hosting, gateways: Gateways) -> None:
+    def __init__(self, hosting: Hosting, gateways: Gateways, ceilings: Callable[[], dict[str, int | None]] = dict) -> None:
+        """``ceilings``: fleet → the most replicas that the arbiter lets it have now."""
         self.hosting = hosting
         self.gateways = gateways
+        self.ceilings = ceilings
 
     @property
     def desired(self) -> Desired:
@@ -76,6 +79,7 @@ class FleetReconciler:
         fleet.swap = placement.next_swap(self.hosting.own(fleet), targets, lambda r, id: self._may_take(fleet, r, id), fleet.swap)
         told = self._announce()
         self._load(fleet)
+        self._cap(fleet)
         if told:  # not before the gateways know, or requests would arrive at a replica that swaps its weights, or is gone
             self._surge(fleet)
             self._swap(fleet)
@@ -109,6 +113,17 @@ class FleetReconciler:
             self.applications.start_surge(fleet.spec, fleet.surge_wanted, size)
             fleet.surge, fleet.surge_size = fleet.surge_wanted, size
         self.hosting.count()
+
+    # how many there may be
+
+    def _cap(self, fleet: Fleet) -> None:
+        """Tell the fleet's replicas its ceiling when it has changed, or when others have come that have not heard it. They repeat it to
+        Serve's autoscaler with their load (`deployments.autoscaling`), which asks for no more replicas than that."""
+        ceiling = self.ceilings().get(fleet.name)
+        ids = tuple(sorted(replica.id for replica in self.hosting.own(fleet)))
+        known = (ceiling, ids) if ceiling is not None or fleet.capped[0] is not None else fleet.capped
+        if known != fleet.capped and fleet.orders.cap(ceiling, ids):
+            fleet.capped = known
 
     # what replicas hold
 

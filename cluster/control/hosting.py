@@ -46,8 +46,8 @@ class Fleet:
     retry_refused_s: float = 0.0
     retrying: bool = False
     """Whether this turn asks again for what a replica has refused."""
-    ceiling: int | None = None
-    """The most replicas that the arbiter gives it, as its replicas were last told."""
+    capped: tuple[int | None, tuple[str, ...]] = (None, ())
+    """The most replicas that it may have, as far as the arbiter limits it, and the replicas that have been told so."""
 
     @property
     def name(self) -> str:

@@ -7,10 +7,13 @@
                                 └──── replicas report ───────┘
 """
 
+from collections.abc import Callable
+
 from cluster.control.aliases import AliasReconciler
 from cluster.control.fleets import FleetReconciler
 from cluster.control.hosting import Hosting
 from cluster.control.loop import Loop
+from cluster.control.runtime_fleets import RuntimeFleets
 from cluster.control.work_queue import Key
 
 DISCOVER: Key = ("discover", "")
@@ -19,11 +22,14 @@ DISCOVER_S = 2.0
 
 
 class Reconcilers:
-    def __init__(self, hosting: Hosting, aliases: AliasReconciler, fleets: FleetReconciler) -> None:
+    def __init__(
+        self, hosting: Hosting, aliases: AliasReconciler, fleets: FleetReconciler, total_slots: Callable[[], float]
+    ) -> None:
         self.hosting = hosting
         self.aliases = aliases
         self.fleets = fleets
         self.loop = Loop(self.reconcile)
+        self.runtime_fleets = RuntimeFleets(hosting, self.loop, total_slots)
 
     def start(self) -> None:
         self.loop.add(DISCOVER)
@@ -40,6 +46,7 @@ class Reconcilers:
     def _discover(self) -> float:
         """Nothing else is reconciled before the first time: gateways must not hear of some aliases only, since they would drop the others."""
         desired = self.hosting.desired
+        self.runtime_fleets.sync()
         names = desired.names() if desired.loaded else desired.load()
         for key in [*(("fleet", name) for name in self.hosting.fleets), *(("alias", name) for name in names)]:
             if key not in self.loop.queue:

@@ -108,6 +108,10 @@ class Orders:
         key = ("hold", *ids)
         return (not missing and key not in self._given) or self._give(key, lambda: ("hold", ids, carried()))
 
+    def cap(self, ceiling: int | None, replicas: tuple[str, ...]) -> bool:
+        """Tell these replicas how many of the fleet there may be; True once they have heard it."""
+        return self._give(("cap", str(ceiling), *replicas), lambda: ("cap", ceiling))
+
     def swap(self, replica: str, id: str, fingerprint: str, hurry: bool) -> bool:
         """Order one replica to swap its weights; True once it has answered. Its state says whether it worked."""
         return self._give(("become", replica, id), lambda: ("become", replica, id, fingerprint, hurry))

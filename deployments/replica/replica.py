@@ -38,6 +38,7 @@ class Replica:
         seal()
         context = serve.get_replica_context()
         self.id = context.replica_id.unique_id
+        self.ceiling: int | None = None
         tell("starting", self.id, "fetches its weights", context.app_name)
         id = weights or await asyncio.to_thread(live_weights, Registry(Store(spec.store)), spec.fleet.model)
         self.standby = WarmPool(spec)
@@ -76,12 +77,17 @@ class Replica:
         """See `deployments.replica.engine.Engine.become`. Asked of all replicas, obeyed by the one that is meant."""
         return await self.engine.become.remote(id, fingerprint, hurry) if replica == self.id else None
 
+    async def cap(self, ceiling: int | None) -> None:
+        """The fleet may have no more replicas than this; None lifts it. Serve's autoscaler hears it with the next load."""
+        self.ceiling = ceiling
+
     async def check_health(self) -> None:
         await self.engine.check.remote()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's public hook: what `deployments.autoscaling` decides by."""
-        return await self.engine.stats.remote()
+        load = await self.engine.stats.remote()
+        return load if self.ceiling is None else {**load, "ceiling": float(self.ceiling)}
 
     async def __del__(self) -> None:
         """Serve calls this when the replica must end: let the streams finish, then leave the engine asleep, or end it."""

@@ -46,7 +46,7 @@ class Queue(RuleBasedStateMachine):
     def failed(self) -> None:
         if self.running:
             failure = self.queue.failed(self.running.pop(0), "no", self.now_s)
-            assert FIRST_RETRY_S <= failure.retry_s - self.now_s <= LAST_RETRY_S
+            assert FIRST_RETRY_S - 1e-6 <= failure.retry_s - self.now_s <= LAST_RETRY_S + 1e-6
 
     @rule(key=KEYS)
     def drop(self, key: Key) -> None:

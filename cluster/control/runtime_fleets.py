@@ -1,0 +1,165 @@
+"""Fleets that come and go while the pool runs: `springtide fleets add` and `remove`.
+
+The request writes a record to the store; the control loop makes it true. So a fleet survives a restart of control and of the whole pool, and
+whoever writes the same record by other means gets the same fleet.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.config import Fleet, check_one_fleet_per_model
+from cluster.control.hosting import Hosting
+from cluster.control.loop import Loop
+from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, SpringtideError
+from cluster.publishing.rollout import UNDER_WAY
+from cluster.store.fleets import FleetRecord, FleetRecords
+from cluster.types import VersionId, check_name
+
+
+class RuntimeFleets:
+    def __init__(self, hosting: Hosting, loop: Loop, total_slots: Callable[[], float]) -> None:
+        self.hosting = hosting
+        self.loop = loop
+        self.total_slots = total_slots
+        self.failures: dict[str, str] = {}
+        """Fleet → why its record cannot be made true. It costs that fleet, and no other."""
+        self._records = FleetRecords(hosting.desired.registry.store)
+
+    @property
+    def records(self) -> FleetRecords:
+        store = self.hosting.desired.registry.store
+        if self._records.store is not store:
+            self._records = FleetRecords(store)
+        return self._records
+
+    # for operators, in their own threads
+
+    def add(self, name: str, overrides: dict[str, Any], author: str) -> None:
+        """Host one more model. ``overrides``: keys of a fleet; ``model`` is an alias, by default the fleet's name, or a version NAME@N, which
+        the alias of the fleet's name then means. Returns when it is recorded; its replicas start then. Raises with the reason where it cannot
+        be."""
+        check_name(name)
+        values = {**overrides, "model": str(overrides.get("model", name))}
+        if "@" in values["model"]:
+            values["model"] = self._alias_for(name, values["model"], author)
+        elif self.hosting.desired.registry.alias(values["model"]) is None:
+            raise ModelNotFound(
+                f"The store has no model {values['model']}.",
+                "Register one: springtide up --model PATH, or jobs.pretrain.",
+                param="model",
+            )
+        self.loop.call(lambda: self._add(name, values, author))
+
+    def remove(self, name: str, force: bool, author: str) -> None:
+        """Let a fleet drain and go. Refused while others need it, unless ``force``."""
+        self.loop.call(lambda: self._remove(check_name(name), force, author))
+
+    def _alias_for(self, fleet: str, version: str, author: str) -> str:
+        registry = self.hosting.desired.registry
+        id = registry.manifest(VersionId.parse(version)).id
+        live = registry.alias(fleet)
+        if live is not None and live.stable != id:
+            raise Conflict(
+                f"{fleet} means {live.stable} already.", f"Add the fleet for it (--model {fleet}), or under another name."
+            )
+        if live is None:
+            registry.move(fleet, id, "first version of the fleet", author, after=0)
+        return fleet
+
+    # in the loop's thread
+
+    def _add(self, name: str, values: dict[str, Any], author: str) -> None:
+        newest = self.records.newest(name)
+        if name in self.hosting.fleets or (newest is not None and not newest.ended):
+            draining = name in self.hosting.fleets and self.hosting.fleets[name].removed
+            raise Conflict(
+                f"There is a fleet {name} already{', and it drains' if draining else ''}.",
+                "Wait until it is gone." if draining else "Choose another name, or remove it first.",
+                param="name",
+            )
+        fleet = self._fleet(name, values)
+        self._check_room(fleet)
+        self._append(name, newest, author, overrides=values)
+
+    def _fleet(self, name: str, overrides: dict[str, Any]) -> Fleet:
+        """The fleet with these overrides. Raises `BadRequest` naming the key at fault."""
+        config = self.hosting.config
+        try:
+            fleet = config.fleet_with(name, overrides)
+            others = {other.name: other.spec.fleet for other in self.hosting.there if other.name != name}
+            check_one_fleet_per_model({**others, name: fleet})
+        except ValueError as error:
+            raise BadRequest(
+                f"The fleet {name} is not valid: {error}.", "See `springtide config` for the keys of a fleet."
+            ) from None
+        if config.gateway.hold_timeout_s <= fleet.swap_drain_s:
+            raise BadRequest(
+                f"swap_drain_s {fleet.swap_drain_s} must be shorter than gateway.hold_timeout_s {config.gateway.hold_timeout_s}.",
+                "Requests wait for a swap.",
+                param="swap_drain_s",
+            )
+        return fleet
+
+    def _check_room(self, fleet: Fleet) -> None:
+        """Every fleet's least number of replicas must fit at once, or one of them would wait for ever."""
+        others = sum(one.spec.fleet.min_replicas * one.spec.fleet.tensor_parallel_size for one in self.hosting.there)
+        needs, total = max(1, fleet.min_replicas) * fleet.tensor_parallel_size, int(self.total_slots())
+        if others + needs > total:
+            raise BadRequest(
+                f"It needs {needs} of the pool's {total} slots, and {others} are the least that other fleets keep.",
+                "Lower min_replicas of some fleet (0 lets it sleep), or add machines first.",
+                param="min_replicas",
+            )
+
+    def _remove(self, name: str, force: bool, author: str) -> None:
+        fleet, newest = self.hosting.fleets.get(name), self.records.newest(name)
+        if fleet is not None and fleet.declared:
+            raise BadRequest(
+                f"The fleet {name} is part of the configuration.",
+                "Take it out of `fleets:` there, then deploy again.",
+                param="name",
+            )
+        if newest is None or newest.ended:
+            raise FleetNotFound(f"There is no fleet {name}.", "See `springtide fleets` for the ones that exist.", param="name")
+        if fleet is not None and not force:
+            self._check_unused(name)
+        self._append(name, newest, author, ended=True)
+
+    def _check_unused(self, name: str) -> None:
+        """Its own alias goes with it; another alias, or a rollout, would have nobody to answer."""
+        fleet = self.hosting.fleets[name]
+        others = [alias for alias in self.hosting.aliases_of(fleet) if alias != fleet.model]
+        if others:
+            raise Conflict(
+                f"{', '.join(others)} would have no fleet: what they mean sits on the weights of {name}.",
+                "Publish something else to them first, or say --force.",
+            )
+        now = self.hosting.desired.rollout(fleet.model)
+        if now is not None and now.stage in UNDER_WAY:
+            raise Conflict(f"A rollout of {now.version} is under way on {name}.", "Wait for it, end it, or say --force.")
+
+    def _append(self, name: str, newest: FleetRecord | None, author: str, **what: Any) -> None:
+        record = FleetRecord(name=name, n=newest.n + 1 if newest else 1, author=author, time_s=time.time(), **what)
+        self._apply(self.records.append(record))
+        self.loop.retry(("fleet", name))
+
+    def sync(self) -> None:
+        """Make true what the records say. One that is not valid any more costs its own fleet."""
+        for name in self.records.names():
+            try:
+                if (newest := self.records.newest(name)) is not None:
+                    self._apply(newest)
+                self.failures.pop(name, None)
+            except (SpringtideError, ValueError) as error:
+                self.failures[name] = str(error)
+
+    def _apply(self, record: FleetRecord) -> None:
+        fleet = self.hosting.fleets.get(record.name)
+        if fleet is not None and fleet.declared:
+            return  # the configuration has it now, and says what it is
+        if record.ended and fleet is not None:
+            fleet.removed = True
+        if not record.ended and fleet is None:
+            spec = self.hosting.config.spec_of(record.name, self._fleet(record.name, record.overrides))
+            self.hosting.add(spec, declared=False)

@@ -1,0 +1,43 @@
+"""Fleets that were added while the pool runs: ``fleets/<name>/<n>.json``, append-only; the highest n counts.
+
+A fleet of the configuration has no record here. After a restart of the pool control reads these and hosts the same fleets again.
+"""
+
+from typing import Any
+
+from pydantic import Field
+
+from cluster.store.journal import Journal
+from cluster.store.objects import Store
+from cluster.types import Durable, check_name
+
+
+class FleetRecord(Durable):
+    """What a fleet should be from now on, or that it should be no more."""
+
+    name: str
+    n: int
+    """Which record of the fleet this is, from 1."""
+    overrides: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """What it has of its own; the rest is the ``fleet:`` section of the configuration."""
+    author: str
+    time_s: float
+    ended: bool = False
+    """Whether it was removed."""
+
+
+class FleetRecords:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._journal = Journal(store, FleetRecord)
+
+    def names(self) -> list[str]:
+        """Every fleet that was ever added at run time."""
+        return self.store.children("fleets")
+
+    def newest(self, name: str) -> FleetRecord | None:
+        return self._journal.last(f"fleets/{check_name(name)}")
+
+    def append(self, record: FleetRecord) -> FleetRecord:
+        """Raises `Conflict` where somebody else was faster."""
+        return self._journal.append(f"fleets/{check_name(record.name)}", record.n, record)

@@ -1,0 +1,233 @@
+"""Control over a real store: what is bad costs itself, what is lost is found again, and every fleet goes its own way."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.control.replicas import Replicas
+from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, StoreUnavailable, VersionRefused
+from cluster.publishing.placement import Hosted, SurgeFacts, Swap, fleet_of, next_swap, surge_weights
+from cluster.publishing.rollout import DIRECT, Policy, begin
+from cluster.redact import redact
+from cluster.types import Generation, Lineage, ReplicaState, VersionId
+from tests.controlled import Controlled, adapter, make_base, two_fleets, wait_until
+
+ONE, OTHER, TWO = VersionId("m", 1), VersionId("n", 1), VersionId("m", 2)
+
+
+def test_an_alias_whose_record_is_damaged_costs_itself_only(tmp_path: Path) -> None:
+    """Control used to stop for every alias where one record could not be read."""
+    config, registry, machines = two_fleets(tmp_path)
+    registry.move("bad", ONE, "will be damaged", "test", after=0)
+    root = registry.store.local_root
+    assert root is not None
+    next((root / "aliases/bad").iterdir()).write_text("{")
+    control = Controlled(config, machines)
+    made = adapter(registry, tmp_path, ONE, 1)
+    assert control.publish(made.id, "m").stage == "live"
+    failures = control.reconcilers.loop.queue.failures
+    wait_until(lambda: ("alias", "bad") in failures)
+    assert [key for key in failures] == [("alias", "bad")] and control.view.aliases["m"].stable == made.id
+    assert set(control.view.aliases) == {"m", "n"}
+
+
+def test_a_lost_answer_while_a_rollout_begins_leaves_no_conflict_behind(tmp_path: Path) -> None:
+    """The record was written and its answer lost: every later publish of the alias used to be a conflict."""
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    first, second = adapter(registry, tmp_path, ONE, 1), adapter(registry, tmp_path, ONE, 2)
+    wait_until(lambda: "m" in control.view.aliases)
+    put, lost = control.registry.store.put_new, list[str]()
+
+    def losing(path: str, data: bytes) -> None:
+        put(path, data)
+        if path.startswith("rollouts/") and not lost:
+            lost.append(path)
+            raise StoreUnavailable("the connection broke")
+
+    control.registry.store.put_new = losing  # type: ignore[method-assign]
+    with pytest.raises(StoreUnavailable):
+        control.publish(first.id, "m")
+    wait_until(lambda: control.view.aliases["m"].stable == first.id)
+    assert control.publish(second.id, "m").stage == "live" and control.view.aliases["m"].stable == second.id
+
+
+def test_a_replica_that_hangs_holds_up_its_own_fleet_only(tmp_path: Path) -> None:
+    """One slow replica used to make each of control's rounds two seconds long."""
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    machines.hung["fleet-n"] = threading.Event()
+    slow, quick = adapter(registry, tmp_path, OTHER, 1), adapter(registry, tmp_path, ONE, 2)
+    outcomes: list[str] = []
+    waiting = threading.Thread(target=lambda: outcomes.append(control.publish(slow.id, "n").stage))
+    waiting.start()
+    assert control.publish(quick.id, "m").stage == "live" and not outcomes
+    machines.hung["fleet-n"].set()
+    waiting.join(20)
+    assert outcomes == ["live"]
+
+
+def test_new_weights_move_the_fleet_whose_model_they_are_and_no_other(tmp_path: Path) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    made = registry.register("m", "weights", None, make_base(tmp_path / "new", 7), Lineage())
+    assert control.publish(made.id, "m").stage == "live"
+    assert {state.app: state.base for state in machines.there.values()} == {"fleet-m": "m@2", "fleet-n": "n@1"}
+    assert {name: fleet.versions for name, fleet in control.view.fleets.items()} == {"m": ("m@2",), "n": ("n@1",)}
+
+
+def test_an_adapter_goes_to_the_fleet_that_hosts_its_base(tmp_path: Path) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    made = adapter(registry, tmp_path, OTHER, 3, name="poet")
+    assert control.publish(made.id, "poet").stage == "live"
+    assert {state.app for state in machines.there.values() if str(made.id) in state.held} == {"fleet-n"}
+    assert control.view.fleets["n"].versions == ("n@1", "poet@1")
+    with pytest.raises(VersionRefused, match="fleet hosts n@1 for"):
+        control.publish(adapter(registry, tmp_path, ONE, 4).id, "n")
+    nowhere = registry.register("elsewhere", "weights", None, make_base(tmp_path / "elsewhere", 9), Lineage())
+    with pytest.raises(VersionRefused, match="no fleet hosts it"):
+        control.publish(nowhere.id, "elsewhere")
+
+
+def test_gateways_hear_nothing_before_every_alias_was_read(tmp_path: Path) -> None:
+    """A control that was restarted and knows of some aliases only would take the others from the gateways."""
+    config, registry, machines = two_fleets(tmp_path)
+    for n in range(30):
+        registry.move(f"alias-{n}", ONE, "many", "test", after=0)
+    seen: list[int] = []
+
+    class Listening(Controlled):
+        def _hear(self, method: str, *arguments: Any, timeout_s: float) -> list[Any]:
+            answer = super()._hear(method, *arguments, timeout_s=timeout_s)
+            seen.append(len(self.view.aliases)) if method == "adopt" else None
+            return answer
+
+    Listening(config, machines)
+    wait_until(lambda: bool(seen))
+    assert seen[0] == 32
+
+
+def test_a_fleet_that_is_added_is_recorded_hosted_and_found_again_and_goes_when_it_is_removed(tmp_path: Path) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    third = registry.register("third", "weights", None, make_base(tmp_path / "third", 5), Lineage())
+    control.fleets.add("extra", {"model": str(third.id), "min_replicas": 0}, "somebody")
+    wait_until(lambda: "fleet-extra" in control.applications.known)
+    machines.start("replica-extra", "fleet-extra", third.id)
+    wait_until(lambda: control.view.aliases.get("extra") is not None and "extra" in control.view.fleets)
+    again = Controlled(config, machines)
+    wait_until(lambda: "fleet-extra" in again.applications.known and again.view.fleets.keys() == {"m", "n", "extra"})
+    made = adapter(registry, tmp_path, third.id, 1, name="poet")
+    assert again.publish(made.id, "poet").stage == "live"
+    with pytest.raises(Conflict, match="poet would have no fleet"):
+        again.fleets.remove("extra", False, "somebody")
+    again.fleets.remove("extra", True, "somebody")
+    wait_until(lambda: "fleet-extra" not in again.applications.known and "extra" not in again.hosting.fleets)
+    assert again.view.fleets.keys() == {"m", "n"}
+    machines.there.pop("replica-extra")
+    newest = again.fleets.records.newest("extra")
+    assert newest is not None and newest.ended and newest.author == "somebody"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "error", "words"),
+    [
+        ("m", {}, Conflict, "already"),
+        ("../m", {}, BadRequest, "not a model name"),
+        ("x", {}, ModelNotFound, "no model x"),
+        ("x", {"model": "m"}, BadRequest, "both host the model m"),
+        ("x", {"model": "m@7"}, ModelNotFound, "m@7 does not exist"),
+        ("free", {"threads": 3}, BadRequest, "there is no such key"),
+        ("free", {"min_replicas": 3, "max_replicas": 3}, BadRequest, "It needs 3 of the pool's 4 slots"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused_with_the_reason(
+    tmp_path: Path, name: str, overrides: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    registry.move("free", ONE, "an alias", "test", after=0)
+    control = Controlled(config, machines)
+    with pytest.raises(error, match=words):
+        control.fleets.add(name, overrides, "somebody")
+    assert control.fleets.records.names() == []
+
+
+def test_what_the_configuration_declares_is_removed_there(tmp_path: Path) -> None:
+    config, _, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    with pytest.raises(BadRequest, match="part of the configuration"):
+        control.fleets.remove("m", True, "somebody")
+    with pytest.raises(FleetNotFound):
+        control.fleets.remove("nobody", True, "somebody")
+
+
+def test_a_reason_keeps_no_signature(tmp_path: Path) -> None:
+    """A presigned URL in somebody's words used to be an alias's reason for ever."""
+    config, registry, machines = two_fleets(tmp_path)
+    control, made = Controlled(config, machines), adapter(registry, tmp_path, ONE, 1)
+    url = "https://key:password@bucket.example/set.jsonl?X-Amz-Signature=abc"
+    rollout = control.publishing.publish(str(made.id), "m", f"trained on {url}", "test", DIRECT)
+    assert rollout.stage == "live"
+    written = "".join(path.read_text() for path in Path(tmp_path / "store").rglob("*.json") if "versions" not in path.parts)
+    assert "bucket.example/set.jsonl" in written and "abc" not in written and "password" not in written
+    assert redact("no URL here: a@b, why?") == "no URL here: a@b, why?"
+
+
+def test_a_replica_that_has_said_that_it_ends_is_not_listed_again() -> None:
+    changed: list[str] = []
+    replicas = Replicas(changed.append)
+    state = ReplicaState("r", "http://r", "s", "m@1", {"m@1": "d"}, {}, 0, app="fleet-m")
+    replicas.report(state)
+    replicas.report(state._replace(running=3))
+    assert changed == ["fleet-m"], "load alone is nothing to act on"
+    replicas.leave("r")
+    replicas.report(state)
+    assert replicas.states == () and changed == ["fleet-m", "fleet-m"]
+
+
+def test_an_answer_that_was_overtaken_does_not_count() -> None:
+    replicas = Replicas(lambda _: None)
+    state = ReplicaState("r", "http://r", "s", "m@1", {"m@1": "d"}, {}, 0, revision=2, app="fleet-m")
+    replicas.report(state)
+    replicas.report(state._replace(revision=1, held={}))
+    assert replicas.of("fleet-m") == (state,)
+
+
+# pure
+
+
+def test_an_alias_belongs_to_the_fleet_that_hosts_what_it_means() -> None:
+    hosted = [Hosted("chat", "m", frozenset({ONE, TWO})), Hosted("code", "n", frozenset({OTHER}))]
+    assert fleet_of("m", OTHER, hosted) == "chat", "the model of a fleet, whatever it means"
+    assert fleet_of("poet", TWO, hosted) == "chat" and fleet_of("coder", OTHER, hosted) == "code"
+    assert fleet_of("poet", VersionId("x", 1), hosted) is None and fleet_of("poet", None, hosted) is None
+
+
+def test_one_replica_swaps_at_a_time_and_goes_on_until_it_has() -> None:
+    replicas = [ReplicaState(id, "", "", "m@1", {}, {}, 0) for id in "abc"]
+    targets = {id: TWO for id in "abc"}
+    assert next_swap(replicas, targets, lambda *_: True, None) == Swap("a", TWO)
+    assert next_swap(replicas, targets, lambda *_: True, Swap("b", TWO)) == Swap("b", TWO)
+    assert next_swap(replicas, targets, lambda one, _: one.id == "c", Swap("b", TWO)) == Swap("c", TWO)
+    assert next_swap([one._replace(base="m@2") for one in replicas], targets, lambda *_: True, None) is None
+
+
+def test_a_surge_starts_when_it_is_needed_and_stays_until_nobody_needs_it() -> None:
+    def wanted(**facts: Any) -> VersionId | None:
+        known = SurgeFacts(None, frozenset({"m@1"}), at(ONE), under_way, "another shape", True)
+        return surge_weights(known._replace(**facts), lambda id: id)
+
+    under_way = begin("m", 1, TWO, ONE, Policy(), "", "", 0.0).next("warming", "", 0.0)
+    live = under_way.next("canary", "", 0.0, 100).next("live", "", 0.0)
+    assert wanted() == TWO and wanted(ready=False) is None and wanted(needed="") is None
+    assert wanted(needed=None) is None and wanted(needed=None, running=TWO) == TWO, "not known yet: nothing changes"
+    assert wanted(needed="", running=TWO) == TWO, "a second replica has come: no reason to end it half-way"
+    assert wanted(rollout=live, running=TWO, move=at(TWO)) == TWO, "the fleet does not hold it yet"
+    assert wanted(rollout=live, running=TWO, move=at(TWO), held=frozenset({"m@2"})) is None
+
+
+def at(version: VersionId) -> Generation:
+    return Generation(alias="m", generation=1, stable=version, reason="", author="", time_s=0)
