@@ -13,13 +13,16 @@ from typing import Any, Literal, NamedTuple
 
 import certifi
 import httpx
+from pydantic import BaseModel
 
 from cluster import endpoint as endpoints
 from cluster.config import Config
 from cluster.endpoint import Endpoint
 from cluster.errors import PoolUnavailable, received
+from cluster.jobspec import Options
 from cluster.publishing.gate import Verdict
 from cluster.publishing.rollout import Policy, Rollout
+from cluster.store.jobs import JobProgress, JobResult, JobStatus
 from cluster.types import Generation, Manifest, VersionId
 
 PUBLISH_TIMEOUT_S = 660
@@ -29,6 +32,8 @@ LOOK_S = 10
 """How long a command that redraws waits for one answer."""
 ASK_TIMEOUT_S = 300
 """How long one answer of a model may take, a cold start included."""
+SUBMIT_TIMEOUT_S = 120
+"""How long Ray may take to start a job, or a job or fleet to end."""
 UPLOAD_TIMEOUT_S = 600
 CHUNK_BYTES = 1 << 20
 
@@ -54,6 +59,32 @@ class Watched(NamedTuple):
     record: Rollout
     seen: dict[str, Any]
     """``{"waiting_for", "canary": {…}, "stable": {…}}``: what it waits for, and what the gateways measured where they did."""
+
+
+class Job(BaseModel):
+    """A job as its record and its driver say; what a newer release adds is ignored."""
+
+    id: str
+    verb: str
+    status: JobStatus
+    owner: str
+    created_s: float
+    progress: JobProgress | None
+    waiting: str
+    """What it waits for; empty where it does not."""
+    message: str
+    result: JobResult | None
+
+    @property
+    def made(self) -> dict[str, Any]:
+        """What came out of it: ``version``, ``kind``, ``eval_loss``, ``stage``, …"""
+        return self.result.made if self.result else {}
+
+
+class Log(NamedTuple):
+    text: str
+    next: int
+    """Where to go on."""
 
 
 class Answer(NamedTuple):
@@ -122,6 +153,45 @@ class Client:
 
     def _order(self, what: str, order: dict[str, Any]) -> Rollout:
         return Rollout.model_validate(self._call("POST", f"/admin/{what}", order, timeout_s=PUBLISH_TIMEOUT_S))
+
+    # jobs
+
+    def jobs(self, limit: int = 20) -> list[Job]:
+        """The newest jobs, the newest first."""
+        return [Job.model_validate(job) for job in self._call("GET", "/admin/jobs", query={"limit": str(limit)})["jobs"]]
+
+    def job(self, id: str) -> Job:
+        return Job.model_validate(self._call("GET", f"/admin/jobs/{id}", timeout_s=LOOK_S))
+
+    def submit(self, options: Options) -> str:
+        """Start a job; returns its id. Files that it names must be where the pool can read them: see `upload`."""
+        order = {"verb": options.verb, "options": options.document(), "claimed_author": author()}
+        return str(self._call("POST", "/admin/jobs", order, timeout_s=SUBMIT_TIMEOUT_S)["id"])
+
+    def cancel(self, id: str) -> Job:
+        """End a job; returns once it has ended."""
+        told = self._call("POST", f"/admin/jobs/{id}/cancel", {"claimed_author": author()}, timeout_s=SUBMIT_TIMEOUT_S)
+        return Job.model_validate(told)
+
+    def log(self, id: str, offset: int = 0) -> Log:
+        """A job's log from byte ``offset`` on, as much of it as fits into one answer."""
+        return Log(**self._call("GET", f"/admin/jobs/{id}/logs", query={"offset": str(offset)}))
+
+    # fleets
+
+    def fleets(self) -> list[dict[str, Any]]:
+        """A row for each fleet: ``{"name", "model", "phase", "words", "replicas", "min_replicas", "max_replicas", …}``."""
+        return self._call("GET", "/admin/fleets")["fleets"]
+
+    def add_fleet(self, name: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+        """Host one more base model. ``overrides``: what the fleet has of its own, as under ``fleets:`` in the configuration."""
+        order = {"name": name, "overrides": overrides, "claimed_author": author()}
+        return self._call("POST", "/admin/fleets", order, timeout_s=SUBMIT_TIMEOUT_S)["fleets"]
+
+    def remove_fleet(self, name: str, force: bool = False) -> list[dict[str, Any]]:
+        """Let a fleet's replicas finish and end. Without ``force`` refused while an alias means one of its versions."""
+        query = {"force": str(force).lower(), "claimed_author": author()}
+        return self._call("DELETE", f"/admin/fleets/{name}", query=query, timeout_s=SUBMIT_TIMEOUT_S)["fleets"]
 
     # data
 

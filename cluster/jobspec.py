@@ -217,7 +217,7 @@ def check_remote(options: Options) -> None:
     """Raises `BadRequest` where a job that comes over HTTP names a path: it would mean one of the pool's machines. `jobs.sources` checks the
     rest, when it reads."""
     for name, source in options.files().items():
-        if source.startswith("upload:") or ("://" in source and not source.startswith("file:")):
+        if source.startswith(("upload:", "sample:")) or ("://" in source and not source.startswith("file:")):
             continue
         if name == "recipe" and "/" not in source and not source.endswith((".yaml", ".yml")):
             continue  # one that ships with Springtide

@@ -1,4 +1,5 @@
-"""Where a job's files come from: a path, a URL, or ``upload:<sha256>``, which is what `PUT /admin/uploads` stored.
+"""Where a job's files come from: a path, a URL, ``upload:<sha256>``, which is what `PUT /admin/uploads` stored, or ``sample:tide``, one of the
+data sets that ship with Springtide.
 
 Who has a shell in the pool may name anything that the pool can read. A job that came over HTTP may not, since whoever sent it may know only
 the gateway's key: no path of a machine, only object-store URLs under ``training.data_prefixes``, and of the web only what is public.
@@ -12,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -25,10 +27,11 @@ from cluster.config import Config, Training
 from cluster.errors import BodyTooLarge, DataError
 from cluster.jobspec import ORIGIN, shown
 from cluster.store.objects import Store
+from cluster.types import check_name
 
 TIMEOUT_S = 60
 REDIRECTS = 5
-UPLOAD = "upload:"
+UPLOAD, SAMPLE = "upload:", "sample:"
 
 Fetch = Callable[[str], bytes]
 
@@ -60,6 +63,8 @@ class Sources:
         scheme = urlsplit(source).scheme if "://" in source else ""
         if source.startswith(UPLOAD):
             return self._uploaded(source)
+        if source.startswith(SAMPLE):
+            return sample(source.removeprefix(SAMPLE))
         if scheme in ("http", "https"):
             return self._public(source) if self.remote else self._web(source)
         if scheme in ("", "file"):
@@ -138,6 +143,14 @@ def own(config: Config) -> Fetch:
 
 local: Fetch = Sources().fetch
 """For a command in a shell."""
+
+
+def sample(name: str) -> bytes:
+    """
+    >>> sample("tide").startswith(b'{"')
+    True
+    """
+    return (resources.files("jobs") / "seedling" / f"{check_name(name)}.jsonl").read_bytes()
 
 
 def title(source: str) -> str:

@@ -84,5 +84,5 @@ def pool(config: Config) -> Iterator[Running]:
 def pretrain(config: Config) -> None:
     from cluster.pool import submit
 
-    for _ in submit.watch(config, submit.submit(config, "pretrain", "--name", config.default_model)):
+    for _ in submit.follow(config, submit.start(config, "pretrain", name=config.default_model)):
         pass

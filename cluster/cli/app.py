@@ -61,12 +61,17 @@ def load(preset: str | None = None, file: Path | None = None, sets: list[str] | 
     """The configuration of this home, for what starts and stops local processes. Raises `BadRequest` where another pool was named."""
     if chosen.pool:
         raise BadRequest("This command works on this machine alone.", "Leave --pool out.", param="pool")
-    pairs: list[tuple[str, str]] = []
+    if file is not None and not file.is_file():
+        raise BadRequest(f"There is no file {file}.", "Check the path given with --config.", param="config")
+    return configuration.load(preset, file, configuration.from_pairs(pairs(sets)))
+
+
+def pairs(sets: list[str] | None) -> list[tuple[str, str]]:
+    """``["max_replicas=2"]`` → ``[("max_replicas", "2")]``. Raises `BadRequest`."""
+    found: list[tuple[str, str]] = []
     for text in sets or []:
         key, equals, value = text.partition("=")
         if not equals:
             raise BadRequest(f"--set {text} has no value.", "Write it as --set KEY=VALUE.", param=key)
-        pairs.append((key, value))
-    if file is not None and not file.is_file():
-        raise BadRequest(f"There is no file {file}.", "Check the path given with --config.", param="config")
-    return configuration.load(preset, file, configuration.from_pairs(pairs))
+        found.append((key, value))
+    return found

@@ -9,11 +9,11 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.cli import jobs, machine, publishing, serving
+from cluster.cli import fleets, jobs, machine, publishing, serving
 from cluster.cli.app import app
 from cluster.errors import SpringtideError
 
-TOPICS = (machine, serving, publishing, jobs)
+TOPICS = (fleets, jobs, machine, publishing, serving)
 
 
 def main() -> None:

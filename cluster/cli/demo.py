@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster import client
-from cluster.cli import doctor, render
+from cluster.cli import doctor, jobs, render
+from cluster.client import Job
 from cluster.config import Config, parse
 from cluster.errors import BadRequest, ConfigError, Conflict, PoolUnavailable
 from cluster.pool import graph, local, submit
@@ -19,7 +21,8 @@ from cluster.store.registry import Registry
 from cluster.types import Lineage, VersionId, check_name
 
 QUESTION = "Who are you?"
-TIDE = Path(__file__).parents[2] / "jobs" / "seedling" / "tide.jsonl"
+SAMPLE = "sample:tide"
+"""The data set that it fine-tunes on; it ships with the jobs."""
 SERVING = {
     True: "Serving until [bold]Ctrl-C[/], which stops the pool.",
     False: "It was not started here, so [bold]Ctrl-C[/] ends only this command; `springtide down` stops the pool.",
@@ -117,9 +120,14 @@ def _stop(config: Config, console: Console, ours: bool, started: bool) -> None:
 
 def _grow(config: Config, console: Console) -> None:
     console.print(f"The store has no [bold]{config.default_model}[/] yet: growing one from the text that ships with Springtide.")
-    job = submit.submit(config, "pretrain", "--name", config.default_model)
-    result = render.follow(console, config, job, "Pretraining")
-    console.print(f"Registered [bold]{result.get('version', config.default_model)}[/].")
+    made = jobs.drawn(_documents(config, "pretrain", name=config.default_model), "Pretraining")
+    console.print(f"Registered [bold]{made.get('version', config.default_model)}[/].")
+
+
+def _documents(config: Config, verb: str, **options: Any) -> Callable[[], Job]:
+    """Start a job before anything serves, and so without a gateway to ask; what it says of itself, look by look."""
+    documents = submit.follow(config, submit.start(config, verb, **options), interval_s=0)
+    return lambda: Job.model_validate(next(documents))
 
 
 def _loop(config: Config, console: Console) -> None:
@@ -130,13 +138,12 @@ def _loop(config: Config, console: Console) -> None:
         console.print("This store has been through the loop already; here is what each of its versions answers.")
     else:
         _show_answer(console, pool.ask(model, QUESTION))
-        console.print(f"Fine-tuning on [bold]{TIDE.name}[/] while version 1 keeps serving.")
-        arguments = ("--data", str(TIDE), "--base", model, "--name", model, "--epochs", "30", "--publish")
-        job = submit.submit(config, "finetune", *arguments)
-        result = render.follow(console, config, job, "Fine-tuning")
-        went_live = result.get("stage") == "live"
-        words = "into live traffic" if went_live else f"; its rollout is {result.get('stage')}"
-        console.print(f"Published [bold]{result.get('version')}[/] {words}.")
+        console.print("Fine-tuning on the text of the tide while version 1 keeps serving.")
+        options = {"data": SAMPLE, "base": model, "name": model, "epochs": 30, "publish": True}
+        made = jobs.follow(pool, jobs.start(pool, "finetune", options), "Fine-tuning")
+        words = "into live traffic" if made.get("stage") == "live" else f"; its rollout is {made.get('stage')}"
+        console.print(f"Published [bold]{made.get('version')}[/] {words}.")
+        history = pool.history(model).moves
     # Weights that were replaced are not served any more.
     first_too = [str(first)] if first != history[-1].stable and str(first) in pool.served() else []
     render.answers(console, QUESTION, [pool.ask(name, QUESTION) for name in (*first_too, model)])

@@ -1,112 +1,184 @@
 """Commands that start jobs on the pool, and follow, show and end them."""
 
-from itertools import pairwise
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from cluster import jobspec
 from cluster.cli import render
-from cluster.cli.app import app, client, console
-from cluster.cli.machine import running
-from cluster.client import Client
-from cluster.errors import BadRequest
+from cluster.cli.app import Wait, app, client, console
+from cluster.client import Client, Job
+from cluster.errors import BadRequest, JobFailed, PoolUnavailable
+from cluster.store.jobs import JobStatus
 from cluster.types import VersionId
 
-PATHS = ("--data", "--eval-data", "--recipe", "--held-out", "--tasks", "--golden")
-PATHS_JOINED = tuple(f"{option}=" for option in PATHS)
+LOOK_AGAIN_S = 0.5
+GONE_S = 60
+"""How long the gateway may be silent while a job is followed: one that is started again needs some time."""
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train(
-    context: typer.Context,
-    data: Annotated[str, typer.Option(help="JSONL in OpenAI's chat format or prompt/completion: a path or URL.")],
-    base: Annotated[str | None, typer.Option(help="A model, or a version as NAME@N; by default what the pool serves.")] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
-) -> None:
-    """Fine-tune on the pool, as `ray job submit -- python -m jobs.finetune` does.
-
-    Further options go to the job: --name NAME, --epochs N, --full (all weights instead of an adapter), --recipe FILE, --set KEY=VALUE (of
-    the recipe), --eval-data FILE, --priority N, --resume RUN, --publish. `python -m jobs.finetune --help` explains them. How many workers
-    it may have: SPRINGTIDE_TRAINING__WORKERS=4 SPRINGTIDE_TRAINING__MIN_WORKERS=2 springtide train …
-    """
-    from cluster.pool import submit
-
-    config = running()
-    if "://" not in data and not Path(data).expanduser().is_file():
-        raise BadRequest(f"There is no file {data}.", "Give the path or URL of JSON lines.", param="data")
-    base = base or config.default_model
-    client().models(base) if "@" not in base else client().version(VersionId.parse(base))  # else the job would fail
-    job = submit.submit(config, "finetune", *absolute(["--data", data, "--base", base, *context.args]))
-    console.print(f"Job [bold]{job}[/] submitted; `springtide logs {job}` shows its log.")
-    if not wait:
-        return
-    try:
-        made = render.follow(console, config, job, "Fine-tuning")
-    except KeyboardInterrupt:
-        console.print(f"The job goes on: springtide logs {job} · springtide cancel {job}")
-        return
+@app.command()
+@jobspec.options("finetune")
+def train(wait: Wait = True, **given: Any) -> None:
+    """Fine-tune on the pool, as `ray job submit -- python -m jobs.finetune` does there. Files of this machine are sent to the pool first."""
+    pool = client()
+    job = start(pool, "finetune", given)
+    console.print(f"Job [bold]{job}[/] is submitted.")
+    made = followed(pool, job, "Fine-tuning") if wait else None
+    if made is None:
+        return console.print(going_on(job), highlight=False)
     loss = f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}"
     following = f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
     console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {loss}; {following}")
 
 
 @app.command()
-def jobs() -> None:
-    """Every job on the pool with its progress: step, loss, tokens per second, time left."""
-    from cluster.pool import submit
+@jobspec.options("evaluate")
+def evaluate(wait: Wait = True, **given: Any) -> None:
+    """Measure a version against the live one and store the gate's verdict."""
+    pool, id = client(), VersionId.parse(given["version"])
+    job = start(pool, "evaluate", given)
+    if not wait or followed(pool, job, f"Evaluating {id}") is None:
+        return console.print(going_on(job), highlight=False)
+    render.verdict(console, pool.version(id).verdicts[-1])
 
-    config = running()
-    listed = submit.jobs(config)[:20]
-    render.jobs(console, listed, [submit.log(config, job.submission_id or "") for job in listed])
+
+@app.command()
+def jobs(limit: Annotated[int, typer.Option(help="How many of the newest.", min=1, max=1000)] = 20) -> None:
+    """The newest jobs with their progress: step, loss, tokens per second, time left."""
+    render.jobs(console, client().jobs(limit))
 
 
 @app.command()
 def cancel(job: str) -> None:
-    """Stop a job, by its name or its run's. What it has registered stays; an unfinished run leaves nothing."""
-    from cluster.pool import submit
-
-    config = running()
-    submit.cancel(config, submit.named(config, job))
-    console.print(f"{job} is stopped.")
+    """End a job. What it has registered stays; an unfinished run leaves nothing."""
+    console.print(f"{job}: {client().cancel(job).status}.", highlight=False)
 
 
 @app.command()
-def logs(job: str) -> None:
-    """A job's whole log, by the job's name or its run's."""
-    from cluster.pool import submit
+def logs(
+    job: str,
+    follow: Annotated[bool, typer.Option("--follow", help="Print what it writes until it ends; Ctrl-C ends only this.")] = False,
+) -> None:
+    """A job's log."""
+    pool, offset = client(), 0
+    while True:
+        ended = pool.job(job).status.ended  # asked before the log: what it wrote last is in there
+        try:
+            offset, some = printed(pool, job, offset)
+            if not some and (ended or not follow):
+                return
+            time.sleep(0 if some else LOOK_AGAIN_S)
+        except KeyboardInterrupt:
+            return
 
-    config = running()
-    print(submit.log(config, submit.named(config, job)))
+
+def printed(pool: Client, job: str, offset: int) -> tuple[int, bool]:
+    """Print the next part of a log; where to go on, and whether there was any."""
+    part = pool.log(job, offset)
+    print(part.text, end="", flush=True)
+    return part.next, bool(part.text)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def evaluate(context: typer.Context, version: Annotated[str, typer.Argument(help="NAME@N")]) -> None:
-    """Measure a version against the live one and store the gate's verdict. Options go to the job: --held-out, --tasks, --golden, --against."""
-    pool, id = client(), VersionId.parse(version)
-    measure(pool, id, absolute(list(context.args)))
-    render.verdict(console, pool.version(id).verdicts[-1])
-
-
-def measure(pool: Client, id: VersionId, options: list[str]) -> None:
+def measure(pool: Client, id: VersionId, alias: str) -> None:
     """Run the gate's evaluation and wait for it."""
-    from cluster.pool import submit
-
-    config = running()
-    render.follow(console, config, submit.submit(config, "evaluate", str(id), *options), f"Evaluating {id}")
+    follow(pool, start(pool, "evaluate", {"version": str(id), "alias": alias}), f"Evaluating {id}")
 
 
-def absolute(arguments: list[str]) -> list[str]:
-    """A job's arguments with the paths among them made absolute, because a job runs in a folder of its own.
+def going_on(job: str) -> str:
+    return f"It goes on by itself: springtide logs {job} --follow · springtide cancel {job} · springtide jobs"
 
-    >>> absolute(["--data", "/x.jsonl", "--eval-data=https://host/y.jsonl", "--recipe", "lora.v2"])
-    ['--data', '/x.jsonl', '--eval-data', 'https://host/y.jsonl', '--recipe', 'lora.v2']
+
+# starting
+
+
+def start(pool: Client, verb: str, given: dict[str, Any]) -> str:
+    """Check a command's options, send the files that they name, submit; returns the job's id."""
+    chosen = jobspec.chosen(given)
+    asked = jobspec.parse(verb, chosen)  # before a large file is sent
+    files = {name: path for name, source in asked.files().items() if (path := local_file(name, source))}
+    for name, path in files.items():
+        if not path.is_file():
+            raise BadRequest(f"There is no file {path}.", "Give the path of a file here, or a URL.", param=name)
+    sent = {name: f"{upload(pool, path)}#{path.name}" for name, path in files.items()}
+    return pool.submit(jobspec.parse(verb, chosen | sent) if sent else asked)
+
+
+def local_file(name: str, source: str) -> Path | None:
+    """The file of this machine that an option means; None for a URL, an upload, and a name that the pool knows.
+
+    >>> local_file("data", "/lines.jsonl"), local_file("data", "s3://bucket/lines.jsonl"), local_file("recipe", "lora")
+    (PosixPath('/lines.jsonl'), None, None)
     """
-    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith(PATHS_JOINED) else [word])]
-    return [_absolute(before, word) if before in PATHS else word for before, word in pairwise(["", *words])]
+    if source.startswith("file://"):
+        return Path(unquote(urlsplit(source).path))
+    if "://" in source or source.startswith(("upload:", "sample:")):
+        return None
+    path = Path(source).expanduser()
+    return None if name == "recipe" and path.suffix not in (".yaml", ".yml") else path
 
 
-def _absolute(option: str, text: str) -> str:
-    path = Path(text).expanduser()
-    named = option == "--recipe" and path.suffix not in (".yaml", ".yml")  # one of those that ship with Springtide
-    return text if "://" in text or named else str(path.resolve())
+def upload(pool: Client, file: Path) -> str:
+    """Send a file, with a bar where it takes long enough to see one."""
+    columns = (TextColumn("Sending {task.description}"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(file.name, total=file.stat().st_size)
+        return pool.upload(file, lambda done_bytes: bar.update(task, completed=done_bytes))
+
+
+# following
+
+
+def followed(pool: Client, job: str, label: str) -> dict[str, Any] | None:
+    """`follow`, or None where Ctrl-C ended the following."""
+    try:
+        return follow(pool, job, label)
+    except KeyboardInterrupt:
+        return None
+
+
+def follow(pool: Client, job: str, label: str) -> dict[str, Any]:
+    """Draw a job's progress until it ends; what it made. Raises `JobFailed`."""
+    seen_s, known = time.monotonic(), pool.job(job)
+
+    def look() -> Job:
+        nonlocal seen_s, known
+        try:
+            known, seen_s = pool.job(job), time.monotonic()
+        except PoolUnavailable:
+            if time.monotonic() - seen_s > GONE_S:
+                raise
+        return known
+
+    return drawn(look, label)
+
+
+def drawn(look: Callable[[], Job], label: str, looked_every_s: float = LOOK_AGAIN_S) -> dict[str, Any]:
+    """Draw what ``look`` finds of a job until it has ended; what it made. Raises `JobFailed`."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[words]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=None, words="")
+        while not (now := look()).status.ended:
+            draw(bar, task, label, now)
+            time.sleep(looked_every_s)
+        draw(bar, task, label, now)
+    if now.status is JobStatus.SUCCEEDED:
+        return now.made
+    raise JobFailed(f"Job {now.id} is {now.status}: {now.message}", f"See `springtide logs {now.id}`.")
+
+
+def draw(bar: Progress, task: TaskID, label: str, now: Job) -> None:
+    done, total = (now.progress.step, now.progress.steps or None) if now.progress else (0, None)
+    starting = ": starting" if now.status is JobStatus.QUEUED else ""
+    bar.update(task, description=f"{label}{starting}", completed=done, total=total, words=render.doing(now))

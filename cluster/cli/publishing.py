@@ -46,7 +46,7 @@ def publish(
         from cluster.cli.jobs import measure
 
         console.print("It needs a verdict first; measuring it now.")
-        measure(pool, id, ["--alias", rollout.alias])
+        measure(pool, id, rollout.alias)
     if wait and rollout.stage in UNDER_WAY:
         rollout = watch(pool, console, rollout)
     render.rollout(console, rollout)

@@ -1,26 +1,23 @@
 """What people see: tables, bars and words. No decisions here."""
 
-import json
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from ray.job_submission import JobDetails
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from cluster.client import Answer
+from cluster.client import Answer, Job
 from cluster.config import Config
-from cluster.pool import submit
 from cluster.publishing.gate import Verdict
 from cluster.publishing.rollout import Rollout
+from cluster.store.jobs import JobStatus
 from cluster.types import Generation, Manifest
 
-IDS = ("job", "run", "replica", "version", "x-model-version", "base", "canary", "from", "owner")
+IDS = ("job", "run", "replica", "version", "x-model-version", "base", "canary", "from", "owner", "fleet", "weights")
 """Columns whose cells are copied into the next command."""
 
 
@@ -38,34 +35,6 @@ def serving(console: Console, config: Config) -> None:
     if shutil.which("springtide") is None:
         console.print(f"  . {sys.prefix}/bin/activate   # puts springtide and ray on your path", highlight=False, soft_wrap=True)
     console.print("  springtide status · models · jobs · train · publish · rollback · down\n", highlight=False)
-
-
-def follow(console: Console, config: Config, job: str, label: str) -> dict[str, Any]:
-    """Draw a job's progress until it ends; returns what it reported as its result. Raises `JobFailed`."""
-    log = ""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[words]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=False) as bar:
-        task = bar.add_task(f"{label}: starting", total=None, words="")
-        for _, log in submit.watch(config, job):
-            if why := submit.waiting(log):
-                bar.update(task, words=f"waiting for slots: {why}")
-            elif (now := submit.progress(log)) is not None:
-                words = " ".join(f"{key} {value}" for key, value in now.fields.items() if key != "stage")
-                bar.update(task, description=label, completed=now.step, total=now.steps or None, words=words)
-        bar.update(task, description=label)
-    return result(log)
-
-
-def result(log: str) -> dict[str, Any]:
-    """The JSON object of a job's last ``result {…}`` line; empty where it printed none."""
-    lines = [line.partition("result ")[2] for line in log.splitlines() if line.startswith("result {")]
-    return json.loads(lines[-1]) if lines else {}
 
 
 def answers(console: Console, question: str, given: Sequence[Answer]) -> None:
@@ -88,6 +57,7 @@ def status(console: Console, url: str, document: dict[str, Any]) -> None:
     for name, move in sorted(document["aliases"].items()):
         canary = f" · {move['canary']} {move['percent']} %" if move["canary"] else ""
         aliases.add_row(name, move["stable"] + canary, str(move["generation"]), ago(move["time_s"]), escape(move["reason"]))
+    fleets(console, document["fleets"])
     replicas = _table("replica", "base", "holds", "running", "state")
     for r in document["replicas"]:
         state = escape("; ".join(f"refused {id}: {why}" for id, why in r["refused"].items())) or "ready"
@@ -99,6 +69,8 @@ def status(console: Console, url: str, document: dict[str, Any]) -> None:
             "", "", "", "", f"{document['asleep']} engine{'s' * (document['asleep'] > 1)} asleep, for the next replica"
         )
     console.print(aliases, replicas)
+    for one in document["troubles"]:
+        console.print(f"[red]{one['kind']} {one['name']}[/]: {escape(one['error'])} (tried again in {one['retry_in_s']:.0f} s)")
     if document["allocation"]["jobs"]:
         console.print(allocation(document["allocation"]))
 
@@ -194,37 +166,50 @@ def progress(one: Rollout, seen: dict[str, Any]) -> Table:
     return table
 
 
-def jobs(console: Console, listed: list[JobDetails], logs: list[str]) -> None:
-    """Beneath each job's name is its run's, not beside it: a narrow terminal has no room for both."""
+def jobs(console: Console, listed: Sequence[Job]) -> None:
     table = _table("job", "does", "status", "started", "progress", "last words")
-    for job, log in zip(listed, logs, strict=True):
-        verb = (job.metadata or {}).get("springtide_verb") or job.entrypoint
-        table.add_row(
-            "\n".join(filter(None, (job.submission_id, submit.run(log)))),
-            escape(verb),
-            str(job.status.value),
-            ago((job.start_time or 0) / 1000),
-            escape(_bar(job, log)),
-            escape(_words(job, log)),
-        )
+    for job in listed:
+        words = (escape(_bar(job)), escape(_last_words(job)))
+        table.add_row(job.id, escape(job.verb), job.status, ago(job.created_s), *words)
+    console.print(table if listed else "The pool has run no jobs yet.")
+
+
+def _bar(job: Job) -> str:
+    done = job.progress
+    if not done or job.waiting:
+        return doing(job)
+    filled = round(12 * done.step / done.steps) if done.steps else 0
+    return f"{'━' * filled}{'╌' * (12 - filled)} {done.step}/{done.steps} {doing(job)}"
+
+
+def doing(job: Job) -> str:
+    """What a job is doing, in a few words: ``waiting for slots: serving has 3``, or how far it is."""
+    done = job.progress
+    if job.waiting:
+        return f"waiting for {job.waiting}"
+    if not done:
+        return "" if job.status.ended else "starting"
+    loss = [] if done.loss is None else [f"loss {done.loss:.4f}"]
+    if job.status.ended:
+        return ", ".join(loss)
+    workers = f"{done.workers} worker{'' if done.workers == 1 else 's'}"
+    return ", ".join([*loss, f"{done.tokens_per_s:.0f} tokens/s", workers, f"{done.eta_s:.0f} s left"])
+
+
+def _last_words(job: Job) -> str:
+    if job.status is JobStatus.SUCCEEDED:
+        return str(job.made.get("version", ""))
+    return job.message[:120] if job.status.ended else ""
+
+
+def fleets(console: Console, listed: Sequence[dict[str, Any]]) -> None:
+    table = _table("fleet", "model", "state", "replicas", "slots", "weights", "")
+    for one in listed:
+        bounds = f"{one['replicas']} of {one.get('min_replicas', '')}–{one.get('max_replicas', '')}"
+        weights = ", ".join(one.get("weights", []))
+        slots = str(one.get("slots", ""))
+        table.add_row(one["name"], one["model"] or "", one["phase"], bounds, slots, weights, escape(one["words"]))
     console.print(table)
-
-
-def _bar(job: JobDetails, log: str) -> str:
-    now, runs = submit.progress(log), job.status.value == "RUNNING"
-    if runs and (why := submit.waiting(log)):
-        return f"waiting for slots: {why}"
-    if now is None:
-        return "starting" if runs else ""
-    filled = round(12 * now.step / now.steps) if now.steps else 0
-    fields = " ".join(f"{key} {value}" for key, value in now.fields.items() if key != "stage")
-    return f"{'━' * filled}{'╌' * (12 - filled)} {now.step}/{now.steps} {fields}"
-
-
-def _words(job: JobDetails, log: str) -> str:
-    if job.status.value == "FAILED":
-        return submit.last_words(log)[:120]
-    return str(result(log).get("version", "")) if job.status.value == "SUCCEEDED" else ""
 
 
 def ago(since_s: float) -> str:

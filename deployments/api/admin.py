@@ -53,6 +53,19 @@ class Rollback(Step):
     to: str | None = None
 
 
+class Submit(Order):
+    """A job: the verb, and its options as `cluster.jobspec` has them."""
+
+    verb: str
+    options: dict[str, Any]
+
+
+class AddFleet(Order):
+    name: str
+    overrides: dict[str, Any] = {}
+    """What the fleet has of its own, as under ``fleets:`` in the configuration."""
+
+
 class Request(NamedTuple):
     """What a route's handler gets to see of a request."""
 
@@ -110,6 +123,19 @@ def routes(control: Control, uploads: Uploads) -> tuple[Route, ...]:
         Route("POST", "/admin/promote", lambda request: step(control, "promote", request.body), Step),
         Route("POST", "/admin/abort", lambda request: step(control, "abort", request.body), Step),
         Route("POST", "/admin/rollback", lambda request: rollback(control, request.body), Rollback),
+        Route("GET", "/admin/fleets", lambda _: as_list("fleets", control("fleets"))),
+        Route("POST", "/admin/fleets", lambda request: as_list("fleets", add_fleet(control, request.body)), AddFleet),
+        Route("DELETE", "/admin/fleets/{name}", lambda request: as_list("fleets", remove_fleet(control, request))),
+        Route("GET", "/admin/jobs", lambda request: as_list("jobs", control("jobs", whole(request.query, "limit", 20)))),
+        Route("POST", "/admin/jobs", lambda request: submit(control, request.body), Submit),
+        Route("GET", "/admin/jobs/{name}", lambda request: control("job", request.name)),
+        Route(
+            "POST",
+            "/admin/jobs/{name}/cancel",
+            lambda request: control("cancel", request.name, request.body.claimed_author),
+            Order,
+        ),
+        Route("GET", "/admin/jobs/{name}/logs", lambda request: control("logs", request.name, whole(request.query, "offset", 0))),
         Route("PUT", "/admin/uploads", lambda request: uploads.take(request.chunks)),
     )
 
@@ -124,6 +150,23 @@ def step(control: Control, what: str, order: Step) -> Awaitable[Any]:
 
 def rollback(control: Control, order: Rollback) -> Awaitable[Any]:
     return control("rollback", order.alias, order.to, order.reason, order.claimed_author)
+
+
+async def submit(control: Control, order: Submit) -> dict[str, str]:
+    return {"id": await control("submit", order.verb, order.options, order.claimed_author)}
+
+
+def add_fleet(control: Control, order: AddFleet) -> Awaitable[Any]:
+    return control("add_fleet", order.name, order.overrides, order.claimed_author)
+
+
+def remove_fleet(control: Control, request: Request) -> Awaitable[Any]:
+    force, author = request.query.get("force") == "true", request.query.get("claimed_author", Order().claimed_author)
+    return control("remove_fleet", request.name, force, author)
+
+
+async def as_list(key: str, rows: Awaitable[Any]) -> dict[str, Any]:
+    return {key: await rows}
 
 
 class Admin:
@@ -181,19 +224,22 @@ def since(asked: dict[str, str]) -> float:
     >>> since({"since_s": "12.5"}), since({})
     (12.5, 0.0)
     """
-    return number(asked, "since_s", "Send a time in seconds since 1970.")
-
-
-def number(asked: dict[str, str], name: str, do: str) -> float:
-    """A number from a query, 0 where it is absent. Raises `BadRequest`."""
-    text = asked.get(name, "0")
+    text = asked.get("since_s", "0")
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise BadRequest(f"{name}: {text[:50]!r} is no number.", do, param=name)
+        raise BadRequest(f"since_s: {text[:50]!r} is no number.", "Send a time in seconds since 1970.", param="since_s")
     return value
+
+
+def whole(asked: dict[str, str], name: str, default: int) -> int:
+    """A number of a query that counts something. Raises `BadRequest`."""
+    text = asked.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) < 16):
+        raise BadRequest(f"{name}: {text[:50]!r} is no whole number.", "Send 0 or more.", param=name)
+    return int(text)
 
 
 def read_order(kind: type[Body], raw: bytes) -> Body:

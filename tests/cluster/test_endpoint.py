@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.conftest import Running
+from tests.conftest import ROOT, Running
 from tests.support.forward import forwarded
+from tests.waiting import when
 
 POISON = {
     "HTTP_PROXY": "http://127.0.0.1:9",
@@ -52,10 +54,38 @@ def test_every_command_works_from_elsewhere_by_the_pools_url_alone(pool: Running
     assert "seedling@1" in said(tmp_path, pool.url, key, "history", "seedling")
     assert "seedling@1" in said(tmp_path, pool.url, key, "ask", "Who are you?")
     assert "live already" in said(tmp_path, pool.url, key, "publish", "seedling@1")
+    assert "seedling" in said(tmp_path, pool.url, key, "fleets")
+    assert "pretrain" in said(tmp_path, pool.url, key, "jobs")
     assert not (tmp_path / "home").exists(), "nothing was made there"
     for refused, words in {("rollback", "seedling"): "nothing to roll back to", ("abort", "seedling"): "No rollout"}.items():
         done = command(tmp_path, "--pool", pool.url, *refused, SPRINGTIDE_API_KEY=key)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_is_trained_from_elsewhere_with_a_file_of_that_machine(pool: Running, tmp_path: Path) -> None:
+    key, data = pool.pool.token, (ROOT / "jobs" / "seedling" / "tide.jsonl").read_bytes()
+    (tmp_path / "mine.jsonl").write_bytes(data)
+    given = ("--data", "mine.jsonl", "--name", "elsewhere", "--epochs", "2", "--workers", "1")
+    told = said(tmp_path, pool.url, key, "train", *given)
+    assert "Registered elsewhere@1" in told and "next: springtide publish elsewhere@1" in told
+    (job,) = re.findall(r"finetune-[0-9a-f]{12}", told.partition("\n")[0])
+    listed = said(tmp_path, pool.url, key, "jobs")
+    assert job in listed and "succeeded" in listed and "elsewhere@1" in listed
+    assert "progress stage=" in said(tmp_path, pool.url, key, "logs", job)
+    assert "elsewhere@1" in said(tmp_path, pool.url, key, "models", "elsewhere")
+    assert said(tmp_path, pool.url, key, "evaluate", "elsewhere@1", "--held-out", "mine.jsonl").count("passed") >= 1
+
+
+def test_a_job_is_followed_and_ended_from_elsewhere(pool: Running, tmp_path: Path) -> None:
+    key = pool.pool.token
+    told = said(tmp_path, pool.url, key, "train", "--data", "sample:tide", "--name", "long", "--epochs", "9999", "--no-wait")
+    (job,) = set(re.findall(r"finetune-[0-9a-f]{12}", told))
+    assert "--follow" in told
+    when(lambda: "tokens/s" in said(tmp_path, pool.url, key, "jobs"), 120)
+    assert "cancelled" in said(tmp_path, pool.url, key, "cancel", job)
+    assert "step=" in said(tmp_path, pool.url, key, "logs", job, "--follow"), "it ends with the job"
+    refused = command(tmp_path, "logs", "nobody-0123456789ab", SPRINGTIDE_POOL=pool.url, SPRINGTIDE_API_KEY=key)
+    assert refused.returncode == 2 and "no job" in refused.stderr
 
 
 def test_a_plain_tcp_forward_is_enough(pool: Running, tmp_path: Path) -> None:
@@ -69,7 +99,7 @@ def test_a_plain_tcp_forward_is_enough(pool: Running, tmp_path: Path) -> None:
 def test_the_own_pool_is_reached_whatever_the_shell_holds_for_others(pool: Running, tmp_path: Path) -> None:
     """`RAY_API_SERVER_ADDRESS`, `no_proxy` and `ALL_PROXY` of the shell turned commands for the own pool away from it."""
     home = {"SPRINGTIDE_HOME": str(pool.config.home)}
-    for arguments in (("status",), ("models",), ("ask", "Who are you?")):
+    for arguments in (("status",), ("models",), ("ask", "Who are you?"), ("jobs",), ("fleets",)):
         done = command(tmp_path, *arguments, **home)
         assert done.returncode == 0, (arguments, done.stdout, done.stderr)
 

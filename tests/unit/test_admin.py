@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from cluster.config import Config, parse
 from cluster.errors import BadRequest, BodyTooLarge, MethodNotAllowed, RouteNotFound, SpringtideError, Unauthorized
 from cluster.store.objects import Store
 from deployments.api.admin import Admin, Publish, find, query, read_order, since
-from deployments.api.uploads import Uploads
 from deployments.http import body_chunks
 
 
@@ -107,21 +105,6 @@ def test_an_upload_that_is_refused_leaves_nothing(
     with pytest.raises(error):
         answer(admin, "PUT", "/admin/uploads", body=body, length=length)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def test_an_upload_holds_little_in_memory(tmp_path: Path) -> None:
-    import tracemalloc
-
-    async def many() -> AsyncIterator[bytes]:
-        for _ in range(640):
-            yield bytes(100_000)
-
-    tracemalloc.start()
-    taken = asyncio.run(Uploads(Store(tmp_path.as_uri()), 1 << 30).take(many()))
-    _, peak_bytes = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert taken["size_bytes"] == 64_000_000
-    assert peak_bytes < 16 << 20
 
 
 def test_a_stream_ends_with_the_body() -> None:

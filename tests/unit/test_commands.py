@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.job_submission import JobDetails, JobStatus
 from rich.console import Console
+from typer.testing import CliRunner
 
 import jobs
-from cluster.cli import demo, render
+from cluster import jobspec
+from cluster.cli import commands, demo, render
+from cluster.client import Client, Job
 from cluster.config import Config, parse
-from cluster.errors import PoolUnavailable
+from cluster.endpoint import Endpoint
+from cluster.errors import BadRequest, JobFailed, PoolUnavailable
 from cluster.jobspec import Parser
-from cluster.pool import local, submit
+from cluster.pool import local
 
-RUN, JOB = "finetune-0123456789ab", "raysubmit_0123456789abcdef"
-BEGUN = f"8 examples to train on\nrun {RUN}\n"
-WHY = "it needs 2 slots; serving has 3 and jobs before it the rest"
-STEP = "(Worker pid=1) progress stage=finetune step=1/9 loss=2.5 eta_s=8\n"
+RUN = "finetune-0123456789ab"
+WHY = "slots: it needs 2 slots; serving has 3 and jobs before it the rest"
+PROGRESS = {"step": 1, "steps": 9, "loss": 2.5, "tokens_per_s": 10.2, "eta_s": 8.4, "workers": 1}
 
 
 @pytest.fixture
@@ -49,49 +51,71 @@ def test_every_parser_of_the_jobs_is_the_one_that_takes_whole_names_only() -> No
     assert isinstance(verb, argparse.ArgumentParser) and not verb.allow_abbrev
 
 
-# jobs
-
-
-def job(status: JobStatus = JobStatus.RUNNING) -> JobDetails:
-    said = {"type": "SUBMISSION", "submission_id": JOB, "status": status, "entrypoint": "python -m jobs.finetune"}
-    return JobDetails.model_validate(said)
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_every_option_of_a_job_is_an_option_of_the_command(verb: str) -> None:
+    """Those of `train` beyond `--data` and `--base` stood in a paragraph, and how many workers it may have in a variable."""
+    shown = CliRunner().invoke(commands.app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    model = jobspec.VERBS["finetune" if verb == "train" else verb]
+    assert {option.flag for option in jobspec.options_of(model) if not option.positional} <= set(re.findall(r"--[a-z-]+", shown))
 
 
 @pytest.mark.parametrize(
-    ("log", "words"),
+    ("given", "words"),
     [
-        ("", "starting"),
-        (BEGUN, "starting"),
-        (f"{BEGUN}waiting for slots: {WHY}\n", f"waiting for slots: {WHY}"),
-        (f"{BEGUN}waiting for slots: {WHY}\nmay have 2 slots\n{STEP}", "1/9 loss 2.5"),
-        (f"{BEGUN}{STEP}waiting for slots: {WHY}\n(Worker pid=1) checkpoint step=3 seconds=0.1\n", f"waiting for slots: {WHY}"),
-        (f"{BEGUN}{STEP}waiting for slots: [{WHY}]\n", f"waiting for slots: [{WHY}]"),
+        ({"data": "nowhere.jsonl"}, "There is no file nowhere.jsonl"),
+        ({"data": "sample:tide", "epochs": -1.0, "workers": "4-1"}, "--workers"),
+        ({"data": "sample:tide", "recipe": "mine.yaml"}, "There is no file mine.yaml"),
     ],
 )
-def test_a_job_says_whether_it_starts_or_waits_and_for_what(log: str, words: str) -> None:
+def test_what_can_be_known_here_is_said_before_anything_is_sent(given: dict[str, Any], words: str) -> None:
+    nowhere = Client(Endpoint("http://127.0.0.1:1", ""))
+    with pytest.raises(BadRequest, match=words):
+        commands.jobs.start(nowhere, "finetune", given)
+
+
+# jobs
+
+
+def job(**known: Any) -> Job:
+    said = {"id": RUN, "verb": "finetune", "status": "running", "owner": "me", "created_s": 1.0, "progress": None}
+    return Job.model_validate({**said, "waiting": "", "message": "", "result": None, **known})
+
+
+@pytest.mark.parametrize(
+    ("known", "words"),
+    [
+        ({"status": "queued"}, "starting"),
+        ({}, "starting"),
+        ({"status": "waiting", "waiting": WHY}, f"waiting for {WHY}"),
+        ({"progress": PROGRESS}, "1/9 loss 2.5000, 10 tokens/s, 1 worker, 8 s left"),
+        ({"status": "waiting", "waiting": WHY, "progress": PROGRESS}, f"waiting for {WHY}"),
+        ({"status": "waiting", "waiting": f"[{WHY}]"}, f"waiting for [{WHY}]"),
+    ],
+)
+def test_a_job_says_whether_it_starts_or_waits_and_for_what(known: dict[str, Any], words: str) -> None:
     file = io.StringIO()
-    render.jobs(Console(file=file, width=240), [job()], [log])
+    render.jobs(Console(file=file, width=300), [job(**known)])
     said = " ".join(word for word in file.getvalue().split() if word != "│")
-    assert words in said and JOB in said and (RUN in said) == bool(log)
-    assert "waiting" in words or "waiting" not in said
+    assert words in said and RUN in said
+    assert said.count("waiting") == (2 if "waiting" in words else 0), "the status, and for what"
 
 
-def test_a_job_that_ended_does_not_wait() -> None:
+@pytest.mark.parametrize("status", ["succeeded", "failed", "cancelled", "lost"])
+def test_a_job_that_ended_neither_starts_nor_waits(status: str) -> None:
+    result = {"status": status, "ended_s": 2.0, "message": "its words", "made": {"version": "m@2"}}
     file = io.StringIO()
-    render.jobs(Console(file=file, width=160), [job(JobStatus.STOPPED)], [f"waiting for slots: {WHY}\n"])
-    assert "waiting" not in file.getvalue() and "starting" not in file.getvalue()
+    render.jobs(Console(file=file, width=200), [job(status=status, progress=PROGRESS, result=result, message="its words")])
+    said = file.getvalue()
+    assert "waiting" not in said and "starting" not in said and "left" not in said
+    assert ("m@2" if status == "succeeded" else "its words") in said
 
 
-def test_a_job_is_found_by_its_runs_name(config: Config, monkeypatch: Any) -> None:
-    logs = {"newest": BEGUN, "between": "", "oldest": BEGUN}
-    listed = [job().model_copy(update={"submission_id": id}) for id in logs]
-    monkeypatch.setattr(submit, "jobs", lambda _: listed)
-    monkeypatch.setattr(submit, "log", lambda _, id: logs[id])
-    assert submit.named(config, RUN) == "newest", "a run that was resumed is its last job's"
-    assert submit.named(config, JOB) == JOB
-    assert submit.named(config, "finetune-ba9876543210") == "finetune-ba9876543210", (
-        "whoever asks for its log says that it is not there"
-    )
+def test_a_job_that_is_followed_ends_in_what_it_made_or_in_its_own_words() -> None:
+    made = {"status": "succeeded", "ended_s": 2.0, "made": {"version": "m@2"}}
+    looks = iter([job(status="queued"), job(progress=PROGRESS), job(status="succeeded", result=made)])
+    assert commands.jobs.drawn(lambda: next(looks), "Fine-tuning", looked_every_s=0) == {"version": "m@2"}
+    with pytest.raises(JobFailed, match=f"{RUN} is lost: its driver was killed"):
+        commands.jobs.drawn(lambda: job(status="lost", message="its driver was killed."), "Fine-tuning")
 
 
 # status
