@@ -1,33 +1,93 @@
-"""What is wrong in the vLLM that we pin, put right in the engine's own process until a release does. One function per fault.
+"""What is wrong in the vLLM that we pin, put right in the engine's own processes until a release does. One function per fault.
 
 vLLM loads this in each of its processes (the entry point ``vllm.general_plugins`` in pyproject.toml). A contract test shows that each
-fault is still there: when it fails, delete the function.
+fault is still there: when that test fails, delete the function.
 """
 
+import contextlib
+import multiprocessing
+from collections.abc import Iterator
 from typing import Any
 
 
 def apply() -> None:
     keep_base_rows_free_of_adapters()
+    if multiprocessing.parent_process() is not None:  # elsewhere no model runs, and the import would cost 80 MB
+        score_prompts_with_their_own_adapter()
 
 
 def keep_base_rows_free_of_adapters() -> None:
-    """On CPUs, requests without an adapter are answered by the adapter in the last slot, once there is one.
+    """On CPUs, the adapter in the last slot answers requests that name no adapter.
 
-    ``lora/ops/torch_ops/lora_ops.py`` (0.29) indexes the stacked matrices with -1 for rows without an adapter, which in PyTorch is the
-    last of them. Here those rows leave the first of the two products as zeros, so the second adds nothing.
+    ``lora/ops/torch_ops/lora_ops.py`` (0.29) indexes the stacked matrices with -1 for rows without an adapter, and PyTorch reads -1 as the
+    last. This patch zeroes those rows in the first of the two products, so the second adds nothing to them.
     """
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu
 
-    if getattr(lora_ops.bgmv_shrink, "mended", False):
+    if getattr(lora_ops.bgmv_shrink, "patched", False):
         return
     shrink = lora_ops.bgmv_shrink
 
     def bgmv_shrink(inputs: Any, weights: Any, output: Any, indices: Any, scaling: float = 1.0) -> None:
         shrink(inputs, weights, output, indices, scaling)
-        output[indices < 0] = 0
+        # One index may stand for all rows: the product above broadcasts it, and a mask must be as long as what it masks.
+        output[(indices < 0).expand(output.shape[0])] = 0
 
-    bgmv_shrink.mended = True  # pyright: ignore[reportFunctionMemberAccess]
+    bgmv_shrink.patched = True  # pyright: ignore[reportFunctionMemberAccess]
     lora_ops.bgmv_shrink = bgmv_shrink
     punica_cpu.bgmv_shrink = bgmv_shrink  # pyright: ignore[reportPrivateImportUsage]
+
+
+def score_prompts_with_their_own_adapter() -> None:
+    """On CPUs, a request for ``prompt_logprobs`` (or ``echo`` with ``logprobs``) ends the engine while other requests are in its batch.
+
+    ``_get_prompt_logprobs_dict`` (``v1/worker/gpu_model_runner.py``, 0.29) computes logits for every token of one request's prompt, but the
+    adapter indices have one entry per request of the batch. Example: a prompt of 64 tokens in a batch of 2 multiplies 64 rows by 2 indices
+    and raises. A prompt of 2 tokens raises nothing and gets its second row from the other request's adapter. This patch lets vLLM score one
+    request at a time, with that request's index as the only one.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    runner: Any = GPUModelRunner
+    if getattr(runner._get_prompt_logprobs_dict, "patched", False):
+        return
+    score = runner._get_prompt_logprobs_dict
+
+    def one_by_one(self: Any, hidden_states: Any, num_scheduled_tokens: dict[str, int]) -> dict[str, Any]:
+        asked, scored = self.num_prompt_logprobs, dict[str, Any]()
+        try:
+            for request in [id for id in asked if id in num_scheduled_tokens]:
+                self.num_prompt_logprobs = {request: asked[request]}
+                with _only_index_of(self, request):
+                    scored |= score(self, hidden_states, num_scheduled_tokens)
+                if request not in self.num_prompt_logprobs:  # vLLM drops a request whose prompt is done
+                    del asked[request]
+        finally:
+            self.num_prompt_logprobs = asked
+        return scored
+
+    one_by_one.patched = True  # pyright: ignore[reportFunctionMemberAccess]
+    runner._get_prompt_logprobs_dict = one_by_one
+
+
+@contextlib.contextmanager
+def _only_index_of(runner: Any, request: str) -> Iterator[None]:
+    """Let the output layer use the adapter of ``request`` for every row."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    if not runner.lora_config:
+        yield
+        return
+    wrappers = runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
+    on_cpu = [wrapper for wrapper in wrappers if isinstance(wrapper, PunicaWrapperCPU)]
+    first_token = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request]])
+    before = [(wrapper._sampler_indices, wrapper.indices_len[1]) for wrapper in on_cpu]
+    for wrapper in on_cpu:
+        wrapper._sampler_indices = wrapper.token_lora_indices[first_token : first_token + 1].clone()
+        wrapper.indices_len[1] = 1
+    try:
+        yield
+    finally:
+        for wrapper, (indices, length) in zip(on_cpu, before, strict=True):
+            wrapper._sampler_indices, wrapper.indices_len[1] = indices, length

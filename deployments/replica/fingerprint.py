@@ -1,6 +1,6 @@
-"""What the replica asks of the engine's own worker: take other weights over, and say what lies in the accelerator's memory.
+"""Runs in vLLM's worker: reads other weights in, and computes a checksum of the weights in the accelerator's memory.
 
-vLLM mixes this class into its worker (``worker_extension_cls``), so that the replica can ask for its methods by name.
+vLLM mixes this class into its worker (``worker_extension_cls``), so that `deployments.replica.vllm_engine` can call its methods by name.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 CHUNK = 1 << 24
 PRIME = 65_521
 WIDTHS = ("input_size_per_partition", "input_size", "embedding_dim")
-"""Where vLLM's layers say how wide their input is; a layer that does not say it has no part in the fingerprint."""
+"""Attributes in which vLLM's layers say how wide their input is. A layer without any of them has no part in the fingerprint."""
 
 
 class Fingerprint:
@@ -19,7 +19,7 @@ class Fingerprint:
     reload_weights: Any
 
     def take_over(self, folder: str) -> str:
-        """Read the weights in ``folder`` in the place of those in memory; returns their fingerprint."""
+        """Read the weights in ``folder`` over those in memory; returns their fingerprint."""
         self.reload_weights(weights_path=folder)
         repack(self.model_runner.get_model())
         return self.fingerprint()
@@ -39,8 +39,8 @@ def parameters(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def answers(model: Any) -> Iterator[tuple[str, Any]]:
-    """On CPUs vLLM multiplies by packed copies of the matrices, which are no parameters, and most originals are dropped. So each packed
-    copy is asked for its product with one fixed row."""
+    """On CPUs vLLM multiplies by packed copies of the matrices. They are no parameters, and vLLM drops most originals. So the fingerprint
+    takes each packed copy's product with one fixed row."""
     import torch
 
     for name, module in sorted(model.named_modules()):
@@ -52,10 +52,10 @@ def answers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def repack(model: Any) -> None:
-    """Pack again what kept its original: an output layer that shares the embeddings' matrix.
+    """Pack the layers again that kept their original. Example: an output layer that shares the matrix of the embeddings.
 
-    A reload packs only what the checkpoint names (``model_executor/model_loader/reload/layerwise.py`` in 0.29), so on CPUs such a layer
-    goes on multiplying by the old matrix. Found by the history checker.
+    A reload packs only the layers that the checkpoint names (``model_executor/model_loader/reload/layerwise.py`` in 0.29). On CPUs such an
+    output layer would go on multiplying by the old matrix.
     """
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
@@ -67,9 +67,10 @@ def repack(model: Any) -> None:
 
 
 def _sums(tensor: Any) -> tuple[int, int]:
-    """Plain and position-weighted sums over the bits, read as integers of four bytes where they fit, on the accelerator, chunk by chunk.
+    """The plain and the position-weighted sum over a tensor's bits, computed on the accelerator, chunk by chunk.
 
-    The weighted ones may wrap around, everywhere in the same way.
+    The bits are read as integers of four bytes where the size allows it, else of one. The weighted sum may wrap around, on every replica in
+    the same way.
     """
     import torch
 

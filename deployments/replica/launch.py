@@ -1,6 +1,7 @@
-"""Starts vLLM: an engine and its own FastAPI application, on a port of this process. The only file that does."""
+"""Starts vLLM: its engine, its FastAPI application, and an HTTP server for that on a port of this process."""
 
 import asyncio
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -13,6 +14,9 @@ from deployments.replica.load import EngineLoad
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
+
+SHUTDOWN_S = 5
+"""How long answers in flight may take when the server ends."""
 
 
 async def start_engine(spec: FleetSpec, folder: Path, name: str, load: EngineLoad) -> "tuple[AsyncLLM, Any]":
@@ -32,8 +36,8 @@ async def start_engine(spec: FleetSpec, folder: Path, name: str, load: EngineLoa
     values = {**spec.engine_arguments(), "model": folder, "served_model_name": name, "disable_fastapi_docs": True}
     values["worker_extension_cls"] = "deployments.replica.fingerprint.Fingerprint"
     args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(values))
-    # In a thread: it returns when the engine is ready, and meanwhile this replica must say how it is.
     settings = AsyncEngineArgs.from_cli_args(args)
+    # In a thread: it returns when the engine is ready, and the replica must answer health checks meanwhile.
     engine = await asyncio.to_thread(
         AsyncLLM.from_engine_args,
         settings,
@@ -43,7 +47,18 @@ async def start_engine(spec: FleetSpec, folder: Path, name: str, load: EngineLoa
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
+    app.state.server = Unstoppable()
     return engine, app
+
+
+class Unstoppable:
+    """What vLLM takes for its HTTP server: its error handler sets ``should_exit`` once the engine is dead.
+
+    `deployments.replica.engine` notices a dead engine by itself and ends the process. Without this attribute the handler raises, and the
+    client reads ``'State' object has no attribute 'server'``.
+    """
+
+    should_exit = False
 
 
 def command_line(arguments: dict[str, Any]) -> list[str]:
@@ -52,11 +67,24 @@ def command_line(arguments: dict[str, Any]) -> list[str]:
     return [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]
 
 
-def serve_http(app: Any, host: str) -> "tuple[int, uvicorn.Server, asyncio.Task[None]]":
-    """Serve ``app`` on a free port of ``host`` in this event loop."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.bind((host, 0))
-    listener.listen(2048)
-    settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=600)
-    server = uvicorn.Server(settings)
-    return listener.getsockname()[1], server, asyncio.create_task(server.serve(sockets=[listener]))
+class Server:
+    """An ASGI application on a free port of ``host``, served by this event loop."""
+
+    def __init__(self, app: Any, host: str) -> None:
+        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener.bind((host, 0))
+        listener.listen(2048)
+        self.port: int = listener.getsockname()[1]
+        self.url = f"http://{host}:{self.port}"
+        settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=600)
+        self.uvicorn = uvicorn.Server(settings)
+        self.serving = asyncio.create_task(self.uvicorn.serve(sockets=[listener]))
+
+    @property
+    def ended(self) -> bool:
+        return self.serving.done()
+
+    async def close(self) -> None:
+        self.uvicorn.should_exit = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.serving, SHUTDOWN_S)

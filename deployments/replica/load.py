@@ -1,4 +1,4 @@
-"""What the engine says about its load, gathered by vLLM's own hook for statistics."""
+"""The load of one engine, which vLLM reports after every step by its own hook for statistics."""
 
 import time
 from collections import deque
@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 WINDOW_S = 5.0
 """How far back first tokens count."""
 STEPS_S = 1.0
-"""How far back steps count. Requests that began together end together, so a single look may find an overloaded engine without any."""
+"""How far back steps count. Requests that began together end together, so a single sample may find an overloaded engine idle."""
 KEPT = 1_000
 
 
 class Step(NamedTuple):
-    """What the engine had to do from ``at_s`` on, until the next step."""
+    """The engine's load from ``at_s`` until the next step."""
 
     at_s: float
     running: float
@@ -30,7 +30,7 @@ class EngineLoad:
         """(when, seconds that it took)"""
 
     def factory(self, vllm_config: Any, engine_index: int = 0) -> "EngineLoad":
-        """For ``AsyncLLM.from_engine_args(stat_loggers=[…])``. A replica has one engine, and another one after that."""
+        """For ``AsyncLLM.from_engine_args(stat_loggers=[…])``, which calls it for each vLLM engine that starts here."""
         self.steps.clear()
         return self
 
@@ -48,8 +48,8 @@ class EngineLoad:
     def record_sleep_state(self, is_awake: int, level: int) -> None: ...
 
     def stats(self, now_s: float, idle: bool = False) -> dict[str, float]:
-        """What `deployments.autoscaling.Load` consists of: means over the last `STEPS_S`. ``idle``: nobody has been connected for as long,
-        although the last step may have said otherwise."""
+        """The fields of `deployments.autoscaling.Load`: means over the last `STEPS_S`. ``idle``: no request has been in flight for so long.
+        vLLM reports no step then, and its last one may have been a busy one."""
         recent = sorted(took_s for at_s, took_s in self.first_tokens if at_s > now_s - WINDOW_S)
         steps = () if idle else self.steps
         return {
@@ -61,7 +61,7 @@ class EngineLoad:
 
 
 def mean(steps: Collection[Step], field: str, now_s: float) -> float:
-    """Over the last `STEPS_S`, each step counting for as long as it was the last one.
+    """The mean over the last `STEPS_S`, where each step counts for as long as it lasted.
 
     >>> mean([Step(7.0, 4, 0, 0.1), Step(9.5, 0, 0, 0.0)], "running", now_s=10.0)
     2.0

@@ -1,6 +1,6 @@
-"""The replica as Serve has it: it holds a slot, owns an engine on its machine, and passes on what control asks.
+"""The replica as Serve has it: it holds a slot, owns an engine on its machine, and passes control's orders on.
 
-Its process is light on purpose: what takes long to start is the engine, and that may have been left asleep by a replica before it
+Its process is light on purpose. What takes long to start is the engine, and an earlier replica may have left one asleep
 (`deployments.replica.warm_pool`).
 """
 
@@ -8,6 +8,8 @@ import asyncio
 import contextlib
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
@@ -21,61 +23,72 @@ from cluster.store.registry import Registry
 from cluster.types import ReplicaState, VersionId
 from deployments.ray_patches import seal
 from deployments.replica import watchdog
-from deployments.replica.warm_pool import Owner, WarmPool
+from deployments.replica.lifecycle import Owner
+from deployments.replica.warm_pool import WarmPool
 
 LOOK_S = 0.4
-"""How often a replica looks whether it holds something else."""
+"""How often a replica looks whether its engine holds something else."""
 REPORT_S = 1.0
 """How often it says that it lives. Control takes it for dead after `cluster.control.replicas.SILENT_S`."""
+TELL_S = 0.2
+"""How long a message to control may take to leave a process that ends."""
 
 
 @serve.deployment
 class Replica:
     """One slot, or as many as its engine needs, that serves."""
 
+    engine: Any = None
+    """The engine's actor; None until it serves."""
+    release: Callable[[], None] | None = None
+    """Stops watching the engine's process."""
+    reporting: asyncio.Task[None] | None = None
+    ceiling: int | None = None
+    """The most replicas that the fleet may have; see `cap`."""
+
     async def __init__(self, spec: FleetSpec, weights: VersionId | None = None) -> None:
-        """``weights``: what a replica of a second fleet hosts (`cluster.control.surge`); by default what is live, or sits under it."""
+        """``weights``: what a replica of a surge fleet hosts (`cluster.control.surge`). By default it hosts the weights that are live."""
         seal()
         context = serve.get_replica_context()
-        self.id = context.replica_id.unique_id
-        self.ceiling: int | None = None
-        tell("starting", self.id, "fetches its weights", context.app_name)
+        self.id, self.app = context.replica_id.unique_id, context.app_name
+        self._tell("fetches its weights")
         id = weights or await asyncio.to_thread(live_weights, Registry(Store(spec.store)), spec.fleet.model)
-        self.standby = WarmPool(spec)
-        self.engine = await self.standby.engine(
-            Owner(self.id, context.app_name, os.getpid()),
-            str(id),
-            lambda stage: tell("starting", self.id, stage, context.app_name),
-        )
-        state = await self.describe()
-        self.release = watchdog.when_gone(state.pid, lambda: os._exit(1))  # Serve starts another replica at once
+        self.warm_pool = WarmPool(spec)
+        self.engine = await self.warm_pool.engine(Owner(self.id, self.app, os.getpid()), str(id), self._tell)
+        state: ReplicaState = await self.engine.describe.remote()
+        self.release = watchdog.when_gone(state.pid, self._end)
         self.reporting = asyncio.create_task(self._report())
 
     async def _report(self) -> None:
-        """Tell control how this replica is: at once when it holds something else, and every `REPORT_S`. Control asks nobody, so that nobody
-        waits for a slow replica."""
+        """Tell control how this replica is: at once when it holds something else, and every `REPORT_S`. Control asks no replica, so it waits
+        for no slow one."""
         line, told, told_s = Line(), None, float("-inf")
         while True:
-            with contextlib.suppress(RayError):  # the engine has ended: Serve's health check says so
-                state = await self.describe()
+            with contextlib.suppress(RayError):  # the engine has ended: `_end` is called
+                state: ReplicaState = await self.engine.describe.remote()
                 if state._replace(running=0) != told or time.monotonic() - told_s >= REPORT_S:
                     told_s = time.monotonic()
                     told = state._replace(running=0) if await line.tell("report", state) else None
             await asyncio.sleep(LOOK_S)
 
-    async def wake(self) -> None:
-        """Nothing: whoever calls it has a replica by then."""
+    def _tell(self, stage: str) -> None:
+        tell("starting", self.id, stage, self.app)
 
-    async def describe(self) -> ReplicaState:
-        return await self.engine.describe.remote()
+    def _end(self) -> None:
+        """The engine is gone. Gateways must know before Serve notices; then Serve starts another replica at once."""
+        tell("leaving", self.id)
+        asyncio.get_running_loop().call_later(TELL_S, os._exit, 1)
+
+    async def wake(self) -> None:
+        """Do nothing. Serve starts a replica for this call where there is none."""
 
     async def hold(self, ids: list[str], carried: weight_distribution.Carried) -> ReplicaState | None:
-        """See `deployments.replica.engine.Engine.hold`; None while there is none yet."""
-        return await self.engine.hold.remote(ids, carried) if hasattr(self, "engine") else None
+        """See `deployments.replica.engine.Engine.hold`; None until it serves."""
+        return await self.engine.hold.remote(ids, carried) if self.engine else None
 
-    async def become(self, replica: str, id: str, fingerprint: str, hurry: bool = False) -> ReplicaState | None:
-        """See `deployments.replica.engine.Engine.become`. Asked of all replicas, obeyed by the one that is meant."""
-        return await self.engine.become.remote(id, fingerprint, hurry) if replica == self.id else None
+    async def become(self, replica: str, id: str, fingerprint: str, cut_streams: bool = False) -> ReplicaState | None:
+        """See `deployments.replica.engine.Engine.become`. Control asks all replicas, and the one that ``replica`` names obeys."""
+        return await self.engine.become.remote(id, fingerprint, cut_streams) if replica == self.id else None
 
     async def cap(self, ceiling: int | None) -> None:
         """The fleet may have no more replicas than this; None lifts it. Serve's autoscaler hears it with the next load."""
@@ -91,16 +104,16 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve calls this when the replica must end: let the streams finish, then leave the engine asleep, or end it."""
-        if not hasattr(self, "release"):
+        if self.release is None or self.reporting is None:
             return
         self.reporting.cancel()
         tell("leaving", self.id)
         self.release()
-        await self.standby.leave(self.engine)
+        await self.warm_pool.leave(self.engine)
 
 
 def live_weights(registry: Registry, model: str) -> VersionId:
-    """The weights version that a fleet for ``model`` hosts: what the alias's live version is, or sits on."""
+    """The weights version that a fleet for ``model`` hosts: the alias's live version, or the base of a live adapter."""
     live = registry.alias(model)
     if live is None:
         raise ModelNotFound(f"{model} has no version to serve.", "Register one: springtide up --model PATH, or jobs.pretrain.")

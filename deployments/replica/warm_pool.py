@@ -1,8 +1,8 @@
-"""Engines that sleep on this machine: the next replica owns one of them instead of starting another.
+"""The warm pool: engines that sleep on this machine, so that the next replica of their fleet need not start another.
 
-Engines are Ray's named actors, so whoever looks finds them and there is no list to keep. One that sleeps holds no slot. With vLLM's sleep
-mode (GPUs) its weights lie in the machine's memory meanwhile and the accelerator's is free, but for what CUDA keeps of it; on CPUs it
-keeps what it has, and costs memory and no time.
+Engines are Ray's named actors, so whoever looks finds them and there is no list to keep. Each fleet cares for its own. One that sleeps
+holds no slot. With vLLM's sleep mode (GPUs) its weights move to the machine's memory and most of the accelerator's memory is free. On CPUs
+it keeps its memory, and wakes in no time.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -23,54 +23,84 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.config import FleetSpec
 from cluster.control.client import ENGINES
 from cluster.errors import SpringtideError
+from deployments.replica.lifecycle import Owner
 
 ANSWER_S = 0.5
-"""How long an engine may take to say whether it sleeps. One that starts, or is busy, does not answer, and does not sleep."""
+"""How long an engine may take to say whether it sleeps. One that starts, or is busy, does not answer in time, and does not sleep."""
 
 
-class Owner(NamedTuple):
-    """The replica that an engine works for."""
+class EngineName(NamedTuple):
+    """The name of an engine's actor: who may own the engine can be read from it."""
 
-    id: str
-    app: str
-    """The Serve application."""
-    pid: int
+    node: str
+    fleet: str
+    kind: str
+    """Digest of the arguments that it was started with. Engines of one kind can stand in for each other."""
+    devices: str
+    """Digest of the accelerators that it was started on."""
+    serial: str
+
+    def __str__(self) -> str:
+        return " ".join(self)
+
+    @classmethod
+    def parse(cls, text: str) -> "EngineName | None":
+        parts = text.split(" ")
+        return cls(*parts) if len(parts) == len(cls._fields) else None
+
+    def next(self) -> "EngineName":
+        return self._replace(serial=uuid4().hex[:8])
+
+
+def name_for(spec: FleetSpec, node: str, environment: dict[str, str]) -> EngineName:
+    """The name of every engine that a replica of this fleet may own, but for its serial."""
+    kind = _digest([spec.engine_arguments(), spec.engine_environment(), spec.store])
+    return EngineName(node, spec.name, kind, _digest(environment), "")
+
+
+def fitting(mine: EngineName, names: Iterable[str]) -> list[str]:
+    """The engines that a replica may own, sorted."""
+    return sorted(name for name in names if (one := EngineName.parse(name)) and one._replace(serial="") == mine)
+
+
+def outdated(mine: EngineName, names: Iterable[str]) -> list[str]:
+    """The engines of the same fleet and machine whose arguments the fleet does not use any more. Other fleets' engines are theirs."""
+    parsed = ((name, EngineName.parse(name)) for name in names)
+    return sorted(name for name, one in parsed if one and one[:2] == mine[:2] and one.kind != mine.kind)
 
 
 class WarmPool:
-    """The engines of this machine, as a replica sees them."""
+    """The engines of one fleet on this machine, as a replica sees them."""
 
     def __init__(self, spec: FleetSpec) -> None:
         self.spec = spec
-        self.node: str = ray.get_runtime_context().get_node_id()
         self.environment = {
             key: os.environ[key] for key in ("CUDA_VISIBLE_DEVICES",) if spec.accelerator == "gpu" and key in os.environ
         }
-        self.kind = _digest([spec.engine_arguments(), spec.engine_environment(), spec.store])
-        """Engines of one kind were started alike, and can stand in for each other where they are on the same accelerators."""
+        self.name = name_for(spec, ray.get_runtime_context().get_node_id(), self.environment)
 
     async def engine(self, owner: Owner, weights: str, tell: Callable[[str], None]) -> Any:
         """An engine that hosts ``weights`` for this replica: one that slept, or a new one. ``tell`` hears what happens."""
-        for name, sleeper in await self._sleepers():
-            if not name.startswith(f"{self.node} {self.kind} "):
-                sleeper.end.remote()  # what it was started with is not asked for any more
-            if not name.startswith(self._prefix):
-                continue
+        sleepers = await self._sleepers()
+        for name in outdated(self.name, sleepers):
+            sleepers[name].end.remote()
+        for name in fitting(self.name, sleepers):
             tell("wakes an engine")
             with contextlib.suppress(RayActorError):  # it has just ended
-                if await self._owned(sleeper, owner, weights):
-                    return sleeper
+                if await self._owned(sleepers[name], owner, weights):
+                    return sleepers[name]
         tell("starts its engine")
         engine = self._new()
         await self._owned(engine, owner, weights)
         return engine
 
     async def leave(self, engine: Any) -> None:
-        """Let it sleep, where there is room for one more; else it ends."""
-        await engine.rest.remote(self.spec.fleet.standby > 0)
-        alike = [one for name, one in await self._sleepers() if name.startswith(self._prefix)]
-        for one in alike[self.spec.fleet.standby :]:  # two replicas that leave at once agree on which
-            one.end.remote()
+        """Let the engine sleep where the fleet keeps one more here; else it ends."""
+        with contextlib.suppress(RayActorError):  # it died while it finished its streams
+            await engine.rest.remote(self.spec.fleet.standby > 0)
+        sleepers = await self._sleepers()
+        for name in fitting(self.name, sleepers)[self.spec.fleet.standby :]:  # two replicas that leave at once agree on which
+            sleepers[name].end.remote()
 
     async def _owned(self, engine: Any, owner: Owner, weights: str) -> bool:
         try:
@@ -78,24 +108,21 @@ class WarmPool:
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
 
-    @property
-    def _prefix(self) -> str:
-        return f"{self.node} {self.kind} {_digest(self.environment)} "
-
     def _new(self) -> Any:
         from deployments.replica.engine import Engine  # and all that it imports, which a replica that wakes one need not wait for
 
-        where = NodeAffinitySchedulingStrategy(self.node, soft=False)
-        name = f"{self._prefix}{uuid4().hex[:8]}"
+        where = NodeAffinitySchedulingStrategy(self.name.node, soft=False)
+        name = str(self.name.next())
         options = {"name": name, "namespace": ENGINES, "lifetime": "detached", "num_cpus": 0, "scheduling_strategy": where}
         return ray.remote(Engine).options(**options).remote(self.spec, self.environment)
 
-    async def _sleepers(self) -> list[tuple[str, Any]]:
-        """(name, engine), sorted by name, of all that sleep on this machine."""
+    async def _sleepers(self) -> dict[str, Any]:
+        """Name → engine, of the fleet's engines that sleep on this machine."""
         named: list[Any] = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
-        names = sorted(one["name"] for one in named if one["namespace"] == ENGINES and one["name"].startswith(self.node))
+        here = f"{self.name.node} {self.name.fleet} "
+        names = [one["name"] for one in named if one["namespace"] == ENGINES and one["name"].startswith(here)]
         answers = await asyncio.gather(*map(_asleep, names))
-        return [(name, engine) for name, engine in zip(names, answers, strict=True) if engine is not None]
+        return {name: engine for name, engine in zip(names, answers, strict=True) if engine is not None}
 
 
 def _digest(made_of: Any) -> str:
@@ -106,6 +133,6 @@ async def _asleep(name: str) -> Any:
     """The engine of that name where it sleeps, else None."""
     try:
         engine = await asyncio.to_thread(ray.get_actor, name, ENGINES)
-        return engine if await asyncio.wait_for(engine.sleeps.remote(), ANSWER_S) else None
+        return engine if await asyncio.wait_for(engine.asleep.remote(), ANSWER_S) else None
     except (ValueError, RayError, TimeoutError):  # it has ended, or is not there yet
         return None

@@ -1,8 +1,8 @@
-"""Who ends with whom: an engine with its replica and the replica with its engine, however that happened, so that memory comes back.
+"""Watches processes, so that none outlives the process that it works for: an engine ends with its replica, and a replica with its engine.
 
-vLLM's engine core outlives a parent that was killed; Ray's own clean-up of grandchildren
-(``RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper``) would end it, but also collects the exit status of submitted jobs, which
-then count as succeeded when they failed.
+vLLM's engine process outlives a parent that was killed, and keeps its memory. Ray can end grandchildren too
+(``RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper``), but it then also collects the exit status of submitted jobs, and a job
+that failed counts as succeeded.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 
 def end_with_parent() -> None:
-    """In a process that multiprocessing started: exit as soon as the parent is gone. Elsewhere: nothing.
+    """Exit as soon as the parent is gone, in a process that multiprocessing started. Elsewhere do nothing.
 
     vLLM calls this in each of its processes (the entry point ``vllm.general_plugins`` in pyproject.toml).
     """
@@ -23,13 +23,13 @@ def end_with_parent() -> None:
 
     def wait() -> None:
         parent.join()
-        os._exit(1)  # nothing to save: whoever could ask for it is gone
+        os._exit(1)  # nothing to save: nobody can ask for it any more
 
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    threading.Thread(target=wait, name="parent-watchdog", daemon=True).start()
 
 
 def when_gone(pid: int, act: Callable[[], None]) -> Callable[[], None]:
-    """Call ``act`` in this event loop once the process ends; at once where it has. Returns what takes that back."""
+    """Call ``act`` in this event loop once the process ends; at once where it has ended. Returns a function that stops watching."""
     loop = asyncio.get_running_loop()
     try:
         descriptor = os.pidfd_open(pid)

@@ -1,4 +1,4 @@
-"""What `deployments.replica.launch` and `deployments.replica.engine` call in vLLM 0.29.
+"""What `deployments.replica.launch` and `deployments.replica.vllm_engine` call in vLLM 0.29.
 Read from the sources, because importing vLLM takes ten seconds."""
 
 import ast
@@ -16,8 +16,9 @@ USED = {
     "entrypoints/launchers/api_server/app_state.py": {"init_app_state"},
     "entrypoints/launchers/app.py": {"build_app"},
     "entrypoints/launchers/cli_args.py": {"make_arg_parser"},
+    "entrypoints/openai/models/protocol.py": {"BaseModelPath"},
     "entrypoints/serve/engine/protocol.py": {"ErrorResponse"},
-    "entrypoints/serve/lora/protocol.py": {"LoadLoRAAdapterRequest"},
+    "entrypoints/serve/lora/protocol.py": {"LoadLoRAAdapterRequest", "UnloadLoRAAdapterRequest"},
     "usage/usage_lib.py": {"UsageContext"},
     "v1/engine/async_llm.py": {"AsyncLLM"},
 }
@@ -38,7 +39,7 @@ def test_adapters_are_loaded_by_the_name_that_requests_use() -> None:
 def test_only_the_engine_imports_vllm() -> None:
     root = Path(__file__).parents[2]
     users = [p for folder in ("cluster", "deployments") for p in (root / folder).rglob("*.py") if imports(p, "vllm")]
-    assert sorted(p.name for p in users) == ["engine.py", "fingerprint.py", "launch.py", "vllm_patches.py"]
+    assert sorted(p.name for p in users) == ["fingerprint.py", "launch.py", "vllm_engine.py", "vllm_patches.py"]
 
 
 def test_rays_and_serves_private_parts_have_one_file_each() -> None:
@@ -85,6 +86,48 @@ def test_rows_without_an_adapter_stay_free_of_adapters() -> None:
     apply()
     wrapper: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu")
     assert base_row(lora_ops.bgmv_shrink) == base_row(wrapper.bgmv_shrink) == 0
+
+
+def test_one_index_may_stand_for_every_row() -> None:
+    """The output layer scores a prompt with one index for all its tokens. The mask of our own patch used to be as long as the indices, so
+    the first request for prompt_logprobs ended the engine."""
+    from vllm.lora.ops.torch_ops import lora_ops
+
+    from deployments.vllm_patches import apply
+
+    apply()
+    assert [scored(lora_ops.bgmv_shrink, rows=5, indices=[slot]) for slot in (-1, 1)] == [0.0, 40.0]
+    assert scored(lora_ops.bgmv_shrink, rows=2, indices=[-1, 1]) == 8.0
+
+
+def scored(shrink: Any, rows: int, indices: list[int]) -> float:
+    """The sum over what ``rows`` of ones get from an empty slot and a slot of ones."""
+    import torch
+
+    slots, output = torch.stack([torch.zeros(2, 4), torch.ones(2, 4)]), torch.zeros(rows, 2)
+    shrink(torch.ones(rows, 4), slots, output, torch.tensor(indices))
+    return float(output.sum())
+
+
+def test_vllm_scores_a_prompt_with_the_indices_of_the_whole_batch() -> None:
+    """The fault that `deployments.vllm_patches.score_prompts_with_their_own_adapter` is there for. Where this fails, vLLM may have mended it:
+    look, and delete the function. `tests.cluster.test_engine` shows on a real engine that the patch works."""
+    logits = (VLLM / "lora/punica_wrapper/punica_cpu.py").read_text().split("def add_lora_logits")[1]
+    assert "bgmv_shrink(x, lora_a_stacked, buffer, self.sampler_indices, scale)" in logits
+    runner = (VLLM / "v1/worker/gpu_model_runner.py").read_text().split("def _get_prompt_logprobs_dict")[1]
+    assert "logits = self.model.compute_logits(prompt_hidden_states)" in runner
+    assert "for req_id, num_prompt_logprobs in num_prompt_logprobs_dict.items()" in runner
+    assert "del num_prompt_logprobs_dict[req_id]" in runner
+    base = (VLLM / "lora/punica_wrapper/punica_base.py").read_text()
+    assert "sampler_indices_len = self.indices_len[1]" in base and "return self._sampler_indices[:sampler_indices_len]" in base
+    assert "self.punica_wrapper_mapping: dict[str, PunicaWrapperBase]" in (VLLM / "lora/model_manager.py").read_text()
+
+
+def test_vllms_error_handler_asks_the_application_for_its_server() -> None:
+    """`deployments.replica.launch.Unstoppable` is that server; without one a client read of an attribute that is missing."""
+    handler = (VLLM / "entrypoints/serve/exception_handling/handlers/vllm_error.py").read_text()
+    assert "server=req.app.state.server" in handler
+    assert "server.should_exit = True" in (VLLM / "entrypoints/launchers/launcher.py").read_text()
 
 
 def test_the_engine_tells_its_load_to_a_logger_with_these_methods() -> None:

@@ -1,4 +1,4 @@
-"""Who ends with whom: see `deployments.replica.watchdog`."""
+"""No process outlives the one that it works for: see `deployments.replica.watchdog`."""
 
 import asyncio
 import subprocess

@@ -1,0 +1,45 @@
+"""Which versions one engine can answer with, and what it said about the others. Control reads this record by `revision`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster.types import Manifest
+
+
+@dataclass
+class Holdings:
+    base: str
+    """Id of the weights version in the accelerator's memory."""
+    folder: Path
+    """Where the files of the base are."""
+    fingerprint: str = ""
+    """Checksum of the weights in the accelerator's memory."""
+    held: dict[str, str] = field(default_factory=dict[str, str])
+    """Version id → digest, the base included."""
+    staged: dict[str, str] = field(default_factory=dict[str, str])
+    """Version id → digest of what lies ready on this machine and needs other weights."""
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+    """Version id → why it was not loaded."""
+    revision: int = 0
+    """Grows with every change, so that control can tell an answer that was overtaken on its way."""
+    pause_s: float = 0.0
+    """How long the last swap kept the engine from answering."""
+
+    @property
+    def adapters(self) -> list[str]:
+        return [id for id in self.held if id != self.base]
+
+    def host(self, manifest: Manifest, folder: Path, fingerprint: str) -> None:
+        """Other weights are in memory, and nothing that followed from the old ones."""
+        self.base, self.folder, self.fingerprint = str(manifest.id), folder, fingerprint
+        self.held = {self.base: manifest.digest}
+        self.staged = {}
+
+    def refuse(self, id: str, why: str) -> None:
+        self.refused[id] = why
+        self.revision += 1
+
+    def clear_refusals(self, *ids: str) -> None:
+        """Forget what was said against these versions."""
+        found = [id for id in ids if self.refused.pop(id, None) is not None]
+        self.revision += bool(found)

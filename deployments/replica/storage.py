@@ -1,0 +1,42 @@
+"""The store as an engine asks it. Every read runs in a thread, because the event loop here serves tokens."""
+
+import asyncio
+from pathlib import Path
+
+from cluster.config import FleetSpec
+from cluster.control import weight_distribution
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
+from cluster.types import Manifest, VersionId
+
+
+class Storage:
+    """One engine's reader of the store. No request waits for it."""
+
+    def __init__(self, spec: FleetSpec) -> None:
+        self.registry = Registry(Store(spec.store))
+        self.cache = spec.home / "cache"
+
+    async def manifest(self, id: str | VersionId) -> Manifest:
+        return await asyncio.to_thread(self.registry.manifest, VersionId.parse(id))
+
+    async def fetch(self, manifest: Manifest) -> Path:
+        """A folder on this machine with the version's files, every digest checked."""
+        return await asyncio.to_thread(self.registry.fetch, manifest, self.cache)
+
+    async def unpack(self, carried: weight_distribution.Carried) -> None:
+        """Write files that came with control's order to where `fetch` looks first."""
+        await asyncio.to_thread(weight_distribution.unpack, carried, self.cache)
+
+    async def live(self) -> set[str]:
+        """The versions that some alias's clients may get now."""
+        aliases = await asyncio.to_thread(self.registry.aliases)
+        return {str(id) for move in aliases.values() for id in move.versions}
+
+    async def retained(self, weights: str, limit: int) -> list[Manifest]:
+        """The adapters that an engine with these weights holds before it serves: at most ``limit``, the live ones last."""
+        return await asyncio.to_thread(retained, self.registry, VersionId.parse(weights), limit)
+
+
+def retained(registry: Registry, weights: VersionId, limit: int) -> list[Manifest]:
+    return registry.ever_live(weights, limit)

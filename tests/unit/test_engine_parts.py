@@ -1,0 +1,49 @@
+"""The parts of an engine that need no vLLM: what it holds, and what it says about failures."""
+
+import doctest
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.errors import DigestMismatch
+from cluster.types import Lineage, Manifest, VersionId
+from deployments.replica import words
+from deployments.replica.holdings import Holdings
+
+
+def weights(n: int) -> Manifest:
+    return Manifest(id=VersionId("m", n), kind="weights", base=None, files=(), lineage=Lineage(), created_s=0)
+
+
+def test_other_weights_take_everything_away_that_followed_from_the_old_ones() -> None:
+    holdings = Holdings("m@1", Path("/1"), "old", {"m@1": "d", "tuned@1": "e"}, staged={"m@2": "f"}, refused={"bad@1": "why"})
+    assert holdings.adapters == ["tuned@1"]
+    holdings.host(weights(2), Path("/2"), "new")
+    assert (holdings.base, holdings.folder, holdings.fingerprint) == ("m@2", Path("/2"), "new")
+    assert list(holdings.held) == ["m@2"] and not holdings.staged and holdings.adapters == []
+    assert holdings.refused == {"bad@1": "why"}, "control has not read it yet"
+
+
+def test_control_hears_of_every_refusal_and_of_its_end() -> None:
+    holdings = Holdings("m@1", Path("/1"))
+    holdings.refuse("bad@1", "too large")
+    assert (holdings.refused, holdings.revision) == ({"bad@1": "too large"}, 1)
+    holdings.clear_refusals("other@1")
+    assert holdings.revision == 1
+    holdings.clear_refusals("bad@1", "m@1")
+    assert (holdings.refused, holdings.revision) == ({}, 2)
+
+
+def test_our_own_errors_are_quoted_whole() -> None:
+    assert words.reason(DigestMismatch("The file differs.", "Register it again.")) == "The file differs. Register it again."
+
+
+def test_the_examples_hold() -> None:
+    assert doctest.testmod(words).failed == 0
+
+
+@given(st.ip_addresses(v=4), st.integers(1, 65535), st.text("ab /'\"", max_size=20))
+def test_no_address_and_no_folder_of_the_cluster_gets_out(address: object, port: int, text: str) -> None:
+    said = words.reason(OSError(f"{text} http://{address}:{port}/x {address}:{port} /home/ann/store/m.safetensors {text}"))
+    assert str(address) not in said and "/home" not in said and "m.safetensors" in said
