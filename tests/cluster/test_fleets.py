@@ -1,0 +1,80 @@
+"""Several base models on one pool: each answers for itself while others come, go, are trained and are published."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import client
+from cluster.capacity.handover import crowded, parse
+from cluster.errors import SpringtideError
+from cluster.pool import submit
+from cluster.types import VersionId
+from tests.cluster.test_publish import ONE, TIDE, ask, wait_until
+from tests.conftest import Running
+from tests.history import expected_of, problems, recording
+
+SPROUT = VersionId("sprout", 1)
+
+
+def phases(pool: Running) -> dict[str, str]:
+    return {fleet["name"]: fleet["phase"] for fleet in client.of(pool.config).fleets()}
+
+
+def free_slots(pool: Running) -> float:
+    return client.of(pool.config).status()["slots"]["free"]
+
+
+@pytest.fixture
+def sprout(pool: Running) -> VersionId:
+    """A second base model, of another name and shape."""
+    if pool.registry.alias("sprout") is None:
+        id = submit.start(pool.config, "pretrain", name="sprout", hidden_size=64, layers=2, steps=60)
+        for _ in submit.follow(pool.config, id):
+            pass
+    return SPROUT
+
+
+@pytest.mark.timeout(600)
+def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_trained_and_published(
+    pool: Running, sprout: VersionId, tmp_path: Path
+) -> None:
+    """The second point of what must be shown: no request fails, and no slot has two owners at any time."""
+    operator, began_s = client.of(pool.config), time.time()
+    operator.add_fleet("sprout", {"min_replicas": 1, "max_replicas": 1})
+    wait_until(lambda: ask(pool, "sprout").status_code == 200, timeout_s=120)
+    print(f"the second fleet answers after {time.time() - began_s:.1f} s")
+    expected = expected_of(pool.url, [str(ONE), str(sprout)])
+    with (
+        recording(pool.url, "seedling", 4, prefix="seedling") as first,
+        recording(pool.url, "sprout", 4, prefix="sprout") as second,
+    ):
+        at_s = time.time()
+        operator.add_fleet("third", {"model": str(sprout)})
+        wait_until(lambda: ask(pool, "third").status_code == 200, timeout_s=120)
+        print(f"a third fleet answers after {time.time() - at_s:.1f} s; {free_slots(pool):.0f} slots are free")
+        with pytest.raises(SpringtideError, match="already"):
+            operator.add_fleet("third", {})
+        at_s = time.time()
+        operator.remove_fleet("third", force=False)
+        wait_until(lambda: "third" not in phases(pool), timeout_s=60)
+        wait_until(lambda: free_slots(pool) == 1, timeout_s=30)
+        print(f"it is gone, and its slot is free, after {time.time() - at_s:.1f} s")
+        assert ask(pool, "third").headers["x-model-version"] == str(sprout), "its alias belongs to who hosts what it means"
+        at_s = time.time()
+        id = submit.start(pool.config, "finetune", data=str(TIDE), base="sprout", name="sprout", epochs=6, publish=True)
+        for _ in submit.follow(pool.config, id):
+            pass
+        print(f"trained and published after {time.time() - at_s:.1f} s")
+        wait_until(lambda: ask(pool, "sprout").headers.get("x-model-version") == "sprout@2", timeout_s=30)
+        time.sleep(1)
+    expected |= expected_of(pool.url, ["sprout@2"])
+    assert problems(first, expected) == [] and {event.version for event in first} == {str(ONE)}
+    assert problems(second, expected) == [] and {event.version for event in second} == {str(sprout), "sprout@2"}
+    print(
+        f"{len(first)} and {len(second)} requests, the longest took {max(e.end_s - e.start_s for e in [*first, *second]):.1f} s"
+    )
+    snapshots = parse(operator.slots(began_s)["snapshots"])
+    assert crowded(snapshots) == [] and max(one.serving for one in snapshots) == 3
+    operator.remove_fleet("sprout", force=True)
+    wait_until(lambda: phases(pool) == {"seedling": "serving"}, timeout_s=60)
