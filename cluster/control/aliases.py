@@ -16,7 +16,7 @@ from cluster.control.hosting import Fleet, Hosting
 from cluster.control.slots import slots
 from cluster.errors import Conflict
 from cluster.publishing import placement, rollout
-from cluster.publishing.canary import Comparison, Tally
+from cluster.publishing.canary import Comparison, Tally, looks
 from cluster.publishing.rollout import Facts, Order, Rollout, Warmth
 from cluster.store.registry import Canary
 from cluster.types import Manifest
@@ -50,6 +50,8 @@ class AliasReconciler:
         self.orders: dict[str, Order] = {}
         """What operators asked for and no record carries out yet. The only state that dies with control; who asked is told."""
         self.progress: dict[str, Progress] = {}
+        self._looked: dict[str, tuple[int, int]] = {}
+        """Alias → (number of its rollout, looks that were taken at its canary)"""
 
     @property
     def desired(self) -> Desired:
@@ -147,8 +149,8 @@ class AliasReconciler:
         can_split = len(own) > 1 or alike or bool(needs_surge)
         if one.stage == "warming":
             return Facts(warmth=self._warmth(one, manifest, fleet, bool(needs_surge)), order=order, can_split=can_split)
-        warmth = placement.settled(own, manifest, self.hosting.targets(fleet, fleet.model))
-        return Facts(warmth=warmth, comparison=self._comparison(one), order=order, can_split=can_split)
+        warmth, comparison = placement.settled(own, manifest, self.hosting.targets(fleet, fleet.model)), self._comparison(one)
+        return Facts(warmth=warmth, comparison=comparison, look=self._look(one, comparison), order=order, can_split=can_split)
 
     def _comparison(self, one: Rollout) -> Comparison | None:
         if one.percent == 100 or one.incumbent is None:
@@ -157,6 +159,15 @@ class AliasReconciler:
         if seen is None:
             return None
         return Comparison(seen.get(str(one.version), Tally()), seen.get(str(one.incumbent), Tally()))
+
+    def _look(self, one: Rollout, comparison: Comparison | None) -> bool:
+        """Whether enough was answered since the last look. A control that was restarted looks once more."""
+        if comparison is None:
+            return False
+        due = looks(comparison.evidence)
+        number, looked = self._looked.get(one.alias, (0, 0))
+        self._looked[one.alias] = one.number, due
+        return due > (looked if number == one.number else 0)
 
     def _homeless(self, manifest: Manifest) -> Warmth:
         """A refusal: the fleet has left these weights for others since the rollout began, or is no more. Nobody will host them."""

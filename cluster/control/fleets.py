@@ -183,7 +183,12 @@ class FleetReconciler:
     def _fleets(self) -> dict[str, FleetState]:
         """Each fleet with what it answers for once it runs."""
         moves = self.hosting.readable_moves(self.desired.moves)
-        return {
-            fleet.name: placement.fleet_state(fleet.name, fleet.model, fleet.app, moves, self.desired.weights)
-            for fleet in self.hosting.there
-        }
+        return {fleet.name: self._state(fleet, moves) for fleet in self.hosting.there}
+
+    def _state(self, fleet: Fleet, moves: dict[str, Generation]) -> FleetState:
+        """While it sleeps, what its replicas held last is what they will hold again: adapters that were live before are kept on them."""
+        state = placement.fleet_state(fleet.name, fleet.model, fleet.app, moves, self.desired.weights)
+        own = self.hosting.own(fleet)
+        fleet.last_held = frozenset(id for one in own for id in one.held) if own else fleet.last_held
+        kept = () if own else (id for id in fleet.last_held if str(self.hosting.weights(VersionId.parse(id))) in state.versions)
+        return state._replace(versions=tuple(sorted({*state.versions, *kept})))

@@ -46,6 +46,8 @@ class Fleet:
     retry_refused_s: float = 0.0
     retrying: bool = False
     """Whether this turn asks again for what a replica has refused."""
+    last_held: frozenset[str] = frozenset()
+    """What its replicas held when any were there."""
     capped: tuple[int | None, tuple[str, ...]] = (None, ())
     """The most replicas that it may have, as far as the arbiter limits it, and the replicas that have been told so."""
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import AliasChoices, Field, model_validator
 
-from cluster.publishing.canary import Comparison, Margins
+from cluster.publishing.canary import Comparison, Margins, looks
 from cluster.types import Durable, Version, VersionId
 
 Stage = Literal["registered", "warming", "canary", "live", "retired", "rolled_back"]
@@ -34,6 +34,9 @@ class Policy(Durable):
     """Answers by the canary before the next step."""
     min_step_s: float = Field(default=60, ge=0)
     """Time in one step before the next."""
+    max_step_s: float = Field(default=86_400, gt=0)
+    """How long a step below 100 % may take; then the version is rolled back, with what it waited for as the reason. A canary that nobody asks
+    would stay one for ever, and no other version could be published."""
     gate: bool = True
     """Whether a verdict is needed first (`cluster.publishing.gate`). The artefact itself is checked in any case."""
     shadow_percent: int = Field(default=0, ge=0, le=100)
@@ -114,6 +117,8 @@ class Facts(NamedTuple):
     """The gate's verdict."""
     verdict: str = ""
     comparison: Comparison | None = None
+    look: bool = True
+    """Whether canary and stable shall be compared now: at fixed looks only, see `cluster.publishing.canary`."""
     order: Order | None = None
     can_split: bool = True
     """Whether the replicas can hold both versions at once. One replica cannot have two sets of weights."""
@@ -200,14 +205,28 @@ def _decide_canary(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | No
         return _late(rollout, facts.warmth, now_s)
     if facts.order is not None:
         return rollout.next("canary", f"promoted by {facts.order.author}: {facts.order.reason}", now_s, 100)
-    if facts.comparison is None:
+    return _compare(rollout, facts, facts.comparison, now_s) or _overdue(rollout, facts, now_s)
+
+
+def _compare(rollout: Rollout, facts: Facts, comparison: Comparison | None, now_s: float) -> Rollout | None:
+    if comparison is None:
         return None
-    if worse := facts.comparison.worse(rollout.policy.margins):
+    policy, requests = rollout.policy, in_step(rollout, comparison)
+    done = requests >= policy.min_requests and now_s - rollout.since_s >= policy.min_step_s
+    # The end of a step is a look of its own: nothing goes on that was not looked at with all that is known.
+    look = max(1, looks(comparison.evidence) + done)
+    if (facts.look or done) and (worse := comparison.worse(policy.margins, look)):
         return rollout.next("rolled_back", f"the canary is worse: {worse}", now_s)
-    requests = in_step(rollout, facts.comparison)
-    if requests >= rollout.policy.min_requests and now_s - rollout.since_s >= rollout.policy.min_step_s:
-        return _step(rollout, facts, f"no worse over {requests} requests", now_s)
-    return None
+    return _step(rollout, facts, f"no worse over {requests} requests", now_s) if done else None
+
+
+def _overdue(rollout: Rollout, facts: Facts, now_s: float) -> Rollout | None:
+    limit_s = rollout.policy.max_step_s
+    if now_s - rollout.since_s <= limit_s:
+        return None
+    return rollout.next(
+        "rolled_back", f"after {limit_s:.0f} s at {rollout.percent} % it waits for {_lacks(rollout, facts, now_s)}", now_s
+    )
 
 
 def in_step(rollout: Rollout, comparison: Comparison) -> int:
@@ -260,9 +279,14 @@ def waiting_for(rollout: Rollout, facts: Facts, now_s: float) -> str:
         ready = f"{facts.warmth.ready} of {facts.warmth.replicas} replicas are ready" if facts.warmth else "replicas"
         return facts.warmth.waits if facts.warmth and facts.warmth.waits else ready
     if rollout.stage == "canary":
-        left = [
-            f"{max(0.0, policy.min_step_s - (now_s - rollout.since_s)):.0f} s",
-            f"{max(0, policy.min_requests - (in_step(rollout, facts.comparison) if facts.comparison else 0))} more requests",
-        ]
-        return f"{' and '.join(left)} at {rollout.percent} %"
+        left_s = max(0.0, policy.max_step_s - (now_s - rollout.since_s))
+        return f"{_lacks(rollout, facts, now_s)} at {rollout.percent} %, for {left_s:.0f} s more at most"
     return ""
+
+
+def _lacks(rollout: Rollout, facts: Facts, now_s: float) -> str:
+    """What a canary needs for its next step."""
+    policy = rollout.policy
+    seconds = max(0.0, policy.min_step_s - (now_s - rollout.since_s))
+    requests = max(0, policy.min_requests - (in_step(rollout, facts.comparison) if facts.comparison else 0))
+    return " and ".join([*([f"{seconds:.0f} s"] if seconds else []), f"{requests} more requests"])

@@ -1,10 +1,12 @@
 """Who gets the canary, and when it counts as worse."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.publishing.canary import MIN_REQUESTS, Comparison, Margins, Tally, merge, takes_canary
+from cluster.publishing.canary import ALPHA, MIN_REQUESTS, Comparison, Margins, Tally, looks, merge, tail, takes_canary
 from cluster.types import VersionId
 
 TWO, THREE = VersionId("m", 2), VersionId("m", 3)
@@ -77,3 +79,31 @@ def test_shadows_that_fail_count_over_all_shadows_and_not_among_answers() -> Non
     few = STEADY._replace(shadowed=400, shadows_failed=3)
     many = STEADY._replace(shadowed=400, shadows_failed=40)
     assert worse(few) == "" and "10.0% of shadowed requests fail" in worse(many)
+
+
+def test_a_canary_at_its_margin_is_seldom_rolled_back_however_often_it_is_looked_at() -> None:
+    """Every half second it used to be compared anew, until chance made it look worse."""
+    dice, runs, false = random.Random(1), 400, 0
+    for _ in range(runs):
+        errors = 0
+        for answers in range(1, 1025):
+            errors += dice.random() < 0.05
+            due = looks(answers)
+            if due > looks(answers - 1):
+                seen = Comparison(Tally(requests=answers, errors=errors), Tally(requests=1000, errors=30))
+                if seen.worse(Margins(error_rate=0.02), due):
+                    false += 1
+                    break
+    assert false / runs <= ALPHA
+
+
+def test_a_canary_that_fails_often_is_found_out_within_few_answers() -> None:
+    for answers in (8, 16, 32):
+        seen = Comparison(Tally(requests=answers, errors=answers // 2), Tally(requests=1000))
+        assert "50.0% of its requests fail" in seen.worse(Margins(), looks(answers))
+
+
+@given(st.integers(0, 60), st.integers(0, 60), st.floats(0, 1))
+def test_a_tail_is_a_probability_and_falls(successes: int, more: int, p: float) -> None:
+    trials = successes + more
+    assert 0 <= tail(successes + 1, trials + 1, p) <= tail(successes, trials + 1, p) + 1e-9 <= 1 + 1e-9

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from cluster.config import parse
+from cluster.control.actor import BEATS, WAITING, Control
 from cluster.control.replicas import Replicas
 from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, StoreUnavailable, VersionRefused
 from cluster.publishing.placement import Hosted, SurgeFacts, Swap, fleet_of, next_swap, surge_weights
@@ -194,6 +196,37 @@ def test_an_answer_that_was_overtaken_does_not_count() -> None:
     replicas.report(state)
     replicas.report(state._replace(revision=1, held={}))
     assert replicas.of("fleet-m") == (state,)
+
+
+def test_a_fleet_that_sleeps_lists_what_its_replicas_will_hold_again(tmp_path: Path) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    first, second = adapter(registry, tmp_path, ONE, 1), adapter(registry, tmp_path, ONE, 2)
+    for one in (first, second):
+        control.publish(one.id, "m")
+    machines.there.pop("replica-m")
+    control.replicas.leave("replica-m")
+    wait_until(lambda: control.view.fleets["m"].versions == ("m@1", "m@2", "m@3"))
+
+
+def test_calls_that_wait_for_minutes_have_threads_of_their_own() -> None:
+    """Sixty-four publishes that waited for their replicas used to keep heartbeats and views from being heard."""
+    waiting = {"publish", "order", "rollback", "add_fleet", "remove_fleet"}
+    groups = {name: getattr(method, "__ray_concurrency_group__", None) for name, method in vars(Control).items()}
+    assert {name for name, group in groups.items() if group == WAITING} >= waiting
+    assert {name for name, group in groups.items() if group == BEATS} >= {"heartbeat", "report", "leave", "starting", "leaving"}
+    assert groups["view"] is None
+
+
+def test_another_configuration_brings_its_fleets_and_takes_those_that_it_does_not_name(tmp_path: Path) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    wait_until(lambda: control.view.fleets.keys() == {"m", "n"})
+    changed = parse({**config.dump(), "fleets": {"m": {"max_replicas": 3}, "sprout": {"model": "n"}}})
+    control.reconcilers.loop.call(lambda: control.hosting.configure(changed, registry))
+    control.reconcilers.changed("fleet", "m")
+    wait_until(lambda: control.view.fleets.keys() == {"m", "sprout"})
+    assert control.hosting.fleets["m"].spec.fleet.max_replicas == 3
 
 
 # pure

@@ -217,3 +217,26 @@ def test_a_canary_on_a_pool_without_a_gate_needs_no_verdict() -> None:
         chosen = policy(pools, canary=True, steps=None, gate=None)
         assert chosen.gate == gate and chosen.steps == Policy().steps
         assert policy(pools, canary=True, steps=None, gate=not gate).gate != gate
+
+
+def test_a_canary_that_nobody_asks_has_a_deadline_and_says_what_it_waits_for() -> None:
+    """With one shared key 5 % of the sessions were nobody, and the canary stayed one for ever."""
+    policy = Policy(steps=(5, 100), min_requests=50, min_step_s=60, max_step_s=3600)
+    step = start(policy).next("canary", "ready", 0.0, percent=5)
+    nothing = Facts(warmth=Warmth(1, 1), comparison=Comparison(Tally(requests=3), Tally(requests=900)))
+    assert decide(step, nothing, 3600) is None
+    assert waiting_for(step, nothing, 30.0) == "30 s and 47 more requests at 5 %, for 3570 s more at most"
+    for facts in (nothing, Facts()):
+        ended = decide(step, facts, 3601)
+        assert ended is not None and ended.stage == "rolled_back" and "more requests" in ended.reason
+
+
+def test_canary_and_stable_are_compared_when_a_look_is_due_and_before_the_next_step() -> None:
+    policy = Policy(steps=(5, 100), min_requests=50, min_step_s=0)
+    step = start(policy).next("canary", "ready", 0.0, percent=5)
+    bad = Facts(comparison=Comparison(Tally(requests=40, errors=20), Tally(requests=900)), look=False)
+    assert decide(step, bad, 1.0) is None
+    looked = decide(step, bad._replace(look=True), 1.0)
+    assert looked is not None and looked.stage == "rolled_back"
+    enough = decide(step, bad._replace(comparison=Comparison(Tally(requests=60, errors=30), Tally(requests=900))), 1.0)
+    assert enough is not None and enough.stage == "rolled_back", "no step is taken unseen"
