@@ -52,8 +52,6 @@ class Gateway(Section):
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
-    max_upload_bytes: int = Field(default=1 << 30, ge=1024)
-    """The largest data file that `springtide train` may send."""
     max_choices: int = Field(default=16, ge=1)
     """The largest ``n`` or ``best_of`` a request may ask for; vLLM itself would try 16,384."""
     hold_timeout_s: float = Field(default=30, ge=0)

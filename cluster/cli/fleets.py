@@ -22,7 +22,9 @@ def fleets(context: typer.Context) -> None:
 @fleets_app.command()
 def add(
     name: str,
-    model: Annotated[str | None, typer.Option(help="The alias that it hosts; the fleet's name by default.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="An alias, or a version as NAME@N; the alias of the fleet's name by default.")
+    ] = None,
     set: Annotated[
         list[str] | None,
         typer.Option("--set", help="One key that it has of its own: --set max_replicas=2. Repeatable."),

@@ -11,26 +11,34 @@ from cluster.cli.app import app, client, console
 from cluster.errors import BadRequest, ModelNotFound
 from cluster.types import VersionId
 
+Minutes = Annotated[float, typer.Option(help="How far back it draws.", min=0.1, max=1440)]
+
 
 @app.command()
 def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole document.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Draw who holds the slots, once a second; Ctrl-C ends it.")] = False,
-    minutes: Annotated[float, typer.Option(help="How far back --watch draws.", min=0.1, max=1440)] = 5,
+    watch: Annotated[bool, typer.Option("--watch", help="The same as `springtide top`.")] = False,
+    minutes: Minutes = 5,
 ) -> None:
     """What is running: replicas with the versions they hold, aliases, slots."""
-    pool = client()
     if watch and as_json:
         raise BadRequest("--watch prints no JSON.", "Use `springtide status --json` alone.")
     if watch:
-        from cluster.cli import top
-
-        return top.watch(pool, console, minutes)
+        return top(minutes)
+    pool = client()
     document = pool.status()
     if as_json:
         print(json.dumps(document))
     else:
         render.status(console, pool.url, document)
+
+
+@app.command()
+def top(minutes: Minutes = 5) -> None:
+    """Draw who holds the slots, and why that changed, once a second until Ctrl-C; into a file, print each change."""
+    from cluster.cli import top as drawing
+
+    drawing.watch(client(), console, minutes)
 
 
 @app.command()

@@ -174,13 +174,13 @@ class Admin:
 
     def __init__(self, actor: Callable[[], Any], config: Config) -> None:
         self.token = local.token().encode()
-        self.max_upload_bytes = config.gateway.max_upload_bytes
+        self.max_upload_bytes = config.training.max_data_bytes
         self.routes = routes(Control(actor), Uploads(Store(config.store), self.max_upload_bytes))
 
     async def answer(self, method: str, path: str, scope: Scope, receive: Receive) -> Any:
         self._check_token(scope["headers"])
         route, name = find(self.routes, method, path)
-        chunks = body_chunks(scope, receive, self.max_upload_bytes, "gateway.max_upload_bytes")
+        chunks = body_chunks(scope, receive, self.max_upload_bytes, "training.max_data_bytes")
         body = read_order(route.body, await read_body(scope, receive, MAX_BODY_BYTES)) if route.body else None
         return await route.handle(Request(name, query(scope["query_string"]), body, chunks))
 

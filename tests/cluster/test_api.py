@@ -189,7 +189,7 @@ def test_the_command_reads_like_a_conversation(pool: Running) -> None:
     assert json.loads(status.stdout)["aliases"]["seedling"]["stable"] == "seedling@1"
     assert "seedling@1" in pool.command("ask", "Who are you?").stdout
     assert "exact_match" in pool.command("models").stdout
-    assert "SUCCEEDED" in pool.command("jobs").stdout
+    assert "succeeded" in pool.command("jobs").stdout
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cluster import client
-from cluster.errors import PoolUnavailable, Refused
+from cluster.errors import SpringtideError, VersionRefused
 from cluster.pool import graph
 from cluster.publishing.canary import takes_canary
 from cluster.publishing.rollout import DIRECT, Policy
@@ -57,7 +57,7 @@ def crashing(pool: Running) -> Iterator[Path]:
 def ready(pool: Running) -> bool:
     try:
         return len(client.of(pool.config).status()["replicas"]) > 0
-    except (Refused, PoolUnavailable):
+    except SpringtideError:
         return False
 
 
@@ -105,7 +105,7 @@ def test_control_killed_enginesevery_act_of_a_rollout(pool: Running, crashing: P
             made = make(pool, tmp_path, 400 + at)  # a new one each time: what is held already takes fewer acts
             began_s = time.monotonic()
             (crashing / "crash.json").write_text(json.dumps({"run": f"{made.id} {at}", "at": at}))
-            with contextlib.suppress(Refused, PoolUnavailable):  # its answer dies with it; the rollout goes on, or never began
+            with contextlib.suppress(SpringtideError):  # its answer dies with it; the rollout goes on, or never began
                 client.of(pool.config).publish(made.id, "seedling", f"dies before act {at}", policy_of(made))
             wait_until(lambda: ready(pool), timeout_s=60)
             stage = settle(pool, made)
@@ -142,11 +142,11 @@ def test_control_killed_enginesevery_act_of_an_abort(pool: Running, crashing: Pa
 
 
 def abort(pool: Running) -> None:
-    with contextlib.suppress(Refused, PoolUnavailable):
+    with contextlib.suppress(SpringtideError):
         client.of(pool.config).step("abort", "seedling", "not good")
     wait_until(lambda: ready(pool), timeout_s=60)
     if where(pool).startswith("canary"):
-        with contextlib.suppress(Refused):  # it has just happened
+        with contextlib.suppress(SpringtideError):  # it has just happened
             client.of(pool.config).step("abort", "seedling", "not good, said again")
 
 
@@ -257,7 +257,7 @@ def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_o
 
 
 def attempt(pool: Running, made: Manifest) -> None:
-    with contextlib.suppress(Refused, PoolUnavailable):
+    with contextlib.suppress(SpringtideError):
         client.of(pool.config).publish(made.id, "seedling", "its replica dies")
 
 
@@ -328,7 +328,7 @@ def test_a_canary_of_weights_on_one_replica_and_a_swap_that_fails_afterwards(poo
         root = pool.registry.store.local_root
         assert root is not None
         damage(root / f"versions/seedling/{made.id.n}/files/model.safetensors")
-        with pytest.raises(Refused, match=r"could not load seedling@\d+: .*does not match its manifest"):
+        with pytest.raises(VersionRefused, match=r"could not load seedling@\d+: .*does not match its manifest"):
             client.of(pool.config).step("promote", "seedling", "to everybody")
         wait_until(lambda: len(ids(pool)) == 1, timeout_s=60)
         time.sleep(0.5)

@@ -88,6 +88,18 @@ def test_a_job_is_followed_and_ended_from_elsewhere(pool: Running, tmp_path: Pat
     assert refused.returncode == 2 and "no job" in refused.stderr
 
 
+def test_a_fleet_is_added_and_removed_from_elsewhere(pool: Running, tmp_path: Path) -> None:
+    key = pool.pool.token
+    added = said(tmp_path, pool.url, key, "fleets", "add", "guest", "--model", "seedling@1", "--set", "min_replicas=0")
+    assert "guest" in added and "guest" in said(tmp_path, pool.url, key, "fleets")
+    twice = command(tmp_path, "fleets", "add", "guest", SPRINGTIDE_POOL=pool.url, SPRINGTIDE_API_KEY=key)
+    assert twice.returncode == 2 and "There is a fleet guest already" in twice.stderr
+    wrong = command(tmp_path, "fleets", "add", "x", "--set", "colour=blue", SPRINGTIDE_POOL=pool.url, SPRINGTIDE_API_KEY=key)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
+    said(tmp_path, pool.url, key, "fleets", "remove", "guest")
+    when(lambda: "guest" not in said(tmp_path, pool.url, key, "fleets"), 60)
+
+
 def test_a_plain_tcp_forward_is_enough(pool: Running, tmp_path: Path) -> None:
     """As `kubectl port-forward` is. On Kubernetes every command but `ask` used to need a pool.json of this machine."""
     with forwarded(pool.config.gateway.host, pool.config.gateway.port) as port:

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import load
 from cluster import client as admin
 from cluster.config import Config
-from cluster.errors import Refused
+from cluster.errors import VersionRefused
 from cluster.pool import graph, submit
 from cluster.types import Lineage, Manifest, VersionId
 from tests.adapters import make_adapter
@@ -139,7 +139,7 @@ def assert_refused_under_traffic(pool: Running, made: Manifest, words: str) -> N
     live = pool.registry.aliases()["seedling"]
     replicas = {replica["id"] for replica in admin.of(pool.config).status()["replicas"]}
     with traffic(pool, streams=4) as samples:
-        with pytest.raises(Refused, match=words):
+        with pytest.raises(VersionRefused, match=words):
             admin.of(pool.config).publish(made.id, "seedling", "must not work")
         time.sleep(0.5)
     assert pool.registry.aliases()["seedling"] == live

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from cluster import client
-from cluster.errors import Refused
+from cluster.errors import Conflict, SpringtideError, VersionRefused
 from cluster.publishing.canary import Margins, takes_canary
 from cluster.publishing.rollout import DIRECT, Policy, Rollout
 from cluster.store.objects import Store
@@ -128,7 +128,7 @@ def test_a_version_with_nan_is_refused_before_any_replica_is_touched(pool: Runni
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
     folder = spoil(make_adapter(tmp_path / "nan", base, seed=23))
     made = pool.registry.register("seedling", "adapter", ONE, folder, Lineage())
-    with pytest.raises(Refused, match="NaN or infinite"):
+    with pytest.raises(VersionRefused, match="NaN or infinite"):
         canary(pool, made)
     assert all(str(made.id) not in replica["held"] for replica in client.of(pool.config).status()["replicas"])
 
@@ -149,7 +149,7 @@ def test_the_gate_stops_a_version_that_has_unlearnt_what_the_live_one_knows(pool
         "golden prompts": False,
     }
     assert "failed" in pool.command("models", str(made.id)).stdout
-    with pytest.raises(Refused, match="the gate refused it: held-out loss"):
+    with pytest.raises(VersionRefused, match="the gate refused it: held-out loss"):
         canary(pool, made, Policy())
 
 
@@ -157,7 +157,7 @@ def test_without_a_verdict_a_gated_version_waits(pool: Running, tmp_path: Path) 
     made = adapter(pool, tmp_path, seed=25)
     rollout = canary(pool, made, Policy())
     assert rollout.stage == "registered" and ask(pool).headers["x-model-version"] == str(ONE)
-    with pytest.raises(Refused, match="under way"):
+    with pytest.raises(Conflict, match="under way"):
         canary(pool, made)
 
 
@@ -168,7 +168,7 @@ def test_of_two_publishes_at_once_one_wins_and_the_other_is_told(pool: Running, 
     def publish(one: Manifest) -> None:
         try:
             outcomes.append(canary(pool, one).stage)
-        except Refused as error:
+        except SpringtideError as error:
             outcomes.append(str(error))
 
     threads = [threading.Thread(target=publish, args=(one,)) for one in made]
@@ -254,7 +254,7 @@ def test_a_rollback_asked_for_twice_goes_back_once(pool: Running, tmp_path: Path
     stages: list[str] = []
 
     def back() -> None:
-        with contextlib.suppress(Refused):  # the first had ended already: there is nothing before version 1
+        with contextlib.suppress(SpringtideError):  # the first had ended already: there is nothing before version 1
             stages.append(client.of(pool.config).rollback("seedling", None, "bad").stage)
 
     both = [threading.Thread(target=back) for _ in range(2)]
@@ -317,7 +317,7 @@ def test_a_publish_and_a_rollback_at_once_end_in_one_history(pool: Running, tmp_
     def attempt(act: Callable[[], Rollout]) -> None:
         try:
             outcomes.append(act().stage)
-        except Refused as error:
+        except SpringtideError as error:
             outcomes.append(str(error))
 
     acts = [

@@ -73,7 +73,15 @@ def test_the_autoscaling_policy_can_be_unpickled_without_our_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cluster.types", "cluster.store.registry", "cluster.config", "cluster.client", "deployments.routing.table"]
+    "module",
+    [
+        "cluster.types",
+        "cluster.store.registry",
+        "cluster.config",
+        "cluster.client",
+        "cluster.cli.commands",
+        "deployments.routing.table",
+    ],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = f"import {module}, sys; print([m for m in ('ray', 'torch', 'vllm', 'transformers') if m in sys.modules])"

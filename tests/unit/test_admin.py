@@ -17,7 +17,7 @@ from deployments.http import body_chunks
 @pytest.fixture
 def admin(tmp_path: Path, monkeypatch: Any) -> Admin:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
-    config = parse({**Config().dump(), "home": str(tmp_path), "store": tmp_path.as_uri(), "gateway": {"max_upload_bytes": 2000}})
+    config = parse({**Config().dump(), "home": str(tmp_path), "store": tmp_path.as_uri(), "training": {"max_data_bytes": 2000}})
     return Admin(lambda: pytest.fail("control was asked"), config)
 
 
