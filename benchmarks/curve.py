@@ -15,7 +15,6 @@ from benchmarks import job as jobs
 from benchmarks.job import Job, training
 from benchmarks.place import changes, console, finish, machine, passed, springtide, workplace
 from cluster import config as configuration
-from cluster.cli import render
 from cluster.config import Config
 
 APART = 50
@@ -90,7 +89,7 @@ def line(config: Config, name: str, epochs: float) -> tuple[str, ...]:
 def compare(whole: str, elastic: str) -> dict[str, Any]:
     """Losses step by step, and the figures of both runs' ends."""
     one, other = jobs.losses(whole), jobs.losses(elastic)
-    ends = [render.result(log) for log in (whole, elastic)]
+    ends = [jobs.made(log) for log in (whole, elastic)]
     differences = [abs(one[step] - other[step]) for step in sorted(one.keys() & other.keys())]
     return {
         "steps": [max(one), max(other)],

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from cluster.config import Config
 from cluster.errors import JobFailed
@@ -74,6 +75,12 @@ def training(config: Config, *line: str) -> Iterator[Job]:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def made(log: str) -> dict[str, Any]:
+    """What a job said came out of it: the object of its last ``result {…}`` line."""
+    lines = [line.removeprefix("result ") for line in log.splitlines() if line.startswith("result {")]
+    return json.loads(lines[-1])
 
 
 def steps(log: str) -> list[int]:

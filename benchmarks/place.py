@@ -97,9 +97,9 @@ def pretrained(config: Config) -> Path:
     with console.status("The store has no model yet: starting a pool to train a seedling") as status:
         try:
             local.up(config)
-            for _, log in submit.watch(config, submit.submit(config, "pretrain", "--name", name)):
-                if done := submit.progress(log):
-                    status.update(f"Training a seedling: step {done.step} of {done.steps}")
+            for now in submit.follow(config, submit.start(config, "pretrain", name=name)):
+                if done := now["progress"]:
+                    status.update(f"Training a seedling: step {done['step']} of {done['steps']}")
         finally:
             local.down(config)
     registry = Registry(Store(config.store))

@@ -30,6 +30,10 @@ from jobs.training.progress import Progress
 
 FLUSH_S = 3
 """At most how often events are written."""
+QUIET_S = 30
+"""How often something is written at least: it says that the driver lives, also to a control whose Ray did not start it."""
+OFTEN = 1 / 20
+"""Progress alone is written after this part of a job's age: every 3 s in its first minute, every 30 s after ten."""
 TELL_S = 1
 """At most how often control is told."""
 SIGN_S = 3
@@ -58,6 +62,7 @@ class JobRecord:
         self.batch: JobEvents | None = None
         """What is being written; kept as it is until the store has it."""
         self.n, self.created = 1, False
+        self.began_s, self.flushed_s = time.monotonic(), float("-inf")
         self.result: dict[str, Any] = {}
         self.ending: JobResult | None = None
         self.trouble = ""
@@ -120,24 +125,39 @@ class JobRecord:
 
     def _write(self) -> None:
         while not self.done.is_set():
-            self._try(self._flush)
+            if self._due(time.monotonic()):
+                self._try(self._flush)
             with self.changed:
                 self.changed.wait_for(lambda: self.ending is not None, AGAIN_S if self.ending else FLUSH_S)
+
+    def _due(self, now_s: float) -> bool:
+        """What is only progress can wait: control hears of it at once."""
+        progress_s = min(QUIET_S, max(FLUSH_S, OFTEN * (now_s - self.began_s)))
+        with self.changed:
+            news = [event.kind for event in self.events if event.kind != "progress"]
+            waits = self.batch is not None or bool(news) or self.ending is not None
+            return waits or now_s - self.flushed_s >= (progress_s if self.events else QUIET_S)
 
     def _flush(self) -> None:
         if not self.created:
             self.store.create(self.spec)
             self.created = True
+        ending = self.ending
         while batch := self._next():
             self.n = self.store.append(self.id, batch) + 1
-            self.batch = None
-        if self.ending:
-            self.store.finish(self.id, self.ending)
+            self.batch, self.flushed_s = None, time.monotonic()
+            if not ending:
+                return  # what was said meanwhile is for the next object
+        if ending:
+            self.store.finish(self.id, ending)
             self.done.set()
 
     def _next(self) -> JobEvents | None:
         with self.changed:
-            if self.batch is None and self.events:
+            quiet = time.monotonic() - self.flushed_s >= QUIET_S
+            if self.batch is None and (self.events or quiet):
+                at_s = time.time() if quiet else self.snapshot.at_s
+                self.snapshot = self.snapshot.model_copy(update={"at_s": at_s})
                 self.batch = JobEvents(n=self.n, snapshot=self.snapshot, events=tuple(self.events))
                 self.events = []
             return self.batch

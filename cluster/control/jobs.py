@@ -34,10 +34,9 @@ SETTLE_S = 2
 """How often jobs whose drivers are silent are looked at."""
 SILENT_S = 8
 """A driver that has told nothing for this long is looked for: it tells something every three seconds."""
-SHELL_SILENT_S = 60
-"""A driver that was started from a shell is known to live only by what it tells, so it is given longer."""
-UNKNOWN_S = 15
-"""How old a job must be before it counts that Ray does not know it: its record is written before Ray is asked to start it."""
+STALE_S = 90
+"""How old the newest object of a record must be before a job is lost that Ray does not know: it may have been started from a shell, or by
+another Ray on the same store, and then only its record says that it lives, every thirty seconds."""
 KNOWN = 200
 """The newest jobs, of which a control that has just started finds those without a result."""
 END_S = 2 * STOP_S
@@ -58,7 +57,8 @@ class Facts(NamedTuple):
     """None where Ray does not know it."""
     silent_s: float
     """Since its driver spoke, or since control could have heard it."""
-    age_s: float
+    stale_s: float
+    """Since the newest object of its record was written."""
     asked_by: str
     """Who asked for its end; empty where nobody did."""
     resumable: bool
@@ -67,10 +67,8 @@ class Facts(NamedTuple):
 
 def verdict(facts: Facts, now_s: float) -> JobResult | None:
     """How a job ended that could not say it itself; None while it may live. Pure."""
-    ray, spec = facts.ray, facts.spec
-    if facts.silent_s < (SILENT_S if spec.submitted else SHELL_SILENT_S) or (ray is not None and not ray.ended):
-        return None
-    if spec.submitted and ray is None and facts.age_s < UNKNOWN_S:
+    ray = facts.ray
+    if facts.silent_s < SILENT_S or (facts.stale_s < STALE_S if ray is None else not ray.ended):
         return None
     go_on = f" Go on with: springtide train --resume {facts.last.run}" if facts.resumable and facts.last else " Submit it again."
 
@@ -207,13 +205,11 @@ class JobService:
         deadline_s = time.monotonic() + END_S
         while self.jobs.result(id) is None:
             record, ray = self.jobs.record(id), self._ray(id)
-            last = self._last(record)
-            quiet = record.spec is not None and not record.spec.submitted and self._silent_s(id) > SHELL_SILENT_S
-            if quiet or ((record.spec is None or record.spec.submitted) and (ray is None or ray.ended)):
-                words = f"Cancelled by {author}."
+            if ray.ended if ray else stale_s(record) > STALE_S:
+                last, words = self._last(record), f"Cancelled by {author}."
                 self.jobs.finish(id, JobResult(status=JobStatus.CANCELLED, ended_s=time.time(), message=words, last=last))
             elif time.monotonic() > deadline_s:
-                raise PoolUnavailable(f"{id} has not ended yet.", "It was asked to; see `springtide jobs`.")
+                raise PoolUnavailable(f"{id} was asked to end, and has not ended yet.", "See `springtide jobs`.")
             else:
                 time.sleep(0.1)
         self.forget(id)
@@ -265,7 +261,7 @@ class JobService:
                 last,
                 ray,
                 self._silent_s(id),
-                time.time() - record.spec.created_s,
+                stale_s(record),
                 asked.author if asked else "",
                 bool(last and last.run and self._checkpoints(last.run)),
             )
@@ -344,3 +340,9 @@ class JobService:
             raw = self.server().log(id).encode()
             self.kept_logs = {id: (time.monotonic(), raw)}
         return raw
+
+
+def stale_s(record: JobRecord) -> float:
+    """How long ago the newest object of a record was written, in seconds."""
+    written = [record.spec.created_s if record.spec else 0, record.newest.snapshot.at_s if record.newest else 0]
+    return time.time() - max(written)

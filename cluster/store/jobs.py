@@ -145,6 +145,8 @@ class JobStore:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._read: dict[str, Recorded] = {}
+        self._last: dict[str, int] = {}
+        """Id → the highest number of its events that was seen."""
         self._lock = threading.Lock()
 
     # write
@@ -201,16 +203,24 @@ class JobStore:
         return self._get(f"jobs/{id}/result.json", JobResult)
 
     def newest(self, id: str) -> JobEvents | None:
-        """The newest events: one listing and at most one object, however long the job has run."""
+        """The newest events. They are listed once; from then on what comes after the last is asked for by its number."""
+        n = self._last.get(id) or max(self._numbers(id), default=0)
+        if n == 0:
+            return None
+        newest = self._get(_event(id, n), JobEvents)
+        while (later := self._get(_event(id, n + 1), JobEvents)) is not None:
+            n, newest = n + 1, later
+        self._last[id] = n
+        return newest
+
+    def _numbers(self, id: str) -> list[int]:
         stems = [name.removesuffix(".json") for name in self.store.children(f"jobs/{id}/events")]
-        numbers = [int(stem) for stem in stems if stem.isdigit()]
-        return self._get(_event(id, max(numbers)), JobEvents) if numbers else None
+        return sorted(int(stem) for stem in stems if stem.isdigit())
 
     def events(self, id: str) -> list[JobEvents]:
         """All of them that can be read, oldest first."""
-        stems = [name.removesuffix(".json") for name in self.store.children(f"jobs/{check_id(id)}/events")]
         found: list[JobEvents] = []
-        for number in sorted(int(stem) for stem in stems if stem.isdigit()):
+        for number in self._numbers(check_id(id)):
             try:
                 batch = self._get(_event(id, number), JobEvents)
             except Damaged:

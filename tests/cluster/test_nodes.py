@@ -19,6 +19,7 @@ from benchmarks import load
 from cluster import client
 from cluster.pool import graph, submit
 from cluster.pool import local as pools
+from cluster.store.jobs import JobStore
 from jobs.training.checkpoints import Checkpoints
 from tests.cluster.test_slots import LONG, TIDE, Job, Record, finetune, processes, record, replicas, running, scaled
 from tests.conftest import ROOT, Running, free_ports
@@ -167,11 +168,11 @@ def test_rays_autoscaler_adds_a_machine_for_a_replica_and_takes_it_when_its_engi
 
 def test_a_pool_that_ends_lets_its_jobs_keep_what_they_learnt(autoscaled: Running) -> None:
     """As by Ctrl-C in the terminal of `springtide run`."""
-    line = ("--data", str(ROOT / TIDE), "--base", "seedling@1", "--name", "ebb", "--epochs", str(LONG))
-    job = submit.submit(autoscaled.config, "finetune", *line)
-    when(lambda: submit.progress(submit.log(autoscaled.config, job)) is not None, 120)
-    log = submit.log(autoscaled.config, job)
-    done = submit.progress(log)
+    options = {"data": str(ROOT / TIDE), "base": "seedling@1", "name": "ebb", "epochs": LONG}
+    job = submit.start(autoscaled.config, "finetune", **options)
+    reached = next(now["progress"]["step"] for now in submit.follow(autoscaled.config, job) if now["progress"])
     pools.down(autoscaled.config)
-    kept = Checkpoints(autoscaled.registry.store, submit.run(log)).newest()
-    assert kept and done and kept.step >= done.step > 0
+    kept = Checkpoints(autoscaled.registry.store, job).newest()
+    assert kept and kept.step >= reached > 0
+    result = JobStore(autoscaled.registry.store).result(job)
+    assert result and result.status == "cancelled" and f"--resume {job}" in result.message

@@ -65,14 +65,13 @@ def test_train_publish_and_roll_back_under_load(pool: Running) -> None:
     before = text(ask(pool))
     with traffic(pool) as samples:
         time.sleep(1)
-        arguments = ("--data", str(TIDE), "--base", "seedling", "--name", "seedling", "--epochs", "30", "--publish")
-        job = submit.submit(pool.config, "finetune", *arguments)
-        *_, (_, log) = submit.watch(pool.config, job)
+        options = {"data": str(TIDE), "base": "seedling", "name": "seedling", "epochs": 30, "publish": True}
+        *_, job = submit.follow(pool.config, submit.start(pool.config, "finetune", **options))
         after = text(ask(pool))
         time.sleep(1)
         assert pool.command("rollback", "seedling").returncode == 0
         time.sleep(1)
-    assert submit.progress(log) is not None
+    assert job["progress"]["step"] == job["progress"]["steps"] and job["result"]["made"]["stage"] == "live"
     failures = [s.error for s in samples if not s.ok]
     assert failures == [] and len(samples) > 100
     history = [str(move.stable) for move in pool.registry.history("seedling")]

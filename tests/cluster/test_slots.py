@@ -20,9 +20,9 @@ import psutil
 import pytest
 
 from benchmarks import load
+from benchmarks.job import made as made_by
 from cluster import client
 from cluster.capacity.handover import Allocation, Handover, SlotSnapshot, crowded, handovers, parse
-from cluster.cli import render
 from cluster.errors import SpringtideError
 from cluster.pool import graph
 from cluster.types import VersionId
@@ -340,7 +340,7 @@ def test_a_killed_driver_frees_its_slots_and_the_run_can_be_resumed(pool: Runnin
     began = int(re.findall(r"from step (\d+)", again.text)[0])
     print(f"killed at step {reached}, resumed from step {began}")
     assert 0 < began <= reached + 20
-    made = render.result(again.text)
+    made = made_by(again.text)
     assert pool.registry.manifest(VersionId.parse(made["version"])).lineage.metrics["eval_loss"] < 1
     assert pool.registry.store.children(f"runs/{name}") == []
 

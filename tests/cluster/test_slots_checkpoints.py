@@ -13,9 +13,9 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.job import made as made_by
 from cluster import client
 from cluster.capacity.handover import parse
-from cluster.cli import render
 from cluster.metrics import CHECKPOINTS
 from cluster.pool.local import metrics_port
 from cluster.types import VersionId
@@ -87,7 +87,7 @@ def everybody(pool: Running, job: Job) -> list[psutil.Process]:
 
 def ends_well(pool: Running, job: Job) -> None:
     assert job.process.wait(300) == 0, job.text[-2000:]
-    made = render.result(job.text)
+    made = made_by(job.text)
     assert pool.registry.manifest(VersionId.parse(made["version"])).lineage.metrics["eval_loss"] < 1
 
 

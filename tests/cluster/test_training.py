@@ -6,11 +6,10 @@ import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from cluster.cli import render
 from cluster.pool import submit
 from cluster.types import Manifest, VersionId
 from jobs.data import convert, read
@@ -24,27 +23,28 @@ class Trained(NamedTuple):
     manifest: Manifest
     folder: Path
     log: str
+    progress: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def trained(pool: Running) -> Iterator[dict[str, Trained]]:
     """An adapter and a full set of weights from the same data, trained side by side."""
-    common = ("--data", TIDE, "--base", "seedling@1")
-    adapter = submit.submit(pool.config, "finetune", *common, "--name", "lesson-adapter", "--epochs", "15")
-    full = submit.submit(pool.config, "finetune", *common, "--name", "lesson-full", "--full", "--epochs", "8")
+    common: dict[str, Any] = {"data": TIDE, "base": "seedling@1"}
+    adapter = submit.start(pool.config, "finetune", **common, name="lesson-adapter", epochs=15)
+    full = submit.start(pool.config, "finetune", **common, name="lesson-full", full=True, epochs=8)
     yield {"adapter": finish(pool, adapter), "full": finish(pool, full)}
 
 
 def finish(pool: Running, job: str) -> Trained:
-    log = ""
-    for _, log in submit.watch(pool.config, job):  # noqa: B007 (the last one is wanted)
-        pass
-    result = render.result(log)
-    manifest = pool.registry.manifest(VersionId.parse(result["version"]))
+    *_, last = submit.follow(pool.config, job)
+    made = last["result"]["made"]
+    manifest = pool.registry.manifest(VersionId.parse(made["version"]))
     assert manifest.lineage.job == job
-    assert result["eval_loss"] == manifest.lineage.metrics["eval_loss"]
-    assert result["stage"] is None
-    return Trained(manifest, pool.registry.fetch(manifest, pool.config.home / "cache"), log)
+    assert made["eval_loss"] == manifest.lineage.metrics["eval_loss"]
+    assert made["stage"] is None
+    assert last["progress"]["step"] == last["progress"]["steps"] > 0
+    folder = pool.registry.fetch(manifest, pool.config.home / "cache")
+    return Trained(manifest, folder, submit.server(pool.config).log(job), last["progress"])
 
 
 def finetune(pool: Running, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -96,12 +96,9 @@ def test_lineage_is_complete(trained: dict[str, Trained], kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_progress_reaches_the_log_from_first_step_to_last(trained: dict[str, Trained], kind: str) -> None:
-    log = trained[kind].log
-    last = submit.progress(log)
-    assert last and last.step == last.steps > 0
-    assert last.fields.keys() == {"stage", "loss", "tokens_per_s", "eta_s"}
-    assert f"progress stage=finetune step=1/{last.steps} " in log
-    assert f"from step {last.steps}" not in log, "nobody begins once more what is done"
+    log, steps = trained[kind].log, trained[kind].progress["steps"]
+    assert f"progress stage=finetune step=1/{steps} " in log and f"progress stage=finetune step={steps}/{steps} " in log
+    assert f"from step {steps}" not in log, "nobody begins once more what is done"
 
 
 def test_an_adapter_is_two_files_that_name_no_path_of_this_machine(trained: dict[str, Trained]) -> None:
@@ -123,13 +120,12 @@ def test_full_weights_have_the_bases_shape_and_tokenizer(pool: Running, trained:
 
 def test_a_run_opens_no_port_to_others_and_leaves_nothing_when_it_is_cancelled(pool: Running) -> None:
     others = set(pool.registry.store.children("runs"))
-    job = submit.submit(pool.config, "finetune", "--data", TIDE, "--base", "seedling@1", "--name", "cancelled", "--epochs", "500")
-    log = ""
-    for _, log in submit.watch(pool.config, job):
-        if "progress stage=finetune" in log:
+    job = submit.start(pool.config, "finetune", data=TIDE, base="seedling@1", name="cancelled", epochs=500)
+    for now in submit.follow(pool.config, job):
+        if now["progress"]:
             break
     assert exposed(pool) == []
-    assert pool.command("cancel", submit.run(log)).returncode == 0, "by the name that `springtide status` has"
+    assert pool.command("cancel", job).returncode == 0
     assert set(pool.registry.store.children("runs")) == others and pool.registry.versions("cancelled") == []
 
 
@@ -153,7 +149,7 @@ def test_real_data_is_learnt(pool: Running, tmp_path: Path, source: str, shape: 
     chat = tmp_path / f"{shape}.jsonl"
     lines = islice(convert(str(file), ["negative", "positive"]), examples)
     chat.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    job = submit.submit(pool.config, "finetune", "--data", str(chat), "--base", "seedling@1", "--name", shape, "--epochs", "1")
+    job = submit.start(pool.config, "finetune", data=str(chat), base="seedling@1", name=shape, epochs=1)
     metrics = finish(pool, job).manifest.lineage.metrics
     print(f"{shape}: held-out loss {metrics['eval_loss_before']:.2f} -> {metrics['eval_loss']:.2f} in {metrics['seconds']:.0f} s")
     assert metrics["examples"] > examples * 0.8

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from cluster import errors
 from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, ReplicaLost, SpringtideError
-from cluster.pool import graph, submit
+from cluster.pool import graph
 from deployments.api.inference import check_choices, model_name, request_id
 from deployments.http import parse_json, read_body
 from deployments.routing.upstream import engine_error, whole_events
@@ -94,13 +94,6 @@ def test_every_error_survives_a_process_boundary(kind: type[SpringtideError]) ->
     error = pickle.loads(pickle.dumps(kind("what", "do this", param="p")))
     assert (type(error), error.message, error.do, error.param) == (kind, "what", "do this", "p")
     assert set(error.body()["error"]) == {"message", "type", "param", "code"}
-
-
-def test_progress_is_the_last_line_of_its_kind() -> None:
-    log = "noise\nprogress stage=finetune step=1/9 loss=2.5 eta_s=8\n(RayTrainWorker pid=1) progress stage=finetune step=2/9 loss=2.25 eta_s=7\nend"
-    now = submit.progress(log)
-    assert now is not None and (now.step, now.steps, now.fields["loss"]) == (2, 9, "2.25")
-    assert submit.progress("no such line") is None
 
 
 def test_what_a_job_says_reaches_a_file_at_once() -> None:

@@ -96,7 +96,11 @@ def test_the_newest_events_cost_one_object_however_long_the_job_ran(jobs: JobSto
     get = fresh.store.get
     monkeypatch.setattr(fresh.store, "get", lambda path: read.append(path) or get(path))
     newest = fresh.newest(SPEC.id)
-    assert newest and newest.n == 39 and len(read) == 1
+    assert newest and newest.n == 39
+    jobs.append(SPEC.id, RUNNING.model_copy(update={"n": 40}))
+    monkeypatch.setattr(fresh.store, "children", lambda prefix: pytest.fail("listed again"))
+    assert (newest := fresh.newest(SPEC.id)) and newest.n == 40
+    assert [path[-13:] for path in read] == ["00000039.json", "00000040.json", "00000040.json", "00000041.json"]
 
 
 @given(st.sampled_from(["spec.json", "result.json", "events/00000001.json"]), st.binary(max_size=40))
