@@ -24,7 +24,7 @@ from deployments.api import models
 from deployments.api.admin import Admin
 from deployments.api.inference import Inference
 from deployments.http import Receive, Scope, Send, send_error, send_json
-from deployments.ray_patches import seal
+from deployments.ray_patches import close_internal_port
 from deployments.routing.measure import Recorder
 from deployments.routing.shadow import Shadow
 from deployments.routing.table import Table
@@ -43,7 +43,7 @@ log = logs.logger(__name__)
 @serve.ingress()
 class Gateway:
     async def __init__(self, config: Config) -> None:
-        seal()
+        close_internal_port()
         niceness.renice(niceness.CARRYING)
         self.config = config
         self.table = Table()

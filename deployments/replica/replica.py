@@ -21,7 +21,7 @@ from cluster.errors import ModelNotFound
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import ReplicaState, VersionId
-from deployments.ray_patches import seal
+from deployments.ray_patches import close_internal_port
 from deployments.replica import watchdog
 from deployments.replica.lifecycle import Owner
 from deployments.replica.warm_pool import WarmPool
@@ -48,7 +48,7 @@ class Replica:
 
     async def __init__(self, spec: FleetSpec, weights: VersionId | None = None) -> None:
         """``weights``: what a replica of a surge fleet hosts (`cluster.control.surge`). By default it hosts the weights that are live."""
-        seal()
+        close_internal_port()
         context = serve.get_replica_context()
         self.id, self.app = context.replica_id.unique_id, context.app_name
         self._tell("fetches its weights")

@@ -17,7 +17,7 @@ def test_the_versions_are_the_pair_that_ray_ships() -> None:
     assert any("==0.29.0" in requirement for requirement in extra)
 
 
-def test_serve_still_binds_its_internal_port_where_the_seal_expects_it() -> None:
+def test_serve_still_binds_its_internal_port_where_the_patch_expects_it() -> None:
     """deployments/ray_patches.py: one call, looked up in the module's namespace at call time."""
     from ray.serve._private import replica
 
