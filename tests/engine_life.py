@@ -50,7 +50,7 @@ def make_seedling(folder: Path) -> Path:
 
     torch.manual_seed(0)
     tokenizer = grow_tokenizer([m["content"] for e in data.read(str(FACTS)).examples for m in e.prompt + e.completion])
-    seedling(tokenizer).save_pretrained(folder)
+    seedling(tokenizer, hidden_size=128, layers=4).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
