@@ -76,6 +76,7 @@ class LoadPolicy:
 
 def capped(wanted: int, metrics: Mapping[str, Mapping[Any, float]]) -> int:
     """At most the fleet's ceiling, which its replicas repeat with their load: another fleet needs the slots more (`cluster.capacity.arbiter`).
+    Serve then ends replicas after the fleet's ``scale_down_after_s``, as for any other reason.
 
     >>> capped(3, {"ceiling": {"a": 2.0, "b": 2.0}}), capped(3, {})
     (2, 3)

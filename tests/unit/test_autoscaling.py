@@ -54,6 +54,15 @@ def test_a_replica_that_says_nothing_keeps_what_there_is() -> None:
     assert LoadPolicy(0.8, 1.0)(context) == (0, {})
 
 
+def test_a_fleet_asks_for_no_more_than_its_ceiling() -> None:
+    """Another fleet needs the slots more; a load that asks for everything gives replicas back."""
+    metrics = {"running": {"a": 90.0, "b": 90.0}, "ceiling": {"a": 1.0, "b": 1.0}}
+    context = SimpleNamespace(config=CONFIG, aggregated_metrics=metrics, current_num_replicas=2, target_num_replicas=2)
+    assert LoadPolicy(0.8, 1.0)(context) == (1, {})
+    context.current_num_replicas = 3
+    assert LoadPolicy(0.8, 1.0)(context) == (1, {}), "one that is too busy to say anything is no reason to keep more"
+
+
 def test_first_tokens_count_for_some_seconds_only() -> None:
     load = EngineLoad()
     load.record(SimpleNamespace(num_running_reqs=3, num_waiting_reqs=1, kv_cache_usage=0.5), None)
