@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -84,7 +84,9 @@ class Machines:
 
 
 class Controlled:
-    """One control, from its start on a store."""
+    """One control, from its start on a store until `stop_all`."""
+
+    running: ClassVar[list["Controlled"]] = []
 
     def __init__(self, config: Config, machines: Machines) -> None:
         self.config, self.machines = config, machines
@@ -112,6 +114,7 @@ class Controlled:
         machines.report()
         self.reconcilers.start()
         threading.Thread(target=self._beat, daemon=True).start()
+        self.running.append(self)
 
     def _beat(self) -> None:
         while self.machines.replicas is self.replicas:  # until the next control
@@ -132,6 +135,14 @@ class Controlled:
 
     def publish(self, version: VersionId, alias: str) -> Rollout:
         return self.publishing.publish(str(version), alias, "test", "test", DIRECT)
+
+
+def stop_all() -> None:
+    """End the threads of every control that a test has started."""
+    while Controlled.running:
+        control = Controlled.running.pop()
+        control.machines.replicas = None
+        control.reconcilers.loop.stop()
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float = 10) -> None:

@@ -63,6 +63,8 @@ class Desired:
     def _try_refresh(self, alias: str) -> None:
         with contextlib.suppress(SpringtideError, ValueError):
             self.refresh(alias)
+            for id in self.moves[alias][-1].versions if self.moves[alias] else ():
+                self.registry.manifest(id)  # the registry keeps it: the loop asks for all of them next
 
     def refresh(self, alias: str) -> None:
         """Learn of what other hands have written. Raises where the newest record cannot be read; what is known stays."""

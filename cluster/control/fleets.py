@@ -167,7 +167,13 @@ class FleetReconciler:
         open_ = {name: self._open(fleet) for name, fleet in self.hosting.fleets.items()}
         aliases = {alias: self._routable(alias, open_.get(name or "", ())) for alias, name in self.hosting.assigned().items()}
         replicas = tuple(replica for some in open_.values() for replica in some)
-        return self.gateways.announce(aliases, replicas, self._fleets())
+        return self.gateways.announce(aliases, replicas, self._fleets(), self._asleep())
+
+    def _asleep(self) -> bool:
+        """Whether Serve knows of no replica of any fleet. A control that has just started would else wait for a report that nobody sends, and
+        a gateway that starts then would know of no fleet to wake."""
+        known = (self.applications.known.get(app) for fleet in self.hosting.fleets.values() for app in fleet.apps)
+        return not any(app.running or app.starting for app in known if app)
 
     def _routable(self, alias: str, replicas: tuple[ReplicaState, ...]) -> Generation:
         return placement.routable(self.desired.moves[alias], replicas, self.gateways.current.aliases.get(alias))

@@ -35,8 +35,15 @@ class Gateways:
         with self.announcing:
             return self.current if self.current.revision > known else None
 
-    def announce(self, aliases: dict[str, Generation], replicas: tuple[ReplicaState, ...], fleets: dict[str, FleetState]) -> bool:
-        """Make every gateway route by this. False where a gateway did not answer, and then nothing has changed; try again.
+    def announce(
+        self,
+        aliases: dict[str, Generation],
+        replicas: tuple[ReplicaState, ...],
+        fleets: dict[str, FleetState],
+        asleep: bool = False,
+    ) -> bool:
+        """Make every gateway route by this. False where a gateway did not answer, and then nothing has changed; try again. ``asleep``: whether
+        it is certain that no replica runs, so that none was merely not heard yet.
 
         Two phases: a gateway that has not heard of a move holds new requests for the alias until every gateway has, so a client that
         has seen the new generation at one gateway cannot get the old one from another. Should this process die between the phases,
@@ -46,7 +53,7 @@ class Gateways:
         change = difference(self.current, view)
         if change.empty:
             return True
-        if not replicas and self.current is EMPTY_VIEW:
+        if not replicas and not asleep and self.current is EMPTY_VIEW:
             return False  # just started and nothing heard yet: the gateways know better
         with self.announcing:
             return self._announce(view, change)

@@ -32,9 +32,15 @@ class Loop:
         """Notified after every turn; for threads that wait for what a turn may bring."""
         self._calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
         self._wake = threading.Event()
+        self._stopped = False
 
     def start(self) -> None:
         threading.Thread(target=self._run, daemon=True, name="control-loop").start()
+
+    def stop(self) -> None:
+        """End after this turn."""
+        self._stopped = True
+        self._wake.set()
 
     # from any thread
 
@@ -83,7 +89,7 @@ class Loop:
             self.queue.add(key, time.monotonic())
 
     def _run(self) -> None:
-        while True:
+        while not self._stopped:
             self._wake.clear()
             self._turn()
             with self.turned:

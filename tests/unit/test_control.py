@@ -1,6 +1,7 @@
 """Control over a real store: what is bad costs itself, what is lost is found again, and every fleet goes its own way."""
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,21 @@ import pytest
 
 from cluster.config import parse
 from cluster.control.actor import BEATS, WAITING, Control
+from cluster.control.applications import Application
 from cluster.control.replicas import Replicas
 from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, StoreUnavailable, VersionRefused
 from cluster.publishing.placement import Hosted, SurgeFacts, Swap, fleet_of, next_swap, surge_weights
 from cluster.publishing.rollout import DIRECT, Policy, begin
 from cluster.redact import redact
 from cluster.types import Generation, Lineage, ReplicaState, VersionId
-from tests.controlled import Controlled, adapter, make_base, two_fleets, wait_until
+from tests.controlled import Controlled, adapter, make_base, stop_all, two_fleets, wait_until
+
+
+@pytest.fixture(autouse=True)
+def stopped() -> Iterator[None]:
+    yield
+    stop_all()
+
 
 ONE, OTHER, TWO = VersionId("m", 1), VersionId("n", 1), VersionId("m", 2)
 
@@ -207,6 +216,15 @@ def test_a_fleet_that_sleeps_lists_what_its_replicas_will_hold_again(tmp_path: P
     machines.there.pop("replica-m")
     control.replicas.leave("replica-m")
     wait_until(lambda: control.view.fleets["m"].versions == ("m@1", "m@2", "m@3"))
+
+
+def test_a_control_that_starts_while_every_fleet_sleeps_tells_the_gateways_what_may_be_woken(tmp_path: Path) -> None:
+    """It used to wait for a replica first, and a gateway that started meanwhile knew of nothing to wake."""
+    config, _, machines = two_fleets(tmp_path)
+    machines.there.clear()
+    control = Controlled(config, machines)
+    control.applications.known = {name: Application("RUNNING") for name in control.applications.known}
+    wait_until(lambda: control.view.fleets.keys() == {"m", "n"} and control.view.replicas == ())
 
 
 def test_calls_that_wait_for_minutes_have_threads_of_their_own() -> None:
