@@ -35,6 +35,11 @@ def of(config: Config) -> Endpoint:
     return Endpoint(pool.gateway, pool.token)
 
 
+def variables(pool: Endpoint) -> dict[str, str]:
+    """What a shell elsewhere needs for this pool."""
+    return {POOL_URL: pool.url, API_KEY: pool.key}
+
+
 def checked(url: str) -> str:
     """A gateway's URL in the form in which paths are appended to it. Raises `BadRequest`.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cluster import endpoint
 from cluster.cli import render
 from cluster.cli.app import File, Preset, Sets, app, console, load
 from cluster.config import Config
@@ -58,9 +59,18 @@ def show_config(preset: Preset = None, config: File = None, set: Sets = None) ->
 
 
 @app.command()
-def env() -> None:
+def env(
+    client: Annotated[
+        bool,
+        typer.Option(
+            "--client", help="For `springtide` in other folders and on other machines instead: the address and its key."
+        ),
+    ] = False,
+) -> None:
     """Shell lines for Ray's own commands on this pool: eval "$(springtide env)"."""
-    for key, value in local.client_environment(running()).items():
+    config = running()
+    variables = endpoint.variables(endpoint.of(config)) if client else local.client_environment(config)
+    for key, value in variables.items():
         print(f"export {key}={shlex.quote(value)}")
 
 

@@ -57,6 +57,7 @@ def status(console: Console, url: str, document: dict[str, Any]) -> None:
     for name, move in sorted(document["aliases"].items()):
         canary = f" · {move['canary']} {move['percent']} %" if move["canary"] else ""
         aliases.add_row(name, move["stable"] + canary, str(move["generation"]), ago(move["time_s"]), escape(move["reason"]))
+    console.print(aliases)
     fleets(console, document["fleets"])
     replicas = _table("replica", "base", "holds", "running", "state")
     for r in document["replicas"]:
@@ -68,7 +69,9 @@ def status(console: Console, url: str, document: dict[str, Any]) -> None:
         replicas.add_row(
             "", "", "", "", f"{document['asleep']} engine{'s' * (document['asleep'] > 1)} asleep, for the next replica"
         )
-    console.print(aliases, replicas)
+    console.print(replicas)
+    for one in document.get("damaged", []):
+        console.print(f"[red]damaged[/] {one['path']}: {escape(one['why'])}", soft_wrap=True)
     for one in document["troubles"]:
         console.print(f"[red]{one['kind']} {one['name']}[/]: {escape(one['error'])} (tried again in {one['retry_in_s']:.0f} s)")
     if document["allocation"]["jobs"]:

@@ -189,7 +189,8 @@ class Admin:
         if not hmac.compare_digest(offered, b"Bearer " + self.token):  # as long for a wrong token as for the right one
             raise Unauthorized(
                 "The admin routes need the pool's token.",
-                "Send it as `Authorization: Bearer …`; the `springtide` command takes it from SPRINGTIDE_API_KEY.",
+                "Send it as `Authorization: Bearer …`. The `springtide` command takes it from SPRINGTIDE_API_KEY, and "
+                "`springtide env --client` prints it where the pool runs.",
             )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.server
+import io
 import json
 import pickle
 import threading
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster import errors
+from cluster.cli import jobs, publishing
 from cluster.client import Client
 from cluster.endpoint import Endpoint
 from cluster.errors import PoolUnavailable, Refused, SpringtideError, received
+from cluster.publishing.rollout import Policy, begin
 from cluster.types import VersionId
 from tests.conftest import free_ports
 
@@ -25,18 +29,20 @@ FAMILY = [
 
 
 class Gateway(http.server.BaseHTTPRequestHandler):
-    """Answers everything with the same, and remembers what it was asked."""
+    """Answers with one document after the other, the last again and again, and remembers what it was asked."""
 
-    status, document = 200, b"{}"
+    status = 200
+    documents: list[bytes]
     asked: list[tuple[str, str, str, bytes]]
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         self.asked.append((self.command, self.path, self.headers.get("authorization") or "", body))
+        document = self.documents.pop(0) if len(self.documents) > 1 else self.documents[0]
         self.send_response(self.status)
-        self.send_header("content-length", str(len(self.document)))
+        self.send_header("content-length", str(len(document)))
         self.end_headers()
-        self.wfile.write(self.document)
+        self.wfile.write(document)
 
     do_GET = do_POST = do_PUT = do_DELETE = answer
 
@@ -45,9 +51,9 @@ class Gateway(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def gateway(status: int = 200, document: Any = b"{}") -> Iterator[tuple[Client, list[tuple[str, str, str, bytes]]]]:
-    told = document if isinstance(document, bytes) else json.dumps(document).encode()
-    kind = type("One", (Gateway,), {"status": status, "document": told, "asked": []})
+def gateway(status: int, *documents: Any) -> Iterator[tuple[Client, list[tuple[str, str, str, bytes]]]]:
+    told = [document if isinstance(document, bytes) else json.dumps(document).encode() for document in documents]
+    kind = type("One", (Gateway,), {"status": status, "documents": told, "asked": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
@@ -110,6 +116,29 @@ def test_an_upload_sends_the_bytes_and_says_how_far_it_is(tmp_path: Path) -> Non
     method, path, _, body = asked[0]
     assert (method, path, hashlib.sha256(body).digest()) == ("PUT", "/admin/uploads", hashlib.sha256(file.read_bytes()).digest())
     assert told == [1 << 20, 2 << 20, 2_500_000]
+
+
+def test_watching_a_rollout_costs_one_request_a_look_however_many_there_were(monkeypatch: Any) -> None:
+    """It listed every record of every rollout of the alias twice a second, and asked for the whole status beside."""
+    begun = begin("m", 7, VersionId("m", 2), VersionId("m", 1), Policy(), "by hand", "me", 0.0)
+    stages = (begun.next("warming", "", 1.0), begun.next("canary", "", 2.0, 5), begun.next("live", "", 3.0))
+    told = [{"record": one.model_dump(mode="json"), "seen": {"waiting_for": "requests"}} for one in stages]
+    monkeypatch.setattr(publishing, "LOOK_AGAIN_S", 0)
+    with gateway(200, *told) as (client, asked):
+        assert publishing.watch(client, Console(file=io.StringIO()), begun).stage == "live"
+    assert [path for _, path, _, _ in asked] == ["/admin/rollouts/m"] * 3
+
+
+def test_ctrl_c_ends_the_following_and_not_the_job(monkeypatch: Any) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    running = {"id": "j", "verb": "finetune", "status": "running", "owner": "", "created_s": 0, "progress": None, "waiting": ""}
+    monkeypatch.setattr(jobs.time, "sleep", interrupted)
+    with gateway(200, {**running, "message": "", "result": None}) as (client, asked):
+        assert jobs.followed(client, "j", "Fine-tuning") is None
+    assert {(method, path) for method, path, _, _ in asked} == {("GET", "/admin/jobs/j")}
+    assert all(command in jobs.going_on("j") for command in ("springtide logs j --follow", "springtide cancel j"))
 
 
 def test_an_order_says_who_claims_to_give_it() -> None:

@@ -73,6 +73,13 @@ def test_what_can_be_known_here_is_said_before_anything_is_sent(given: dict[str,
         commands.jobs.start(nowhere, "finetune", given)
 
 
+def test_what_another_machine_needs_is_printed_for_its_shell(config: Config, monkeypatch: Any) -> None:
+    monkeypatch.setattr(commands.machine, "running", lambda: config)
+    monkeypatch.setattr(commands.machine.endpoint, "of", lambda _: Endpoint("http://127.0.0.1:8000", "key"))
+    printed = CliRunner().invoke(commands.app, ["env", "--client"]).output
+    assert printed == "export SPRINGTIDE_POOL=http://127.0.0.1:8000\nexport SPRINGTIDE_API_KEY=key\n"
+
+
 # jobs
 
 
