@@ -41,6 +41,7 @@ def test_a_fleet_that_nobody_asks_sleeps_and_the_next_request_wakes_it(pool: Run
         asleep = httpx.get(f"{pool.url}/health")
         assert asleep.status_code == 200 and asleep.json()["status"] == "asleep"
         assert [one["id"] for one in httpx.get(f"{pool.url}/v1/models").json()["data"]] == ["seedling"]
+        sleeping = {one.pid for one in engines(pool)}
         answers: list[httpx.Response] = []
         held = pool.config.gateway.max_held
         asking = [threading.Thread(target=lambda: answers.append(ask(pool))) for _ in range(held + 3)]
@@ -57,7 +58,7 @@ def test_a_fleet_that_nobody_asks_sleeps_and_the_next_request_wakes_it(pool: Run
         assert {(one.status_code, one.headers["retry-after"], one.json()["error"]["code"]) for one in refused} == {
             (503, "15", "overloaded")
         }
-        assert any("wakes an engine" in stage for stage in stages), "the one that the last replica left asleep"
+        assert {one.pid for one in engines(pool)} == sleeping, "the one that the last replica left asleep"
     finally:
         deploy(pool)
         when(lambda: replicas(pool) == 1, 60)
