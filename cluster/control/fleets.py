@@ -12,7 +12,7 @@ from cluster.control.applications import Applications, surge_app
 from cluster.control.desired import Desired
 from cluster.control.gateways import Gateways
 from cluster.control.hosting import Fleet, Hosting
-from cluster.control.replicas import Replicas
+from cluster.control.replicas import SILENT_S, Replicas
 from cluster.control.slots import slots
 from cluster.publishing import placement, rollout
 from cluster.publishing.placement import SurgeFacts
@@ -31,6 +31,7 @@ class FleetReconciler:
         self.hosting = hosting
         self.gateways = gateways
         self.ceilings = ceilings
+        self.began_s = time.monotonic()
 
     @property
     def desired(self) -> Desired:
@@ -170,8 +171,10 @@ class FleetReconciler:
         return self.gateways.announce(aliases, replicas, self._fleets(), self._asleep())
 
     def _asleep(self) -> bool:
-        """Whether Serve knows of no replica of any fleet. A control that has just started would else wait for a report that nobody sends, and
-        a gateway that starts then would know of no fleet to wake."""
+        """Whether no replica of any fleet runs: none has reported for long enough, and Serve knows of none. A control that has just started
+        would else wait for a report that nobody sends, and a gateway that starts then would know of no fleet to wake."""
+        if time.monotonic() - self.began_s < SILENT_S:
+            return False
         known = (self.applications.known.get(app) for fleet in self.hosting.fleets.values() for app in fleet.apps)
         return not any(app.running or app.starting for app in known if app)
 
