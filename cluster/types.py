@@ -149,7 +149,7 @@ class ReplicaState(NamedTuple):
     fingerprint: str = ""
     """Checksum of the weights in the accelerator's memory; equal on all replicas of one base."""
     app: str = ""
-    """The Serve application that it belongs to: the fleet, or a second one while another shape takes over (`cluster.control.surge`)."""
+    """The Serve application that it belongs to: the fleet, or a second one while another shape takes over (`cluster.control.applications`)."""
     pid: int = 0
     """The engine's process, on the machine that ``url`` names."""
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from cluster.config import Config, parse
 from cluster.control.aliases import AliasReconciler
+from cluster.control.announcing import Announcer
 from cluster.control.applications import Application, Applications
 from cluster.control.desired import Desired
 from cluster.control.fleets import FleetReconciler
@@ -108,7 +109,9 @@ class Controlled:
             lambda kind, name: self.reconcilers.changed(kind, name),
         )
         self.aliases = AliasReconciler(self.hosting, self.gateways)
-        self.reconcilers = Reconcilers(self.hosting, self.aliases, FleetReconciler(self.hosting, self.gateways), lambda: 4.0)
+        self.reconcilers = Reconcilers(
+            self.hosting, self.aliases, FleetReconciler(self.hosting, Announcer(self.hosting, self.gateways)), lambda: 4.0
+        )
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.fleets = self.reconcilers.runtime_fleets
         machines.report()

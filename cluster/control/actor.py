@@ -19,6 +19,7 @@ from cluster.config import Config, parse
 from cluster.control import catalogue, cold_starts, describe
 from cluster.control.aliases import AliasReconciler, Progress
 from cluster.control.allocation import Allocation
+from cluster.control.announcing import Announcer
 from cluster.control.applications import Applications
 from cluster.control.client import ACTOR, ENGINES, NAMESPACE
 from cluster.control.cold_starts import ColdStarts
@@ -70,7 +71,7 @@ class Control:
         )
         self.aliases = AliasReconciler(self.hosting, self.gateways)
         self.slots = Allocation(self.config.pool.accelerator, self.config.training.budget, self.applications)
-        fleets = FleetReconciler(self.hosting, self.gateways, self.slots.ceilings)
+        fleets = FleetReconciler(self.hosting, Announcer(self.hosting, self.gateways), self.slots.ceilings)
         self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, lambda: self.slots.slots()["total"])
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.hosting.watched = self.slots.watch

@@ -8,15 +8,14 @@ its replicas report), and the smallest step towards it is taken. A step that tak
 import time
 from collections.abc import Callable
 
+from cluster.control.announcing import Announcer
 from cluster.control.applications import Applications, surge_app
 from cluster.control.desired import Desired
-from cluster.control.gateways import Gateways
 from cluster.control.hosting import Fleet, Hosting
-from cluster.control.replicas import SILENT_S, Replicas
 from cluster.control.slots import slots
 from cluster.publishing import placement, rollout
 from cluster.publishing.placement import SurgeFacts
-from cluster.types import FleetState, Generation, ReplicaState, VersionId
+from cluster.types import ReplicaState, VersionId
 
 TURN_S = 0.5
 RETRY_REFUSED_S = 30
@@ -26,20 +25,15 @@ RETRY_REFUSED_S = 30
 class FleetReconciler:
     """Used by the loop's thread only."""
 
-    def __init__(self, hosting: Hosting, gateways: Gateways, ceilings: Callable[[], dict[str, int | None]] = dict) -> None:
+    def __init__(self, hosting: Hosting, announcer: Announcer, ceilings: Callable[[], dict[str, int | None]] = dict) -> None:
         """``ceilings``: fleet → the most replicas that the arbiter lets it have now."""
         self.hosting = hosting
-        self.gateways = gateways
+        self.announcer = announcer
         self.ceilings = ceilings
-        self.began_s = time.monotonic()
 
     @property
     def desired(self) -> Desired:
         return self.hosting.desired
-
-    @property
-    def replicas(self) -> Replicas:
-        return self.hosting.replicas
 
     @property
     def applications(self) -> Applications:
@@ -65,7 +59,7 @@ class FleetReconciler:
         for app in fleet.apps:
             if self.applications.there(app):
                 self.applications.end(app)
-        self._announce()
+        self.announcer.announce()
         if any(app in self.applications.known for app in fleet.apps):
             return TURN_S
         self.hosting.remove(fleet.name)
@@ -78,7 +72,7 @@ class FleetReconciler:
         fleet.surge_wanted = self._choose_surge(fleet)
         targets = self.hosting.targets(fleet, fleet.model)
         fleet.swap = placement.next_swap(self.hosting.own(fleet), targets, lambda r, id: self._may_take(fleet, r, id), fleet.swap)
-        told = self._announce()
+        told = self.announcer.announce()
         self._load(fleet)
         self._cap(fleet)
         if told:  # not before the gateways know, or requests would arrive at a replica that swaps its weights, or is gone
@@ -160,44 +154,3 @@ class FleetReconciler:
         # What is live now is bad, where the rollout goes back: streams by it must not hold up the way back.
         cut_streams = now is not None and (now.stage == "rolled_back" or now.is_rollback)
         fleet.orders.swap(fleet.swap.replica, weights, known.get(weights, ""), cut_streams)
-
-    # what gateways route by
-
-    def _announce(self) -> bool:
-        """Tell the gateways what all fleets can answer now. False where a gateway did not answer."""
-        open_ = {name: self._open(fleet) for name, fleet in self.hosting.fleets.items()}
-        aliases = {alias: self._routable(alias, open_.get(name or "", ())) for alias, name in self.hosting.assigned().items()}
-        replicas = tuple(replica for some in open_.values() for replica in some)
-        return self.gateways.announce(aliases, replicas, self._fleets(), self._asleep())
-
-    def _asleep(self) -> bool:
-        """Whether no replica of any fleet runs: none has reported for long enough, and Serve knows of none. A control that has just started
-        would else wait for a report that nobody sends, and a gateway that starts then would know of no fleet to wake."""
-        if time.monotonic() - self.began_s < SILENT_S:
-            return False
-        known = (self.applications.known.get(app) for fleet in self.hosting.fleets.values() for app in fleet.apps)
-        return not any(app.running or app.starting for app in known if app)
-
-    def _routable(self, alias: str, replicas: tuple[ReplicaState, ...]) -> Generation:
-        return placement.routable(self.desired.moves[alias], replicas, self.gateways.current.aliases.get(alias))
-
-    def _open(self, fleet: Fleet) -> tuple[ReplicaState, ...]:
-        """The fleet's replicas as gateways should see them: one that swaps its weights answers for nothing until it has."""
-        surge = self.replicas.of(surge_app(fleet.name, fleet.surge_wanted)) if fleet.surge_wanted else ()
-        swap = fleet.swap
-        own = self.hosting.own(fleet)
-        swapping = {one.id for one in own if swap and one.id == swap.replica and one.base != str(swap.weights)}
-        return tuple(one._replace(held={}) if one.id in swapping else one for one in (*own, *surge))
-
-    def _fleets(self) -> dict[str, FleetState]:
-        """Each fleet with what it answers for once it runs."""
-        moves = self.hosting.readable_moves(self.desired.moves)
-        return {fleet.name: self._state(fleet, moves) for fleet in self.hosting.there}
-
-    def _state(self, fleet: Fleet, moves: dict[str, Generation]) -> FleetState:
-        """While it sleeps, what its replicas held last is what they will hold again: adapters that were live before are kept on them."""
-        state = placement.fleet_state(fleet.name, fleet.model, fleet.app, moves, self.desired.weights)
-        own = self.hosting.own(fleet)
-        fleet.last_held = frozenset(id for one in own for id in one.held) if own else fleet.last_held
-        kept = () if own else (id for id in fleet.last_held if str(self.hosting.weights(VersionId.parse(id))) in state.versions)
-        return state._replace(versions=tuple(sorted({*state.versions, *kept})))

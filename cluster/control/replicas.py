@@ -112,9 +112,9 @@ class Orders:
         """Tell these replicas how many of the fleet there may be; True once they have heard it."""
         return self._give(("cap", str(ceiling), *replicas), lambda: ("cap", ceiling))
 
-    def swap(self, replica: str, id: str, fingerprint: str, hurry: bool) -> bool:
+    def swap(self, replica: str, id: str, fingerprint: str, cut_streams: bool) -> bool:
         """Order one replica to swap its weights; True once it has answered. Its state says whether it worked."""
-        return self._give(("become", replica, id), lambda: ("become", replica, id, fingerprint, hurry))
+        return self._give(("become", replica, id), lambda: ("become", replica, id, fingerprint, cut_streams))
 
     def swapping(self, replica: str, id: str) -> bool:
         """Whether it was ordered to and has not answered yet."""

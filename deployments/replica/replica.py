@@ -47,7 +47,7 @@ class Replica:
     """The most replicas that the fleet may have; see `cap`."""
 
     async def __init__(self, spec: FleetSpec, weights: VersionId | None = None) -> None:
-        """``weights``: what a replica of a surge fleet hosts (`cluster.control.surge`). By default it hosts the weights that are live."""
+        """``weights``: what a replica of a surge fleet hosts (`cluster.control.applications`). By default it hosts the weights that are live."""
         close_internal_port()
         context = serve.get_replica_context()
         self.id, self.app = context.replica_id.unique_id, context.app_name
