@@ -29,18 +29,21 @@ def run(
     once: Annotated[bool, typer.Option(help="Stop when the loop is done.")] = False,
 ) -> None:
     """The whole loop: start the pool, serve a model, fine-tune it, publish the result into live traffic, keep serving."""
+    loaded = load(preset, config, set)
+    local.use(loaded)
     from cluster.cli import demo
 
-    demo.run(load(preset, config, set), console, keep_serving=not once)
+    demo.run(loaded, console, keep_serving=not once)
 
 
 @app.command()
 def up(model: Model = None, preset: Preset = None, config: File = None, set: Sets = None) -> None:
     """Start the pool and serve. Returns when it answers; `springtide down` stops it."""
+    loaded = load(preset, config, set)
+    local.use(loaded)
     from cluster.cli import demo
 
-    loaded = demo.up(load(preset, config, set), console, model)
-    render.serving(console, loaded)
+    render.serving(console, demo.up(loaded, console, model))
 
 
 @app.command()

@@ -205,6 +205,11 @@ def environment(config: Config) -> dict[str, str]:
     }  # where both are set, the second counts for most
 
 
+def use(config: Config) -> None:
+    """Set Ray's variables for this process. Call it before Ray is imported, which reads some of them then: a shell may have others."""
+    os.environ.update(environment(config))
+
+
 def _token(config: Config) -> dict[str, str]:
     given = {key: os.environ[key] for key in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if key in os.environ}
     if given:

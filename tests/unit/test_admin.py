@@ -2,6 +2,8 @@
 
 import asyncio
 import hashlib
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 from cluster.config import Config, parse
 from cluster.errors import BadRequest, BodyTooLarge, MethodNotAllowed, RouteNotFound, SpringtideError, Unauthorized
 from cluster.store.objects import Store
-from deployments.api.admin import Admin, Publish, find, query, read_order, since
+from deployments.api.admin import Admin, Publish, Request, find, query, read_order, routes, since
+from deployments.api.uploads import Uploads
 from deployments.http import body_chunks
 
 
@@ -61,6 +64,37 @@ def test_every_route_is_found_and_nothing_else(admin: Admin) -> None:
     ):
         with pytest.raises(RouteNotFound, match="GET /admin/status"):
             find(admin.routes, "GET", path)
+
+
+BODIES: dict[str, Any] = {
+    "publish": {"version": "m@1", "alias": "m", "reason": "why"},
+    "promote": {"alias": "m", "reason": "why"},
+    "abort": {"alias": "m", "reason": "why"},
+    "rollback": {"alias": "m", "reason": "why"},
+    "fleets": {"name": "m"},
+    "jobs": {"verb": "finetune", "options": {}},
+    "cancel": {},
+}
+
+
+def test_every_route_calls_a_method_that_control_has(admin: Admin) -> None:
+    from cluster.control.actor import Control
+
+    async def control(method: str, *arguments: Any) -> Any:
+        inspect.signature(getattr(Control, method)).bind(None, *arguments)
+        called.add(method)
+        return []
+
+    called: set[str] = set()
+    table: Any = routes(control, Uploads(Store("memory:///"), 10))  # type: ignore[arg-type]
+    for route in table:
+        if route.path == "/admin/uploads":
+            continue
+        told = json.dumps(BODIES[route.path.rpartition("/")[2]]).encode() if route.body else b""
+        body = read_order(route.body, told) if route.body else None
+        for name in ("m", "m@1"):
+            asyncio.run(route.handle(Request(name, {}, body, None)))  # type: ignore[arg-type]
+    assert called >= {"status", "models", "version", "publish", "order", "rollback", "jobs", "submit", "logs", "add_fleet"}
 
 
 @pytest.mark.parametrize(
