@@ -53,6 +53,8 @@ class Machines:
         self.there: dict[str, ReplicaState] = {}
         self.hung: dict[str, threading.Event] = {}
         """Application → set when its replicas shall answer orders again."""
+        self.caps: list[tuple[str, int | None]] = []
+        """(application, most replicas), as its replicas were told."""
 
     def start(self, id: str, app: str, weights: VersionId) -> None:
         held = {str(weights): self.registry.manifest(weights).digest}
@@ -65,6 +67,8 @@ class Machines:
     def tell(self, app: str, method: str, *arguments: Any) -> None:
         if app in self.hung:
             self.hung[app].wait(30)
+        if method == "cap":
+            return self.caps.append((app, arguments[0]))
         for id, state in list(self.there.items()):
             if state.app == app:
                 self.there[id] = self._hold(state, *arguments) if method == "hold" else self._swap(state, *arguments)
@@ -108,9 +112,13 @@ class Controlled:
             self.applications,
             lambda kind, name: self.reconcilers.changed(kind, name),
         )
+        self.ceilings: dict[str, int | None] = {}
         self.aliases = AliasReconciler(self.hosting, self.gateways)
         self.reconcilers = Reconcilers(
-            self.hosting, self.aliases, FleetReconciler(self.hosting, Announcer(self.hosting, self.gateways)), lambda: 4.0
+            self.hosting,
+            self.aliases,
+            FleetReconciler(self.hosting, Announcer(self.hosting, self.gateways), lambda: self.ceilings),
+            lambda: 4.0,
         )
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.fleets = self.reconcilers.runtime_fleets

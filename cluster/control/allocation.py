@@ -112,6 +112,9 @@ class Allocation:
 
 
 def demand(spec: FleetSpec, now: Served) -> FleetDemand:
-    """What a fleet asks for. Its load policy runs in Serve, so what Serve has and starts is what the load asks for."""
+    """What a fleet asks for. Its load policy runs in Serve, so what Serve has and starts is what the load asks for.
+
+    Serve keeps ``min_replicas`` by itself, so a floor above what it wants is one that is not in force yet, or any more.
+    """
     slots = spec.fleet.tensor_parallel_size
-    return FleetDemand(spec.name, spec.fleet.priority, now.wanted, spec.fleet.min_replicas * slots, slots)
+    return FleetDemand(spec.name, spec.fleet.priority, now.wanted, min(now.wanted, spec.fleet.min_replicas * slots), slots)

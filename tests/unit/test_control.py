@@ -227,6 +227,17 @@ def test_a_control_that_starts_while_every_fleet_sleeps_tells_the_gateways_what_
     wait_until(lambda: control.view.fleets.keys() == {"m", "n"} and control.view.replicas == ())
 
 
+def test_a_fleets_replicas_hear_its_ceiling_when_it_changes_and_when_another_comes(tmp_path: Path) -> None:
+    config, _, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    control.ceilings = {"m": 2, "n": None}
+    wait_until(lambda: machines.caps == [("fleet-m", 2)])
+    machines.start("another", "fleet-m", ONE)
+    wait_until(lambda: machines.caps == [("fleet-m", 2)] * 2)
+    control.ceilings = {"m": None, "n": None}
+    wait_until(lambda: machines.caps == [("fleet-m", 2), ("fleet-m", 2), ("fleet-m", None)])
+
+
 def test_calls_that_wait_for_minutes_have_threads_of_their_own() -> None:
     """Sixty-four publishes that waited for their replicas used to keep heartbeats and views from being heard."""
     waiting = {"publish", "order", "rollback", "add_fleet", "remove_fleet"}
