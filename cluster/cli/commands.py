@@ -19,11 +19,26 @@ TOPICS = (fleets, jobs, machine, publishing, serving)
 def main() -> None:
     """The console script. Errors of our family become one message and exit status 2; anything else is a bug and shows its traceback."""
     try:
-        app()
+        app(global_first(sys.argv[1:]))
     except SpringtideError as error:
         width = shutil.get_terminal_size().columns
         Console(stderr=True, width=max(width, 60)).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2)
+
+
+def global_first(words: list[str]) -> list[str]:
+    """A command line with ``--pool`` before the command's name, wherever it stood.
+
+    >>> global_first(["logs", "job", "--pool", "http://host:8000", "--follow"])
+    ['--pool', 'http://host:8000', 'logs', 'job', '--follow']
+    """
+    for at, word in enumerate(words):
+        if word == "--":
+            break
+        if word == "--pool" or word.startswith("--pool="):
+            end = at + (2 if word == "--pool" else 1)
+            return [*words[at:end], *words[:at], *words[end:]]
+    return words
 
 
 if __name__ == "__main__":

@@ -73,6 +73,17 @@ def test_what_can_be_known_here_is_said_before_anything_is_sent(given: dict[str,
         commands.jobs.start(nowhere, "finetune", given)
 
 
+@pytest.mark.parametrize(
+    "words", [["status", "--pool", "x"], ["status", "--pool=x"], ["--pool", "x", "status"], ["status", "--pool"]]
+)
+def test_the_pool_may_be_named_anywhere(words: list[str], monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["springtide", *words])
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    assert ended.value.code == 2
+    assert "'x' is not the URL of a gateway" in capsys.readouterr().err
+
+
 def test_what_another_machine_needs_is_printed_for_its_shell(config: Config, monkeypatch: Any) -> None:
     monkeypatch.setattr(commands.machine, "running", lambda: config)
     monkeypatch.setattr(commands.machine.endpoint, "of", lambda _: Endpoint("http://127.0.0.1:8000", "key"))

@@ -9,6 +9,7 @@ import pytest
 @pytest.mark.parametrize(
     "module",
     [
+        "cluster.cli.commands",
         "cluster.cli.jobs",
         "cluster.config",
         "cluster.control.applications",
