@@ -73,9 +73,7 @@ def test_what_can_be_known_here_is_said_before_anything_is_sent(given: dict[str,
         commands.jobs.start(nowhere, "finetune", given)
 
 
-@pytest.mark.parametrize(
-    "words", [["status", "--pool", "x"], ["status", "--pool=x"], ["--pool", "x", "status"], ["status", "--pool"]]
-)
+@pytest.mark.parametrize("words", [["status", "--pool", "x"], ["status", "--pool=x"], ["--pool", "x", "status"]])
 def test_the_pool_may_be_named_anywhere(words: list[str], monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr("sys.argv", ["springtide", *words])
     with pytest.raises(SystemExit) as ended:
