@@ -3,7 +3,9 @@
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from benchmarks.adapters import adapters
 from benchmarks.curve import curve
@@ -11,6 +13,7 @@ from benchmarks.memory import memory
 from benchmarks.publish import publish
 from benchmarks.report import SYSTEMS
 from benchmarks.serving import serving
+from benchmarks.shape import shape
 from benchmarks.tide import SYSTEMS as DIVISIONS
 from benchmarks.tide import tide
 from cluster.jobspec import Parser
@@ -36,55 +39,78 @@ def known(text: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
-def arguments() -> argparse.Namespace:
+class Option(NamedTuple):
+    """An option of a verb, as argparse takes it."""
+
+    flag: str
+    settings: dict[str, Any]
+
+
+def option(flag: str, **settings: Any) -> Option:
+    return Option(flag, settings)
+
+
+def file(flag: str, help: str, default: Path | None = None, metavar: str = "FILE") -> Option:
+    return option(flag, type=Path, default=default, metavar=metavar, help=help)
+
+
+MODEL = option("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
+
+VERBS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
+    serving: (
+        option("--rounds", type=int, default=3),
+        option("--streams", type=numbers, default=(1, 8, 32), metavar="N,N,…", help="concurrent requests"),
+        option("--requests", type=int, default=480, help="at the most streams; fewer streams send fewer"),
+        option("--tokens", type=int, default=32, help="length of every answer"),
+        MODEL,
+        option("--systems", type=known_systems, default=SYSTEMS, metavar="NAME,…", help=", ".join(SYSTEMS)),
+        file("--json", "write one row per system and case"),
+        file("--markdown", "write the table for a README"),
+        file("--png", "where the chart goes", Path("serving.png")),
+    ),
+    memory: (option("--requests", type=int, default=10_000), MODEL),
+    publish: (
+        option("--adapters", type=int, default=30),
+        option("--weights", type=int, default=10),
+        option("--swap", choices=("wait", "keep"), default="wait", help="what streams do while weights are swapped"),
+        MODEL,
+        file("--json", "write one object with the figures"),
+        file("--png", "write the chart"),
+    ),
+    adapters: (MODEL, file("--json", "write one row per number of adapters")),
+    tide: (
+        option("--seconds", type=float, default=600, help="length of the day"),
+        option("--seed", type=int, default=1, help="of the generated trace"),
+        file("--trace", "replay these arrivals instead, stretched and thinned to the load", metavar="CSV"),
+        option("--requests-per-s", type=float, help="what one replica can do; measured by default"),
+        option("--systems", type=known_divisions, default=DIVISIONS, metavar="NAME,…", help=", ".join(DIVISIONS)),
+        MODEL,
+        file("--json", "write one row per system"),
+        file("--png", "where the chart goes", Path("tide.png")),
+    ),
+    curve: (
+        option("--epochs", type=float, default=600, help="how long both jobs train"),
+        MODEL,
+        file("--json", "write the figures and every step's loss"),
+        file("--png", "where the chart goes", Path("curve.png")),
+    ),
+    shape: (
+        option("folder", type=Path, nargs="?", default=Path(), help="a checkout; by default this folder"),
+        file("--json", "write all figures, each touch and each room's imports"),
+    ),
+}
+"""Each verb has its function's name, and its docstring as help."""
+
+
+def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("benchmarks", description="Measure Springtide beside its peers.")
     verbs = parser.add_subparsers(required=True)
-    verb = verbs.add_parser("serving", help=serving.__doc__)
-    verb.set_defaults(run=serving)
-    verb.add_argument("--rounds", type=int, default=3)
-    verb.add_argument("--streams", type=numbers, default=(1, 8, 32), metavar="N,N,…", help="concurrent requests")
-    verb.add_argument("--requests", type=int, default=480, help="at the most streams; fewer streams send fewer")
-    verb.add_argument("--tokens", type=int, default=32, help="length of every answer")
-    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
-    verb.add_argument("--systems", type=known_systems, default=SYSTEMS, metavar="NAME,…", help=", ".join(SYSTEMS))
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write one row per system and case")
-    verb.add_argument("--markdown", type=Path, metavar="FILE", help="write the table for a README")
-    verb.add_argument("--png", type=Path, default=Path("serving.png"), metavar="FILE", help="where the chart goes")
-    verb = verbs.add_parser("memory", help=memory.__doc__)
-    verb.set_defaults(run=memory)
-    verb.add_argument("--requests", type=int, default=10_000)
-    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
-    verb = verbs.add_parser("publish", help=publish.__doc__)
-    verb.set_defaults(run=publish)
-    verb.add_argument("--adapters", type=int, default=30)
-    verb.add_argument("--weights", type=int, default=10)
-    verb.add_argument("--swap", choices=("wait", "keep"), default="wait", help="what streams do while weights are swapped")
-    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write one object with the figures")
-    verb.add_argument("--png", type=Path, metavar="FILE", help="write the chart")
-    verb = verbs.add_parser("adapters", help=adapters.__doc__)
-    verb.set_defaults(run=adapters)
-    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write one row per number of adapters")
-    verb = verbs.add_parser("tide", help=tide.__doc__)
-    verb.set_defaults(run=tide)
-    verb.add_argument("--seconds", type=float, default=600, help="length of the day")
-    verb.add_argument("--seed", type=int, default=1, help="of the generated trace")
-    verb.add_argument(
-        "--trace", type=Path, metavar="CSV", help="replay these arrivals instead, stretched and thinned to the load"
-    )
-    verb.add_argument("--requests-per-s", type=float, help="what one replica can do; measured by default")
-    verb.add_argument("--systems", type=known_divisions, default=DIVISIONS, metavar="NAME,…", help=", ".join(DIVISIONS))
-    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write one row per system")
-    verb.add_argument("--png", type=Path, default=Path("tide.png"), metavar="FILE", help="where the chart goes")
-    verb = verbs.add_parser("curve", help=curve.__doc__)
-    verb.set_defaults(run=curve)
-    verb.add_argument("--epochs", type=float, default=600, help="how long both jobs train")
-    verb.add_argument("--model", type=Path, help="folder in Hugging Face layout; by default the seedling")
-    verb.add_argument("--json", type=Path, metavar="FILE", help="write the figures and every step's loss")
-    verb.add_argument("--png", type=Path, default=Path("curve.png"), metavar="FILE", help="where the chart goes")
-    return parser.parse_args()
+    for verb, options in VERBS.items():
+        own = verbs.add_parser(verb.__name__, help=verb.__doc__)
+        own.set_defaults(run=verb)
+        for one in options:
+            own.add_argument(one.flag, **one.settings)
+    return parser.parse_args(line)
 
 
 def run() -> None:

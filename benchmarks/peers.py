@@ -131,6 +131,7 @@ def _ray(run: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the node's address is 127.0.0.1
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
     }
@@ -221,7 +222,6 @@ def serve_ray(model: str, name: str, port: int, engine: dict[str, Any]) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         dashboard_host=HOST,
         log_to_driver=False,
-        _node_ip_address=HOST,
     )
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from rich.progress import Progress
 
 from benchmarks import load, tide_report, trace
@@ -38,6 +37,7 @@ from cluster.capacity.handover import parse
 from cluster.config import Config
 from cluster.errors import PoolUnavailable, SpringtideError
 from cluster.pool import graph, local
+from cluster.pool.serve_api import ServeApi
 
 SYSTEMS = ("static", "stock_ray", "springtide")
 SLOTS = 4
@@ -223,8 +223,8 @@ class Watcher:
 
 
 def replicas(config: Config) -> list[dict[str, Any]]:
-    client = ServeSubmissionClient(local.dashboard(config), headers=local.bearer())
-    fleet = client.get_serve_details()["applications"].get(graph.fleet_app(config.default_fleet), {})
+    applications = ServeApi(local.dashboard(config), local.bearer()).applications()
+    fleet = applications.get(graph.fleet_app(config.default_fleet), {})
     return [replica for deployment in fleet.get("deployments", {}).values() for replica in deployment["replicas"]]
 
 

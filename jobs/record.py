@@ -10,7 +10,6 @@ A thread for each. A store or a control that does not answer never stops the job
 
 import contextlib
 import getpass
-import json
 import math
 import os
 import signal
@@ -26,6 +25,7 @@ from cluster.errors import SpringtideError, StoreUnavailable
 from cluster.jobspec import Options, new_id
 from cluster.store.jobs import Damaged, JobEvent, JobEvents, JobProgress, JobResult, JobSnapshot, JobSpec, JobStatus, JobStore
 from cluster.store.objects import Store
+from jobs.ray_job import submission_id
 from jobs.training.progress import Progress
 
 FLUSH_S = 3
@@ -245,12 +245,6 @@ def spec(options: Options) -> JobSpec:
         created_s=time.time(),
         submitted=bool(id),
     )
-
-
-def submission_id() -> str:
-    """Of the job that `ray job submit` started this process as; empty where it did not."""
-    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata") or {}
-    return str(metadata.get("job_submission_id") or "")
 
 
 def _user() -> str:

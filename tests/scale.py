@@ -30,7 +30,7 @@ from cluster.capacity.allocator import SNAPSHOTS, Allocator
 from cluster.capacity.arbiter import SERVING, Budget, FleetDemand
 from cluster.control.allocation import TURN_S
 from cluster.control.gateways import Gateways
-from cluster.metrics import Board
+from cluster.control.metrics import Board
 from cluster.types import View
 from cluster.view import difference
 from deployments.api.models import model_list

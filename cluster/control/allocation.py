@@ -7,10 +7,11 @@ import threading
 import time
 from typing import Any
 
-from cluster import logs, metrics
+from cluster import logs
 from cluster.capacity.allocator import Allocator, Grant, Heartbeat
 from cluster.capacity.arbiter import SERVING, Budget, FleetDemand
 from cluster.config import FleetSpec
+from cluster.control import metrics
 from cluster.control.applications import Applications
 from cluster.control.lease import Lease
 from cluster.control.slots import Served, resource, served, slots, together
@@ -104,7 +105,7 @@ class Allocation:
             held = together(of_fleets.values()).held(total - free, self.allocator.held_by_jobs)
             kept = self.allocator.turn(total, held, demands, time.time(), free, ceiling)
             requested = self.allocator.requested(kept, ceiling)
-        metrics.publish(self.board, self.allocator.snapshots, self.allocator.changes)
+        metrics.publish(self.board, self.allocator.snapshots, self.allocator.changes, self.allocator.decision.fleets)
         lease.hold(kept + requested, ceiling)
 
     def _served(self, spec: FleetSpec, apps: tuple[str, ...]) -> Served:

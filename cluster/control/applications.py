@@ -10,6 +10,7 @@ A redeployment of the declared applications leaves these alone (``ray/serve/_pri
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
+import threading
 from collections import Counter
 from typing import NamedTuple
 
@@ -52,6 +53,8 @@ class Applications:
         self.known: dict[str, Application] = {}
         self.read = False
         """Whether Serve was ever asked: before that an application that is not known may well exist."""
+        self._deletions: set[str] = set()
+        """Applications for which a thread waits until they are gone."""
 
     def refresh(self) -> None:
         try:
@@ -82,9 +85,20 @@ class Applications:
         graph.start_surge(spec, surge_app(spec.name, weights), weights, replicas)
 
     def end(self, name: str) -> None:
-        """Let it finish its streams and go."""
-        log.info("%s is not needed any more", name)
-        serve.delete(name, _blocking=False)
+        """Let it finish its streams and go; returns at once. Serve's own call waits for the end, so a thread of its own makes it."""
+        if name not in self._deletions:
+            log.info("%s is not needed any more", name)
+            self._deletions.add(name)
+            threading.Thread(target=self._delete, args=(name,), name=f"delete-{name}", daemon=True).start()
+
+    def _delete(self, name: str) -> None:
+        try:
+            serve.delete(name)
+        except Exception:
+            # Serve is away, or a replica drains for longer than Serve waits: whoever wants it gone asks again.
+            log.exception("deleting %s", name)
+        finally:
+            self._deletions.discard(name)
 
 
 def surge_app(fleet: str, weights: VersionId) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 
 import httpx
 from ray import serve
-from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
 from cluster.config import Config, Fleet, FleetSpec
 from cluster.errors import PoolUnavailable
 from cluster.pool import local
 from cluster.pool.local import LOOPBACK
+from cluster.pool.serve_api import ServeApi
 from cluster.types import VersionId
 
 BUILDERS = "deployments.app"
@@ -158,10 +158,10 @@ def deploy(config: Config, watch: Callable[[str], None] = lambda _: None) -> Non
 
     Raises `PoolUnavailable` with Serve's own message where an application fails.
     """
-    client = ServeSubmissionClient(local.require(config).dashboard)
+    api = ServeApi(local.require(config).dashboard, local.bearer())
     wanted = schema(config)
-    client.deploy_applications(wanted)
-    for states in _states(client, {app["name"] for app in wanted["applications"]}):
+    api.deploy(wanted)
+    for states in _states(api, {app["name"] for app in wanted["applications"]}):
         watch(", ".join(f"{name} {state}" for name, (state, _) in sorted(states.items())))
         failed = [f"{name}: {cause(message)}" for name, (state, message) in states.items() if state == "DEPLOY_FAILED"]
         if failed:
@@ -192,10 +192,9 @@ def _answers(config: Config) -> bool:
         return False
 
 
-def _states(client: ServeSubmissionClient, declared: set[str]) -> Iterator[dict[str, tuple[str, str]]]:
+def _states(api: ServeApi, declared: set[str]) -> Iterator[dict[str, tuple[str, str]]]:
     """Each declared application's (state, message), polled until the time is over. Those that control started are its own business."""
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline_s:
-        details = client.get_serve_details()
-        yield {name: (app["status"], app["message"]) for name, app in details["applications"].items() if name in declared}
+        yield {name: (app["status"], app["message"]) for name, app in api.applications().items() if name in declared}
         time.sleep(0.5)

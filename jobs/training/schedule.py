@@ -5,9 +5,9 @@ and the number of a step gives its learning rate. So workers may come and go bet
 
 >>> run = Schedule(examples=5, global_batch=2, epochs=1, seed=0, learning_rate=0.1, warmup_fraction=0)
 >>> list(run.batches())
-[[0, 4], [2, 3], [1]]
->>> list(run.batches(first=2)), share_out([0, 4, 2, 3], rank=1, world=2, micro_batch=1)
-([[1]], [[4], [3]])
+[[0, 1], [4, 3], [2]]
+>>> list(run.batches(first=2)), share_out([0, 1, 4, 3], rank=1, world=2, micro_batch=1)
+([[2]], [[1], [3]])
 """
 
 import math

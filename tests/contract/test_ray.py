@@ -56,6 +56,15 @@ def test_one_variable_keeps_ray_on_loopback() -> None:
     assert done.stdout.strip() == "127.0.0.1"
 
 
+def test_a_job_is_told_the_id_that_it_was_submitted_under() -> None:
+    """jobs/ray_job.py: the variable, and the key in its metadata."""
+    from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+    from ray.dashboard.modules.job import common, job_supervisor
+
+    assert RAY_JOB_CONFIG_JSON_ENV_VAR == "RAY_JOB_CONFIG_JSON_ENV_VAR" and common.JOB_ID_METADATA_KEY == "job_submission_id"
+    assert "RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps(" in inspect.getsource(job_supervisor)
+
+
 def test_the_autoscaling_policy_can_be_unpickled_without_our_packages() -> None:
     """Serve pickles that one module by value into its controller, which may not have ours."""
     import ast
@@ -90,11 +99,11 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
 
 
 def test_the_coordinator_that_the_lease_is_held_with() -> None:
-    """cluster/control/lease.py: what it calls, and that its priority is above every training run's."""
+    """cluster/control/ray_autoscaling.py: what it calls, and that its priority is above every training run's."""
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
     from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as train
 
-    from cluster.control.lease import PRIORITY
+    from cluster.control.ray_autoscaling import PRIORITY
 
     actor: Any = coordinator._AutoscalingCoordinatorActor  # pyright: ignore[reportPrivateUsage]
     asked = inspect.signature(actor.request_resources).parameters
@@ -120,7 +129,7 @@ def test_a_lease_can_name_the_nodes_that_it_is_meant_for() -> None:
 
 
 def test_the_autoscaler_adds_nothing_for_a_request_that_does_not_fit_as_a_whole_and_says_which_one_that_was() -> None:
-    """cluster/control/lease.py::answer. No autoscaler tells how large the pool can become: one that did would be asked instead."""
+    """cluster/control/ray_autoscaling.py::refused. No autoscaler tells how large the pool can become: one that did would be asked instead."""
     from ray.autoscaler.v2 import autoscaler, monitor, scheduler
     from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
     from ray.autoscaler.v2.instance_manager.reconciler import Reconciler
@@ -151,15 +160,15 @@ def messages() -> Any:
     return importlib.import_module("ray.core.generated.autoscaler_pb2")
 
 
-def answered(now: Any, refused: list[Any], seen: int = 7) -> bool | None:
+def answered(now: Any, refusals: list[Any], seen: int = 7) -> bool | None:
     """What we take the autoscaler's words for, of 3 slots that we have asked for since version 7 of the cluster's state."""
-    from cluster.control.lease import answer
+    from cluster.control.ray_autoscaling import refused
 
     status = messages().GetClusterStatusReply()
     status.cluster_resource_state.cluster_resource_constraints.append(now)
-    status.autoscaling_state.infeasible_cluster_resource_constraints.extend(refused)
+    status.autoscaling_state.infeasible_cluster_resource_constraints.extend(refusals)
     status.autoscaling_state.last_seen_cluster_resource_state_version = seen
-    return answer(messages().GetClusterStatusReply.FromString(status.SerializeToString()), "slot", 3, since=7)
+    return refused(messages().GetClusterStatusReply.FromString(status.SerializeToString()), "slot", 3, since=7)
 
 
 def test_a_refusal_is_one_of_what_is_asked_for_now_and_what_the_autoscaler_has_not_seen_is_not_granted() -> None:
@@ -179,10 +188,10 @@ def test_a_refusal_that_is_due_to_what_others_ask_for_is_not_ours(theirs: dict[s
 
 
 def test_the_coordinator_merges_what_everybody_asks_for_into_one_request() -> None:
-    """cluster/control/lease.py::ours. One that passed on each request by itself would be read by itself."""
+    """cluster/control/ray_autoscaling.py::_ours. One that passed on each request by itself would be read by itself."""
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator
 
-    from cluster.control.lease import PRIORITY, REQUESTER
+    from cluster.control.ray_autoscaling import PRIORITY, REQUESTER
 
     sent: list[Any] = []
     actor: Any = coordinator._AutoscalingCoordinatorActor(  # pyright: ignore[reportPrivateUsage]
@@ -197,12 +206,14 @@ def test_a_status_that_ray_does_not_give_is_no_news_and_no_error(monkeypatch: py
     """Its client raises `RpcError`, for a timeout too; a turn of the allocator goes on without the autoscaler's words."""
     from ray.exceptions import RpcError
 
-    from cluster.control import lease
+    from cluster.control import ray_autoscaling
+    from cluster.control.lease import Lease
 
-    def away() -> Any:
-        raise RpcError("Timed out")
+    class Away:
+        def get_cluster_status(self, timeout_s: float) -> bytes:
+            raise RpcError("Timed out")
 
-    monkeypatch.setattr(lease, "status", away)
-    held = lease.Lease("slot")
-    held.places = [{}, {}]
+    monkeypatch.setattr(ray_autoscaling, "internal_kv_get_gcs_client", Away)
+    held = Lease("slot")
+    held.selectors = [{}, {}]
     assert held.ceiling(total=1) is None and held.heard_s > 0

@@ -36,26 +36,6 @@ def test_adapters_are_loaded_by_the_name_that_requests_use() -> None:
     assert "async def load_lora_adapter" in source and "self.lora_requests[lora_name] = lora_request" in source
 
 
-def test_only_the_engine_imports_vllm() -> None:
-    root = Path(__file__).parents[2]
-    users = [p for folder in ("cluster", "deployments") for p in (root / folder).rglob("*.py") if imports(p, "vllm")]
-    assert sorted(p.name for p in users) == ["fingerprint.py", "launch.py", "vllm_engine.py", "vllm_patches.py"]
-
-
-def test_rays_and_serves_private_parts_have_one_file_each() -> None:
-    root = Path(__file__).parents[2]
-    files = [p for folder in ("cluster", "deployments", "jobs") for p in (root / folder).rglob("*.py")]
-    private = {p.name for p in files for name in ("ray.serve._private", "ray._private", "ray._raylet") if imports(p, name)}
-    assert private == {"ray_patches.py", "lease.py"}
-
-
-def imports(path: Path, module: str) -> bool:
-    tree = ast.parse(path.read_text())
-    named = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    named += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    return any(name == module or name.startswith(module + ".") for name in named)
-
-
 def test_packed_copies_are_where_the_fingerprint_looks() -> None:
     """`deployments.replica.fingerprint.repack` packs again what a reload forgets; without these names it would forget as well."""
     packing = (VLLM / "model_executor/layers/utils.py").read_text()

@@ -4,10 +4,12 @@ import re
 from collections import deque
 from typing import Any
 
-from cluster import metrics
 from cluster.capacity.allocator import GrantChange
+from cluster.capacity.arbiter import FleetGrant
 from cluster.capacity.handover import Allocation, SlotSnapshot
-from cluster.metrics import CHECKPOINTS, JOB_SLOTS, METRICS, MOST_JOBS, Board, Sample, decided, levels, publish
+from cluster.control import metrics
+from cluster.control.metrics import MOST_JOBS, Board, Sample, decided, levels, publish
+from cluster.metrics import CHECKPOINTS, JOB_SLOTS, METRICS
 
 
 def at(at_s: float, grant: int, held: int, active: int, serving: int = 1) -> SlotSnapshot:
@@ -80,6 +82,15 @@ def test_decisions_count_once() -> None:
     assert counted() == 0
 
 
+def test_each_fleet_has_its_levels_and_one_that_was_removed_falls_to_zero() -> None:
+    board, oak, elm = Board(), FleetGrant("oak", 2, 1, 2, ""), FleetGrant("elm", 1, 0, 1, "")
+    first = said(board.news([at(0, 3, 3, 3)], [], [oak, elm]))
+    assert first["springtide_fleet_slots", "oak", "grant"] == 2 and first["springtide_fleet_slots", "oak", "lacking"] == 1
+    second = said(board.news([at(0, 3, 3, 3)], [], [oak]))
+    assert second["springtide_fleet_slots", "elm", "grant"] == 0
+    assert ("springtide_fleet_slots", "elm", "grant") not in said(board.news([at(0, 3, 3, 3)], [], [oak]))
+
+
 def test_hand_overs_are_observed_once_when_they_end() -> None:
     board, done = Board(), dict[tuple[str, ...], float]()
     story = [at(0.1, 3, 3, 3), at(10.1, 1, 3, 3), at(11.3, 1, 1, 0), at(11.9, 1, 1, 1), at(20, 3, 1, 1), at(24.7, 3, 3, 3)]
@@ -100,7 +111,7 @@ def test_hand_overs_are_observed_once_when_they_end() -> None:
 def test_every_metric_can_be_told_without_ray() -> None:
     board = Board()
     story = [at(0, 3, 3, 3), at(10, 1, 3, 3), at(11, 1, 1, 1)]
-    publish(board, story, [GrantChange(10, "a", 3, 1, "")])
+    publish(board, story, [GrantChange(10, "a", 3, 1, "")], [FleetGrant("oak", 2, 1, 2, "")])
     assert not board.failing
     assert set(board.instruments) == {metric.name for metric in METRICS if metric is not CHECKPOINTS}
 
