@@ -12,14 +12,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Ta
 from cluster import jobspec
 from cluster.cli import render
 from cluster.cli.app import Wait, app, client, console
+from cluster.cli.patience import Patient
 from cluster.client import Client, Job
-from cluster.errors import BadRequest, JobFailed, PoolUnavailable
+from cluster.errors import BadRequest, JobFailed
 from cluster.store.jobs import JobStatus
 from cluster.types import VersionId
 
 LOOK_AGAIN_S = 0.5
-GONE_S = 60
-"""How long the gateway may be silent while a job is followed: one that is started again needs some time."""
 
 
 @app.command()
@@ -144,18 +143,7 @@ def followed(pool: Client, job: str, label: str) -> dict[str, Any] | None:
 
 def follow(pool: Client, job: str, label: str) -> dict[str, Any]:
     """Draw a job's progress until it ends; what it made. Raises `JobFailed`."""
-    seen_s, known = time.monotonic(), pool.job(job)
-
-    def look() -> Job:
-        nonlocal seen_s, known
-        try:
-            known, seen_s = pool.job(job), time.monotonic()
-        except PoolUnavailable:
-            if time.monotonic() - seen_s > GONE_S:
-                raise
-        return known
-
-    return drawn(look, label)
+    return drawn(Patient(lambda: pool.job(job), pool.job(job)), label)
 
 
 def drawn(look: Callable[[], Job], label: str, looked_every_s: float = LOOK_AGAIN_S) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from rich.live import Live
 
 from cluster.cli import render
 from cluster.cli.app import Wait, app, client, console
-from cluster.client import Client
+from cluster.cli.patience import Patient
+from cluster.client import Client, Watched
 from cluster.errors import BadRequest
 from cluster.publishing.gate import latest
 from cluster.publishing.rollout import UNDER_WAY, Policy, Rollout
@@ -84,12 +85,13 @@ def policy(pools: Policy, canary: bool, steps: str | None, gate: bool | None) ->
 
 def watch(pool: Client, console: Console, rollout: Rollout) -> Rollout:
     """Draw the rollout until it ends or goes live. Ctrl-C leaves it to control."""
+    look = Patient(lambda: pool.rollout(rollout.alias), Watched(rollout, {}))
     console.print(f"From another terminal: springtide promote {rollout.alias} · abort {rollout.alias}.")
     try:
         with Live(render.progress(rollout, {}), console=console, refresh_per_second=4) as live:
             while rollout.stage in UNDER_WAY:
                 time.sleep(LOOK_AGAIN_S)
-                now = pool.rollout(rollout.alias)
+                now = look()
                 if now.record.number != rollout.number:  # it ended, and another has followed
                     return pool.history(rollout.alias).rollouts[rollout.number - 1][-1]
                 rollout = now.record

@@ -24,12 +24,11 @@ from rich.text import Text
 from cluster.capacity.allocator import SNAPSHOTS, GrantChange
 from cluster.capacity.arbiter import SERVING
 from cluster.capacity.handover import Handover, SlotSnapshot, ended_since, handovers, parse
+from cluster.cli.patience import GONE_S
 from cluster.client import Client
 from cluster.errors import PoolUnavailable
 
 REDRAWN_S = 1.0
-GONE_S = 60
-"""How long a gateway that answered before may be silent: one that is started again needs some time."""
 IDLE, NOTHING = "", "nothing"
 """Owners of a cell that are neither serving nor a job: nobody has the slot, and there is no such slot (or no record of it)."""
 BLOCKS = {True: "█", False: "░"}

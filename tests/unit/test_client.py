@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from cluster import errors
-from cluster.cli import jobs, publishing
+from cluster.cli import jobs, patience, publishing
 from cluster.client import Client
 from cluster.endpoint import Endpoint
 from cluster.errors import PoolUnavailable, Refused, SpringtideError, received
@@ -127,6 +127,23 @@ def test_watching_a_rollout_costs_one_request_a_look_however_many_there_were(mon
     with gateway(200, *told) as (client, asked):
         assert publishing.watch(client, Console(file=io.StringIO()), begun).stage == "live"
     assert [path for _, path, _, _ in asked] == ["/admin/rollouts/m"] * 3
+
+
+def test_a_gateway_that_is_silent_for_a_moment_does_not_end_the_following() -> None:
+    """A rollout or a job was followed only until control was started again."""
+    answers = iter([PoolUnavailable("away"), 2, PoolUnavailable("away"), PoolUnavailable("gone")])
+
+    def ask() -> int:
+        answer = next(answers)
+        if isinstance(answer, PoolUnavailable):
+            raise answer
+        return answer
+
+    look = patience.Patient(ask, 1)
+    assert [look(), look(), look()] == [1, 2, 2]
+    look.heard_s -= patience.GONE_S + 1
+    with pytest.raises(PoolUnavailable, match="gone"):
+        look()
 
 
 def test_ctrl_c_ends_the_following_and_not_the_job(monkeypatch: Any) -> None:

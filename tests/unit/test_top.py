@@ -10,6 +10,7 @@ from rich.console import Console
 from cluster.capacity.allocator import GrantChange
 from cluster.capacity.handover import Allocation, Handover, SlotSnapshot
 from cluster.cli import top
+from cluster.cli.patience import GONE_S
 from cluster.cli.top import (
     IDLE,
     NOTHING,
@@ -218,6 +219,6 @@ def test_a_terminal_gets_the_picture_and_its_own_screen_back(monkeypatch: Any) -
 def test_a_gateway_that_is_silent_for_a_moment_is_asked_again() -> None:
     seen = Seen((at(5, 1),), (), time.time())
     assert top.look(POOL, seen) is seen
-    for silent in (Seen(), seen._replace(at_s=time.time() - top.GONE_S - 1)):
+    for silent in (Seen(), seen._replace(at_s=time.time() - GONE_S - 1)):
         with pytest.raises(PoolUnavailable):
             top.look(POOL, silent)

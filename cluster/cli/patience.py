@@ -1,0 +1,30 @@
+"""Following something on a pool whose gateway or control may be started again meanwhile."""
+
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from cluster.errors import PoolUnavailable
+
+GONE_S = 60
+"""How long a gateway that answered before may be silent: one that is started again needs some time."""
+
+Known = TypeVar("Known")
+
+
+class Patient(Generic[Known]):
+    """Asks on every call. While the gateway is silent it repeats what is ``known``; after `GONE_S` it raises `PoolUnavailable`."""
+
+    def __init__(self, ask: Callable[[], Known], known: Known) -> None:
+        self.ask = ask
+        self.known = known
+        self.heard_s = time.monotonic()
+
+    def __call__(self) -> Known:
+        try:
+            self.known = self.ask()
+            self.heard_s = time.monotonic()
+        except PoolUnavailable:
+            if time.monotonic() - self.heard_s > GONE_S:
+                raise
+        return self.known
