@@ -141,7 +141,7 @@ class Pretrain(Options):
     steps: int = Field(300, ge=1)
     """Optimizer steps."""
     hidden_size: int = Field(128, ge=32, multiple_of=32)
-    """The model's width. A multiple of 32: each of its four heads has a multiple of eight numbers."""
+    """The model's width: a multiple of 32, which is one attention head."""
     layers: int = Field(4, ge=1)
     """The model's depth."""
     live: bool | None = None

@@ -46,8 +46,8 @@ STOPPED_S = 1
 """And one that is ended from outside, because Ray kills it soon, or that ended because the store failed."""
 KEPT = 1000
 """Events that wait for the store; above that the oldest are dropped."""
-ASKED = 128 + signal.SIGTERM
-"""The exit status of a job that heard SIGTERM (`jobs.main`)."""
+ASKED = (128 + signal.SIGTERM, signal.SIGTERM)
+"""The exit status of a job that heard SIGTERM: `jobs.main`'s, and that of Ray's own handler, which replaces it in `ray.init`."""
 WAITING, GRANTED = "waiting for ", "may have "
 """How the words begin by which `jobs.training.heartbeat` says that a job waits, and that it does not any more."""
 
@@ -127,8 +127,11 @@ class JobRecord:
         while not self.done.is_set():
             if self._due(time.monotonic()):
                 self._try(self._flush)
+            if self.ending:
+                self.done.wait(AGAIN_S if self.trouble else 0)
+                continue
             with self.changed:
-                self.changed.wait_for(lambda: self.ending is not None, AGAIN_S if self.ending else FLUSH_S)
+                self.changed.wait_for(lambda: self.ending is not None, FLUSH_S)
 
     def _due(self, now_s: float) -> bool:
         """What is only progress can wait: control hears of it at once."""
@@ -166,7 +169,7 @@ class JobRecord:
         """The store may be away for a while; the log says so once, and once that it is back."""
         try:
             write()
-        except (SpringtideError, Damaged) as error:
+        except Exception as error:  # noqa: BLE001 (this thread must live: without it the job would have no end)
             if not self.trouble:
                 print(f"the job's record cannot be written, and is tried again: {error}", flush=True)
             self.trouble = str(error)
@@ -211,7 +214,7 @@ def record(config: Config, options: Options) -> Iterator[JobRecord]:
         job.end(JobStatus.FAILED, str(error), error.code)
         raise
     except SystemExit as error:
-        if error.code == ASKED:
+        if error.code in ASKED:
             job.end(JobStatus.CANCELLED, stopped(job), within_s=STOPPED_S)
         else:
             job.end(JobStatus.FAILED, f"It exited with {error.code}.")

@@ -206,8 +206,8 @@ class Control:
         return self.job_service.cancel(id, author)
 
     def logs(self, id: str, offset: int = 0) -> dict[str, Any]:
-        """See `JobService.logs`."""
-        return self.job_service.logs(id, offset)
+        """See `JobService.log`."""
+        return self.job_service.log(id, offset)
 
     def history(self, alias: str) -> dict[str, Any]:
         return catalogue.history(self.registry, alias)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.control.jobs import SILENT_S, STALE_S, Facts, JobService, verdict
+from cluster.control.jobs import JobService
+from cluster.control.settling import SILENT_S, STALE_S, Facts, verdict
 from cluster.errors import BadRequest, JobNotFound, ModelNotFound, PoolUnavailable
 from cluster.jobspec import new_id
 from cluster.pool.submit import JobServer, RayJob
@@ -47,16 +48,13 @@ def job(service: JobService, run: str = "", result: JobResult | None = None) -> 
     ray=st.sampled_from([None, *ENDS, *LIVES]),
     silent_s=st.floats(0, 200),
     stale_s=st.floats(0, 200),
-    submitted=st.booleans(),
     asked_by=st.sampled_from(["", "ann"]),
     resumable=st.booleans(),
 )
 def test_a_job_is_ended_by_control_only_where_it_cannot_live(
-    ray: RayJob | None, silent_s: float, stale_s: float, submitted: bool, asked_by: str, resumable: bool
+    ray: RayJob | None, silent_s: float, stale_s: float, asked_by: str, resumable: bool
 ) -> None:
-    spec = SPEC.model_copy(update={"submitted": submitted})
-    ray = ray if submitted else None
-    result = verdict(Facts(spec, LAST, ray, silent_s, stale_s, asked_by, resumable), 9.0)
+    result = verdict(Facts(LAST, ray, silent_s, stale_s, asked_by, resumable), 9.0)
     if silent_s < SILENT_S or ray in LIVES:
         assert result is None
     elif ray is None and stale_s < STALE_S:
@@ -81,7 +79,7 @@ def test_a_job_is_ended_by_control_only_where_it_cannot_live(
     ],
 )
 def test_how_a_silent_job_ended_follows_from_what_ray_knows(ray: RayJob | None, expected: str) -> None:
-    result = verdict(Facts(SPEC, LAST, ray, 100, 100, "", False), 9.0)
+    result = verdict(Facts(LAST, ray, 100, 100, "", False), 9.0)
     assert result and result.status == expected
 
 
@@ -94,7 +92,7 @@ def test_what_somebody_cancelled_is_removed_and_nobody_elses(service: JobService
     service.cancel(mine, "ann")
     assert set(service.store.children("runs")) == {mine, other}, "it had ended before: there was nothing to cancel"
     service.jobs.ask_to_cancel(mine, "ann")
-    service.forget(mine)
+    service.settler.forget(mine)
     assert service.store.children("runs") == [other]
 
 
@@ -105,7 +103,7 @@ def test_a_run_that_another_job_trains_stays(service: JobService) -> None:
     service.listed()
     service.jobs.ask_to_cancel(second, "ann")
     service.jobs.finish(second, JobResult(status=JobStatus.CANCELLED, ended_s=1, last=JobSnapshot(at_s=1, run=first)))
-    service.forget(second)
+    service.settler.forget(second)
     assert service.store.children("runs") == [first]
 
 
@@ -113,7 +111,7 @@ def test_what_was_ended_by_nobodys_order_can_be_resumed(service: JobService) -> 
     id = job(service)
     checkpoint(service, id)
     service.jobs.finish(id, JobResult(status=JobStatus.CANCELLED, ended_s=1))
-    service.forget(id)
+    service.settler.forget(id)
     assert service.store.children("runs") == [id]
 
 
@@ -128,6 +126,17 @@ def test_the_listing_is_true_while_ray_is_away_and_one_record_is_damaged(service
     assert len(service.listed(1)) == 1
     with pytest.raises(JobNotFound):
         service.get("nobody")
+
+
+def test_a_listing_of_jobs_that_have_ended_reads_each_record_once(service: JobService, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(20):
+        job(service, result=JobResult(status=JobStatus.SUCCEEDED, ended_s=1))
+    service.listed()
+    asked: list[str] = []
+    for method in ("get", "children", "remove"):
+        real = getattr(service.store, method)
+        monkeypatch.setattr(service.store, method, lambda path, real=real: asked.append(path) or real(path))
+    assert len(service.listed()) == 20 and asked == ["jobs"]
 
 
 def test_what_a_driver_told_is_newer_than_its_record(service: JobService) -> None:
@@ -163,7 +172,7 @@ def test_a_log_is_read_from_an_offset_and_never_whole(service: JobService, tmp_p
     told = JobSnapshot(at_s=2, log=str(file), host=socket.gethostname())
     service.progress(id, told.model_dump(mode="json"))
     text, at, answers = "", 0, 0
-    while (answer := service.logs(id, at))["text"]:
+    while (answer := service.log(id, at))["text"]:
         assert len(answer["text"].encode()) <= 1 << 20
         text, at, answers = text + answer["text"], answer["next"], answers + 1
     assert text.encode() == file.read_bytes() and answers == 3
@@ -171,4 +180,4 @@ def test_a_log_is_read_from_an_offset_and_never_whole(service: JobService, tmp_p
     secret.write_text("secret")
     service.progress(id, told.model_copy(update={"at_s": 3.0, "log": str(secret)}).model_dump(mode="json"))
     with pytest.raises(PoolUnavailable):
-        service.logs(id)  # only Ray has it then
+        service.log(id)  # only Ray has it then

@@ -135,7 +135,7 @@ def test_who_ended_first_is_right(config: Config) -> None:
 
 
 SCRIPT = """
-import time
+import signal, sys, time
 from jobs import main
 from cluster.config import load
 from cluster.jobspec import parse
@@ -144,6 +144,8 @@ from jobs.record import record
 def run():
     with record(load(), parse("finetune", {"data": "x"})) as job:
         job.begin_run(job.id)
+        if len(sys.argv) > 1:
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as `ray.init` does
         print("there", job.id, flush=True)
         time.sleep(60)
 
@@ -152,9 +154,10 @@ main(run)
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_a_job_that_is_ended_says_by_whom(config: Config, asked: bool) -> None:
+@pytest.mark.parametrize("handler", [[], ["ray"]])
+def test_a_job_that_is_ended_says_by_whom(config: Config, asked: bool, handler: list[str]) -> None:
     environment = {**os.environ, "SPRINGTIDE_HOME": str(config.home), "SPRINGTIDE_STORE": config.store}
-    line = [sys.executable, "-c", SCRIPT]
+    line = [sys.executable, "-c", SCRIPT, *handler]
     with subprocess.Popen(line, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout
         id = driver.stdout.readline().split()[1]
@@ -163,7 +166,7 @@ def test_a_job_that_is_ended_says_by_whom(config: Config, asked: bool) -> None:
         if asked:
             jobs.ask_to_cancel(id, "ann")
         driver.send_signal(signal.SIGTERM)
-        assert driver.wait(10) == 128 + signal.SIGTERM
+        assert driver.wait(10) == (signal.SIGTERM if handler else 128 + signal.SIGTERM)
     result = jobs.result(id)
     assert result and result.status == JobStatus.CANCELLED
     assert result.message == "Cancelled by ann." if asked else f"--resume {id}" in result.message

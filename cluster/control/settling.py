@@ -1,0 +1,212 @@
+"""How a job ends whose driver cannot say it: killed by SIGKILL, or gone with the head that ran it.
+
+Example: a driver is killed. It tells nothing more; after `SILENT_S` control asks Ray; Ray says that the process has ended; the record has no
+result, so control writes one: ``lost``, with what to do.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from cluster import logs
+from cluster.errors import JobNotFound, PoolUnavailable
+from cluster.pool.submit import JobServer, RayJob
+from cluster.store.jobs import Damaged, JobRecord, JobResult, JobSnapshot, JobStatus, JobStore
+
+SILENT_S = 8
+"""A driver that has told nothing for this long is looked for: it tells something every three seconds."""
+STALE_S = 90
+"""How old the newest object of a record must be before a job is lost that Ray does not know: it may have been started from a shell, or by
+another Ray on the same store, and then only its record says that it lives, every thirty seconds."""
+LOOK_S = 1
+"""At most how often one job is looked for."""
+
+log = logs.logger(__name__)
+
+
+class Facts(NamedTuple):
+    """What is known of a job whose driver is silent."""
+
+    last: JobSnapshot | None
+    ray: RayJob | None
+    """None where Ray does not know it."""
+    silent_s: float
+    """Since its driver spoke, or since control could have heard it."""
+    stale_s: float
+    """Since the newest object of its record was written."""
+    asked_by: str
+    """Who asked for its end; empty where nobody did."""
+    resumable: bool
+    """Whether its run has a checkpoint."""
+
+
+def verdict(facts: Facts, now_s: float) -> JobResult | None:
+    """How a job ended that could not say it itself; None while it may live. Pure."""
+    ray = facts.ray
+    if facts.silent_s < SILENT_S or (facts.stale_s < STALE_S if ray is None else not ray.ended):
+        return None
+    go_on = f" Go on with: springtide train --resume {facts.last.run}" if facts.resumable and facts.last else " Submit it again."
+
+    def ended(status: JobStatus, message: str) -> JobResult:
+        return JobResult(status=status, ended_s=now_s, message=message, last=facts.last)
+
+    if facts.asked_by:
+        return ended(JobStatus.CANCELLED, f"Cancelled by {facts.asked_by}.")
+    if ray is None:
+        return ended(JobStatus.LOST, f"Its driver is gone, and the pool that ran it does not know it any more.{go_on}")
+    if ray.status == "STOPPED":
+        return ended(JobStatus.CANCELLED, f"It was ended from outside.{go_on}")
+    if ray.status == "SUCCEEDED":
+        return ended(JobStatus.SUCCEEDED, "Its process ended well, and could not write what it made.")
+    if ray.killed:
+        return ended(JobStatus.LOST, f"Its driver was killed.{go_on}")
+    return ended(JobStatus.FAILED, ray.last_words)
+
+
+def stale_s(record: JobRecord) -> float:
+    """How long ago the newest object of a record was written, in seconds."""
+    written = [record.spec.created_s if record.spec else 0, record.newest.snapshot.at_s if record.newest else 0]
+    return time.time() - max(written)
+
+
+class Drivers:
+    """What drivers tell about once a second."""
+
+    def __init__(self) -> None:
+        self.began_s = time.monotonic()
+        self.lock = threading.Lock()
+        self.told: dict[str, tuple[float, JobSnapshot]] = {}
+        self.cancelling: set[str] = set()
+        """Jobs whose end somebody asked for: a driver that Ray did not start hears of it here."""
+
+    def tell(self, id: str, snapshot: JobSnapshot) -> bool:
+        """Returns whether somebody asked for the job's end."""
+        with self.lock:
+            self.told[id] = (time.monotonic(), snapshot)
+            return id in self.cancelling
+
+    def ask_to_end(self, id: str) -> None:
+        with self.lock:
+            self.cancelling.add(id)
+
+    def silent_s(self, id: str) -> float:
+        """Since the driver told something, or since it could have been heard."""
+        with self.lock:
+            told_s, _ = self.told.get(id, (self.began_s, None))
+        return time.monotonic() - told_s
+
+    def live(self, id: str) -> JobSnapshot | None:
+        """Where the job is, where its driver told it a moment ago."""
+        with self.lock:
+            told_s, snapshot = self.told.get(id, (0.0, None))
+        return snapshot if time.monotonic() - told_s < SILENT_S else None
+
+    def last(self, record: JobRecord) -> JobSnapshot | None:
+        """The newest that is known of where a job is or was, told or written."""
+        with self.lock:
+            _, told = self.told.get(record.id, (0.0, None))
+        written = record.result.last if record.result else record.newest.snapshot if record.newest else None
+        return told if told and (written is None or told.at_s >= written.at_s) else written
+
+    def forget(self, id: str) -> None:
+        with self.lock:
+            self.told.pop(id, None)
+            self.cancelling.discard(id)
+
+
+class Settler:
+    """Watches the jobs that have not ended, and writes the end of those whose driver cannot. Every method may be called from any thread."""
+
+    def __init__(self, jobs: JobStore, server: Callable[[], JobServer], drivers: Drivers) -> None:
+        self.jobs, self.store, self.server, self.drivers = jobs, jobs.store, server, drivers
+        self.lock = threading.Lock()
+        self.unfinished: set[str] = set()
+        self.looked_s: dict[str, float] = {}
+
+    def watch(self, id: str) -> None:
+        with self.lock:
+            self.unfinished.add(id)
+
+    def watched(self) -> set[str]:
+        with self.lock:
+            return set(self.unfinished)
+
+    def find(self, ids: list[str]) -> None:
+        """Watch those of ``ids`` that have not ended: a control before this one knew them."""
+        for id in ids:
+            try:
+                if self.jobs.result(id) is None:
+                    self.watch(id)
+                    if self.jobs.cancel_asked(id):
+                        self.drivers.ask_to_end(id)
+            except Damaged:
+                continue  # its own job only
+
+    def settle(self, id: str) -> None:
+        """Write the end of a job whose driver cannot, and forget one that has ended."""
+        now_s = time.monotonic()
+        with self.lock:
+            looked_s = self.looked_s.get(id, float("-inf"))
+            if self.drivers.silent_s(id) < SILENT_S or now_s - looked_s < LOOK_S:
+                return
+            self.looked_s[id] = now_s
+        try:
+            record = self.jobs.record(id)
+            if record.result is None and (result := verdict(self._facts(record), time.time())) is not None:
+                self.jobs.finish(id, result)
+                log.warning("job %s: %s", id, result.message)
+            if record.result or self.jobs.result(id):
+                self.forget(id)
+        except (Damaged, JobNotFound):
+            return  # its own job only, and `document` shows the damage
+        except PoolUnavailable:
+            return  # Ray's job server is away, so nothing is known
+
+    def cancelled(self, id: str, author: str) -> bool:
+        """Whether a job that was asked to end has ended; writes that it was cancelled where its driver did not."""
+        record, ray = self.jobs.record(id), self.server().state(id)
+        if record.result is None:
+            if not ray.ended if ray else stale_s(record) < STALE_S:
+                return False
+            words = f"Cancelled by {author}."
+            last = self.drivers.last(record)
+            self.jobs.finish(id, JobResult(status=JobStatus.CANCELLED, ended_s=time.time(), message=words, last=last))
+        self.forget(id)
+        return True
+
+    def forget(self, id: str) -> None:
+        """Forget a job that has ended, and remove what its run left where nobody can go on from it, or somebody cancelled it."""
+        record = self.jobs.record(id)
+        if record.result is None:
+            return
+        last = self.drivers.last(record)
+        run = last.run if last and last.run else id
+        self.drivers.forget(id)
+        with self.lock:
+            self.unfinished.discard(id)
+            self.looked_s.pop(id, None)
+        cancelled = record.result.status == JobStatus.CANCELLED and self.jobs.cancel_asked(id) is not None
+        if (cancelled or not self._resumable(run)) and not self._trained(run):
+            self.store.remove(f"runs/{run}")
+
+    def _facts(self, record: JobRecord) -> Facts:
+        last, asked = self.drivers.last(record), self.jobs.cancel_asked(record.id)
+        ray = self.server().state(record.id) if record.spec is None or record.spec.submitted else None
+        resumable = bool(last and last.run and self._resumable(last.run))
+        return Facts(last, ray, self.drivers.silent_s(record.id), stale_s(record), asked.author if asked else "", resumable)
+
+    def _resumable(self, run: str) -> bool:
+        """Whether it has a checkpoint, or a result that was not registered."""
+        return any(name.isdigit() or name == "result" for name in self.store.children(f"runs/{run}"))
+
+    def _trained(self, run: str) -> bool:
+        """Whether a job that has not ended trains the run."""
+        for id in self.watched():
+            try:
+                last = self.drivers.last(self.jobs.record(id))
+            except JobNotFound:
+                continue
+            if id == run or (last and last.run == run):
+                return True
+        return False
