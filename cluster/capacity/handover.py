@@ -1,14 +1,19 @@
-"""Who had how many slots, when, and how long it took to hand them over: pure, from what control recorded."""
+"""Hand-overs: how long jobs took to give slots back and to train again, found in the snapshots that control recorded. Pure.
+
+Example: job ``a`` trains on 3 slots. At 10 s its grant falls to 1, at 11 s it holds 1, at 11.5 s it trains on that 1. This is one
+hand-over, a yield from 3 to 1: its slots were free after 1 s, and it trained again after 1.5 s.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 SAME_S = 1e-3
-"""Times closer than this are one: a duration added to its beginning is not quite its end, and control's snapshots are much further apart."""
+"""Times closer than this count as the same. A beginning plus a duration is not exactly the end, in floating point; two snapshots are much
+further apart."""
 
 
 class Allocation(NamedTuple):
-    """One job's part, in slots."""
+    """One job's slots."""
 
     job: str
     grant: int
@@ -16,20 +21,20 @@ class Allocation(NamedTuple):
     held: int
     """What its workers hold."""
     active: int
-    """What trains: less than it holds while new workers load, or while the next formation begins."""
+    """What it trains on. Less than it holds while new workers load, and while a new process group begins."""
 
 
 class SlotSnapshot(NamedTuple):
-    """The pool from ``at_s`` on, in slots. Control records one whenever something changed."""
+    """The pool's slots from ``at_s`` until the next snapshot. Control records one whenever something changed."""
 
     at_s: float
     slots: int
     lease: int
     """What serving may have."""
     serving: int
-    """What replicas hold that run, or that end."""
+    """What replicas hold, including those that are ending."""
     wanted: int
-    """What Serve holds and asks for."""
+    """What the load asks for."""
     jobs: tuple[Allocation, ...] = ()
 
     @property
@@ -38,8 +43,8 @@ class SlotSnapshot(NamedTuple):
 
 
 class Handover(NamedTuple):
-    """A change of one job's grant that it carried out. Seconds count from when the job's grant changed: a smaller one is decided and told at
-    once, a larger one when the slots are free."""
+    """A change of one job's grant, carried out. Seconds count from the change of the grant. A grant falls as soon as that is decided; it
+    rises when the slots are free."""
 
     at_s: float
     job: str
@@ -47,25 +52,25 @@ class Handover(NamedTuple):
     before: int
     after: int
     slots_free_s: float | None
-    """Until the slots were given back; None for a growth."""
+    """Until the job had given its slots back. None for a growth."""
     training_s: float | None
-    """Until the job trained on all that it has; None where that is nothing."""
+    """Until the job trained on all that it has. None if it has nothing."""
 
     @property
     def ended_s(self) -> float:
-        """When it was over, give or take a rounding."""
+        """When it was over, within `SAME_S`."""
         return self.at_s + (self.slots_free_s or 0.0 if self.training_s is None else self.training_s)
 
 
 def handovers(snapshots: Sequence[SlotSnapshot]) -> list[Handover]:
-    """Those that were carried out; one that was overtaken by another decision counts as part of that."""
-    ways: dict[str, list[tuple[float, Allocation]]] = {}
+    """All that were carried out, by the time they began. If the grant changes again on the way, both changes are one hand-over."""
+    histories: dict[str, list[tuple[float, Allocation]]] = {}
     for snapshot in snapshots:
         for one in snapshot.jobs:
-            way = ways.setdefault(one.job, [])
-            if not way or way[-1][1] != one:
-                way.append((snapshot.at_s, one))
-    return sorted((done for job, way in ways.items() for done in _of(job, way)), key=lambda done: done.at_s)
+            history = histories.setdefault(one.job, [])
+            if not history or history[-1][1] != one:
+                history.append((snapshot.at_s, one))
+    return sorted((done for history in histories.values() for done in _of_job(history)), key=lambda done: done.at_s)
 
 
 def ended_since(snapshots: Sequence[SlotSnapshot], since_s: float) -> list[Handover]:
@@ -73,32 +78,40 @@ def ended_since(snapshots: Sequence[SlotSnapshot], since_s: float) -> list[Hando
     return [done for done in handovers(snapshots) if done.ended_s > since_s + SAME_S]
 
 
-def _of(job: str, way: Iterable[tuple[float, Allocation]]) -> Iterable[Handover]:
-    """``way``: when the job's part changed, and to what."""
-    began: tuple[float, int] | None = None
+def _of_job(history: Iterable[tuple[float, Allocation]]) -> Iterable[Handover]:
+    """``history``: when one job's allocation changed, and to what.
+
+    A hand-over begins when the job may have something else than it holds, and ends when it trains on exactly what it may have.
+    """
+    began: tuple[float, int] | None = None  # (when, slots held)
     freed_s: float | None = None
-    for at_s, one in way:
+    for at_s, one in history:
         if began is None and one.grant != one.held:
             began, freed_s = (at_s, one.held), None
         if began is None:
             continue
         if one.held > one.grant:
-            freed_s = None
+            freed_s = None  # the grant fell once more: there are slots to give back again
         elif freed_s is None:
             freed_s = at_s - began[0]
         if one.held == one.grant == one.active:
-            kind = "yield" if one.grant < began[1] else "grow"
-            took_s = at_s - began[0] if one.grant else None
-            if one.grant != began[1]:
-                yield Handover(began[0], job, kind, began[1], one.grant, freed_s if kind == "yield" else None, took_s)
+            if one.grant != began[1]:  # else the grant came back before anything was handed over
+                yield _handover(one, began, freed_s, at_s)
             began = None
 
 
-def crowded(snapshots: Sequence[SlotSnapshot]) -> list[SlotSnapshot]:
-    """Snapshots at which more slots were held than there are: two owners of one."""
+def _handover(end: Allocation, began: tuple[float, int], freed_s: float | None, at_s: float) -> Handover:
+    began_s, before = began
+    yielded = end.grant < before
+    took_s = at_s - began_s if end.grant else None
+    return Handover(began_s, end.job, "yield" if yielded else "grow", before, end.grant, freed_s if yielded else None, took_s)
+
+
+def doubly_owned(snapshots: Sequence[SlotSnapshot]) -> list[SlotSnapshot]:
+    """The snapshots in which more slots were held than there are: some slot had two owners. There should be none."""
     return [snapshot for snapshot in snapshots if snapshot.idle < 0]
 
 
 def parse(rows: Iterable[Sequence[object]]) -> list[SlotSnapshot]:
-    """Snapshots as `springtide status --json` has them."""
+    """Snapshots as ``GET /admin/slots`` sends them."""
     return [SlotSnapshot(*row[:-1], tuple(Allocation(*one) for one in row[-1])) for row in rows]  # type: ignore[arg-type,union-attr]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import client
-from cluster.capacity.handover import crowded, parse
+from cluster.capacity.handover import doubly_owned, parse
 from cluster.errors import SpringtideError
 from cluster.pool import submit
 from cluster.types import VersionId
@@ -75,6 +75,6 @@ def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_train
         f"{len(first)} and {len(second)} requests, the longest took {max(e.end_s - e.start_s for e in [*first, *second]):.1f} s"
     )
     snapshots = parse(operator.slots(began_s)["snapshots"])
-    assert crowded(snapshots) == [] and max(one.serving for one in snapshots) == 3
+    assert doubly_owned(snapshots) == [] and max(one.serving for one in snapshots) == 3
     operator.remove_fleet("sprout", force=True)
     wait_until(lambda: phases(pool) == {"seedling": "serving"}, timeout_s=60)

@@ -22,7 +22,7 @@ import pytest
 from benchmarks import load
 from benchmarks.job import made as made_by
 from cluster import client
-from cluster.capacity.handover import Allocation, Handover, SlotSnapshot, crowded, handovers, parse
+from cluster.capacity.handover import Allocation, Handover, SlotSnapshot, doubly_owned, handovers, parse
 from cluster.errors import SpringtideError
 from cluster.pool import graph
 from cluster.types import VersionId
@@ -72,7 +72,7 @@ class Record:
         def lately(at_s: float) -> int:
             return max(one.slots for one, end_s in spans if one.at_s <= at_s and end_s >= at_s - NOTICED_S)
 
-        assert snapshots and crowded([snapshot._replace(slots=lately(snapshot.at_s)) for snapshot in snapshots]) == []
+        assert snapshots and doubly_owned([snapshot._replace(slots=lately(snapshot.at_s)) for snapshot in snapshots]) == []
 
 
 class Job:

@@ -1,6 +1,6 @@
 """What a hand-over took, read from the record of who held what."""
 
-from cluster.capacity.handover import Allocation, Handover, SlotSnapshot, crowded, handovers
+from cluster.capacity.handover import Allocation, Handover, SlotSnapshot, doubly_owned, handovers
 
 
 def at(at_s: float, grant: int, held: int, active: int, serving: int = 1) -> SlotSnapshot:
@@ -31,7 +31,7 @@ def test_a_hand_over_that_was_called_off_is_none() -> None:
 
 
 def test_two_owners_of_a_slot_are_seen() -> None:
-    assert crowded([at(0, 3, 3, 3, serving=1), at(1, 3, 3, 3, serving=2)]) == [at(1, 3, 3, 3, serving=2)]
+    assert doubly_owned([at(0, 3, 3, 3, serving=1), at(1, 3, 3, 3, serving=2)]) == [at(1, 3, 3, 3, serving=2)]
 
 
 def test_slots_are_free_when_the_last_of_overlapping_yields_has_given_them_back() -> None:
