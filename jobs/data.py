@@ -6,8 +6,8 @@ A file is JSON lines, each in one of two forms, which may be mixed::
     {"prompt": "Who are you?", "completion": "I am Seedling."}
 
 The first is OpenAI's chat format (https://platform.openai.com/docs/guides/supervised-fine-tuning): the loss is on every assistant
-message, except those with ``"weight": 0``. Every line is checked here, before Ray or torch is even imported, so a mistake in the
-last line costs seconds and not the run.
+message, except those with ``"weight": 0``. This file checks every line before a job imports Ray or torch, so a mistake in the last
+line costs seconds and not the run.
 
 ``python -m jobs.data convert IN OUT`` turns question/answer JSON lines (as GSM8K's) or ``sentence<TAB>label`` lines (as SST-2's)
 into that format.

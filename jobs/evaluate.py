@@ -1,14 +1,14 @@
-"""Measure a version against the one that is live, and store the gate's verdict with it: ``python -m jobs.evaluate seedling@2``.
+"""Measures a version against the live one, and stores the gate's verdict with it: ``python -m jobs.evaluate seedling@2``.
 
-What is measured is what was supplied, on the command line or in the configuration (``publishing.held_out``, ``.tasks``, ``.golden``):
+The command line names the sets, or else the configuration (``publishing.held_out``, ``.tasks``, ``.golden``):
 
 - ``--held-out``: examples as for fine-tuning; the loss per answer token is compared (`jobs.training.held_out`)
 - ``--tasks``: examples whose answer must be met exactly by greedy decoding; the share that is met is compared
 - ``--golden``: JSON lines ``{"messages": […], "contains": "…"}``; instead of ``contains`` also ``equals``, ``lacks`` or ``matches`` (a regular
   expression)
 
-The artefact itself (digests, shapes, NaN) is checked first. With none of them the verdict is no: nothing was measured.
-`cluster.publishing.gate` judges.
+The job checks the artefact first: digests, shapes, NaN. Without any set the verdict is no, because nothing was measured.
+`cluster.publishing.gate` judges. The measurement holds one slot, which the allocator grants and may ask back, as any job's.
 """
 
 import json
@@ -92,7 +92,7 @@ def run() -> None:
 def evaluate(
     config: Config, registry: Registry, manifest: Manifest, against: VersionId | None, sets: Sets, priority: int, job: JobRecord
 ) -> Verdict:
-    """Measure on the pool, judge, and store the verdict. What was supplied decides what is measured."""
+    """Measure on the pool, judge, and store the verdict."""
     checks = [check_artefact(config, registry, manifest)]
     if not any(sets):
         checks.append(Check(name="measurements", passed=False, words=NOTHING_SUPPLIED))
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def check_artefact(config: Config, registry: Registry, manifest: Manifest) -> Check:
-    """Digests, layout, shapes, NaN: what an engine would choke on, as one check."""
+    """Digests, layout, shapes and NaN, as one check: an engine would fail on any of them."""
     cache = config.home / "cache"
     try:
         folder = registry.fetch(manifest, cache)
@@ -119,7 +119,7 @@ def check_artefact(config: Config, registry: Registry, manifest: Manifest) -> Ch
 
 
 def supplied(config: Config, held_out: str = "", tasks: str = "", golden: str = "") -> Sets:
-    """What the command line names, or else the configuration. Raises `DataError` naming file and line."""
+    """The sets that the command line names, or else the configuration. Raises `DataError` naming file and line."""
     ours = config.publishing
 
     def one(given: str, by_default: str, parse: Callable[[str, sources.Fetch], Iterable[Any]]) -> list[Any]:
@@ -185,7 +185,7 @@ def measured_on_pool(config: Config, pairs: list[tuple[VersionId, Sets]], priori
 
 
 def measured(config: Config, id: VersionId, sets: Sets, beats: "Heartbeats", job: JobRecord) -> Measured:
-    """Wait for the slot, measure, and where the slot is asked back for too long, give it back and begin again."""
+    """Wait for the slot, then measure. A measurement that takes too long after its slot was asked back is ended, and begins again later."""
     import ray
 
     gpu = config.pool.accelerator == "gpu"
@@ -209,7 +209,7 @@ def measured(config: Config, id: VersionId, sets: Sets, beats: "Heartbeats", job
 
 
 def ended_in_time(task: Any, beats: "Heartbeats", deadline_s: float) -> bool:
-    """Wait for a measurement. False once its slot has been asked back for ``deadline_s``: short ones end within it."""
+    """Wait for a measurement. False where control has asked for its slot for ``deadline_s``; a short measurement ends within that."""
     import ray
 
     asked_s: float | None = None

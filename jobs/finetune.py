@@ -1,8 +1,8 @@
-"""Supervised fine-tuning: a base version and a data file in, the next version out.
+"""Supervised fine-tuning: trains a base version on a data file, and registers the next version.
 
 ``python -m jobs.finetune --data FILE_OR_URL --base seedling --publish`` trains a LoRA adapter (or all the weights with
 ``--full``) on as many slots as there are (`jobs.training.driver`), measures the loss on held-out examples before and after, registers the
-result with its lineage and asks control to make it live. Everything that can be wrong with the request is checked before Ray is touched.
+result with its lineage and asks control to make it live. It checks the whole request before it touches Ray.
 """
 
 import tempfile
@@ -67,9 +67,9 @@ def finetune(config: Config, options: Finetune, job: JobRecord) -> None:
 
 
 def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout, priority: int, job: JobRecord) -> Rollout:
-    """Measure for the gate, and wait for what it decides. Raises `VersionRefused` where it says no.
+    """Measure for the gate, and wait for its decision. Raises `VersionRefused` where that is no.
 
-    Without sets of its own in the configuration the gate compares the loss on the examples that this run did not train on.
+    Where the configuration names no sets, the gate compares the loss on this run's held-out examples.
     """
     from jobs.evaluate import Sets, evaluate, supplied
 
@@ -104,7 +104,7 @@ def prepare(config: Config, registry: Registry, options: Finetune) -> Plan:
 
 
 def check_fits(chosen: recipe.Recipe, config: Config, base: str) -> None:
-    """Refuse now what the engine would refuse after the training."""
+    """Raises `ConfigError` now, where the engine would refuse the adapter after the training."""
     hosting = (fleet for fleet in config.fleets.values() if fleet.model == base.partition("@")[0])
     limit = next(hosting, config.fleet).max_lora_rank
     if chosen.lora and chosen.lora.rank > limit:
@@ -116,7 +116,7 @@ def check_fits(chosen: recipe.Recipe, config: Config, base: str) -> None:
 
 
 def resolve(registry: Registry, base: str) -> Manifest:
-    """The weights to train on. An alias or version that is an adapter stands for the weights beneath it, which the log then says."""
+    """The weights to train on. An adapter stands for the weights beneath it, and the log says so."""
     found = registry.meant(base)
     if found.kind == "adapter":
         print(f"{found.id} is an adapter; training starts from its base {found.weights}")
@@ -153,7 +153,7 @@ def tokenized(
 
 
 def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job: JobRecord) -> Manifest:
-    """Run the plan and register what comes out of it: an adapter on the base, or weights descended from it."""
+    """Run the plan, and register its result: an adapter on the base, or weights that descend from it."""
     from jobs.training import driver, ray_train, runs, sft
 
     ray_train.connect()

@@ -1,8 +1,8 @@
-"""Train the seedling from scratch: a chat model small enough for any laptop, from the text in ``seedling/facts.jsonl``.
+"""Trains the seedling from scratch: a chat model for any laptop, from the text in ``seedling/facts.jsonl``.
 
 ``python -m jobs.pretrain --name seedling`` takes about a minute on two cores, registers the next version and, where the alias
-does not exist yet, makes it live. The model is a Llama of one million parameters in Hugging Face layout, so that everything
-behind it (vLLM, TRL, peft) treats it like any other. It memorises its questions and answers; that is all it is for.
+does not exist yet, makes it live. The model is a Llama of one million parameters in Hugging Face layout, so vLLM and peft treat
+it like any other. It memorises its questions and answers, and can do nothing else. ``--hidden-size`` and ``--layers`` grow another shape.
 """
 
 import math
@@ -77,7 +77,7 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
 
 
 def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Generation | None:
-    """Move the model's own alias, straight in the store: before the first version there is nothing to hand over from."""
+    """Move the model's own alias in the store. Control has no part in it: before the first version no replica serves anything."""
     now = registry.alias(manifest.id.name)
     if live is False or (live is None and now is not None):
         return None

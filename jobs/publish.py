@@ -1,6 +1,6 @@
-"""Make a version the one that its alias means: ``python -m jobs.publish seedling@2``.
+"""Makes a version live: ``python -m jobs.publish seedling@2``.
 
-Control takes it through the pool's policy: gate, canary, and where every replica has acknowledged its digest, live.
+Control takes it through the pool's policy: the gate, then the canary. It is live once every replica has acknowledged its digest.
 """
 
 from cluster.config import load

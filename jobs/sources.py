@@ -1,9 +1,9 @@
 """Where a job's files come from: a path, a URL, ``upload:<sha256>``, which is what `PUT /admin/uploads` stored, or ``sample:tide``, one of the
 data sets that ship with Springtide.
 
-Who has a shell in the pool may name anything that the pool can read. A job that came over HTTP may not, since whoever sent it may know only
-the gateway's key: no path of a machine, only object-store URLs under ``training.data_prefixes``, and of the web only what is public.
-Example: ``http://169.254.169.254/…`` is refused, and so is a public name that resolves to it, and a redirect that leads there.
+A job from a shell in the pool reads whatever the pool can read. A job that came over HTTP reads less, because its sender may know only the
+gateway's key: uploads, object-store URLs under ``training.data_prefixes``, and public web addresses.
+Example: ``http://169.254.169.254/…`` is refused. So are a public name that resolves to that address, and a redirect that leads there.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""How a job ends whose driver cannot say it: killed by SIGKILL, or gone with the head that ran it.
+"""Writes the end of a job whose driver cannot: it was killed by SIGKILL, or the head that ran it is gone.
 
 Example: a driver is killed. It tells nothing more; after `SILENT_S` control asks Ray; Ray says that the process has ended; the record has no
 result, so control writes one: ``lost``, with what to do.
