@@ -29,7 +29,7 @@ def free_slots(pool: Running) -> float:
 def sprout(pool: Running) -> VersionId:
     """A second base model, of another name and shape."""
     if pool.registry.alias("sprout") is None:
-        id = submit.start(pool.config, "pretrain", name="sprout", hidden_size=64, layers=2, steps=60)
+        id = submit.start(pool.config, "pretrain", name="sprout", layers=2, steps=60)
         for _ in submit.follow(pool.config, id):
             pass
     return SPROUT
