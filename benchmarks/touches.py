@@ -6,7 +6,7 @@ A touch is one of these:
   generated or the dashboard's (``ray.core.generated``, ``ray.dashboard.modules``);
 - any import of vLLM, whose Python interface changes with every release;
 - ``x._name`` where ``x`` is not ``self`` or ``cls``, also as ``getattr(x, "_name")`` or as a keyword argument ``f(_name=…)``;
-- a method that Ray looks for by a name of its own (``__serve_…__``, ``__ray_…__``);
+- a method that Ray looks for by a name of its own (``__serve_…__``, ``__ray_…__``), unless Ray documents it (`DOCUMENTED`);
 - a name that looks public and belongs to something private (`PRIVATE_NAMES`);
 - a private module's name in a string.
 
@@ -37,6 +37,8 @@ PRIVATE_MODULES = ("ray.core.generated", "ray.dashboard.modules")
 PRIVATE_NAMES = re.compile("backend_cls|RAY_JOB_CONFIG_JSON_ENV_VAR")
 PYTHONS_OWN = ("_asdict", "_replace", "_fields", "_make", "_exit")
 """Of named tuples, and `os._exit`."""
+DOCUMENTED = ("__serve_build_asgi_app__",)
+"""By ``serve.ingress`` itself; a contract test looks."""
 HOOK = re.compile(r"__(serve|ray)_\w+__")
 MODULE_IN_STRING = re.compile(r"(ray|vllm)(\.\w+)*\._\w+[\w.]*")
 OURS_IN_STRING = re.compile(r"(deployments|jobs)(\.[a-z_]\w*)+(:\w+)?")
@@ -119,10 +121,8 @@ def _names(node: ast.AST) -> list[str]:
         return [ast.unparse(node)] if private_name(node.attr) else []
     if isinstance(node, ast.keyword) and node.arg and private_name(node.arg):
         return [f"{node.arg}=…"]
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (
-        HOOK.fullmatch(node.name) or PRIVATE_NAMES.fullmatch(node.name)
-    ):
-        return [f"def {node.name}"]
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return [f"def {node.name}"] if private_hook(node.name) or PRIVATE_NAMES.fullmatch(node.name) else []
     if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
         return [ast.unparse(node) for one in node.args[1:2] if isinstance(one, ast.Constant) and private_name(str(one.value))]
     return []
@@ -130,12 +130,16 @@ def _names(node: ast.AST) -> list[str]:
 
 def private_name(name: str) -> bool:
     """
-    >>> [private_name(name) for name in ("_private", "_replace", "__doc__", "__serve_build_asgi_app__", "public")]
+    >>> [private_name(name) for name in ("_private", "_replace", "__doc__", "__ray_terminate__", "public")]
     [True, False, False, True, False]
     """
-    if PRIVATE_NAMES.fullmatch(name) or HOOK.fullmatch(name):
+    if PRIVATE_NAMES.fullmatch(name) or private_hook(name):
         return True
     return name.startswith("_") and not name.startswith("__") and name not in PYTHONS_OWN
+
+
+def private_hook(name: str) -> bool:
+    return bool(HOOK.fullmatch(name)) and name not in DOCUMENTED
 
 
 def strings(tree: ast.AST) -> list[tuple[ast.Constant, str]]:
