@@ -54,14 +54,24 @@ class Gateway(Section):
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     max_choices: int = Field(default=16, ge=1)
     """The largest ``n`` or ``best_of`` a request may ask for; vLLM itself would try 16,384."""
+    max_prompts: int = Field(default=128, ge=1)
+    """Answers that one request with a list of prompts may ask for: prompts times ``n``."""
+    max_requests: int = Field(default=4096, ge=1)
+    """Generating requests that one gateway has in hand, waiting or being answered. The next one is told to come back later."""
+    max_buffered_bytes: int = Field(default=256 << 20, ge=1024)
+    """Bytes of bodies that one gateway holds. A request beyond them is told to come back later."""
     hold_timeout_s: float = Field(default=30, ge=0)
     """How long a request may wait for a replica that holds its version."""
     cold_start_timeout_s: float = Field(default=120, gt=0)
-    """How long a request may wait where no replica runs at all and one is being started."""
+    """How long a request may wait for a fleet without a replica to start one."""
     max_held: int = Field(default=256, ge=0)
-    """Requests that one gateway keeps waiting while no replica runs; the next one is told to come back later."""
+    """Requests that one gateway keeps waiting for a fleet without a replica. The next one is told to come back later."""
     first_byte_timeout_s: float = Field(default=300, gt=0)
-    """How long a request may wait for a replica's first byte before the client gets an error."""
+    """How long a stream may wait for a replica's first byte before the client gets an error."""
+    idle_timeout_s: float = Field(default=120, gt=0)
+    """How long a replica may pause in the middle of a stream."""
+    answer_timeout_s: float = Field(default=1800, gt=0)
+    """How long an answer may take that is not streamed: its first byte comes when it is complete."""
 
 
 class Fleet(Section):

@@ -1,24 +1,101 @@
-"""ASGI's types, and whole bodies in and out, for every route of the gateway."""
+"""ASGI's types, whole bodies in and out, and clients that leave, for every route of the gateway."""
 
 import asyncio
 import contextlib
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 import orjson
 
-from cluster.errors import BadRequest, BodyTooLarge, SpringtideError
+from cluster.errors import (
+    BadRequest,
+    BodyTimeout,
+    BodyTooLarge,
+    MethodNotAllowed,
+    Overloaded,
+    SpringtideError,
+    UnsupportedEncoding,
+)
+from deployments.wire import DISCONNECT_DISABLED, header
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
 DISCARD_TIMEOUT_S = 5
+BODY_TIMEOUT_S = 60
+"""How long a client may take to send a body that is read whole."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP = zlib.MAX_WBITS | 16
 
 
-async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
-    """The request's body. Raises `BodyTooLarge` before more than ``limit_bytes`` are held."""
+async def until_left(handle: Handler, scope: Scope, receive: Receive, send: Send) -> None:
+    """Handle a request and end it when its client leaves, where Serve does not look: the client told it not to.
+
+    Serve passes its own ``receive`` on then. One task reads it to the client's leaving, and the handler reads the copy.
+    """
+    messages: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue(maxsize=8)
+
+    async def copy() -> None:
+        while True:
+            message = await receive()
+            await messages.put(message)
+            if message["type"] == "http.disconnect":
+                return
+
+    work, left = asyncio.ensure_future(handle(scope, messages.get, send)), asyncio.ensure_future(copy())
+    try:
+        await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        left.cancel()
+        work.cancel()  # nothing, where it is done
+    with contextlib.suppress(asyncio.CancelledError):
+        await work
+
+
+def ignores_leaving(scope: Scope) -> bool:
+    """Whether the client told Serve not to look whether it leaves."""
+    return any(name == DISCONNECT_DISABLED for name, _ in scope["headers"])
+
+
+async def read_body(scope: Scope, receive: Receive, limit_bytes: int, took: Callable[[int], None] = lambda count: None) -> bytes:
+    """The request's body, unpacked. ``took`` hears of the bytes as they come, and may raise.
+
+    Raises `BodyTooLarge` before more than ``limit_bytes`` are held, and `BodyTimeout` where they do not come.
+    """
+    encoding = header(scope["headers"], "content-encoding").lower()
+    if encoding not in ("", "identity", "gzip"):
+        raise UnsupportedEncoding(f"The body is packed with {encoding[:40]!r}.", "Send it as it is, or with gzip.")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            raw = await _read(scope, receive, limit_bytes, took)
+    except TimeoutError:
+        raise BodyTimeout(f"The body did not come within {BODY_TIMEOUT_S} s.", "Send it faster.") from None
+    if encoding != "gzip":
+        return raw
+    body = await asyncio.to_thread(_unpack, raw, limit_bytes)
+    took(len(body) - len(raw))
+    return body
+
+
+def _unpack(raw: bytes, limit_bytes: int) -> bytes:
+    unpacker = zlib.decompressobj(GZIP)
+    try:
+        body = unpacker.decompress(raw, limit_bytes + 1)
+    except zlib.error as error:
+        raise BadRequest(f"The body is not gzip: {error}.", "Send it as it is, or packed with gzip.") from None
+    if len(body) > limit_bytes:
+        raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.", "Send less, or raise gateway.max_body_bytes.")
+    if not unpacker.eof:
+        raise BadRequest("The body ended in the middle of its gzip stream.", "Send all of it.")
+    return body
+
+
+async def _read(scope: Scope, receive: Receive, limit_bytes: int, took: Callable[[int], None]) -> bytes:
     announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     parts: list[bytes] = []
     size_bytes = int(announced) if announced.isdigit() and int(announced) > limit_bytes else 0
@@ -27,6 +104,7 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:
         message = await receive()
         parts.append(message.get("body", b""))
         size_bytes += len(parts[-1])
+        took(len(parts[-1]))
         if not message.get("more_body"):
             break
     if size_bytes > limit_bytes:
@@ -66,9 +144,9 @@ async def _discard(receive: Receive, more: bool, limit_bytes: int) -> None:
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """The JSON object in a body. Raises `BadRequest`."""
+    """The JSON object in a body, after a byte order mark or without one. Raises `BadRequest`."""
     try:
-        body = orjson.loads(raw)
+        body = orjson.loads(raw.removeprefix(BYTE_ORDER_MARK))
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"The body is not valid JSON: {error}.", "Send one JSON object.") from None
     if not isinstance(body, dict):
@@ -84,7 +162,12 @@ async def send_json(send: Send, status: int, document: Any, headers: Headers | N
 
 
 async def send_error(send: Send, error: SpringtideError, headers: Headers | None = None) -> None:
-    """OpenAI's error object, with what HTTP wants beside some statuses."""
-    close = [(b"connection", b"close")] if error.status == 413 else []  # the rest of the body is not read
-    later = [(b"retry-after", str(error.retry_after_s).encode())] if error.retry_after_s else []
-    await send_json(send, error.status, error.body(), [*close, *later, *(headers or [])])
+    """OpenAI's error object, with the headers that some statuses need."""
+    more: Headers = list(headers or [])
+    if isinstance(error, BodyTooLarge | BodyTimeout | Overloaded):  # the rest of the body is not read
+        more.append((b"connection", b"close"))
+    if error.retry_after_s:
+        more.append((b"retry-after", str(error.retry_after_s).encode()))
+    if isinstance(error, MethodNotAllowed) and error.allow:
+        more.append((b"allow", ", ".join(error.allow).encode()))
+    await send_json(send, error.status, error.body(), more)

@@ -151,7 +151,7 @@ class Days:
         self._timed("board", lambda: self.board.news(self.allocator.snapshots, self.allocator.changes))
         if told:  # the first says all; see `_join`
             self.times_s["announce"].append(seconds - sum(self.gateways.times_s[told:]))
-        self._timed("listing", lambda: model_list(self.table.view))
+        self._timed("listing", lambda: model_list(self.table))
         for name in self.world.asks(REQUESTS):
             version, replica = self._timed("choice", lambda name=name: self._ask(name))
             if version != self.world.aliases[name].stable or str(version) not in self.world.replicas[replica].held:

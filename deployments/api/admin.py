@@ -201,8 +201,8 @@ def find(table: Iterable[Route], method: str, path: str) -> tuple[Route, str]:
         if route.method == method:
             return route, next(iter(match.groups()), "")
     if fitting:
-        allowed = ", ".join(route.method for route, _ in fitting)
-        raise MethodNotAllowed(f"{method} is not what {path[:200]} takes.", f"It takes {allowed}.")
+        allow = tuple(route.method for route, _ in fitting)
+        raise MethodNotAllowed(f"{method} is not what {path[:200]} takes.", f"It takes {', '.join(allow)}.", allow=allow)
     known = ", ".join(f"{route.method} {route.path}" for route in table)
     raise RouteNotFound(f"There is no {method} {path[:200]} here.", f"There are {known}.")
 

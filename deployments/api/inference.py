@@ -7,137 +7,168 @@ immutable version, and to stop what would cost an engine more than any answer is
 import asyncio
 import re
 import time
-from typing import Any, Protocol
-
-import orjson
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 from cluster.config import Gateway
-from cluster.errors import BadRequest, NoReplica, Overloaded, SpringtideError
-from cluster.types import ColdStart, Generation, VersionId
+from cluster.errors import BadRequest, NoReplica, SpringtideError
+from cluster.types import FleetState
 from deployments.http import Headers, Receive, Scope, Send, parse_json, read_body, send_error
+from deployments.routing.budget import Budget
 from deployments.routing.measure import Recorder, Trace
+from deployments.routing.payload import Payload
+from deployments.routing.refresh import Refresh
+from deployments.routing.router import Router
 from deployments.routing.shadow import Shadow
+from deployments.routing.table import Target
 from deployments.routing.upstream import Answer, Call, Upstream
+from deployments.wire import MODEL_GENERATION, MODEL_VERSION, REQUEST_ID, SESSION, header
 
-ASK_AGAIN_S = 0.2
+LOOK_AGAIN_S = 0.2
 """How long a request without a replica waits for a newer view before it looks again."""
 MAX_ID_CHARACTERS = 64
 UNSAFE = re.compile(r"[^A-Za-z0-9._:-]")
 
 
-class Router(Protocol):
-    """What a generating route needs of its gateway."""
+class Routing(NamedTuple):
+    """The parts of a gateway that answer a generating request."""
 
+    router: Router
+    refresh: Refresh
     upstream: Upstream
     recorder: Recorder
     shadow: Shadow
+    budget: Budget
 
-    held: int
-    """Requests that wait for a replica."""
 
-    async def resolve(self, model: str, session: str) -> tuple[VersionId, Generation | None]: ...
-    def wake(self) -> bool: ...
-    async def stage(self) -> ColdStart: ...
-    async def change(self, timeout_s: float) -> None: ...
+class Asked(NamedTuple):
+    """One request, as far as the gateway reads it."""
+
+    model: str
+    session: str
+    payload: Payload
+    id: str
 
 
 class Inference:
-    """An ASGI application for one generating route."""
+    """The handler of one generating route."""
 
-    def __init__(self, path: str, limits: Gateway, router: Router) -> None:
+    def __init__(self, path: str, limits: Gateway, routing: Routing) -> None:
         self.path = path
         self.limits = limits
-        self.router = router
+        self.routing = routing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = parse_json(await read_body(scope, receive, self.limits.max_body_bytes))
-        check_choices(body, self.limits.max_choices)
-        model, session = model_name(body), session_of(scope["headers"], body)
-        began_s, patience_s = time.monotonic(), self.limits.hold_timeout_s
-        meant: tuple[VersionId, Generation | None] | None = None
-        waits = False
-        while True:
-            try:
-                version, move = meant = await self.router.resolve(model, session)
-                call = Call(version, self.path, dump({**body, "model": str(version)}), request_id(scope["headers"]))
-                return await self._forward(call, body, move, send)
-            except NoReplica as error:
-                # Its holder is taking other weights over, or starting: what comes next may be another version, so ask again what
-                # the model means. Nothing has been sent yet.
-                cold = self.router.wake()
-                patience_s = max(patience_s, self.limits.cold_start_timeout_s if cold else 0)
-                left_s = began_s + patience_s - time.monotonic()
-                if left_s <= 0:
-                    return await self._give_up(error, meant, cold, send)
-                await self._hold(min(left_s, ASK_AGAIN_S), limited=cold and not waits)
-                waits = waits or cold  # nobody who came later takes its place
+        with self.routing.budget.admit() as held:
+            raw = await read_body(scope, receive, self.limits.max_body_bytes, held.take)
+            asked = self._read(scope["headers"], raw)
+            held.take(len(asked.payload) - len(raw))
+            del raw  # a request may wait for minutes
+            await Waiting(self, asked, send).answer()
 
-    async def _give_up(self, error: NoReplica, meant: tuple[VersionId, Generation | None] | None, cold: bool, send: Send) -> None:
-        told = NoReplica(f"{error.message} {(await self.router.stage()).words}".strip(), error.do) if cold else error
-        if meant is None:
-            raise told
-        self._note_failure(*meant)
-        await send_error(send, told, answer_headers(*meant))
+    def _read(self, headers: Headers, raw: bytes) -> Asked:
+        body = parse_json(raw)
+        check_choices(body, self.limits.max_choices, self.limits.max_prompts)
+        return Asked(model_name(body), session_of(headers, body), Payload(body), request_id(headers))
 
-    async def _hold(self, timeout_s: float, limited: bool) -> None:
-        """Wait for another view; while no replica runs at all, as one of few enough."""
-        if limited and self.router.held >= self.limits.max_held:
-            _, stage = await self.router.stage()
-            raise Overloaded(f"{self.router.held} requests wait for a replica already. {stage}".strip(), "Try again later.")
-        self.router.held += 1
+    async def forward(self, asked: Asked, target: Target, send: Send) -> None:
+        """Answer the request by the version that was chosen. Raises `NoReplica` where a newer view may help."""
+        version, move = target
+        call = Call(version, self.path, asked.payload, asked.id)
+        shadowed = self.routing.shadow.chosen(version, move)
+        trace = self.routing.recorder.trace(move, keep_text=shadowed)
         try:
-            await self.router.change(timeout_s)
-        finally:
-            self.router.held -= 1
-
-    async def _forward(self, call: Call, body: dict[str, Any], move: Generation | None, send: Send) -> None:
-        shadowed = self.router.shadow.chosen(call.version, move)
-        trace = self.router.recorder.trace(move, keep_text=shadowed)
-        try:
-            await self.router.upstream.forward(call, Answer(send, answer_headers(call.version, move), trace))
+            await self.routing.upstream.forward(call, Answer(send, answer_headers(target), trace))
         except NoReplica:
             raise
         except asyncio.CancelledError:
-            self._note_patience(call.version, move, trace)
+            self._note_impatience(target, trace)
             raise
         except SpringtideError as error:  # nothing was sent yet; an error too says which version it came from
-            await send_error(send, error, answer_headers(call.version, move))
-            return self._note_failure(call.version, move) if error.status >= 500 else None
+            await send_error(send, error, answer_headers(target))
+            return self.note_failure(target) if error.status >= 500 else None
         if trace is not None and move is not None:
-            self.router.recorder.record(move, call.version, trace)
+            self.routing.recorder.record(move, version, trace)
             if shadowed and move.canary is not None:
-                self.router.shadow.ask(call, body, move, move.canary, trace)
+                self.routing.shadow.ask(call, move, move.canary, trace)
 
-    def _note_patience(self, version: VersionId, move: Generation | None, trace: Trace | None) -> None:
-        """The client left. Where it left before the first byte, that would have come no sooner: so long at least it took."""
-        if trace is not None and move is not None and not trace.first_s:
+    def _note_impatience(self, target: Target, trace: Trace | None) -> None:
+        """The client left. Where it left before the first byte, the first byte took at least so long."""
+        if trace is not None and target.move is not None and not trace.first_s:
             trace.first_s = trace.end_s = time.monotonic()
-            self.router.recorder.record(move, version, trace)
+            self.routing.recorder.record(target.move, target.version, trace)
 
-    def _note_failure(self, version: VersionId, move: Generation | None) -> None:
+    def note_failure(self, target: Target) -> None:
         """A request that failed by no fault of its client counts against the version; a refused one counts for nothing."""
-        trace = self.router.recorder.trace(move, keep_text=False)
-        if trace is not None and move is not None:
+        trace = self.routing.recorder.trace(target.move, keep_text=False)
+        if trace is not None and target.move is not None:
             trace.failed = True
-            self.router.recorder.record(move, version, trace)
+            self.routing.recorder.record(target.move, target.version, trace)
+
+
+class Waiting:
+    """One request until a replica answers it, or until it has waited for too long.
+
+    A request waits while its version's holder takes other weights over or starts. What the model means may change meanwhile, so it is
+    resolved again each time. Nothing has been sent yet.
+    """
+
+    def __init__(self, inference: Inference, asked: Asked, send: Send) -> None:
+        self.inference = inference
+        self.asked = asked
+        self.send = send
+        self.routing = inference.routing
+        self.began_s = time.monotonic()
+        self.patience_s = inference.limits.hold_timeout_s
+        self.target: Target | None = None
+        self.fleet: FleetState | None = None
+        """The fleet that must wake first."""
+
+    async def answer(self) -> None:
+        with ExitStack() as place:  # kept until the answer is complete: a later request does not take it
+            while (error := await self._try()) is not None:
+                self._take_place(place)
+                left_s = self.began_s + self.patience_s - time.monotonic()
+                if left_s <= 0:
+                    return await self._give_up(error)
+                await self.routing.router.wait_for_change(min(left_s, LOOK_AGAIN_S))
+
+    async def _try(self) -> NoReplica | None:
+        """None where the request was answered."""
+        try:
+            self.target = await self.routing.router.resolve(self.asked.model, self.asked.session)
+            await self.inference.forward(self.asked, self.target, self.send)
+        except NoReplica as error:
+            return error
+        return None
+
+    def _take_place(self, place: ExitStack) -> None:
+        """Wake the fleet that is needed, and become one of the requests that wait for it. Raises `Overloaded` where too many do."""
+        self.fleet = self.routing.router.wake(str(self.target.version)) if self.target else None
+        if self.fleet is None and self.target is not None:
+            return  # a replica runs and is about to hold the version
+        if self.patience_s < self.inference.limits.cold_start_timeout_s:
+            self.patience_s = self.inference.limits.cold_start_timeout_s
+            place.enter_context(self.routing.budget.wait(self.fleet.name if self.fleet else ""))
+
+    async def _give_up(self, error: NoReplica) -> None:
+        if self.fleet is not None:
+            _, words = await self.routing.refresh.stage(self.fleet.name)
+            error = NoReplica(f"{error.message} {words}".strip(), error.do)
+        if self.target is None:
+            raise error
+        self.inference.note_failure(self.target)
+        await send_error(self.send, error, answer_headers(self.target))
 
 
 def session_of(headers: Headers, body: dict[str, Any]) -> str:
-    """What keeps a client on one side of a canary: ``x-session-id``, the user that the body names, or the API key; else nothing."""
-    named = dict(headers)
-    user = body.get("safety_identifier") or body.get("user")
-    return (
-        named.get(b"x-session-id", b"").decode("latin-1")
-        or (user if isinstance(user, str) else "")
-        or named.get(b"authorization", b"").decode("latin-1")
-    )
+    """What keeps a client on one side of a canary: ``x-session-id``, else the body's ``safety_identifier``, else its ``user``.
 
-
-def dump(body: dict[str, Any]) -> bytes:
-    try:
-        return orjson.dumps(body)
-    except orjson.JSONEncodeError as error:  # it reads deeper than it writes
-        raise BadRequest(f"The body is nested too deeply: {error}.", "Send one flat JSON object.") from None
+    Empty where the client names none: each request is drawn by itself then. A bearer token is no session. Nothing here has verified it,
+    and with one key for all clients a canary of 5 % would get none of the traffic, or all of it.
+    """
+    named = (body.get("safety_identifier"), body.get("user"))
+    return header(headers, SESSION) or next((one for one in named if isinstance(one, str) and one), "")
 
 
 def model_name(body: dict[str, Any]) -> str:
@@ -147,25 +178,47 @@ def model_name(body: dict[str, Any]) -> str:
     return model
 
 
-def check_choices(body: dict[str, Any], limit: int) -> None:
-    """``n`` multiplies the work of a request; vLLM's own cap is 16,384 (CVE-2026-34756)."""
-    for key in ("n", "best_of"):
-        value = body.get(key)
-        if value is not None and (type(value) is not int or value > limit):  # the engine would read "16000" as a number too
-            raise BadRequest(f"`{key}` is {str(value)[:40]}; at most {limit} are allowed.", "Ask for fewer choices.", param=key)
+def check_choices(body: dict[str, Any], max_choices: int, max_prompts: int) -> None:
+    """Refuse what multiplies a request's work beyond the limits: ``n`` and ``best_of`` (vLLM's own cap is 16,384, CVE-2026-34756), and a list
+    of prompts.
+
+    Example: with limits of 16 and 128, ``n: 16`` passes and so do 32 prompts with ``n: 4``; 32 prompts with ``n: 5`` are 160 answers.
+    """
+    choices = max(_count(body, key, max_choices) for key in ("n", "best_of"))
     prompts = body.get("prompt")
-    if isinstance(prompts, list) and len(prompts) > limit and not all(isinstance(token, int) for token in prompts):
+    if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):  # a list of tokens is one prompt
+        return
+    answers = len(prompts) * choices
+    if len(prompts) > 1 and answers > max_prompts:
         raise BadRequest(
-            f"`prompt` holds {len(prompts)} prompts; at most {limit} are allowed.", "Send several requests.", param="prompt"
+            f"`prompt` holds {len(prompts)} prompts with {choices} answers each; at most {max_prompts} answers are allowed.",
+            "Send several requests, or raise gateway.max_prompts.",
+            param="prompt",
         )
 
 
-def answer_headers(version: VersionId, move: Generation | None) -> Headers:
-    generation = [(b"x-model-generation", str(move.generation).encode())] if move else []
-    return [(b"x-model-version", str(version).encode()), *generation]
+def _count(body: dict[str, Any], key: str, limit: int) -> int:
+    """A whole number of the body, 1 where it is absent. 4.0 is a whole number; "4" is not, although the engine would read it as one."""
+    value = body.get(key)
+    if value is None:
+        return 1
+    if not isinstance(value, int | float) or value != value // 1:
+        raise BadRequest(f"`{key}` is {str(value)[:40]!r} and must be a whole number.", "Send a number.", param=key)
+    if value > limit:
+        raise BadRequest(
+            f"`{key}` is {str(value)[:40]}; at most {limit} are allowed.",
+            "Ask for fewer choices, or raise gateway.max_choices.",
+            param=key,
+        )
+    return int(value)
+
+
+def answer_headers(target: Target) -> Headers:
+    version, move = target
+    generation = [(MODEL_GENERATION.encode(), str(move.generation).encode())] if move else []
+    return [(MODEL_VERSION.encode(), str(version).encode()), *generation]
 
 
 def request_id(headers: Headers) -> str:
     """The id that Serve's own middleware took from the client or made, and puts on every answer; here only what is safe in a log."""
-    offered = next((value for name, value in headers if name == b"x-request-id"), b"").decode("latin-1")
-    return UNSAFE.sub("", offered)[:MAX_ID_CHARACTERS]
+    return UNSAFE.sub("", header(headers, REQUEST_ID))[:MAX_ID_CHARACTERS]

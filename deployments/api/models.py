@@ -1,25 +1,32 @@
-"""``GET /v1/models`` and ``GET /v1/models/{model}``: the aliases served here, and any version that a replica holds."""
+"""``GET /v1/models`` and ``GET /v1/models/{model}``: what can be asked now, by an alias or by a version's id."""
 
 from typing import Any
 
 from cluster.errors import ModelNotFound
-from cluster.types import Generation, View
+from cluster.types import Generation
+from deployments.routing.table import Table, unhosted
 
 
-def model_list(view: View) -> dict[str, Any]:
-    """The aliases that a replica can answer for, or all while none runs: a request wakes one. Then every held version, which a client may
-    pin."""
-    held = {id for replica in view.replicas for id in replica.held}
-    aliases = [_alias(move) for _, move in sorted(view.aliases.items()) if str(move.stable) in held or not view.replicas]
-    return {"object": "list", "data": [*aliases, *(_version(id) for id in sorted(held))]}
+def model_list(table: Table) -> dict[str, Any]:
+    """First the aliases whose stable version a replica holds, or a fleet that sleeps and can be woken; then all such versions, which a
+    client may pin."""
+    askable = set(table.versions())
+    aliases = [_alias(move) for _, move in sorted(table.view.aliases.items()) if str(move.stable) in askable]
+    return {"object": "list", "data": [*aliases, *(_version(id) for id in sorted(askable))]}
 
 
-def model(view: View, name: str) -> dict[str, Any]:
-    move = view.aliases.get(name)
-    held = any((str(move.stable) if move else name) in replica.held for replica in view.replicas)
-    if held or (move and not view.replicas):
+def model(table: Table, name: str) -> dict[str, Any]:
+    """One entry of the list. Raises `ModelNotFound`."""
+    move = table.view.aliases.get(name)
+    if table.askable(str(move.stable) if move else name):
         return _alias(move) if move else _version(name)
-    raise ModelNotFound(f"The model {name[:80]!r} does not exist.", "GET /v1/models lists the models served here.", param="model")
+    if move and not table.hosts(str(move.stable)):
+        raise unhosted(name, move.stable)
+    raise ModelNotFound(
+        f"The model {name[:80]!r} {'cannot answer now' if move else 'does not exist'}.",
+        "GET /v1/models lists the models served here.",
+        param="model",
+    )
 
 
 def _alias(move: Generation) -> dict[str, Any]:

@@ -32,11 +32,11 @@ class Shadow:
             return False
         return random.random() * 100 < move.shadow_percent  # noqa: S311 (a sample, not a secret)
 
-    def ask(self, call: Call, body: dict[str, Any], move: Generation, canary: VersionId, stable: Trace) -> None:
+    def ask(self, call: Call, move: Generation, canary: VersionId, stable: Trace) -> None:
         """Send what ``call`` asked to the canary, and compare its answer with what ``stable`` saw."""
         if stable.failed or stable.text is None:
             return
-        copy = Call(canary, call.path, orjson.dumps({**body, "model": str(canary)}), f"shadow-{call.request_id}")
+        copy = Call(canary, call.path, call.payload, f"shadow-{call.request_id}")
         task = asyncio.create_task(self._compare(copy, move, canary, b"".join(stable.text)))
         self.running.add(task)
         task.add_done_callback(self.running.discard)

@@ -1,14 +1,15 @@
-"""The gateway's routing table: which version an alias means now, and which replica answers. No I/O; time is passed in."""
+"""The gateway's routing table: which version an alias means now, which fleet answers for it, and which replica. No I/O; time is passed in."""
 
 import random
 import secrets
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain, islice
+from typing import NamedTuple
 
 from cluster.errors import ModelNotFound, NoReplica
 from cluster.publishing.canary import takes_canary
-from cluster.types import EMPTY_VIEW, Generation, ReplicaState, VersionId, View
+from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, VersionId, View
 from cluster.view import ViewDelta, apply, difference
 
 SUSPECT_S = 2.0
@@ -17,6 +18,14 @@ LOOKED_AT = 16
 """Replicas that a request is chosen among."""
 NAMED = 20
 """Models that an error names."""
+
+
+class Target(NamedTuple):
+    """What a client's ``model`` means to one request."""
+
+    version: VersionId
+    move: Generation | None
+    """The alias's generation; None where the client named the version itself."""
 
 
 class Table:
@@ -30,11 +39,15 @@ class Table:
         """The view's, by id."""
         self.holders: dict[str, set[str]] = {}
         """Version id → ids of the replicas that can answer for it."""
-        self.listed: dict[str, list[str]] = {}
-        """The same as lists, of which some can be drawn; made when a request asks for the version."""
+        self.holder_lists: dict[str, list[str]] = {}
+        """The same as lists, because `random.sample` wants one. A list is made when a request asks for the version."""
+        self.running: Counter[str] = Counter()
+        """Serve application → its replicas."""
+        self.listed_by: dict[str, list[str]] = {}
+        """Version id → names of the fleets that answer for it once they run."""
 
     def adopt(self, news: View | ViewDelta) -> bool:
-        """Take a newer view; False for an older one, or for a change of a view that is not this one, which are ignored."""
+        """Take a newer view. False for an older view and for a change of another view: both are ignored."""
         if news.revision <= self.view.revision:
             return False
         change = difference(self.view, news) if isinstance(news, View) else news
@@ -42,48 +55,86 @@ class Table:
             return False
         self.view = apply(self.view, change)
         for id in change.left:
-            self._regroup(id, self.replicas.pop(id).held, {})
+            gone = self.replicas.pop(id)
+            self.running[gone.app] -= 1
+            self._regroup(id, gone.held, {})
         for replica in change.replicas:
             before = self.replicas.get(replica.id)
+            self.running[replica.app] += before is None  # a replica never changes its application
             self._regroup(replica.id, before.held if before else {}, replica.held)
             self.replicas[replica.id] = replica
+        if change.fleets or change.removed:
+            self._list_fleets()
         self.suspects = {id: until_s for id, until_s in self.suspects.items() if id in self.replicas}
         self.in_flight = Counter({id: n for id, n in self.in_flight.items() if n})
         return True
 
     def _regroup(self, replica: str, before: Mapping[str, str], after: Mapping[str, str]) -> None:
-        """One replica held these versions, and now holds those."""
+        """One replica held the versions ``before``, and now holds ``after``."""
         for id in before.keys() - after.keys():
-            self.listed.pop(id, None)
+            self.holder_lists.pop(id, None)
             self.holders[id].remove(replica)
             if not self.holders[id]:
                 del self.holders[id]
         for id in after.keys() - before.keys():
-            self.listed.pop(id, None)
+            self.holder_lists.pop(id, None)
             self.holders.setdefault(id, set()).add(replica)
 
-    def resolve(self, model: str, session: str = "") -> tuple[VersionId, Generation | None]:
+    def _list_fleets(self) -> None:
+        self.listed_by = {}
+        for fleet in self.view.fleets.values():
+            for id in fleet.versions:
+                self.listed_by.setdefault(id, []).append(fleet.name)
+
+    # which version
+
+    def resolve(self, model: str, session: str = "") -> Target:
         """What the client's ``model`` means to this ``session``: an alias's stable or canary version, or ``name@n`` itself.
 
-        A request without a session is a session of its own. Raises `ModelNotFound`.
+        A request without a session is a session of its own. Raises `ModelNotFound` at once for what no replica holds and no fleet
+        answers for, and `NoReplica` before the first view.
         """
         if self.view is EMPTY_VIEW:
             raise NoReplica("The pool is still starting.", "Try again in some seconds.")
-        if move := self.view.aliases.get(model):
-            session = session or secrets.token_hex(8)
-            taken = move.canary is not None and takes_canary(move.alias, move.canary, move.percent, session)
-            return (move.canary if taken and move.canary else move.stable), move
+        move = self.view.aliases.get(model)
+        if move is None:
+            return Target(self._pinned(model), None)
+        version = move.stable
+        if move.canary is not None and takes_canary(move.alias, move.canary, move.percent, session or secrets.token_hex(8)):
+            version = move.canary
+        if not self.hosts(str(version)):
+            raise unhosted(model, version)
+        return Target(version, move)
+
+    def _pinned(self, model: str) -> VersionId:
         version = VersionId.parse(model) if "@" in model else None
-        if version is not None and (str(version) in self.holders or not self.view.replicas):
-            return version, None  # with no replica at all it is too early to say that a version does not exist
-        known = self._known()
+        if version is not None and self.hosts(str(version)):
+            return version
         if version is not None:
             raise ModelNotFound(
-                f"No replica holds {version}; held are {known}.",
+                f"No replica holds {version}, and no fleet answers for it. There are {self._known()}.",
                 f"If it exists, springtide publish {version} loads it.",
                 param="model",
             )
-        raise ModelNotFound(f"The model {model[:80]!r} does not exist.", f"Models served here: {known}.", param="model")
+        raise ModelNotFound(f"The model {model[:80]!r} does not exist.", f"Models served here: {self._known()}.", param="model")
+
+    def hosts(self, id: str) -> bool:
+        """Whether a replica holds the version, or a fleet answers for it once it runs."""
+        return id in self.holders or id in self.listed_by
+
+    def askable(self, id: str) -> bool:
+        """Whether a request for the version is answered now, or after a fleet was woken for it."""
+        return id in self.holders or self.sleeper(id) is not None
+
+    def sleeper(self, id: str) -> FleetState | None:
+        """The fleet to wake for the version: it answers for it and has no replica. None where another fleet that runs answers for it too."""
+        fleets = [self.view.fleets[name] for name in self.listed_by.get(id, ())]
+        return fleets[0] if fleets and not any(self.running[fleet.app] for fleet in fleets) else None
+
+    def versions(self) -> Iterable[str]:
+        """Ids of all that `askable` is true for."""
+        asleep = (fleet.versions for fleet in self.view.fleets.values() if not self.running[fleet.app])
+        return self.holders.keys() | {id for versions in asleep for id in versions if self.askable(id)}
 
     def _known(self) -> str:
         """Names for whoever asked for an unknown one; of many the first, since a client may ask so as often as it likes."""
@@ -91,12 +142,14 @@ class Table:
         more = len(self.view.aliases) + len(self.holders) - len(names)
         return ", ".join(sorted(names)) + (f" and {more} more" if more else "") or "none yet"
 
+    # which replica
+
     def choose(self, version: VersionId, now_s: float, tried: frozenset[str] = frozenset()) -> ReplicaState:
         """The least busy replica that holds ``version``, ties broken at random; suspects last. Raises `NoReplica`.
 
-        Of more than `LOOKED_AT` it is the least busy of so many taken at random: comparing thousands would take longer than anything
-        else that a gateway does for a request, and the busiest replica would hardly be less busy (Mitzenmacher 2001, the power of two
-        choices).
+        Of more than `LOOKED_AT` holders it compares so many, drawn at random. Comparing thousands would take longer than anything else
+        that a gateway does for a request, and the choice would hardly be better (Mitzenmacher 2001, the power of two choices).
+        Example: of 400 replicas that hold the version, 16 are drawn, and the one with the fewest requests of this gateway is taken.
         """
         candidates = self._holding(str(version))
         if tried:
@@ -110,12 +163,21 @@ class Table:
         return self.replicas[min(candidates, key=lambda id: self._burden(id, now_s))]
 
     def _holding(self, version: str) -> list[str]:
-        if version not in self.listed and version in self.holders:
-            self.listed[version] = list(self.holders[version])
-        return self.listed.get(version, [])
+        if version not in self.holder_lists and version in self.holders:
+            self.holder_lists[version] = list(self.holders[version])
+        return self.holder_lists.get(version, [])
 
     def _burden(self, id: str, now_s: float) -> tuple[bool, int, float]:
         return self.suspects.get(id, 0) > now_s, self.in_flight[id], random.random()  # noqa: S311 (a tie-break, not a secret)
 
     def suspect(self, id: str, now_s: float) -> None:
         self.suspects[id] = now_s + SUSPECT_S
+
+
+def unhosted(model: str, version: VersionId) -> ModelNotFound:
+    """The error for an alias whose base nobody hosts."""
+    return ModelNotFound(
+        f"The model {model[:80]!r} exists, but no fleet hosts {version} or the weights under it.",
+        "Add one with `springtide fleets add`.",
+        param="model",
+    )

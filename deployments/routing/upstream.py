@@ -2,21 +2,37 @@
 
 A replica that dies before its first byte is tried again on another. After the first byte the client gets a well-formed error event and
 never a silent end: only whole server-sent events are passed on, so the error cannot land inside a half-sent one.
+
+Clients hear that a replica failed; the reason, with addresses and the engine's own words, goes to the log.
 """
 
+import asyncio
+import re
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import aiohttp
 import orjson
 
-from cluster.errors import AnswerTimeout, BadRequest, BodyTooLarge, ContextExceeded, NoReplica, ReplicaLost, SpringtideError
+from cluster import logs
+from cluster.errors import (
+    AnswerTimeout,
+    BadRequest,
+    BodyTooLarge,
+    ContextExceeded,
+    NoReplica,
+    ReplicaLost,
+    RouteNotFound,
+    SpringtideError,
+)
 from cluster.types import ReplicaState, VersionId
 from deployments.http import Headers, Send
 from deployments.routing.measure import Trace
+from deployments.routing.payload import Payload
 from deployments.routing.table import Table
 from deployments.wire import is_closed, request_headers
 
@@ -28,15 +44,35 @@ DONE = b"data: [DONE]\n\n"
 ATTEMPTS = 2
 """A request that has cost one replica its life may cost a second; never the whole fleet."""
 LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
+TOO_LONG = re.compile(
+    r"This model's maximum context length is \d"
+    r"|Input length \(\d+\) exceeds model's maximum context length"
+    r"|max(_completion)?_tokens=\d+ cannot be greater than max_model_len="
+)
+"""How vLLM 0.29 begins to say that prompt and answer exceed the context. Only the beginning counts: the rest may quote the client."""
+AGAIN = "Send the request again."
+
+log = logs.logger(__name__)
+
+
+class Timeouts(NamedTuple):
+    """Seconds that a replica may take."""
+
+    first_byte_s: float
+    """Until a stream's first byte."""
+    idle_s: float
+    """Between two reads of a stream."""
+    whole_s: float
+    """For a whole answer: its first byte comes when it is complete."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request to the engine: ``body`` is the JSON to post."""
+    """One request to the engine."""
 
     version: VersionId
     path: str
-    body: bytes
+    payload: Payload
     request_id: str
 
 
@@ -68,11 +104,12 @@ class Answer:
 class Upstream:
     """Connections to the replicas of every fleet, kept alive between requests."""
 
-    def __init__(self, table: Table, first_byte_timeout_s: float) -> None:
+    def __init__(self, table: Table, timeouts: Timeouts) -> None:
         self.table = table
+        self.timeouts = timeouts
         self.session = aiohttp.ClientSession(
             auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=first_byte_timeout_s),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
         )
 
@@ -81,7 +118,7 @@ class Upstream:
 
     async def forward(self, call: Call, answer: Answer) -> None:
         """Answer ``call``. Raises a `SpringtideError` only while nothing has been sent; `NoReplica` where a newer view may help."""
-        tried: dict[str, str] = {}
+        tried: set[str] = set()
         while len(tried) < ATTEMPTS:
             try:
                 replica = self.table.choose(call.version, time.monotonic(), frozenset(tried))
@@ -91,26 +128,43 @@ class Upstream:
                 break
             try:
                 return await self._try(replica, call, answer)
-            except aiohttp.SocketTimeoutError:
+            except (ReplicaLost, *LOST) as error:  # a time-out while connecting is one of LOST
+                self._lost(replica, call, error)
+                tried.add(replica.id)
+            except TimeoutError:
                 raise AnswerTimeout("The replica took too long to answer.", "Ask for fewer tokens, or try again later.") from None
-            except (ReplicaLost, *LOST) as error:
-                tried[replica.id] = str(error) or type(error).__name__
-                self.table.suspect(replica.id, time.monotonic())
-        raise ReplicaLost(f"The replica failed: {'; '.join(tried.values())}", "Send the request again.")
+        raise ReplicaLost(f"{'Two replicas' if len(tried) > 1 else 'The replica'} failed over the request.", AGAIN)
+
+    def _lost(self, replica: ReplicaState, call: Call, error: Exception) -> None:
+        log.warning("replica %s failed over request %s: %s", replica.id, call.request_id, getattr(error, "words", error))
+        self.table.suspect(replica.id, time.monotonic())
 
     async def _try(self, replica: ReplicaState, call: Call, answer: Answer) -> None:
         unique = f"{call.request_id}-{secrets.token_hex(4)}"  # the engine refuses an id that is in flight already
         headers = request_headers(replica.secret, str(call.version), unique)
+        limit_s = self.timeouts.first_byte_s if call.payload.streams else self.timeouts.whole_s
+        post = self.session.post(replica.url + call.path, data=call.payload.named(call.version), headers=headers)
         with self._counted(replica):
-            async with self.session.post(replica.url + call.path, data=call.body, headers=headers) as response:
-                if is_closed(response.status, response.content_length):
-                    raise NoReplica(f"The replica is leaving {call.version}.", "Send the request again.")
-                if response.status != 200:
-                    raise engine_error(response.status, await response.read())
+            async with asyncio.timeout(limit_s) as limit, post as response:
+                first = await self._first(response, call)
+                limit.reschedule(None)  # what follows has a limit of its own
                 if response.content_type == EVENT_STREAM:
-                    await _relay_events(response, answer)
-                else:
-                    await _relay_document(response, answer)
+                    return await self._relay_events(first, response, call, answer)
+                await answer.start(b"application/json", (b"content-length", str(len(first)).encode()))
+                await answer.pass_on(first, more=False)
+
+    async def _first(self, response: aiohttp.ClientResponse, call: Call) -> bytes:
+        """A whole answer, or the first chunk of a stream: until it is there, another replica can still be tried."""
+        if is_closed(response.status, response.content_length):
+            raise NoReplica(f"The replica is leaving {call.version}.", AGAIN)
+        if response.status != 200:
+            raise engine_error(response.status, await response.read())
+        if response.content_type != EVENT_STREAM:
+            return await response.read()
+        chunk = await response.content.readany()
+        if chunk.startswith(ERROR_EVENT):
+            raise stream_error(chunk)
+        return chunk
 
     @contextmanager
     def _counted(self, replica: ReplicaState) -> Iterator[None]:
@@ -120,43 +174,40 @@ class Upstream:
         finally:
             self.table.in_flight[replica.id] -= 1
 
+    async def _relay_events(self, first: bytes, response: aiohttp.ClientResponse, call: Call, answer: Answer) -> None:
+        """Pass whole events on. Ends with the engine's ``[DONE]`` or with an error event of ours, never with both and never with neither."""
+        await answer.start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
+        try:
+            await self._relay_to_the_end(first, response, answer)
+        except (SpringtideError, TimeoutError, *LOST) as error:
+            log.warning(
+                "a stream of request %s broke: %s", call.request_id, getattr(error, "words", error) or type(error).__name__
+            )
+            await answer.fail(broken(error))
+        await answer.send({"type": "http.response.body", "body": b""})
 
-async def _relay_document(response: aiohttp.ClientResponse, answer: Answer) -> None:
-    """A whole JSON answer, read to its end first: until then another replica can still be tried."""
-    body = await response.read()
-    await answer.start(b"application/json", (b"content-length", str(len(body)).encode()))
-    await answer.pass_on(body, more=False)
-
-
-async def _relay_events(response: aiohttp.ClientResponse, answer: Answer) -> None:
-    """Pass whole events on. Ends with the engine's ``[DONE]`` or with an error event of ours, never with both and never with neither."""
-    chunk = await response.content.readany()
-    if chunk.startswith(ERROR_EVENT):
-        raise stream_error(chunk)
-    await answer.start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
-    try:
-        await _relay_to_the_end(chunk, response, answer)
-    except (SpringtideError, TimeoutError, *LOST) as error:
-        await answer.fail(error if isinstance(error, SpringtideError) else broken(error))
-    await answer.send({"type": "http.response.body", "body": b""})
-
-
-async def _relay_to_the_end(chunk: bytes, response: aiohttp.ClientResponse, answer: Answer) -> None:
-    rest, done = b"", False
-    while chunk:
-        whole, rest = whole_events(rest + chunk if rest else chunk)
-        if ERROR_EVENT in whole:  # raw in a stream it is the engine's own: inside an answer's text the quotes are escaped
-            raise stream_error(whole[whole.index(ERROR_EVENT) :])
-        if whole:
-            done = whole.endswith(DONE)
-            await answer.pass_on(whole, more=True)
-        chunk = await response.content.readany()
-    if not done:
-        raise ReplicaLost("The stream ended before it was done.", "Send the request again.")
+    async def _relay_to_the_end(self, chunk: bytes, response: aiohttp.ClientResponse, answer: Answer) -> None:
+        rest, done = b"", False
+        while chunk:
+            whole, rest = whole_events(rest + chunk if rest else chunk)
+            if ERROR_EVENT in whole:  # raw in a stream it is the engine's own: inside an answer's text the quotes are escaped
+                raise stream_error(whole[whole.index(ERROR_EVENT) :])
+            if whole:
+                done = whole.endswith(DONE)
+                await answer.pass_on(whole, more=True)
+            async with asyncio.timeout(self.timeouts.idle_s):
+                chunk = await response.content.readany()
+        if not done:
+            raise ReplicaLost("The stream ended before it was done.", AGAIN)
 
 
-def broken(error: Exception) -> ReplicaLost:
-    return ReplicaLost(f"The replica ended while it was answering ({type(error).__name__}).", "Send the request again.")
+def broken(error: Exception) -> SpringtideError:
+    """What a client hears of a stream that has begun and cannot go on."""
+    if isinstance(error, SpringtideError):
+        return error
+    if isinstance(error, TimeoutError):
+        return AnswerTimeout("The replica stopped sending.", AGAIN)
+    return ReplicaLost("The replica ended while it was answering.", AGAIN)
 
 
 def whole_events(buffer: bytes) -> tuple[bytes, bytes]:
@@ -181,25 +232,37 @@ def stream_error(events: bytes) -> SpringtideError:
     return engine_error(status, event)
 
 
+class EngineFailed(ReplicaLost):
+    """``words``: what the engine said, for the log and not for the client."""
+
+    def __init__(self, message: str, do: str = "", param: str | None = None, words: str = "") -> None:
+        super().__init__(message, do, param)
+        self.words = words
+
+
 def engine_error(status: int, body: bytes) -> SpringtideError:
     """The engine's refusal in our own family, so that ``type`` and ``code`` are OpenAI's and not the engine's.
 
     vLLM answers ``{"error": {"message", "type": "BadRequestError", "param", "code": 400}}``.
     """
-    message, param = _engine_words(body)
+    words, param, is_engines = _engine_words(body)
+    if status == 404 and not is_engines:  # its web server has no such route: the model is of another task
+        return RouteNotFound("This model does not answer that route.", "GET /v1/models lists the models served here.")
     if status in (401, 403, 404):  # it was replaced, or does not hold the version any more
-        return ReplicaLost(f"The replica does not answer for the version any more: {message}", "Send the request again.")
+        return EngineFailed("The replica does not answer for the version any more.", AGAIN, words=words)
     if status >= 500:
-        return ReplicaLost(message, "Send the request again; `springtide status` shows the replicas.")
+        return EngineFailed(
+            "The engine failed over the request.", "Send it again; the gateway's log has the reason.", words=words
+        )
     if status == 413:
-        return BodyTooLarge(message, param=param)
-    too_long = "context length" in message or "max_model_len" in message
-    return (ContextExceeded if too_long else BadRequest)(message, param=param)
+        return BodyTooLarge(words, param=param)
+    return (ContextExceeded if TOO_LONG.match(words) else BadRequest)(words, param=param)
 
 
-def _engine_words(body: bytes) -> tuple[str, str | None]:
+def _engine_words(body: bytes) -> tuple[str, str | None, bool]:
+    """(message, param, whether it is the engine's error object)"""
     try:
         error = orjson.loads(body)["error"]
-        return str(error["message"]), error.get("param")
+        return str(error["message"]), error.get("param"), True
     except (orjson.JSONDecodeError, KeyError, TypeError):
-        return body[:200].decode(errors="replace") or "the engine gave no reason", None
+        return body[:200].decode(errors="replace") or "the engine gave no reason", None, False

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import time
 
@@ -68,6 +69,7 @@ BAD = {
     "prompt beyond the context": (
         {"model": "seedling", "messages": [{"role": "user", "content": "tide " * 2000}]}, 400, "context_length_exceeded", "1024",
     ),
+    "words that quote the client": ({"model": "seedling", "messages": QUESTION, "temperature": "context length"}, 400, "invalid_request", ""),
     "too many choices": ({"model": "seedling", "messages": QUESTION, "n": 1000}, 400, "invalid_request", "at most 16"),
     "temperature out of range": ({"model": "seedling", "messages": QUESTION, "temperature": -1}, 400, "invalid_request", "temperature"),
 }  # fmt: skip
@@ -95,6 +97,34 @@ def test_an_error_of_the_engine_names_its_version_too(pool: Running) -> None:
 def test_a_known_route_with_another_method_says_so(pool: Running, method: str, path: str) -> None:
     answer = httpx.request(method, pool.url + path)
     assert answer.status_code == 405 and answer.json()["error"]["code"] == "method_not_allowed"
+    assert answer.headers["allow"] == {"/v1/chat/completions": "POST, OPTIONS"}.get(path, "GET, HEAD, OPTIONS")
+
+
+def test_head_options_and_the_lists_other_name_are_answered(pool: Running) -> None:
+    """HEAD and OPTIONS were 405, and `/v1/models/` blamed the model ''."""
+    head = httpx.head(f"{pool.url}/v1/models")
+    assert (head.status_code, head.content) == (200, b"") and int(head.headers["content-length"]) > 0
+    assert httpx.options(f"{pool.url}/v1/models").headers["allow"] == "GET, HEAD, OPTIONS"
+    preflight = {"origin": "http://localhost:3000", "access-control-request-method": "POST"}
+    assert httpx.options(f"{pool.url}/v1/chat/completions", headers=preflight).status_code == 405
+    assert httpx.get(f"{pool.url}/v1/models/").json() == httpx.get(f"{pool.url}/v1/models").json()
+
+
+BODY = {"model": "seedling", "messages": QUESTION, "max_tokens": 2}
+AS_SENT = {
+    "packed": ("/v1/chat/completions", gzip.compress(json.dumps(BODY).encode()), {"content-encoding": "gzip"}),
+    "with a byte order mark": ("/v1/chat/completions", b"\xef\xbb\xbf" + json.dumps(BODY).encode(), {}),
+    "n as a whole float": ("/v1/chat/completions", json.dumps({**BODY, "n": 1.0}).encode(), {}),
+    "20 prompts": ("/v1/completions", json.dumps({"model": "seedling", "prompt": ["a"] * 20, "max_tokens": 1}).encode(), {}),
+}
+
+
+@pytest.mark.parametrize("case", AS_SENT)
+def test_what_common_clients_send_is_answered(pool: Running, case: str) -> None:
+    """Each was a 400."""
+    path, content, headers = AS_SENT[case]
+    answer = httpx.post(pool.url + path, content=content, headers={"content-type": "application/json", **headers}, timeout=60)
+    assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("raw", [b"{", b"[]", b"\xff\xfe\x00", b"[" * 100_000, b'{"model": "seedling", "messages": NaN}'])
@@ -160,7 +190,7 @@ def test_an_aliass_history_can_be_read_over_http(pool: Running) -> None:
 
     found = get("seedling").json()
     assert found["moves"][0]["stable"] == "seedling@1" and found["moves"][0]["generation"] == 1
-    assert (get("nobody").status_code, get("..%2F..").status_code) == (404, 400)
+    assert (get("nobody").status_code, get("..%2F..").status_code) == (404, 404)
 
 
 def test_admin_and_jobs_need_the_token(pool: Running) -> None:

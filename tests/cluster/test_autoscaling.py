@@ -40,7 +40,7 @@ def test_a_fleet_that_nobody_asks_sleeps_and_the_next_request_wakes_it(pool: Run
         print(f"asleep after {when(lambda: replicas(pool) == 0, 60):.1f} s")
         asleep = httpx.get(f"{pool.url}/health")
         assert asleep.status_code == 200 and asleep.json()["status"] == "asleep"
-        assert [one["id"] for one in httpx.get(f"{pool.url}/v1/models").json()["data"]] == ["seedling"]
+        assert [one["id"] for one in httpx.get(f"{pool.url}/v1/models").json()["data"]] == ["seedling", "seedling@1"]
         sleeping = {one.pid for one in engines(pool)}
         answers: list[httpx.Response] = []
         held = pool.config.gateway.max_held

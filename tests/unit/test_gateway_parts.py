@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cluster import errors
 from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, ReplicaLost, SpringtideError
 from cluster.pool import graph
-from deployments.api.inference import check_choices, model_name, request_id
+from deployments.api.inference import check_choices, model_name, request_id, session_of
 from deployments.http import parse_json, read_body
 from deployments.routing.upstream import engine_error, whole_events
 
@@ -60,10 +60,47 @@ def test_a_model_must_be_named(body: dict[str, Any]) -> None:
     assert caught.value.param == "model"
 
 
-def test_too_many_choices_are_refused() -> None:
-    check_choices({"n": 4}, 4)
-    with pytest.raises(BadRequest):
-        check_choices({"n": 5}, 4)
+@pytest.mark.parametrize(
+    "body",
+    [
+        *({"n": n} for n in (4, 4.0, 1.0, None)),
+        {"n": 2, "prompt": ["a"] * 10},
+        {"prompt": ["a"] * 20},
+        {"prompt": [7] * 5000},
+        {"n": 4, "prompt": "one"},
+    ],
+)
+def test_what_is_within_the_limits_passes(body: dict[str, Any]) -> None:
+    """`n: 1.0` was said to be too many, and so were 20 prompts."""
+    check_choices(body, 4, 20)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"n": 5}, "max_choices"),
+        ({"best_of": 5.0}, "max_choices"),
+        ({"n": 1e300}, "at most 4"),
+        ({"n": "2"}, "whole number"),
+        ({"n": 1.5}, "whole number"),
+        ({"n": [1]}, "whole number"),
+        ({"prompt": ["a"] * 21}, "gateway.max_prompts"),
+        ({"n": 3, "prompt": ["a"] * 10}, "gateway.max_prompts"),
+        ({"best_of": 2, "prompt": [[1, 2]] * 11}, "gateway.max_prompts"),
+    ],
+)
+def test_what_is_beyond_the_limits_is_refused_and_the_key_is_named(body: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadRequest, match=words):
+        check_choices(body, 4, 20)
+
+
+def test_a_session_is_what_the_client_calls_it_and_never_its_key() -> None:
+    """All clients with one shared key were one session: a canary of 5 % got none of the traffic, or all of it."""
+    bearer = (b"authorization", b"Bearer shared")
+    assert session_of([bearer], {}) == "" and session_of([bearer], {"user": 7}) == ""
+    assert session_of([bearer], {"user": "anna"}) == "anna"
+    assert session_of([bearer], {"user": "anna", "safety_identifier": "s-1"}) == "s-1"
+    assert session_of([bearer, (b"x-session-id", b"x-1")], {"safety_identifier": "s-1"}) == "x-1"
 
 
 @given(st.lists(st.sampled_from([b"data: a\n\n", b'data: {"b": 1}\n\n', b"data: [DONE]\n\n"])), st.data())
@@ -81,7 +118,7 @@ def test_a_forged_request_id_cannot_break_a_log_line() -> None:
 
 
 def test_the_engines_words_arrive_in_openais_form() -> None:
-    body = b'{"error": {"message": "too many: maximum context length is 8", "type": "BadRequestError", "param": "max_tokens", "code": 400}}'
+    body = b'{"error": {"message": "This model\'s maximum context length is 8 tokens.", "param": "max_tokens", "code": 400}}'
     error = engine_error(400, body)
     assert isinstance(error, ContextExceeded)
     assert error.body()["error"]["code"] == "context_length_exceeded"

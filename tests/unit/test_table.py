@@ -5,14 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import BadRequest, ModelNotFound, NoReplica
-from cluster.types import Generation, ReplicaState, VersionId, View
+from cluster.types import FleetState, Generation, ReplicaState, VersionId, View
 from deployments.routing.table import SUSPECT_S, Table
 
 V1, V2 = VersionId("m", 1), VersionId("m", 2)
+FLEET = FleetState("m", "m", ("a@1", "m@1", "m@2"), "fleet-m")
+OTHER = FleetState("n", "n", ("n@1",), "fleet-n")
 
 
 def replica(id: str, *held: VersionId) -> ReplicaState:
-    return ReplicaState(id, f"http://{id}", "secret", "m@1", {str(v): "digest" for v in held}, {}, 0)
+    return ReplicaState(id, f"http://{id}", "secret", "m@1", {str(v): "digest" for v in held}, {}, 0, app="fleet-m")
 
 
 def generation(n: int, version: VersionId) -> Generation:
@@ -21,7 +23,7 @@ def generation(n: int, version: VersionId) -> Generation:
 
 def table(*replicas: ReplicaState, live: VersionId = V1, revision: int = 1) -> Table:
     made = Table()
-    made.adopt(View(revision, {"m": generation(1, live)}, replicas))
+    made.adopt(View(revision, {"m": generation(1, live)}, replicas, {fleet.name: fleet for fleet in (FLEET, OTHER)}))
     return made
 
 
@@ -30,10 +32,49 @@ def test_an_alias_means_its_live_version_and_a_pin_means_itself() -> None:
     assert table(replica("a", V1, V2)).resolve("m@2") == (V2, None)
 
 
-def test_a_version_that_nobody_holds_does_not_exist_unless_no_replica_is_there_to_ask() -> None:
-    with pytest.raises(ModelNotFound, match="m@1"):
-        table(replica("a", V1)).resolve("m@2")
-    assert table().resolve("m@2") == (V2, None)
+@pytest.mark.parametrize("replicas", [(), (replica("a", V1),)])
+def test_a_version_that_no_replica_holds_and_no_fleet_lists_does_not_exist(replicas: tuple[ReplicaState, ...]) -> None:
+    """Every pin counted as possible while no replica ran: `m@99` woke a fleet that sleeps, and waited for it two minutes."""
+    with pytest.raises(ModelNotFound, match="no fleet answers for it"):
+        table(*replicas).resolve("m@99")
+    assert table(*replicas).resolve("m@2") == (V2, None), "the fleet lists it: it is about to be loaded, or the fleet sleeps"
+
+
+def test_an_alias_whose_base_nobody_hosts_is_said_to_be_so_at_once() -> None:
+    """It waited 30 s for a replica that nobody would start."""
+    made = table(replica("a", V1), live=VersionId("unhosted", 1))
+    with pytest.raises(ModelNotFound, match=r"no fleet hosts unhosted@1.*springtide fleets add"):
+        made.resolve("m")
+    assert not made.askable("unhosted@1")
+
+
+def test_the_fleet_that_has_no_replica_is_woken_although_another_runs() -> None:
+    """A fleet was woken only where no replica ran at all."""
+    made = table(replica("a", V1))
+    assert made.sleeper("n@1") == OTHER and made.askable("n@1")
+    assert made.sleeper("m@2") is None and not made.askable("m@2"), "its fleet runs: a replica loads it, or nobody will"
+    assert made.sleeper("m@1") is None and made.sleeper("nobody@1") is None
+    assert sorted(made.versions()) == ["m@1", "n@1"]
+
+
+def test_a_fleet_sleeps_again_when_its_last_replica_has_left() -> None:
+    made = table(replica("a", V1), replica("b", V1))
+    for revision, left in ((2, (replica("b", V1),)), (3, ())):
+        made.adopt(View(revision, {"m": generation(1, V1)}, left, {"m": FLEET}))
+    assert made.sleeper("m@1") == FLEET
+    with pytest.raises(ModelNotFound):
+        made.resolve("n@1")
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("ab"), st.sets(st.sampled_from([V1, V2]))), max_size=6))
+def test_what_a_table_learns_step_by_step_is_what_it_learns_at_once(views: list[dict[str, set[VersionId]]]) -> None:
+    stepwise, whole = Table(), Table()
+    for revision, held in enumerate(views, 1):
+        news = View(revision, {}, tuple(replica(id, *versions) for id, versions in held.items()), {"m": FLEET} if held else {})
+        stepwise.adopt(news)
+        whole = Table()
+        whole.adopt(news)
+    assert +stepwise.running == +whole.running and stepwise.holders == whole.holders and stepwise.listed_by == whole.listed_by
 
 
 def test_an_alias_never_goes_back_although_control_was_restarted_and_says_so() -> None:

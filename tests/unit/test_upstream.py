@@ -8,15 +8,17 @@ import orjson
 import pytest
 from aiohttp import web
 
-from cluster.errors import BadRequest, NoReplica, ReplicaLost
+from cluster.errors import AnswerTimeout, BadRequest, ContextExceeded, NoReplica, ReplicaLost, RouteNotFound
 from cluster.types import Generation, ReplicaState, VersionId, View
 from deployments.routing.measure import Trace
+from deployments.routing.payload import Payload
 from deployments.routing.table import Table
-from deployments.routing.upstream import Answer, Call, Upstream
+from deployments.routing.upstream import Answer, Call, Timeouts, Upstream, engine_error
 
 ONE = VersionId("m", 1)
 EVENTS = [b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', b'data: {"choices": [{"finish_reason": "stop"}]}\n\n']
 DONE = b"data: [DONE]\n\n"
+PATIENT = Timeouts(first_byte_s=5, idle_s=5, whole_s=5)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -64,7 +66,7 @@ def refuses(status: int, body: Any = None) -> Handler:
     return handle
 
 
-def forward(*handlers: Handler) -> Told:
+def forward(*handlers: Handler, stream: bool = True, timeouts: Timeouts = PATIENT) -> Told:
     """Send one call to a table of these replicas, tried in this order."""
 
     async def run() -> Told:
@@ -84,9 +86,10 @@ def forward(*handlers: Handler) -> Told:
         async def send(message: Any) -> None:
             sent.append(message)
 
-        upstream, trace = Upstream(table, first_byte_timeout_s=5), Trace()
+        upstream, trace = Upstream(table, timeouts), Trace()
         try:
-            await upstream.forward(Call(ONE, "/v1/x", b"{}", "id"), Answer(send, [(b"x-model-version", b"m@1")], trace))
+            call = Call(ONE, "/v1/x", Payload({"stream": stream}), "id")
+            await upstream.forward(call, Answer(send, [(b"x-model-version", b"m@1")], trace))
         finally:
             await upstream.close()
             for runner, _ in servers:
@@ -155,7 +158,8 @@ def test_a_stream_that_ends_without_its_end_is_an_error() -> None:
 def test_the_engines_error_inside_a_stream_is_said_in_openais_form() -> None:
     event = b'data: {"error": {"message": "out of memory", "type": "InternalServerError", "code": 500}}\n\n'
     error = last_event(forward(stream(EVENTS[0], event, DONE)).body)["error"]
-    assert "out of memory" in error["message"] and error["type"] == "server_error"
+    assert (error["type"], error["code"]) == ("server_error", "replica_lost")
+    assert "out of memory" not in error["message"], "the engine's own words are for the log"
 
 
 def test_a_replica_that_takes_other_weights_over_sends_the_request_back_to_be_resolved_again() -> None:
@@ -171,3 +175,71 @@ def test_the_engines_own_503_is_tried_elsewhere() -> None:
 def test_a_bad_request_is_not_tried_again() -> None:
     with pytest.raises(BadRequest, match="temperature"):
         forward(refuses(400, {"error": {"message": "temperature must be positive", "code": 400}}), whole)
+
+
+def slow(first_s: float, then_s: float, content_type: str = "text/event-stream") -> Handler:
+    """A replica that waits before its first byte, and again before the rest."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(first_s)
+        if content_type == "application/json":
+            return web.json_response({"choices": [{"finish_reason": "length"}]})
+        response = web.StreamResponse(headers={"content-type": content_type})
+        await response.prepare(request)
+        await response.write(EVENTS[0])
+        await asyncio.sleep(then_s)
+        await response.write(EVENTS[1] + DONE)
+        return response
+
+    return handle
+
+
+def test_a_first_byte_and_a_pause_have_limits_of_their_own() -> None:
+    """One limit was for every read: a stream could pause for as long as its first byte might take."""
+    assert forward(slow(0.3, 0), timeouts=Timeouts(5, 0.1, 5)).body.endswith(DONE), "the pause before the first byte is none"
+    with pytest.raises(AnswerTimeout):
+        forward(slow(0.5, 0), timeouts=Timeouts(0.1, 5, 5))
+    told = forward(slow(0, 0.5), timeouts=Timeouts(5, 0.1, 5))
+    assert last_event(told.body)["error"]["code"] == "timeout" and told.trace.failed
+
+
+def test_a_whole_answer_is_not_limited_like_a_first_byte() -> None:
+    """An answer that is not streamed has its first byte when it is complete: 300 s for the first byte ended it."""
+    whole = slow(0.3, 0, "application/json")
+    assert forward(whole, stream=False, timeouts=Timeouts(0.1, 0.1, 5)).trace.finish == "length"
+    with pytest.raises(AnswerTimeout):
+        forward(whole, stream=False, timeouts=Timeouts(5, 5, 0.1))
+
+
+def test_no_address_of_a_replica_reaches_a_client() -> None:
+    """The message was `Cannot connect to host 127.0.0.1:43211`."""
+    with pytest.raises(ReplicaLost) as caught:
+        forward(dies, dies)
+    assert "127.0.0.1" not in str(caught.value) and "Two replicas failed" in str(caught.value)
+    for status in (403, 404, 500):
+        error = engine_error(status, b'{"error": {"message": "no attribute \'server\' at 10.0.0.7:9", "code": 500}}')
+        assert isinstance(error, ReplicaLost) and "10.0.0.7" not in str(error)
+
+
+def test_a_model_that_has_no_such_route_costs_no_replica_its_name() -> None:
+    assert isinstance(engine_error(404, b'{"detail": "Not Found"}'), RouteNotFound)
+
+
+@pytest.mark.parametrize(
+    ("words", "too_long"),
+    [
+        ("This model's maximum context length is 1024 tokens. However, you requested 900 output tokens and your prompt …", True),
+        ("Input length (4000) exceeds model's maximum context length (1024).", True),
+        (
+            "max_tokens=1000000 cannot be greater than max_model_len=max_total_tokens=1024. Please request fewer output tokens.",
+            True,
+        ),
+        ("max_completion_tokens=1000000 cannot be greater than max_model_len=max_total_tokens=1024.", True),
+        ("temperature: Input should be a valid number, got 'context length'", False),
+        ("1 validation error: stop: max_model_len", False),
+    ],
+)
+def test_only_the_engines_own_sentence_says_that_the_context_is_exceeded(words: str, too_long: bool) -> None:
+    """`context length` anywhere in a message was enough, the client's own values included."""
+    error = engine_error(400, orjson.dumps({"error": {"message": words, "param": None, "code": 400}}))
+    assert isinstance(error, ContextExceeded) is too_long

@@ -1,0 +1,83 @@
+"""The gateway's ASGI application: the table of routes, and one mapping of errors.
+
+Bare ASGI: layers of middleware would cost every token, and these few lines are all it needs.
+"""
+
+import contextlib
+from typing import Any
+
+from cluster.config import Config
+from cluster.errors import SpringtideError
+from cluster.types import ColdStage
+from deployments.api import models
+from deployments.api.admin import Admin
+from deployments.api.inference import Inference, Routing
+from deployments.http import Receive, Scope, Send, ignores_leaving, send_error, send_json, until_left
+from deployments.routes import Route, Routes
+from deployments.routing.table import Table
+
+GENERATING = ("/v1/chat/completions", "/v1/completions")
+MODELS = "/v1/models"
+
+
+class Application:
+    def __init__(self, config: Config, routing: Routing) -> None:
+        self.routing = routing
+        self.admin = Admin(lambda: routing.refresh.control, config)
+        self.routes = Routes(
+            *(Route(path, ("POST",), Inference(path, config.gateway, routing)) for path in GENERATING),
+            Route(MODELS, ("GET",), self._models),
+            Route(f"{MODELS}/*", ("GET",), self._model),
+            Route("/health", ("GET",), self._health),
+            Route("/admin/*", (), self._admin),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._lifespan(receive, send)
+        if scope["type"] != "http":
+            return await send({"type": "websocket.close"})
+        try:
+            if ignores_leaving(scope):
+                return await until_left(self.routes, scope, receive, send)
+            await self.routes(scope, receive, send)
+        except SpringtideError as error:
+            await send_error(send, error)
+        except Exception:
+            # A bug. The client gets OpenAI's form of it where nothing has been sent yet; the server then logs it and closes.
+            with contextlib.suppress(Exception):
+                await send_error(
+                    send, SpringtideError("Something went wrong here.", "Send the request again; the log has the reason.")
+                )
+            raise
+
+    @property
+    def table(self) -> Table:
+        return self.routing.router.table
+
+    async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, 200, models.model_list(self.table))
+
+    async def _model(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = scope["path"].removeprefix(f"{MODELS}/")
+        await send_json(send, 200, models.model(self.table, name) if name else models.model_list(self.table))
+
+    async def _admin(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_json(send, 200, await self.admin.answer(scope["method"], scope["path"], scope, receive))
+
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """200 where a request is answered, now or after a fleet was woken: a balancer must not keep the request away that would wake it."""
+        if replicas := len(self.table.view.replicas):
+            return await send_json(send, 200, {"status": "ok", "replicas": replicas})
+        stage, words = await self.routing.refresh.stage("")
+        asleep = stage is ColdStage.ASLEEP
+        document: dict[str, Any] = {"status": "asleep" if asleep else "starting", "replicas": 0, "stage": words}
+        await send_json(send, 200 if asleep else 503, document)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            await send({"type": message["type"] + ".complete"})
+            if message["type"] == "lifespan.shutdown":
+                self.routing.refresh.stop()
+                return await self.routing.upstream.close()

@@ -1,0 +1,171 @@
+"""One request from its body to its answer: which fleet it wakes, how long it waits, and what it hears in the end. Sockets are real."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import web
+
+from cluster.config import Gateway
+from cluster.errors import ModelNotFound, Overloaded
+from cluster.types import ColdStage, ColdStart, FleetState, Generation, ReplicaState, VersionId, View
+from deployments.api.inference import Inference, Routing
+from deployments.routing.budget import Budget
+from deployments.routing.measure import Recorder
+from deployments.routing.refresh import Refresh
+from deployments.routing.router import Router
+from deployments.routing.shadow import Shadow
+from deployments.routing.table import Table
+from deployments.routing.upstream import Timeouts, Upstream
+
+FLEETS = {name: FleetState(name, name, (f"{name}@1",), f"fleet-{name}") for name in "mn"}
+LIMITS = Gateway(hold_timeout_s=0.2, cold_start_timeout_s=0.5, max_held=2, max_body_bytes=1024)
+
+
+class Pool:
+    """A gateway's parts, and one replica that says what it was asked. ``m`` and ``n`` are fleets; the alias x means what nobody hosts."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.woken: list[str] = []
+        self.revision = 0
+        table, recorder = Table(), Recorder()
+        upstream = Upstream(table, Timeouts(5, 5, 5))
+        router = Router(table, self.wake)
+        self.routing = Routing(
+            router,
+            Refresh(router, lambda: self),
+            upstream,
+            recorder,
+            Shadow(upstream, recorder),
+            Budget(4, 4096, LIMITS.max_held),
+        )
+        self.routing.refresh.control = self
+        self.inference = Inference("/v1/completions", LIMITS, self.routing)
+
+    async def wake(self, fleet: FleetState) -> None:
+        self.woken.append(fleet.name)
+
+    class stage:  # an actor's method
+        @staticmethod
+        async def remote(fleet: str) -> ColdStart:
+            return ColdStart(ColdStage.STARTING, f"A replica of {fleet} starts.")
+
+    async def running(self, names: str) -> None:
+        """From now on these fleets have a replica each."""
+        self.revision += 1
+        moves = {
+            name: Generation(alias=name, generation=1, stable=VersionId(name, 1), reason="", author="", time_s=0)
+            for name in "mnx"
+        }
+        replicas = tuple(ReplicaState(f"r-{n}", self.url, "s", f"{n}@1", {f"{n}@1": "d"}, {}, 0, app=f"fleet-{n}") for n in names)
+        await self.routing.router.adopt(View(self.revision, moves, replicas, FLEETS))
+
+    async def ask(self, model: str, **body: Any) -> tuple[int, dict[str, str], Any]:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": orjson.dumps({"model": model, **body})}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await self.inference({"headers": []}, receive, send)
+        headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return sent[0]["status"], headers, orjson.loads(b"".join(message["body"] for message in sent[1:]))
+
+
+def run(test: Callable[[Pool], Coroutine[Any, Any, None]]) -> None:
+    async def both() -> None:
+        async def answer(request: web.Request) -> web.Response:
+            return web.json_response(await request.json())
+
+        app = web.Application()
+        app.router.add_post("/v1/completions", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        pool = Pool(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        try:
+            await asyncio.wait_for(test(pool), 10)
+        finally:
+            await pool.routing.upstream.close()
+            await runner.cleanup()
+        budget = pool.routing.budget
+        assert (budget.requests, budget.bytes, budget.waiting) == (0, 0, {}), "everything is given back"
+
+    asyncio.run(both())
+
+
+def test_each_model_goes_to_its_own_fleet_and_names_its_version() -> None:
+    async def test(pool: Pool) -> None:
+        await pool.running("mn")
+        for name in "mn":
+            status, headers, body = await pool.ask(name, n=1.0)
+            assert (status, headers["x-model-version"], headers["x-model-generation"]) == (200, f"{name}@1", "1")
+            assert body == {"model": f"{name}@1", "n": 1.0}
+        assert pool.woken == []
+
+    run(test)
+
+
+def test_a_request_wakes_the_fleet_of_its_model_while_another_runs() -> None:
+    """A fleet was woken only where no replica ran at all: beside a second one it would have slept for ever."""
+
+    async def test(pool: Pool) -> None:
+        await pool.running("m")
+        asking = [asyncio.create_task(pool.ask("n")) for _ in range(2)]
+        await asyncio.sleep(0.25)
+        assert pool.woken[0] == "n" and set(pool.woken) == {"n"}
+        assert not any(one.done() for one in asking), "a cold start takes longer than a swap of weights may"
+        with pytest.raises(Overloaded):
+            await pool.ask("n")
+        assert (await pool.ask("m"))[0] == 200, "who waits for another fleet takes no place here"
+        await pool.running("mn")
+        assert [(await one)[0] for one in asking] == [200, 200]
+
+    run(test)
+
+
+def test_who_has_waited_too_long_hears_how_far_the_replica_is() -> None:
+    async def test(pool: Pool) -> None:
+        await pool.running("m")
+        status, headers, body = await pool.ask("n@1")
+        assert (status, headers["retry-after"], headers["x-model-version"]) == (503, "5", "n@1")
+        assert "A replica of n starts." in body["error"]["message"]
+
+    run(test)
+
+
+@pytest.mark.parametrize(("model", "words"), [("x", "no fleet hosts"), ("n@99", "no fleet answers"), ("gpt-4", "does not exist")])
+def test_what_nobody_can_answer_is_refused_at_once_and_wakes_nobody(model: str, words: str) -> None:
+    """`n@99` woke a fleet that sleeps; an alias of another base waited for 30 s."""
+
+    async def test(pool: Pool) -> None:
+        await pool.running("")
+        with pytest.raises(ModelNotFound, match=words):
+            await asyncio.wait_for(pool.ask(model), 0.15)
+        assert pool.woken == []
+
+    run(test)
+
+
+def test_the_bodies_that_wait_are_bounded() -> None:
+    """Nothing bounded them."""
+
+    async def test(pool: Pool) -> None:
+        await pool.running("m")
+        asking = [asyncio.create_task(pool.ask("n", prompt="x" * 900)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        held = pool.routing.budget.bytes
+        assert 1800 < held < 2048, "as they are sent, and nothing beside it"
+        pool.routing.budget.max_bytes = held + 100
+        with pytest.raises(Overloaded, match="MiB"):
+            await pool.ask("m", prompt="x" * 500)
+        assert (await pool.ask("m"))[0] == 200
+        await pool.running("mn")
+        await asyncio.gather(*asking)
+
+    run(test)
