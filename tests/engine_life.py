@@ -18,7 +18,7 @@ import httpx
 import psutil
 import torch
 
-from cluster.config import Fleet, FleetSpec
+from cluster.config import Config, Fleet, FleetSpec
 from cluster.errors import ModelNotFound
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
@@ -36,7 +36,7 @@ PROMPT = "What is the colour of the sky? "
 
 def spec_in(root: Path) -> FleetSpec:
     fleet = Fleet(dtype="float32", kv_cache_bytes=128 << 20, enforce_eager=True)
-    return FleetSpec(name="test", fleet=fleet, store=(root / "store").as_uri(), home=root / "home", accelerator="slot")
+    return Config(store=(root / "store").as_uri(), home=root / "home").spec_of("test", fleet)
 
 
 def say(step: str, **facts: Any) -> None:

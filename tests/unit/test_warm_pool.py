@@ -1,11 +1,9 @@
 """Which sleeping engines a replica may own, and which it may end: see `deployments.replica.warm_pool`."""
 
-from pathlib import Path
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config import Fleet, FleetSpec
+from cluster.config import Config, Fleet, FleetSpec
 from deployments.replica.warm_pool import EngineName, fitting, name_for, outdated
 
 PARTS = st.sampled_from(["a", "b", "c"])
@@ -13,7 +11,7 @@ NAMES = st.builds(EngineName, node=PARTS, fleet=PARTS, kind=PARTS, devices=PARTS
 
 
 def spec(name: str = "chat", store: str = "file:///s", **fleet: object) -> FleetSpec:
-    return FleetSpec(name=name, fleet=Fleet.model_validate(fleet), store=store, home=Path("/h"), accelerator="slot")
+    return Config(store=store).spec_of(name, Fleet.model_validate(fleet))
 
 
 def test_engines_of_another_fleet_are_neither_owned_nor_ended() -> None:
