@@ -123,9 +123,9 @@ def local_file(name: str, source: str) -> Path | None:
 
 
 def upload(pool: Client, file: Path) -> str:
-    """Send a file, with a bar where it takes long enough to see one."""
+    """Send a file; a terminal shows a bar meanwhile."""
     columns = (TextColumn("Sending {task.description}"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(file.name, total=file.stat().st_size)
         return pool.upload(file, lambda done_bytes: bar.update(task, completed=done_bytes))
 

@@ -68,7 +68,7 @@ def test_a_model_is_trained_from_elsewhere_with_a_file_of_that_machine(pool: Run
     given = ("--data", "mine.jsonl", "--name", "elsewhere", "--epochs", "2", "--workers", "1")
     told = said(tmp_path, pool.url, key, "train", *given)
     assert "Registered elsewhere@1" in told and "next: springtide publish elsewhere@1" in told
-    (job,) = re.findall(r"finetune-[0-9a-f]{12}", told.partition("\n")[0])
+    (job,) = re.findall(r"finetune-[0-9a-f]{12}", told)
     listed = said(tmp_path, pool.url, key, "jobs")
     assert job in listed and "succeeded" in listed and "elsewhere@1" in listed
     assert "progress stage=" in said(tmp_path, pool.url, key, "logs", job)
