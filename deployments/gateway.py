@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster import logs, niceness
-from cluster.config import Config
+from cluster.config import Config, merge
 from cluster.control.client import ensure
 from cluster.publishing.canary import Tally
 from cluster.types import FleetState, View
@@ -53,6 +53,11 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> Application:
         return Application(self.config, self.routing)
+
+    async def reconfigure(self, scaling: dict[str, Any]) -> None:
+        """Serve's public hook, called at the start and when only numbers of replicas have changed (`cluster.pool.graph.scaling`). Control
+        divides slots by them. It must not raise: Serve would end this gateway."""
+        await self.routing.refresh.configure(merge(self.config.dump(), scaling))
 
     def check_health(self) -> None:
         """Serve's public hook."""

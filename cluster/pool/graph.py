@@ -66,6 +66,14 @@ def unscaled(config: Config) -> dict[str, Any]:
     return values
 
 
+def scaling(config: Config) -> dict[str, Any]:
+    """What `unscaled` leaves out. Merged into that it is the whole configuration again."""
+    values = config.dump()
+    parts = {name: {key: fleet[key] for key in FLEET_SCALING if key in fleet} for name, fleet in values["fleets"].items()}
+    shared = {key: values["fleet"][key] for key in FLEET_SCALING}
+    return {"gateway": {"replicas": config.gateway.replicas}, "fleet": shared, "fleets": parts}
+
+
 def _drop_scaling(fleet: dict[str, Any]) -> None:
     for key in FLEET_SCALING:
         fleet.pop(key, None)
@@ -144,6 +152,7 @@ def _gateway(config: Config) -> dict[str, Any]:
             {
                 "name": "Gateway",
                 "num_replicas": config.gateway.replicas,
+                "user_config": scaling(config),  # Serve hands it to running gateways, which tell control, and restarts nothing
                 "max_ongoing_requests": 10_000,  # the engine queues by itself; limits per tenant come with tenants
                 "health_check_period_s": 2,  # a gateway that hangs holds up every move until Serve replaces it
                 "health_check_timeout_s": 10,

@@ -32,16 +32,27 @@ class Refresh:
         self.router = router
         self.connect = connect
         self.control: Any = None
+        self.configuration: dict[str, Any] = {}
+        """What control should have. It is told again after it was away: a control that was started again has what it began with."""
         self.failed_since_s: float | None = None
         """When control stopped answering; None while it answers."""
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, configuration: dict[str, Any]) -> None:
         """Hand control the configuration, take its view, and begin the loop. Raises what stands in the way: Serve then tries again."""
-        self.control = await asyncio.to_thread(self.connect)
+        self.control, self.configuration = await asyncio.to_thread(self.connect), configuration
         await self.control.configure.remote(configuration)
         await self._catch_up()
         self._task = asyncio.create_task(self._loop())
+
+    async def configure(self, configuration: dict[str, Any]) -> None:
+        """Hand control another configuration; where it is away, as soon as it answers again."""
+        self.configuration = configuration
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await self.control.configure.remote(configuration)
+        except (TimeoutError, RayError) as error:
+            self._note_failure(error)
 
     def stop(self) -> None:
         if self._task is not None:
@@ -75,6 +86,7 @@ class Refresh:
             try:
                 if self.failed_since_s is not None:  # the actor may have ended for good
                     self.control = await asyncio.to_thread(self.connect)
+                    await self.control.configure.remote(self.configuration)
                 await self._catch_up()
                 self._note_success()
                 pause_s = REFRESH_S

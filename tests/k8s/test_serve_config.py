@@ -89,6 +89,13 @@ def test_the_gateway_gets_the_whole_configuration_that_jobs_get() -> None:
     assert gateway["args"] == graph.unscaled(whole)
 
 
+def test_running_gateways_hear_how_many_replicas_there_may_be() -> None:
+    """Control divides slots by it, and used to know the defaults only: what changes without a restart is no argument of the gateway's."""
+    two = config.parse({"fleets": {"chat": {"min_replicas": 0}, "code": {"max_replicas": 5, "priority": 2}}})
+    gateway = next(app for app in graph.schema(two)["applications"] if app["name"] == graph.GATEWAY_APP)
+    assert config.merge(gateway["args"], gateway["deployments"][0]["user_config"]) == two.dump()
+
+
 def test_every_declared_fleet_is_an_application_of_its_own() -> None:
     two = config.parse({"fleet": {"max_replicas": 3}, "fleets": {"chat": {"model": "support"}, "code": {"max_replicas": 5}}})
     apps = {app["name"]: app for app in graph.schema(two)["applications"]}
