@@ -114,6 +114,12 @@ class StoreUnavailable(SpringtideError):
     status, code, retry_after_s = 503, "store_unavailable", 5
 
 
+class RecordDamaged(SpringtideError):
+    """A document in the store that cannot be read: cut off, overwritten, missing. It stops what depends on it and nothing else."""
+
+    code = "record_damaged"
+
+
 class PoolUnavailable(SpringtideError):
     """No pool answers: it is not running, or it is still starting."""
 

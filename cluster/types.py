@@ -3,9 +3,18 @@
 import hashlib
 import re
 from enum import StrEnum
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from cluster.errors import BadRequest
 
@@ -50,7 +59,28 @@ Version = Annotated[VersionId, BeforeValidator(VersionId.parse), PlainSerializer
 
 
 class Durable(BaseModel):
+    """Part of a document in the store. It has exactly the fields that are declared, unless a `Record` of a newer release brought more."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_serializer(mode="wrap")
+    def _with_unknown_fields(self, known: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {**known(self), **(self.__pydantic_extra__ or {})}
+
+
+class Record(Durable):
+    """A document of its own in the store. `cluster.store.journal.decode` reads it.
+
+    An older release may meet the records of a newer one, after a downgrade. It ignores the fields that it does not know, and writes them
+    again where it derives the next record from this one. An unknown field in a record of its own release, or of an older one, is damage.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
+
+    SCHEMA: ClassVar[int] = 1
+    """The newest form of this document that this release knows. Add one with every new field, its parts' included."""
+    schema_version: int = Field(default=1, alias="schema", ge=1)
+    """The form in which this document was written; the first had no such field."""
 
 
 class File(Durable):
@@ -79,7 +109,7 @@ class Lineage(Durable):
     """What the run measured: ``train_loss``, ``eval_loss_before``, ``eval_loss``, ``examples``, …"""
 
 
-class Manifest(Durable):
+class Manifest(Record):
     """``versions/<name>/<n>/manifest.json``. Written last: its presence means the version is complete."""
 
     id: Version
@@ -103,7 +133,7 @@ class Manifest(Durable):
         return self.base or self.id
 
 
-class Generation(Durable):
+class Generation(Record):
     """``aliases/<alias>/<generation>.json``: one move of an alias. The highest number wins; a rollback is a new one."""
 
     alias: str

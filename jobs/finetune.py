@@ -133,7 +133,7 @@ def tokenized(
 ) -> Plan:
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = registry.fetch(base, config.home / "cache")
+    folder = registry.files.fetch_settings(base, config.home / "cache")
     shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     resolved = chosen.resolved(shape.hidden_size, shape.max_position_embeddings)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -6,27 +6,40 @@ from pathlib import Path
 from cluster.config import FleetSpec
 from cluster.errors import VersionRefused
 from cluster.store import artefact
-from cluster.store.registry import Registry, check_layout
+from cluster.store.candidate import Candidate
+from cluster.store.layout import check_layout
+from cluster.store.registry import Registry
 from cluster.types import Manifest, VersionId
 
 
 def check(spec: FleetSpec, registry: Registry, manifest: Manifest, hosted: VersionId, examined: bool = False) -> None:
     """Raise `VersionRefused` for what an engine would choke on, or what the fleet, which hosts the weights ``hosted``, cannot serve.
 
-    ``examined``: what was live before is not read through once more; going back is urgent.
+    ``examined``: what was live before is not read through once more; going back is urgent. Of the base and of the hosted weights only the
+    tensors' headers are read.
     """
-    cache = spec.home / "cache"
-    folder = registry.fetch(manifest, cache)
-    check_layout(folder, manifest.kind)
-    base = registry.fetch(registry.manifest(manifest.base), cache) if manifest.base else None
-    if not examined:
-        artefact.inspect(folder, base)
-    if not examined and manifest.weights == manifest.id != hosted:
-        artefact.check_kinds(folder, registry.fetch(registry.manifest(hosted), cache))
-    rank, limit = max(artefact.stated_ranks(folder)) if manifest.kind == "adapter" else 0, spec.fleet.max_lora_rank
+    with registry.candidate(manifest.id, spec.home / "cache") as candidate:
+        if not examined:
+            examine(registry, candidate, hosted, spec.home / "cache")
+        if manifest.kind == "adapter":
+            check_rank(candidate, spec)
+
+
+def examine(registry: Registry, candidate: Candidate, hosted: VersionId, cache: Path) -> None:
+    """Every byte of the version: its digest, its layout, its numbers, and whether it fits what it sits on or replaces."""
+    manifest = candidate.manifest
+    check_layout(candidate.folder, manifest.kind)
+    base = registry.candidate(manifest.base, cache) if manifest.base else None
+    artefact.inspect(candidate.folder, base.shapes if base else None)
+    if manifest.weights == manifest.id != hosted:
+        artefact.check_kinds(candidate.tensors, registry.candidate(hosted, cache).tensors)
+
+
+def check_rank(candidate: Candidate, spec: FleetSpec) -> None:
+    rank, limit = max(artefact.stated_ranks(candidate.settings)), spec.fleet.max_lora_rank
     if rank > limit:
         raise VersionRefused(
-            f"{manifest.id} has rank {rank}, but the engine takes at most {limit}.",
+            f"{candidate.manifest.id} has rank {rank}, but the engine takes at most {limit}.",
             f"Train with a smaller r, or start the fleet {spec.name} with max_lora_rank={rank} or more.",
             param="fleet.max_lora_rank",
         )
@@ -66,7 +79,8 @@ def check_replaces(
 
 
 class Shapes:
-    """Which weights can take each other's place inside a running engine. Versions never change, so each pair is compared once."""
+    """Which weights can take each other's place inside a running engine. Versions never change, so each pair is compared once, by the
+    tensors' headers and the settings: nothing large is read or hashed, so this may be asked within a round."""
 
     def __init__(self) -> None:
         self.known: dict[tuple[VersionId, VersionId], str] = {}
@@ -76,6 +90,6 @@ class Shapes:
         if new == old:
             return ""
         if (new, old) not in self.known:
-            one, other = (registry.fetch(registry.manifest(id), cache) for id in (new, old))
-            self.known[new, old] = artefact.difference(one, other)
+            with registry.candidate(new, cache) as one, registry.candidate(old, cache) as other:
+                self.known[new, old] = artefact.apart(one, other)
         return self.known[new, old]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import Field
 
-from cluster.types import Durable, Version, VersionId
+from cluster.types import Durable, Record, Version, VersionId
 
 RESAMPLES = 2000
 
@@ -39,7 +39,7 @@ class Check(Durable):
     numbers: dict[str, float] = Field(default_factory=dict[str, float])
 
 
-class Verdict(Durable):
+class Verdict(Record):
     """``versions/<name>/<n>/verdicts/<k>.json``: stored with the version; the highest ``k`` counts."""
 
     version: Version

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from pydantic import AliasChoices, Field, model_validator
 
 from cluster.publishing.canary import Comparison, Margins, looks
-from cluster.types import Durable, Version, VersionId
+from cluster.types import Durable, Record, Version, VersionId
 
 Stage = Literal["registered", "warming", "canary", "live", "retired", "rolled_back"]
 ENDED: tuple[Stage, ...] = ("retired", "rolled_back")
@@ -55,7 +55,7 @@ DIRECT = Policy(steps=(100,), min_requests=0, min_step_s=0, gate=False)
 """Live at once, for development and for going back to what was live before."""
 
 
-class Rollout(Durable):
+class Rollout(Record):
     """``rollouts/<alias>/<number>/<n>.json``: one record of one rollout; the highest ``n`` is where it is now."""
 
     alias: str

@@ -1,39 +1,23 @@
 """Is a version's folder safe and whole? Looked at before any replica is: headers, shapes against the base, NaN and Inf.
 
-A loader would find some of this too, but inside a live engine. Nothing here runs code from the folder or trusts a length in it.
-The format: https://huggingface.co/docs/safetensors#format (8 bytes of length, a JSON header, then the tensors without gaps).
+A loader would find some of this too, but inside a live engine. Nothing here runs code from the folder or trusts a length in it
+(`cluster.store.headers`).
 """
 
 import json
 import mmap
 import re
-import struct
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from cluster.errors import VersionRefused
+from cluster.store.candidate import Candidate
+from cluster.store.headers import Tensor, header
 
-MAX_HEADER_BYTES = 100 << 20
 CHUNK_BYTES = 64 << 20
-SIZES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-"""Bytes per element of each dtype that may be served."""
 EXPONENTS = {
     "F16": (np.uint16, 0x7C00),
     "BF16": (np.uint16, 0x7F80),
@@ -48,32 +32,32 @@ WRITERS_MARKS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype"
 LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 
-class Tensor(NamedTuple):
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    """Offset of its first byte in the file."""
-    end: int
+class Folder(NamedTuple):
+    """A version whose files are all on this machine."""
+
+    settings: Path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return shapes(self.settings)
 
 
-def inspect(folder: Path, base: Path | None) -> None:
-    """Raise `VersionRefused`, naming file and tensor, for what an engine would choke on. ``base``: the folder an adapter sits on."""
+def inspect(folder: Path, base: dict[str, tuple[int, ...]] | None) -> None:
+    """Raise `VersionRefused`, naming file and tensor, for what an engine would choke on. ``base``: the shapes of what an adapter sits on."""
     files = {path: header(path) for path in sorted(folder.rglob("*.safetensors"))}
     for path, tensors in files.items():
         _check_finite(path, tensors)
     if base is not None:
         tensors = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
-        _check_adapter(tensors, shapes(base), stated_ranks(folder))
+        _check_adapter(tensors, base, stated_ranks(folder))
 
 
-def check_kinds(new: Path, old: Path) -> None:
+def check_kinds(new: dict[str, Tensor], old: dict[str, Tensor]) -> None:
     """Raise `VersionRefused` where a tensor holds whole numbers in the place of fractions: an engine would read them without a word."""
-    before = {name: tensor.dtype for path in old.rglob("*.safetensors") for name, tensor in header(path).items()}
-    after = {name: tensor.dtype for path in new.rglob("*.safetensors") for name, tensor in header(path).items()}
-    for name, dtype in sorted(after.items()):
-        if name in before and _fractions(dtype) != _fractions(before[name]):
+    for name, tensor in sorted(new.items()):
+        if name in old and _fractions(tensor.dtype) != _fractions(old[name].dtype):
             raise VersionRefused(
-                f"{name} is of type {dtype}, the live version's of type {before[name]}.", "Save it in that type."
+                f"{name} is of type {tensor.dtype}, the live version's of type {old[name].dtype}.", "Save it in that type."
             )
 
 
@@ -98,13 +82,18 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def difference(new: Path, old: Path) -> str:
+    """`apart` for two folders on this machine."""
+    return apart(Folder(new), Folder(old))
+
+
+def apart(new: Candidate | Folder, old: Candidate | Folder) -> str:
     """What keeps ``new`` from replacing ``old`` inside a running engine, which rereads tensors and nothing else; empty where nothing does."""
-    if shapes(new) != shapes(old):
+    if new.shapes != old.shapes:
         return "shape"
-    if settings(new) != settings(old):
+    if settings(new.settings) != settings(old.settings):
         return "config.json"
-    names = {path.name for folder in (new, old) for path in folder.iterdir() if path.suffix in READ_ONCE}
-    return next((name for name in sorted(names - set(REREAD)) if not same(new / name, old / name)), "")
+    names = {path.name for one in (new, old) for path in one.settings.iterdir() if path.suffix in READ_ONCE}
+    return next((name for name in sorted(names - set(REREAD)) if not same(new.settings / name, old.settings / name)), "")
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -117,51 +106,9 @@ def same(one: Path, other: Path) -> bool:
     return one.is_file() and other.is_file() and one.read_bytes() == other.read_bytes()
 
 
-def header(path: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors. Raises `VersionRefused` where the header does not describe exactly the bytes that follow it."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
-        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise _refuse(path, f"its header would be {length} bytes long in a file of {size}")
-        try:
-            entries: Any = json.loads(file.read(length))
-        except ValueError:
-            raise _refuse(path, "its header is not JSON") from None
-    if not isinstance(entries, dict):
-        raise _refuse(path, "its header is not an object")
-    named = cast(dict[str, Any], entries)
-    tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in named.items() if name != "__metadata__"}
-    _check_no_gaps(path, tensors, 8 + length, size)
-    return tensors
-
-
-def _tensor(path: Path, name: str, entry: Any, start: int) -> Tensor:
-    try:
-        dtype, shape = str(entry["dtype"]), tuple(int(side) for side in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
-        raise _refuse(path, f"the header of {name} is not complete") from None
-    if dtype not in SIZES:
-        raise _refuse(path, f"{name} is of type {dtype}, known are {', '.join(SIZES)}")
-    if min(shape, default=0) < 0 or end - begin != prod(shape) * SIZES[dtype]:
-        raise _refuse(path, f"{name} of shape {list(shape)} and type {dtype} does not take {end - begin} bytes")
-    return Tensor(dtype, shape, start + begin, start + end)
-
-
-def _check_no_gaps(path: Path, tensors: dict[str, Tensor], start: int, size: int) -> None:
-    place = start
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if tensor.begin != place:
-            raise _refuse(path, f"{name} starts at byte {tensor.begin} where {place} is expected")
-        place = tensor.end
-    if place != size:
-        raise _refuse(path, f"its tensors end at byte {place}, the file at {size}")
-
-
 def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
     if not tensors:
-        raise _refuse(path, "it holds no tensors")
+        raise VersionRefused(f"{path.name} holds no tensors.", "Register the version again.")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as bytes_:
         for name, tensor in tensors.items():
             if any(_not_finite(chunk, tensor.dtype) for chunk in _chunks(bytes_, tensor)):
@@ -213,7 +160,3 @@ def _check_pair(module: str, sides: dict[str, tuple[int, ...]], weight: tuple[in
             f"The adapter's matrices for {module} make {outer}×{inner} of ranks {rank_a} and {rank_b}; the base has {weight[0]}×{weight[-1]}.",
             "It was trained on another base.",
         )
-
-
-def _refuse(path: Path, what: str) -> VersionRefused:
-    return VersionRefused(f"{path.name} is not a whole safetensors file: {what}.", "Register the version again.")

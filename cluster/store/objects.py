@@ -75,6 +75,25 @@ class Store:
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
 
+    def put_own(self, path: str, data: bytes) -> None:
+        """`put_new` for content that nobody else writes: a token, a time or an author is in it.
+
+        A write may succeed and its answer be lost; asked again, the store says that the path exists. So the object is read back, and
+        what is there decides: the own content is success.
+        """
+        try:
+            self.put_new(path, data)
+        except (Conflict, StoreUnavailable):
+            if self._holds(path, data):
+                return
+            raise
+
+    def _holds(self, path: str, data: bytes) -> bool:
+        try:
+            return self.get(path) == data
+        except StoreUnavailable:
+            return False
+
     def put_stream(self, path: str, parts: Iterable[bytes], limit_bytes: int) -> int:
         """Write ``parts`` to ``path`` while they come, and return their size. Memory holds a few of them, whatever their sum.
 
@@ -171,6 +190,11 @@ class Store:
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
         return sorted(found)[:limit]
+
+    def delete(self, path: str) -> None:
+        """Delete one object, as far as the store still answers."""
+        with contextlib.suppress(BaseError, OSError):
+            obstore.delete(self.backend, path)
 
     def remove(self, prefix: str) -> None:
         """Delete everything under ``prefix``, as far as the store still answers."""

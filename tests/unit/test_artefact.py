@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from cluster.errors import VersionRefused
-from cluster.store.artefact import check_kinds, difference, header, inspect, shapes
+from cluster.store.artefact import check_kinds, difference, inspect, shapes
+from cluster.store.headers import Tensor, header
 
 BASE = {"model.layers.0.self_attn.q_proj.weight": np.zeros((8, 4), np.float32)}
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -43,7 +44,7 @@ def raw(path: Path, entries: Any, data: bytes) -> Path:
 def test_whole_files_pass(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", BASE)
     inspect(base, None)
-    inspect(lora(tmp_path / "adapter", adapter()), base)
+    inspect(lora(tmp_path / "adapter", adapter()), shapes(base))
     assert shapes(base) == {"model.layers.0.self_attn.q_proj.weight": (8, 4)}
 
 
@@ -130,15 +131,19 @@ def test_a_length_beyond_the_file_is_refused_before_it_is_believed(tmp_path: Pat
 def test_an_adapter_that_does_not_fit_its_base_is_refused(tmp_path: Path, tensors: dict[str, Any], words: str) -> None:
     base = folder(tmp_path / "base", BASE)
     with pytest.raises(VersionRefused, match=words):
-        inspect(lora(tmp_path / "adapter", tensors), base)
+        inspect(lora(tmp_path / "adapter", tensors), shapes(base))
 
 
 def test_whole_numbers_in_the_place_of_fractions_are_refused(tmp_path: Path) -> None:
     """vLLM copies them into its own tensors, cast and without a word."""
-    old = folder(tmp_path / "old", BASE)
-    check_kinds(folder(tmp_path / "half", {name: tensor.astype(np.float16) for name, tensor in BASE.items()}), old)
+
+    def of(dtype: Any) -> dict[str, Tensor]:
+        path = folder(tmp_path / np.dtype(dtype).name, {name: tensor.astype(dtype) for name, tensor in BASE.items()})
+        return header(path / "model.safetensors")
+
+    check_kinds(of(np.float16), of(np.float32))
     with pytest.raises(VersionRefused, match="is of type I8"):
-        check_kinds(folder(tmp_path / "int", {name: tensor.astype(np.int8) for name, tensor in BASE.items()}), old)
+        check_kinds(of(np.int8), of(np.float32))
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "generation_config.json", "tokenizer.json"])
