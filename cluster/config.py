@@ -153,6 +153,7 @@ class FleetSpec(Section):
     fleet: Fleet
     store: str
     home: Path
+    cache_bytes: int
     accelerator: Literal["slot", "gpu"]
 
     @property
@@ -237,6 +238,9 @@ class Config(Section):
     """URL of the store. Empty: the folder `store` under `home`."""
     home: Path = Path(DEFAULT_HOME)
     """Logs, the pool's process id, cached files. Nothing that matters lives only here, except the default store."""
+    cache_bytes: int = Field(default=64 << 30, ge=1 << 20)
+    """Above this the versions that were not used for the longest leave the folder `cache` under `home`; those in use stay. A store that is a
+    folder is read in place and needs no cache."""
     pool: Pool = Pool()
     gateway: Gateway = Gateway()
     fleet: Fleet = Fleet()
@@ -300,7 +304,14 @@ class Config(Section):
         return self.spec_of(name, self.fleets[name])
 
     def spec_of(self, name: str, fleet: Fleet) -> FleetSpec:
-        return FleetSpec(name=name, fleet=fleet, store=self.store, home=self.home, accelerator=self.pool.accelerator)
+        return FleetSpec(
+            name=name,
+            fleet=fleet,
+            store=self.store,
+            home=self.home,
+            cache_bytes=self.cache_bytes,
+            accelerator=self.pool.accelerator,
+        )
 
     def dump(self) -> dict[str, Any]:
         """The resolved configuration as plain JSON values, without defaults left out. Another process can load it back."""

@@ -24,8 +24,7 @@ from cluster.jobspec import Evaluate, command_line
 from cluster.publishing.gate import Check, Golden, Scores, Verdict, judge
 from cluster.store import artefact
 from cluster.store.layout import check_layout
-from cluster.store.objects import Store
-from cluster.store.registry import Registry
+from cluster.store.registry import Registry, registry_of
 from cluster.types import Manifest, VersionId
 from jobs import data, main, reach, sources
 from jobs.data import Example
@@ -79,7 +78,7 @@ def run() -> None:
     options: Evaluate = command_line("evaluate")
     config = load()
     with record(config, options) as job:
-        registry = Registry(Store(config.store))
+        registry = registry_of(config)
         manifest = registry.manifest(options.version)
         sets = supplied(config, options.held_out, options.tasks, options.golden)
         live = registry.alias(options.alias or manifest.id.name)
@@ -230,7 +229,7 @@ def measure(config: Config, id: str, sets: Sets) -> Measured:
     from jobs.training.held_out import measured
 
     torch.set_num_threads(config.training.threads_per_worker)
-    registry, gpu = Registry(Store(config.store)), config.pool.accelerator == "gpu"
+    registry, gpu = registry_of(config), config.pool.accelerator == "gpu"
     manifest = registry.manifest(VersionId.parse(id))
     base = registry.fetch(registry.manifest(manifest.weights), config.home / "cache")
     dtype = torch.bfloat16 if gpu else torch.float32

@@ -14,8 +14,7 @@ from cluster.config import Config, load
 from cluster.errors import ConfigError, VersionRefused
 from cluster.jobspec import Finetune, command_line, with_workers
 from cluster.publishing.rollout import Rollout
-from cluster.store.objects import Store
-from cluster.store.registry import Registry
+from cluster.store.registry import Registry, registry_of
 from cluster.types import Lineage, Manifest, check_name
 from jobs import data, main, reach, sources
 from jobs.data import Dataset, Row
@@ -52,7 +51,7 @@ def run() -> None:
 
 def finetune(config: Config, options: Finetune, job: JobRecord) -> None:
     """Check, train, register, and publish where that was asked for."""
-    registry = Registry(Store(config.store))
+    registry = registry_of(config)
     plan = prepare(config, registry, options)
     job.know(base=str(plan.base.id), dataset_sha256=plan.dataset_sha256, recipe=plan.recipe.model_dump(exclude_none=True))
     manifest = train(config, registry, plan, options, job)

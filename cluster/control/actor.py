@@ -34,7 +34,7 @@ from cluster.control.replicas import Replicas
 from cluster.pool.submit import JobServer
 from cluster.publishing.rollout import Policy, Rollout
 from cluster.store.objects import Store
-from cluster.store.registry import Registry
+from cluster.store.registry import Registry, registry_of
 from cluster.types import ColdStart, ReplicaState, View
 
 WAITING, BEATS = "waiting", "beats"
@@ -57,7 +57,7 @@ class Control:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config: Config = parse(config)
-        self.registry = Registry(Store(self.config.store))
+        self.registry = registry_of(self.config)
         self.replicas = Replicas(lambda app: self.reconcilers.application_changed(app))
         self.gateways = Gateways()
         self.applications = Applications()
@@ -85,7 +85,7 @@ class Control:
         """Take over a newer configuration: on Kubernetes the graph may be redeployed while this actor lives on. One that is not valid changes
         nothing; one that is changes all at once, between two turns."""
         new = parse(config)
-        registry = self.registry if self.registry.store.url == Store(new.store).url else Registry(Store(new.store))
+        registry = self.registry if self.registry.store.url == Store(new.store).url else registry_of(new)
         self.reconcilers.loop.call(lambda: self._configure(new, registry))
 
     def _configure(self, new: Config, registry: Registry) -> None:
@@ -158,6 +158,7 @@ class Control:
             "starting": [{"id": id, "stage": one.words, "since_s": one.since_s} for id, one in told.items()],
             "asleep": max(0, engines() - len(replicas) - len(told)),
             "rollouts": [describe.rollout_of(one, time.time()) for one in list(self.aliases.progress.values())],
+            "damaged": [damaged._asdict() for damaged in self.registry.damaged()],
             "troubles": describe.troubles(self.reconcilers.loop.queue.failures, time.monotonic()),
             "allocation": self.slots.describe(),
             "policy": self.config.publishing.policy.model_dump(mode="json"),

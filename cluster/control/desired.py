@@ -84,7 +84,7 @@ class Desired:
         if newest is None or (known and known[-1].generation >= newest.generation):
             self.moves.setdefault(alias, [])
             return
-        self.moves[alias] = self.registry.history(alias)[-KEPT:]
+        self.moves[alias] = self.registry.history(alias, KEPT)
         self.changes += 1
 
     def move(self, alias: str) -> Generation | None:
@@ -150,7 +150,7 @@ class Desired:
         if self._closed.get(live.alias) == live.number:
             return
         for number in range(live.number - 1, max(0, live.number - 1 - FORERUNNERS), -1):
-            last = next(reversed(self.registry.records(live.alias, number)), None)
+            last = self.registry.trials.last(live.alias, number)
             ended = last and rollout.decide(last, Facts(replaced_by=live.version), now_s)
             if last and ended and last.stage == "live":
                 self.registry.record(ended)

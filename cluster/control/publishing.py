@@ -41,10 +41,10 @@ class Publishing:
         """
         registry, cache = self.hosting.desired.registry, self.hosting.config.home / "cache"
         manifest = registry.manifest(VersionId.parse(version))
-        was_live = manifest.id in [move.stable for move in registry.history(check_name(alias))]
+        was_live = registry.past(check_name(alias)).was_live(manifest.id)
         fleet, hosted = self.loop.call(lambda: self._fleet_for(manifest, alias))
         admission.check(fleet.spec, registry, manifest, examined=was_live, hosted=hosted)
-        # It reads both from end to end, so it is done here and not in the loop.
+        # It reads headers and settings, from a bucket that may be slow: here and not in the loop.
         self.hosting.shapes.difference(registry, cache, manifest.weights, hosted)
         wanted = policy or self.hosting.config.publishing.policy
         begun = self.loop.call(lambda: self._begin(manifest, alias, wanted, redact(reason), author, was_live, after))

@@ -73,6 +73,11 @@ class Aliases:
                 self._known[alias] = current
         return current
 
+    def rollout_seen(self, alias: str) -> int:
+        """A rollout of the alias that exists for certain, 0 where none is known: where a search for the newest may start."""
+        known = self._known.get(check_name(alias)) or self.history(alias)
+        return known.rollout
+
     def recent(self, alias: str, count: int) -> list[Generation]:
         """The newest ``count`` moves that can be read, oldest first."""
         history = self.history(alias)

@@ -4,6 +4,7 @@ have read."""
 from pathlib import Path
 from typing import Unpack
 
+from cluster.config import Config, FleetSpec
 from cluster.errors import ModelNotFound
 from cluster.publishing.gate import Verdict
 from cluster.publishing.history import History
@@ -20,6 +21,11 @@ from cluster.types import Generation, Kind, Lineage, Manifest, VersionId
 ROLLOUTS_SHOWN = 50
 """Rollouts of an alias that a reader of its history gets, the newest."""
 MOVES_SHOWN = 200
+
+
+def registry_of(config: Config | FleetSpec) -> "Registry":
+    """The registry in the configured store, with the configured cache."""
+    return Registry(Store(config.store), config.cache_bytes)
 
 
 class Registry:
@@ -100,11 +106,11 @@ class Registry:
 
     def rollout(self, alias: str) -> Rollout | None:
         """The newest record of the alias's newest rollout."""
-        return self.trials.newest(alias, self.past(alias).rollout)
+        return self.trials.newest(alias, self.moves.rollout_seen(alias))
 
     def rollouts(self, alias: str, count: int = ROLLOUTS_SHOWN) -> list[list[Rollout]]:
         """The newest rollouts of the alias, oldest first, each with all its records."""
-        return self.trials.recent(alias, count, self.past(alias).rollout)
+        return self.trials.recent(alias, count, self.moves.rollout_seen(alias))
 
     def records(self, alias: str, number: int) -> list[Rollout]:
         return self.trials.records(alias, number)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from cluster.config import Config, parse
-from cluster.store.objects import Store
-from cluster.store.registry import Registry
+from cluster.store.registry import registry_of
 from cluster.types import VersionId
 from jobs.data import Row
 from jobs.training.held_out import answer_losses, answer_tokens, held_out_loss
@@ -23,7 +22,7 @@ class SupervisedFineTuning:
     def __init__(self, settings: dict[str, Any]) -> None:
         config, self.recipe = parse(settings["config"]), Recipe.model_validate(settings["recipe"])
         torch.set_num_threads(config.training.threads_per_worker)
-        registry = Registry(Store(config.store))
+        registry = registry_of(config)
         self.base = registry.manifest(VersionId.parse(settings["base"]))
         self.folder = registry.fetch(self.base, config.home / "cache")
         self.rows: list[Row] = settings["train"]
