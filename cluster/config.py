@@ -23,6 +23,7 @@ ENV_PREFIX = "SPRINGTIDE_"
 POOL_URL, API_KEY = f"{ENV_PREFIX}POOL", f"{ENV_PREFIX}API_KEY"
 """The pool that a command speaks with, and its key there (`cluster.endpoint`): no keys of the configuration."""
 DEFAULT_HOME = ".springtide"
+CACHE_BYTES = 64 << 30
 
 
 class Section(BaseModel):
@@ -153,8 +154,8 @@ class FleetSpec(Section):
     fleet: Fleet
     store: str
     home: Path
-    cache_bytes: int
     accelerator: Literal["slot", "gpu"]
+    cache_bytes: int = CACHE_BYTES
 
     @property
     def sleeps(self) -> bool:
@@ -238,7 +239,7 @@ class Config(Section):
     """URL of the store. Empty: the folder `store` under `home`."""
     home: Path = Path(DEFAULT_HOME)
     """Logs, the pool's process id, cached files. Nothing that matters lives only here, except the default store."""
-    cache_bytes: int = Field(default=64 << 30, ge=1 << 20)
+    cache_bytes: int = Field(default=CACHE_BYTES, ge=1 << 20)
     """Above this the versions that were not used for the longest leave the folder `cache` under `home`; those in use stay. A store that is a
     folder is read in place and needs no cache."""
     pool: Pool = Pool()

@@ -20,13 +20,13 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from cluster import logs
+from cluster.config import CACHE_BYTES
 from cluster.errors import DigestMismatch, SpringtideError, StoreUnavailable
 from cluster.store.headers import Tensor, header, parse
 from cluster.store.objects import Store, sha256
 from cluster.store.versions import files_of
 from cluster.types import File, Manifest
 
-CACHE_BYTES = 64 << 30
 RETRY_S = 15
 """After a first failure; twice as long after each further one."""
 LONGEST_RETRY_S = 600

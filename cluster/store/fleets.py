@@ -9,10 +9,10 @@ from pydantic import Field
 
 from cluster.store.journal import Journal
 from cluster.store.objects import Store
-from cluster.types import Durable, check_name
+from cluster.types import Record, check_name
 
 
-class FleetRecord(Durable):
+class FleetRecord(Record):
     """What a fleet should be from now on, or that it should be no more."""
 
     name: str
@@ -36,7 +36,7 @@ class FleetRecords:
         return self.store.children("fleets")
 
     def newest(self, name: str) -> FleetRecord | None:
-        return self._journal.last(f"fleets/{check_name(name)}")
+        return self._journal.newest(f"fleets/{check_name(name)}")
 
     def append(self, record: FleetRecord) -> FleetRecord:
         """Raises `Conflict` where somebody else was faster."""

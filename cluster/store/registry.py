@@ -4,14 +4,14 @@ have read."""
 from pathlib import Path
 from typing import Unpack
 
-from cluster.config import Config, FleetSpec
+from cluster.config import CACHE_BYTES, Config, FleetSpec
 from cluster.errors import ModelNotFound
 from cluster.publishing.gate import Verdict
 from cluster.publishing.history import History
 from cluster.publishing.rollout import Rollout
 from cluster.store.aliases import Aliases, Canary
 from cluster.store.candidate import Candidate
-from cluster.store.files import CACHE_BYTES, Files
+from cluster.store.files import Files
 from cluster.store.journal import Damaged, Damages
 from cluster.store.objects import Store
 from cluster.store.rollouts import Rollouts, Verdicts

@@ -246,7 +246,7 @@ FORMS: dict[type[Record], tuple[int, str]] = {
     ),
     Rollout: (
         1,
-        "{alias,author,incumbent,is_rollback,n,number,percent,policy:{gate,margins:{disagreement,error_rate,finish,itl_ratio,ttft_ratio},"
+        "{alias,author,incumbent,is_rollback,n,number,percent,policy:{gate,margins:{disagreement,error_rate,finish,itl_ratio,ttft_ratio},max_step_s,"
         "min_requests,min_step_s,shadow_percent,steps},reason,schema_version,seen,since_s,stage,version}",
     ),
     Verdict: (1, "{against,checks:{name,numbers,passed,words},job,schema_version,time_s,version}"),
