@@ -13,7 +13,7 @@ import httpx
 
 from cluster import client
 from cluster.capacity.handover import parse
-from cluster.metrics import LEASE, SLOTS, WANTED
+from cluster.metrics import FLEET_SLOTS, LEASE, SLOTS, WANTED
 from cluster.pool.local import bearer, metrics_port
 from tests.conftest import ROOT, Running
 
@@ -94,12 +94,13 @@ def test_prometheus_finds_the_slots_where_it_is_promised(pool: Running) -> None:
     by_owner = {owner: found[SLOTS.name, owner] for owner in ("serving", "training", "idle")}
     assert by_owner["serving"] >= 1 and sum(by_owner.values()) == pool.config.pool.slots
     assert found[WANTED.name, ""] >= 1
+    assert found[FLEET_SLOTS.name, "grant"] >= 1 and found[FLEET_SLOTS.name, "lacking"] == 0
 
 
 def levels(text: str) -> dict[tuple[str, str], float]:
-    """(metric, owner) → value."""
+    """(metric, owner or part) → value."""
     lines = re.findall(r"^ray_(springtide_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE)
-    owners = [re.search(r'\bowner="(\w+)"', tags) for _, tags, _ in lines]
+    owners = [re.search(r'\b(?:owner|part)="(\w+)"', tags) for _, tags, _ in lines]
     return {(name, owner.group(1) if owner else ""): float(n) for (name, _, n), owner in zip(lines, owners, strict=True)}
 
 
