@@ -41,7 +41,7 @@ DOCUMENTED = ("__serve_build_asgi_app__",)
 """By ``serve.ingress`` itself; a contract test looks."""
 HOOK = re.compile(r"__(serve|ray)_\w+__")
 MODULE_IN_STRING = re.compile(r"(ray|vllm)(\.\w+)*\._\w+[\w.]*")
-OURS_IN_STRING = re.compile(r"(deployments|jobs)(\.[a-z_]\w*)+(:\w+)?")
+OURS_IN_STRING = re.compile(r"deployments(\.[a-z_]\w*)+(:\w+)?")
 
 
 class Touch(NamedTuple):
@@ -60,19 +60,25 @@ def touches(root: Path, named: tuple[str, ...] = NAMED) -> list[Touch]:
 
 def hidden_imports(root: Path) -> list[Touch]:
     """Every module that is imported by a string, outside the file that builds the graph: ``import_module(…)``, and in `cluster` the dotted
-    name of a module of `deployments`."""
-    found: list[Touch] = []
+    name of a module of `deployments`. One for each line."""
+    found: dict[tuple[str, int], Touch] = {}
     for path in files(root):
-        file = inside(root, path)
-        if file == GRAPH:
-            continue
-        for node, words in strings(ast.parse(path.read_text())):
-            if file.startswith("cluster/") and OURS_IN_STRING.fullmatch(words) and words.startswith("deployments."):
-                found.append(Touch(file, node.lineno, f"{words!r} in a string"))
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
-                found.append(Touch(file, node.lineno, ast.unparse(node)))
-    return found
+        file, tree = inside(root, path), ast.parse(path.read_text())
+        for line, what in [] if file == GRAPH else [*_named_in_strings(file, tree), *_imported_by_call(tree)]:
+            found[file, line] = Touch(file, line, what)
+    return list(found.values())
+
+
+def _named_in_strings(file: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node, words in strings(tree):
+        if file.startswith("cluster/") and OURS_IN_STRING.fullmatch(words):
+            yield node.lineno, f"{words!r} in a string"
+
+
+def _imported_by_call(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
+            yield node.lineno, ast.unparse(node)
 
 
 def files(root: Path) -> list[Path]:
