@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from benchmarks.place import console
-from benchmarks.touches import files, hidden_imports, inside, touches
+from benchmarks.touches import NAMED, NAMED_BEFORE, files, hidden_imports, inside, touches
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -61,7 +61,7 @@ def measure(root: Path) -> dict[str, Any]:
     return {
         **{what: found._asdict() for what, found in lengths.items()},
         "rooms": rooms(imports),
-        "private_touches": [str(touch) for touch in touches(root)],
+        "private_touches": [str(touch) for touch in touches(root, (*NAMED, *NAMED_BEFORE))],
         "imports_by_string": [str(touch) for touch in hidden_imports(root)],
         "readme_words": len((root / "README.md").read_text().split()) if (root / "README.md").exists() else 0,
     }
