@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from cluster.capacity.arbiter import FleetDemand
 from cluster.config import parse
 from cluster.control.actor import BEATS, WAITING, Control
+from cluster.control.allocation import demand
 from cluster.control.applications import Application
 from cluster.control.replicas import Replicas
+from cluster.control.slots import Served
 from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, StoreUnavailable, VersionRefused
 from cluster.publishing.placement import Hosted, SurgeFacts, Swap, fleet_of, next_swap, surge_weights
 from cluster.publishing.rollout import DIRECT, Policy, begin
@@ -272,6 +275,14 @@ def test_another_configuration_brings_its_fleets_and_takes_those_that_it_does_no
 
 
 # pure
+
+
+def test_a_fleet_that_sleeps_keeps_no_slot() -> None:
+    """Serve keeps the least number of replicas by itself; a floor above what it wants would keep slots from jobs for nobody."""
+    config = parse({"fleet": {"min_replicas": 2, "max_replicas": 4, "tensor_parallel_size": 2, "priority": 3}})
+    spec = config.spec(config.default_fleet)
+    assert demand(spec, Served()) == FleetDemand("seedling", 3, 0, 0, 2)
+    assert demand(spec, Served(running=6, wanted=6)) == FleetDemand("seedling", 3, 6, 4, 2)
 
 
 def test_an_alias_belongs_to_the_fleet_that_hosts_what_it_means() -> None:
