@@ -13,7 +13,7 @@ from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, View
 from cluster.view import ViewDelta, difference
 
 PREPARE_TIMEOUT_S = 2
-"""Far less than a gateway holds requests (`deployments.gateway.HOLD_TIMEOUT_S`), so that none gives up waiting before the move."""
+"""Far less than a gateway holds requests (`deployments.routing.router.HOLD_TIMEOUT_S`), so that none gives up waiting before the move."""
 ADOPT_TIMEOUT_S = 5
 MEASURE_TIMEOUT_S = 2
 
