@@ -102,6 +102,7 @@ class Engine:
                 return False
         self.spec = spec
         await self.hosting.adapters.catch_up()  # before any request: a late replica is never behind
+        self.storage.keep(self.hosting.holdings.used)
         self.life.to(State.SERVING)
         return True
 
@@ -167,6 +168,7 @@ class Engine:
             await self.storage.unpack(carried)
             for id in ids:
                 await self.hosting.adapters.hold(id)
+            self.storage.keep(self.hosting.holdings.used)
         return await self.describe()
 
     async def become(self, id: str, fingerprint: str, cut_streams: bool) -> ReplicaState:
@@ -174,6 +176,7 @@ class Engine:
         async with self.loading:
             if id != self.hosting.holdings.base and self.life.state is State.SERVING:
                 await self.hosting.swap.become(id, fingerprint, cut_streams)
+                self.storage.keep(self.hosting.holdings.used)
         return await self.describe()
 
     # what Serve asks for

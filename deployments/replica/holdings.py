@@ -29,6 +29,11 @@ class Holdings:
     def adapters(self) -> list[str]:
         return [id for id in self.held if id != self.base]
 
+    @property
+    def used(self) -> set[str]:
+        """The versions whose files must stay on this machine."""
+        return {*self.held, *self.staged}
+
     def host(self, manifest: Manifest, folder: Path, fingerprint: str) -> None:
         """Other weights are in memory, and nothing that followed from the old ones."""
         self.base, self.folder, self.fingerprint = str(manifest.id), folder, fingerprint

@@ -18,8 +18,7 @@ from cluster.config import FleetSpec
 from cluster.control import weight_distribution
 from cluster.control.client import Line, tell
 from cluster.errors import ModelNotFound
-from cluster.store.objects import Store
-from cluster.store.registry import Registry
+from cluster.store.registry import Registry, registry_of
 from cluster.types import ReplicaState, VersionId
 from deployments.ray_patches import close_internal_port
 from deployments.replica import watchdog
@@ -52,7 +51,7 @@ class Replica:
         context = serve.get_replica_context()
         self.id, self.app = context.replica_id.unique_id, context.app_name
         self._tell("fetches its weights")
-        id = weights or await asyncio.to_thread(live_weights, Registry(Store(spec.store)), spec.fleet.model)
+        id = weights or await asyncio.to_thread(live_weights, registry_of(spec), spec.fleet.model)
         self.warm_pool = WarmPool(spec)
         self.engine = await self.warm_pool.engine(Owner(self.id, self.app, os.getpid()), str(id), self._tell)
         state: ReplicaState = await self.engine.describe.remote()

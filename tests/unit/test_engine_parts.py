@@ -1,15 +1,47 @@
 """The parts of an engine that need no vLLM: what it holds, and what it says about failures."""
 
+import asyncio
 import doctest
 from pathlib import Path
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
+from cluster.config import Config, Fleet
 from cluster.errors import DigestMismatch
+from cluster.store.files import make_room
 from cluster.types import Lineage, Manifest, VersionId
 from deployments.replica import words
 from deployments.replica.holdings import Holdings
+from deployments.replica.storage import Storage
+
+
+def test_files_of_versions_that_an_engine_gave_up_may_leave_the_cache(tmp_path: Path) -> None:
+    """Whatever an engine had fetched used to stay for as long as the engine lived."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    spec = Config(store="memory:///", home=tmp_path / "home").spec_of("f", Fleet())
+    storage = Storage(spec)
+    for n in range(3):
+        save_file({"x": np.full(4, n, np.float32)}, folder / "model.safetensors")
+        storage.registry.register("m", "weights", None, folder, Lineage())
+    manifests = storage.registry.versions("m")
+
+    async def fetched() -> list[Path]:
+        return [await storage.fetch(manifest) for manifest in [*manifests, manifests[0]]]
+
+    places = asyncio.run(fetched())
+    make_room(storage.cache, 0, 0)
+    assert all(place.exists() for place in places), "all are in use"
+    storage.keep({"m@1", "m@3"})
+    make_room(storage.cache, 0, 0)
+    assert [place.exists() for place in places] == [True, False, True, True]
+    storage.keep({"m@3"})
+    make_room(storage.cache, 0, 0)
+    assert [place.exists() for place in places] == [False, False, True, False]
 
 
 def weights(n: int) -> Manifest:
