@@ -9,12 +9,12 @@ nothing. Digests are checked where the files arrive (`Registry.fetch`), so nothi
 # (Ray's own annotations are partial; what comes back is typed at once.)
 from pathlib import Path
 from typing import Any, cast
-from uuid import uuid4
 
 import ray
 from ray.exceptions import RayError
 
 from cluster import logs
+from cluster.store.files import arriving, in_use
 from cluster.store.registry import Registry
 from cluster.types import Manifest
 
@@ -28,20 +28,22 @@ def load(registry: Registry, manifests: list[Manifest], cache: Path) -> Carried:
     """References to every file of these versions, taken from this process's own copy; one file at a time is in its memory."""
     if registry.store.local_root is not None:
         return {}
-    return {manifest.digest: _put(manifest, registry.fetch(manifest, cache)) for manifest in manifests}
+    return {manifest.digest: _put(registry, manifest, cache) for manifest in manifests}
 
 
-def _put(manifest: Manifest, folder: Path) -> dict[str, Any]:
-    return {file.path: ray.put((folder / file.path).read_bytes()) for file in manifest.files}
+def _put(registry: Registry, manifest: Manifest, cache: Path) -> dict[str, Any]:
+    with registry.candidate(manifest.id, cache) as one:
+        return {file.path: ray.put((one.folder / file.path).read_bytes()) for file in manifest.files}
 
 
 def unpack(carried: Carried, cache: Path) -> None:
     """Write what was carried into this machine's cache, where `Registry.fetch` looks before it asks the store."""
     for digest, files in carried.items():
-        for path, reference in files.items():
-            target = cache / digest / path
-            if not target.exists():
-                _write(target, reference)
+        with in_use(cache / digest):
+            for path, reference in files.items():
+                target = cache / digest / path
+                if not target.exists():
+                    _write(target, reference)
 
 
 def _write(target: Path, reference: Any) -> None:
@@ -51,7 +53,5 @@ def _write(target: Path, reference: Any) -> None:
         log.warning("not carried: %s", error)
         return
     if content is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{uuid4().hex}")  # several replicas of a machine may unpack at once
-        partial.write_bytes(content)
-        partial.replace(target)
+        with arriving(target) as partial:  # several replicas of a machine may unpack at once
+            partial.write_bytes(content)

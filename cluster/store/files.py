@@ -211,6 +211,16 @@ def lock(folder: Path) -> int:
             os.close(file)
 
 
+@contextlib.contextmanager
+def in_use(folder: Path) -> Generator[None]:
+    """Keeps a version's folder in the cache meanwhile."""
+    file = lock(folder)
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
 def _still(file: int, folder: Path) -> bool:
     """Whether the open file is the folder's lock, and not that of a folder of this name that was given up meanwhile."""
     try:
