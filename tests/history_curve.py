@@ -1,5 +1,5 @@
-"""``python -m tests.history_curve [LENGTH …]``: what control's rounds and an engine's start ask of the store, by the length of one alias's
-history, on a folder and on a bucket. Prints a table in Markdown.
+"""``python -m tests.history_curve [file] [s3] [LENGTH …]``: what control's rounds and an engine's start ask of the store,
+by the length of one alias's history, on a folder and on a bucket. Prints a table in Markdown.
 
 Times are the median of several; a bucket here is an HTTP server on this machine, whose answers take about a millisecond.
 """
@@ -8,11 +8,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import VersionId
 from tests.stores import KINDS, Counting, lived, opened
@@ -66,15 +65,16 @@ def row(url: str) -> list[str]:
     ]
 
 
-def main(lengths: tuple[int, ...]) -> None:
+def main(kinds: Sequence[str], lengths: Sequence[int]) -> None:
     print("| store | generations | control round | control start | engine start | rollback |\n|---|---:|---:|---:|---:|---:|")
-    for kind in KINDS:
+    for kind in kinds:
         for count in lengths:
             with tempfile.TemporaryDirectory() as folder, opened(kind, Path(folder)) as store:
-                lived(store if store.local_root else Store(store.url), "m", count)
+                lived(store, "m", count)
                 print(f"| {kind} | {count:,} | {' | '.join(row(store.url))} |", flush=True)
     print("\nEach cell: calls to the store / median ms.")
 
 
 if __name__ == "__main__":
-    main(tuple(int(word) for word in sys.argv[1:]) or LENGTHS)
+    words = sys.argv[1:]
+    main([word for word in words if word in KINDS] or KINDS, [int(word) for word in words if word not in KINDS] or LENGTHS)
