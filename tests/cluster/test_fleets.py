@@ -51,7 +51,8 @@ def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_train
     ):
         at_s = time.time()
         operator.add_fleet("third", {"model": str(sprout)})
-        wait_until(lambda: ask(pool, "third").status_code == 200, timeout_s=120)
+        wait_until(lambda: phases(pool)["third"] == "serving", timeout_s=120)
+        assert ask(pool, "third").status_code == 200
         print(f"a third fleet answers after {time.time() - at_s:.1f} s; {free_slots(pool):.0f} slots are free")
         with pytest.raises(SpringtideError, match="already"):
             operator.add_fleet("third", {})
