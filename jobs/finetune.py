@@ -5,6 +5,7 @@
 result with its lineage and asks control to make it live. It checks the whole request before it touches Ray.
 """
 
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from cluster.config import Config, load
 from cluster.errors import ConfigError, VersionRefused
 from cluster.jobspec import Finetune, command_line, with_workers
 from cluster.publishing.rollout import Rollout
+from cluster.store.jobs import JobProgress
 from cluster.store.registry import Registry, registry_of
 from cluster.types import Lineage, Manifest, check_name
 from jobs import data, main, reach, sources
@@ -21,6 +23,8 @@ from jobs.data import Dataset, Row
 from jobs.publish import publish
 from jobs.record import JobRecord, record
 from jobs.training import recipe
+from jobs.training.progress import Progress
+from jobs.training.schedule import Schedule
 
 DECIDED_S = 60
 """How long control may take to see a verdict; it looks twice a second."""
@@ -168,6 +172,7 @@ def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job
     name = runs.resumed(registry.store, options.resume, of) if options.resume else runs.begun(registry.store, job.id, of)
     job.begin_run(name)
     ended = driver.fit(config, sft.SupervisedFineTuning, settings, name, options.priority, job.watch, job.note)
+    job.watch(whole(plan, ended.metrics, job.snapshot.progress))
     lineage = Lineage(
         parent=plan.base.id,
         dataset_sha256=plan.dataset_sha256,
@@ -179,6 +184,14 @@ def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job
     kind, base = ("adapter", plan.base.id) if plan.recipe.lora else ("weights", None)
     with tempfile.TemporaryDirectory() as scratch, runs.result(config, ended.name, Path(scratch)) as folder:
         return registry.register(options.name or plan.base.id.name, kind, base, folder, lineage)
+
+
+def whole(plan: Plan, metrics: dict[str, float], last: JobProgress | None) -> Progress:
+    """A run at its end. The driver looks about once a second, and may have missed the last step, or a short run altogether."""
+    recipe = plan.recipe
+    steps = Schedule(len(plan.train), recipe.global_batch, recipe.epochs, 0, 0.0, 0.0).steps
+    loss, tokens = metrics.get("train_loss", math.nan), int(metrics.get("tokens", 0))
+    return Progress(steps, steps, loss, tokens, last.tokens_per_s if last else 0.0, 0.0, last.workers if last else 0)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from cluster.jobspec import Publish
 from cluster.jobspec import parse as options_from
 from cluster.store.jobs import JobResult, JobStatus, JobStore
 from cluster.store.objects import Store
+from jobs import data
 from jobs import record as records
 from jobs.record import JobRecord, record, spec
 from jobs.training.progress import Progress
@@ -183,3 +184,13 @@ def test_what_a_loss_cannot_say_is_left_out(config: Config) -> None:
     job = JobRecord(JobStore(Store(config.store)), spec(OPTIONS))
     job.watch(STEP._replace(loss=float("nan")))
     assert job.snapshot.progress and job.snapshot.progress.loss is None
+
+
+def test_a_run_that_was_too_short_to_be_looked_at_ends_with_all_its_steps() -> None:
+    from jobs.finetune import Plan, whole
+    from jobs.training.recipe import Recipe
+
+    base: Any = None
+    plan = Plan(base, Recipe(epochs=2, global_batch=4), [data.Row([1, 2], 1)] * 10, [], [], "sha", "x.jsonl")
+    at = whole(plan, {"train_loss": 0.5, "tokens": 40.0}, None)
+    assert (at.step, at.steps, at.loss, at.tokens) == (6, 6, 0.5, 40)
