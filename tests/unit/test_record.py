@@ -191,6 +191,8 @@ def test_a_run_that_was_too_short_to_be_looked_at_ends_with_all_its_steps() -> N
     from jobs.training.recipe import Recipe
 
     base: Any = None
-    plan = Plan(base, Recipe(epochs=2, global_batch=4), [data.Row([1, 2], 1)] * 10, [], [], "sha", "x.jsonl")
+    plan = Plan(
+        base, Recipe.model_validate({"epochs": 2, "global_batch": 4}), [data.Row([1, 2], 1)] * 10, [], [], "sha", "x.jsonl"
+    )
     at = whole(plan, {"train_loss": 0.5, "tokens": 40.0}, None)
     assert (at.step, at.steps, at.loss, at.tokens) == (6, 6, 0.5, 40)
