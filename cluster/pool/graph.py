@@ -196,7 +196,9 @@ def _answers(config: Config) -> bool:
     host = LOOPBACK if config.gateway.host == "0.0.0.0" else config.gateway.host  # noqa: S104 (asks, does not bind)
     try:
         url = f"http://{host}:{config.gateway.port}/v1/models"
-        return all(httpx.get(f"{url}/{fleet.model}", timeout=2).status_code == 200 for fleet in config.fleets.values())
+        return all(
+            httpx.get(f"{url}/{fleet.model}", timeout=2, trust_env=False).status_code == 200 for fleet in config.fleets.values()
+        )
     except httpx.HTTPError:
         return False
 

@@ -1,5 +1,6 @@
 """A pool over HTTP: errors arrive as they left, and nothing in the environment leads a command elsewhere."""
 
+import ast
 import contextlib
 import hashlib
 import http.server
@@ -21,7 +22,7 @@ from cluster.endpoint import Endpoint
 from cluster.errors import PoolUnavailable, Refused, SpringtideError, received
 from cluster.publishing.rollout import Policy, begin
 from cluster.types import VersionId
-from tests.conftest import free_ports
+from tests.conftest import ROOT, free_ports
 
 FAMILY = [
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SpringtideError) and kind is not Refused
@@ -106,6 +107,19 @@ def test_proxies_of_the_environment_never_take_a_command_elsewhere(monkeypatch: 
     with gateway(200, {"slots": {}}) as (client, asked):
         assert client.status() == {"slots": {}}
     assert asked == [("GET", "/admin/status", "Bearer key", b"")]
+
+
+def test_nothing_in_cluster_asks_a_proxy_of_the_environment() -> None:
+    """`springtide run` ended with a traceback where `ALL_PROXY` named a scheme that httpx does not know."""
+    calls = [
+        (path.name, node)
+        for path in (ROOT / "cluster").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("httpx.get", "httpx.post", "httpx.request", "httpx.stream", "httpx.Client")
+    ]
+    assert len(calls) >= 3
+    assert [(name, ast.unparse(node)) for name, node in calls if "trust_env=False" not in ast.unparse(node)] == []
 
 
 def test_an_upload_sends_the_bytes_and_says_how_far_it_is(tmp_path: Path) -> None:
