@@ -65,7 +65,7 @@ def work(settings: dict[str, Any]) -> None:
     from cluster import niceness
     from jobs.training.progress import ProgressPrinter
     from jobs.training.sft import SupervisedFineTuning
-    from jobs.training.worker import gather, update
+    from jobs.training.work import gather, update
 
     niceness.renice(niceness.TRAINING)
     context = ray.train.get_context()

@@ -1,7 +1,9 @@
-"""Where a run is, kept in the store: written beside the training, digests checked, the newest that is whole wins.
+"""Checkpoints of a run in the store. A thread writes them while the training goes on; the newest whole one counts.
 
-``runs/<name>/<step>/state.safetensors`` holds the tensors; ``manifest.json`` beside it, written last, what they mean, their digest and one of
-its own. So a checkpoint that was cut short does not exist, and one that was damaged later is passed over.
+``runs/<name>/<step>/state.safetensors`` holds the tensors. ``manifest.json`` beside it is written last; it holds the counters, the digest of the
+tensors and a digest of itself. So a checkpoint whose writing was cut short does not exist, and a damaged one is passed over.
+
+Example: steps 40 and 55 are in the store, and the process died while it wrote 70. ``newest`` prints that 70 was cut short and returns 55.
 """
 
 import hashlib
@@ -29,7 +31,7 @@ class Snapshot(NamedTuple):
     meta: Mapping[str, Any]
     """Plain JSON values."""
     tensors: Mapping[str, torch.Tensor]
-    """On the host, and nobody else's."""
+    """Copies on the host, which nothing changes."""
 
 
 class Checkpoints:
@@ -38,7 +40,7 @@ class Checkpoints:
         self.root = f"runs/{run}"
 
     def write(self, snapshot: Snapshot) -> None:
-        """Raises `StoreUnavailable` where the store fails, and then what was there before is still there."""
+        """Raises `StoreUnavailable` where the store fails. The checkpoints before are still there then."""
         folder = f"{self.root}/{snapshot.step:012d}"
         if self._read(folder):
             return
@@ -49,11 +51,11 @@ class Checkpoints:
             self.store.upload(f"{folder}/{FILE}", file)
             known = {"step": snapshot.step, "sha256": sha256(file), "meta": dict(snapshot.meta)}
         self.store.put_new(f"{folder}/{MANIFEST}", json.dumps({**known, "seal": seal(known)}).encode())
-        for old in self._spare():
+        for old in self._outdated():
             self.store.remove(f"{self.root}/{old:012d}")
 
     def newest(self, after: int = -1) -> Snapshot | None:
-        """The newest that is whole, of a step later than ``after``; those that are not whole are named in the log."""
+        """The newest whole one of a step later than ``after``. The log names those that are not whole."""
         for step in sorted((step for step in self.steps() if step > after), reverse=True):
             snapshot = self._read(f"{self.root}/{step:012d}")
             if snapshot:
@@ -64,8 +66,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return [int(name) for name in self.store.children(self.root) if name.isdigit()]
 
-    def _spare(self) -> list[int]:
-        """What is older than the newest few that were written to their end."""
+    def _outdated(self) -> list[int]:
+        """The steps before the newest `KEPT` that were written to their end."""
         ended = [step for step in self.steps() if self.store.get(f"{self.root}/{step:012d}/{MANIFEST}")]
         return [step for step in self.steps() if ended and step < ended[-KEPT:][0]]
 
@@ -83,7 +85,7 @@ def seal(known: Mapping[str, Any]) -> str:
 
 
 def opened(manifest: bytes) -> dict[str, Any] | None:
-    """What it says; None where it is not what was written."""
+    """A manifest without its seal; None where it is not what was written."""
     try:
         known = json.loads(manifest)
     except ValueError:
@@ -95,11 +97,11 @@ def opened(manifest: bytes) -> dict[str, Any] | None:
 
 
 class Writer:
-    """Writes the newest snapshot that it was given, in a thread of its own. One that could not be written is named in the log, and the
-    training goes on: the next one is due soon."""
+    """Writes the newest snapshot that it was given, in a thread of its own. The log names one that could not be written, and the training goes
+    on: the next one is due soon."""
 
     def __init__(self, checkpoints: Checkpoints, tell: Callable[[str], None] = lambda outcome: None) -> None:
-        """``tell`` hears of each one whether it was ``written`` or ``failed``."""
+        """``tell`` hears ``written`` or ``failed`` of each."""
         self.checkpoints, self.tell = checkpoints, tell
         self.changed = threading.Condition()
         self.waiting: list[Snapshot] = []
@@ -109,13 +111,13 @@ class Writer:
 
     def give(self, snapshot: Snapshot) -> None:
         with self.changed:
-            if snapshot.step >= self.given:  # two threads may have made one, and the older one comes last
+            if snapshot.step >= self.given:  # two threads may have made one each, and the older one may come last
                 self.waiting, self.given = [snapshot], snapshot.step
                 self.tried = min(self.tried, snapshot.step - 1)  # again, where it was tried and could not be written
             self.changed.notify_all()
 
     def settle(self) -> int:
-        """Wait until what was given is written, or could not be. The newest step that was written, -1 where none was."""
+        """Wait until the given snapshot is written, or could not be. Returns the newest step that was written, -1 where none was."""
         with self.changed:
             self.changed.wait_for(lambda: self.tried >= self.given)
             return self.written

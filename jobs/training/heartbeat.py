@@ -1,57 +1,63 @@
-"""A job's side of the allocator: what it holds is said to control, and what it may have is heard, beside everything else."""
+"""A job's heartbeats to control, in a thread of their own: they say what the job holds, and hear what it may have."""
 
 import contextlib
 import threading
+import time
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 from ray.exceptions import RayError
 
 from cluster.capacity.allocator import Grant, Heartbeat
-from cluster.capacity.arbiter import Job, counted
+from cluster.capacity.arbiter import Job
 from cluster.control import client
-from cluster.errors import PoolUnavailable
+from cluster.errors import JobFailed, PoolUnavailable
+from jobs.training.grants import Heard, hear, no_control
 
-ASK_S = 0.25
-"""How often control is asked what the job has."""
+EVERY_S = 0.25
+
+
+def ignore(_: Any) -> None: ...
 
 
 class Heartbeats:
-    """Says to control, beside everything else, that the job lives and what it holds, and hears what it may have."""
-
-    def __init__(self, job: Job, note: Callable[[str], None]) -> None:
+    def __init__(self, job: Job, note: Callable[[str], None] = ignore) -> None:
         self.job, self.note = job, note
         self.driver = uuid.uuid4().hex
         self.holds: tuple[int, int] = (0, 0)
-        """Slots held, and those that train."""
+        """Slots that the job holds, and those whose workers train."""
         self.grant: Grant | None = None
-        self.said = ""
+        """Control's newest answer."""
+        self.answered_s = time.monotonic()
+        """When control last answered; before the first time, when this began."""
+        self.heard = Heard()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.thread.start()
 
     def wanted(self, held: int) -> int:
-        """Slots that the job may have; what it holds while control does not answer."""
-        grant = self.grant
-        if grant is None:
-            return held
-        self._say("" if grant.slots or held else grant.reason, grant.slots)
-        return grant.slots
+        """For a job without a driver of its own: the slots that it may have. Before control's first answer: those that it holds.
 
-    def _say(self, why: str, slots: int) -> None:
-        """Once, that it waits and ``why``, and once that it does not any more."""
-        if why != self.said:
-            words = f"waiting for slots: {why}" if why else f"may have {counted(slots)}"
-            print(words, flush=True)
-            self.note(words)
-        self.said = why
+        Says what `jobs.training.grants.hear` says. Raises `JobFailed` where there is no control.
+        """
+        grant, silent_s = self.grant, time.monotonic() - self.answered_s
+        if (failure := no_control(grant, silent_s)) is not None:
+            raise JobFailed(*failure)
+        self.heard, words = hear(self.heard, grant, silent_s, held)
+        for line in words:
+            print(line, flush=True)
+            self.note(line)
+        return held if grant is None else grant.slots
 
     def _run(self) -> None:
         while not self.done.is_set():
-            # Whatever it was, nothing changes meanwhile; a job that heard no more would never yield.
+            # Whatever went wrong, this thread must live: a job that hears nothing more would never yield. `hear` says it when control has
+            # been silent for long.
             with contextlib.suppress(Exception):
                 self.grant = client.connect().heartbeat(Heartbeat(self.job, *self.holds, self.driver))
-            self.done.wait(ASK_S)
+                self.answered_s = time.monotonic()
+            self.done.wait(EVERY_S)
 
     def end(self) -> None:
         self.done.set()

@@ -19,7 +19,7 @@ from cluster.errors import JobFailed
 from cluster.pool import submit
 from cluster.store.objects import Store
 from cluster.types import Manifest
-from jobs.training.rendezvous import FileRendezvous
+from jobs.training.ray_train_private import FileRendezvous
 
 # the driver's side
 

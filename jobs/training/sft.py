@@ -71,12 +71,12 @@ class SupervisedFineTuning:
 
 
 def trainable(config: Config, recipe: Recipe, folder: Path) -> torch.nn.Module:
-    """The model with an adapter on it, or with all its weights to be trained, on this member's device."""
+    """The model with an adapter on it, or with all its weights to be trained, on this worker's device."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    torch.manual_seed(recipe.seed)  # an adapter starts from random numbers, the same on every member
+    torch.manual_seed(recipe.seed)  # an adapter starts from random numbers, the same on every worker
     gpu = config.pool.accelerator == "gpu"
     # A frozen base needs no master copy in full precision; weights that are trained do.
     dtype = torch.bfloat16 if gpu and recipe.lora else torch.float32

@@ -7,18 +7,15 @@ import pytest
 from benchmarks.touches import DOCUMENTED, NAMED, hidden_imports, touches
 
 ROOT = Path(__file__).parents[2]
-PENDING = (
-    "jobs/training/rendezvous.py",  # moves to ray_train_private.py
-)
 
 
 def test_private_names_are_touched_in_named_files_only() -> None:
-    assert [str(touch) for touch in touches(ROOT, (*NAMED, *PENDING))] == []
+    assert [str(touch) for touch in touches(ROOT, NAMED)] == []
 
 
 def test_no_module_is_imported_by_a_string() -> None:
     """Such an import is one that no contract sees: cluster/surge.py once built the graph by one, which closed a circle."""
-    assert [str(touch) for touch in hidden_imports(ROOT) if touch.file not in PENDING] == []
+    assert [str(touch) for touch in hidden_imports(ROOT)] == []
 
 
 def test_the_one_hook_that_is_taken_for_public_is_documented() -> None:

@@ -15,7 +15,6 @@ from cluster.errors import BadRequest, StoreUnavailable
 from cluster.store.objects import Store
 from jobs.training import runs
 from jobs.training.checkpoints import FILE, KEPT, MANIFEST, Checkpoints, Snapshot, Writer
-from jobs.training.driver import Next, Now, decide
 
 ROOT = Path(__file__).parents[2]
 WRITE = """
@@ -131,22 +130,3 @@ def test_a_run_is_resumed_with_what_it_was_begun_with_and_with_nothing_else(tmp_
         runs.resumed(store, "finetune-0", of)
     with pytest.raises(BadRequest):
         runs.resumed(store, "../versions", of)
-
-
-@pytest.mark.parametrize(
-    ("now", "next"),
-    [
-        (Now(2, 0, 0, 0), Next(start=2)),
-        (Now(2, 0, 1, 1), Next(learn=True)),
-        (Now(2, 0, 1, 1, least=2), Next()),
-        (Now(2, 1, 1, 0), Next(stop=True)),
-        (Now(3, 1, 1, 1), Next()),
-        (Now(1, 2, 0, 0), Next(stop=True)),
-        (Now(1, 2, 0, 1), Next(stop=True, dismiss=1)),
-        (Now(1, 0, 2, 0), Next(dismiss=1, learn=True)),
-        (Now(0, 0, 2, 1), Next(dismiss=3)),
-        (Now(2, 2, 0, 0), Next()),
-    ],
-)
-def test_what_is_done_next(now: Now, next: Next) -> None:
-    assert decide(now) == next

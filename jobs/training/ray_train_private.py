@@ -1,7 +1,9 @@
-"""How the workers of a run find each other: through a file where all are on one machine, else as Ray Train does it.
+"""Every touch of the private parts of Ray Train 2.60: the backend behind `TorchConfig`, and its worker group.
+tests/contract/test_ray_train.py pins them.
 
-PyTorch's own meeting point is a TCP port on every interface, without authentication, and everything on a pool of one machine listens on
-loopback. A file needs no port, and gloo and NCCL are told to talk over loopback.
+Ray Train has its workers meet at a TCP port, which PyTorch opens on every interface, without authentication. Everything on a pool of one
+machine listens on loopback only. So where all workers are on one machine they meet through a file, and gloo and NCCL talk over loopback. Workers
+of several machines meet as Ray Train does it.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -18,7 +20,7 @@ import ray.train
 import torch.distributed
 from ray.train.torch import TorchConfig, get_device
 
-RayTrains: Any = TorchConfig().backend_cls
+TorchBackend: Any = TorchConfig().backend_cls
 
 
 @dataclass
@@ -27,17 +29,18 @@ class FileRendezvous(TorchConfig):
 
     @property
     def backend_cls(self) -> Any:
-        return FileOrPort
+        return FileBackend
 
 
-class FileOrPort(RayTrains):
+class FileBackend(TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Ray Train calls this when it has started its workers."""
         if len(set(worker_group.execute(node))) > 1:
             return super().on_start(worker_group, backend_config)
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo"
         folder = worker_group.execute_single(0, tempfile.mkdtemp)
         world = len(worker_group)
-        ray.get([worker_group.execute_single_async(rank, meet, rank, world, backend, folder) for rank in range(world)])
+        ray.get([worker_group.execute_single_async(rank, join, rank, world, backend, folder) for rank in range(world)])
         worker_group.execute_single(0, shutil.rmtree, folder, ignore_errors=True)
 
 
@@ -45,8 +48,8 @@ def node() -> str:
     return ray.get_runtime_context().get_node_id()
 
 
-def meet(rank: int, world: int, backend: str, folder: str) -> None:
-    """On each worker. The variables are those of ``torchrun``, which Hugging Face's libraries read."""
+def join(rank: int, world: int, backend: str, folder: str) -> None:
+    """Join the process group; runs on each worker. The variables are those of ``torchrun``, which Hugging Face's libraries read."""
     context = ray.train.get_context()
     os.environ |= {
         "RANK": str(rank),
@@ -58,5 +61,5 @@ def meet(rank: int, world: int, backend: str, folder: str) -> None:
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    meeting = (Path(folder) / "meeting").as_uri()
-    torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
+    rendezvous = (Path(folder) / "rendezvous").as_uri()
+    torch.distributed.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world)

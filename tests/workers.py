@@ -1,4 +1,4 @@
-"""Members of a run in processes of their own, without Ray: the real training loop, real process groups, a model that is small."""
+"""Workers of a run in processes of their own, without Ray: the real training loop, real process groups, a small model."""
 
 import multiprocessing
 import os
@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
+from jobs.training.process_group import ProcessGroup
 from jobs.training.schedule import Schedule, share_out
-from jobs.training.worker import ProcessGroup, Worker
+from jobs.training.worker import Worker
 
 EXAMPLES = 60
 
 
 class Small:
-    """`jobs.training.worker.Work`: a line is fitted through points."""
+    """`jobs.training.work.Work`: a line is fitted through points."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(1)
@@ -49,26 +50,26 @@ class Small:
 
 
 def live(pipe: Connection, settings: dict[str, Any], store: str) -> None:
-    """A member's process: does as it is told, and can be told to stop while it learns."""
-    member = Worker(Small, settings, store, "run")
-    member.work = Small(settings)
+    """A worker's process. It does as it is told, and can be told to stop while it trains."""
+    worker = Worker(Small, settings, store, "run")
+    worker.use(Small(settings))
     pipe.send("ready")
 
-    def learn(formation: ProcessGroup) -> None:
-        pipe.send(member.learn(formation))
+    def train(group: ProcessGroup) -> None:
+        pipe.send(worker.train(group))
 
     while True:
         what, *arguments = pipe.recv()
-        if what == "learn":
-            threading.Thread(target=learn, args=arguments).start()
-        elif what == "settle":
-            pipe.send(member.keep())
+        if what == "train":
+            threading.Thread(target=train, args=arguments).start()
+        elif what == "keep":
+            pipe.send(worker.keep())
         else:
-            member.stop(*arguments)
+            worker.stop(*arguments)
 
 
-class Group:
-    """Up to three members and what they are told."""
+class Workers:
+    """Up to three workers, by number, and what they are told."""
 
     def __init__(self, folder: Path, epochs: float, **settings: Any) -> None:
         self.folder = folder
@@ -76,42 +77,42 @@ class Group:
         self.store = (folder / "store").as_uri()
         self.pipes: dict[int, Connection] = {}
         self.processes: dict[int, Any] = {}
-        self.formation = 0
+        self.group = 0
 
-    def come(self, *members: int) -> None:
+    def start(self, *workers: int) -> None:
         context = multiprocessing.get_context("spawn")
-        for member in members:
+        for worker in workers:
             ours, theirs = context.Pipe()
-            self.processes[member] = context.Process(target=live, args=(theirs, self.settings, self.store), daemon=True)
-            self.processes[member].start()
-            self.pipes[member] = ours
-        self.hear(*members)
+            self.processes[worker] = context.Process(target=live, args=(theirs, self.settings, self.store), daemon=True)
+            self.processes[worker].start()
+            self.pipes[worker] = ours
+        self.answers(*workers)
 
-    def learn(self, *members: int) -> None:
-        self.formation += 1
-        meeting = (self.folder / f"meeting-{self.formation}").as_uri()
-        for rank, member in enumerate(members):
-            self.pipes[member].send(("learn", ProcessGroup(self.formation, rank, len(members), meeting)))
+    def train(self, *workers: int) -> None:
+        self.group += 1
+        rendezvous = (self.folder / f"rendezvous-{self.group}").as_uri()
+        for rank, worker in enumerate(workers):
+            self.pipes[worker].send(("train", ProcessGroup(self.group, rank, len(workers), rendezvous)))
 
-    def stop(self, member: int) -> None:
-        self.pipes[member].send(("stop", self.formation))
+    def stop(self, worker: int) -> None:
+        self.pipes[worker].send(("stop", self.group))
 
-    def hear(self, *members: int) -> list[Any]:
-        return [self._hear(member) for member in members]
+    def answers(self, *workers: int) -> list[Any]:
+        return [self._answer(worker) for worker in workers]
 
-    def settle(self, member: int) -> int:
-        self.pipes[member].send(("settle",))
-        return self._hear(member)
+    def keep(self, worker: int) -> int:
+        self.pipes[worker].send(("keep",))
+        return self._answer(worker)
 
-    def _hear(self, member: int) -> Any:
-        assert self.pipes[member].poll(60), f"member {member} says nothing"
-        return self.pipes[member].recv()
+    def _answer(self, worker: int) -> Any:
+        assert self.pipes[worker].poll(60), f"worker {worker} says nothing"
+        return self.pipes[worker].recv()
 
-    def kill(self, member: int) -> None:
-        os.kill(self.processes[member].pid, signal.SIGKILL)
-        self.processes[member].join()
+    def kill(self, worker: int) -> None:
+        os.kill(self.processes[worker].pid, signal.SIGKILL)
+        self.processes[worker].join()
 
-    def leave(self, *members: int) -> None:
-        for member in members or list(self.processes):
-            self.processes.pop(member).kill()
-            self.pipes.pop(member).close()
+    def end(self, *workers: int) -> None:
+        for worker in workers or list(self.processes):
+            self.processes.pop(worker).kill()
+            self.pipes.pop(worker).close()

@@ -1,0 +1,57 @@
+"""What a job says about its grant, and when it gives control up: pure.
+
+>>> heard, words = hear(Heard(), Grant(0, "serving has 2"), silent_s=0.1, held=0)
+>>> words
+['waiting for slots: serving has 2']
+>>> hear(heard, Grant(1, ""), silent_s=0.1, held=0)
+(Heard(waiting='', silent=False), ['may have 1 slot'])
+"""
+
+from typing import NamedTuple
+
+from cluster.capacity.allocator import Grant
+from cluster.capacity.arbiter import counted
+
+SILENT_S = 10
+"""Control that has not answered for this long is mentioned in the log. The job keeps what it holds."""
+NO_CONTROL_S = 60
+"""A job that control has never answered fails after this long. Control restarts within some ten seconds."""
+
+
+class Heard(NamedTuple):
+    """What was last said."""
+
+    waiting: str = ""
+    """Why the job waits for slots."""
+    silent: bool = False
+    """Control does not answer."""
+
+
+class Failure(NamedTuple):
+    """Why a job fails, and what to do about it."""
+
+    words: str
+    do: str = ""
+
+
+def hear(heard: Heard, grant: Grant | None, silent_s: float, held: int) -> tuple[Heard, list[str]]:
+    """Say once that control does not answer, once that it answers again, once that the job waits for slots, once that it has some.
+
+    ``grant``: control's last answer, None where it never answered. ``silent_s``: how long ago that was. ``held``: slots.
+    """
+    words: list[str] = []
+    if (silent := silent_s > SILENT_S) != heard.silent:
+        stays = f"the job keeps its {counted(held)}" if held else "the job waits"
+        words.append(f"control has not answered for {silent_s:.0f} s: {stays}" if silent else "control answers again")
+    waiting = heard.waiting if grant is None else "" if grant.slots or held else grant.reason
+    if grant is not None and waiting != heard.waiting:
+        words.append(f"waiting for slots: {waiting}" if waiting else f"may have {counted(grant.slots)}")
+    return Heard(waiting, silent), words
+
+
+def no_control(grant: Grant | None, silent_s: float) -> Failure | None:
+    """A pool whose control never answers gives no slots: without this the job would wait for ever."""
+    if grant is not None or silent_s <= NO_CONTROL_S:
+        return None
+    words = f"Control has not answered for {silent_s:.0f} s, and jobs get their slots from it."
+    return Failure(words, "Start the pool with `springtide up`.")

@@ -1,0 +1,148 @@
+"""Workers come and go, and the run learns the same: real processes and process groups, no Ray."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.training.process_group import ProcessGroup
+from jobs.training.worker import Worker
+from tests.workers import EXAMPLES, Small, Workers
+
+EPOCHS = 600
+STEPS = EPOCHS * 5
+
+
+@pytest.fixture
+def workers(tmp_path: Path) -> Iterator[Workers]:
+    workers = Workers(tmp_path, EPOCHS)
+    yield workers
+    workers.end()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The loss at the end of a run that nobody disturbs."""
+    workers = Workers(tmp_path_factory.mktemp("alone"), EPOCHS)
+    workers.start(0)
+    workers.train(0)
+    [end] = workers.answers(0)
+    workers.end()
+    assert end.ended and end.step == STEPS
+    return end.metrics["eval_loss"]
+
+
+def test_three_then_one_then_two_then_three_learn_what_one_alone_does(workers: Workers, alone: float, tmp_path: Path) -> None:
+    """From every example once an epoch."""
+    (tmp_path / "seen").mkdir()
+    workers.settings["seen"] = str(tmp_path / "seen")
+    workers.start(0, 1, 2)
+    first = 0
+    for some, told in (((0, 1, 2), 1), ((0,), 0), ((0, 2), 2)):
+        workers.train(*some)
+        time.sleep(0.5)
+        workers.stop(told)
+        outcomes = workers.answers(*some)
+        assert {one.first for one in outcomes} == {first} and len({one.step for one in outcomes}) == 1
+        first = outcomes[0].step
+        assert 0 < first < STEPS
+    workers.end(1)
+    workers.start(1)  # it knows nothing, and takes over what the others know
+    workers.train(0, 1, 2)
+    ends = workers.answers(0, 1, 2)
+    assert {one.first for one in ends} == {first} and [one.ended for one in ends] == [True, False, False]
+    assert {one.metrics["eval_loss"] for one in ends} == {ends[0].metrics["eval_loss"]}
+    seen = Counter(example for file in (tmp_path / "seen").iterdir() for example in file.read_text().split())
+    assert seen == {str(example): EPOCHS for example in range(EXAMPLES)}
+    assert ends[0].metrics["eval_loss"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_a_worker_that_is_killed_within_a_step_costs_no_step(workers: Workers, alone: float) -> None:
+    workers.start(0, 1, 2)
+    workers.train(0, 1, 2)
+    time.sleep(0.7)
+    workers.kill(2)
+    broken = workers.answers(0, 1)
+    assert all(one.broken for one in broken) and max(one.step for one in broken) > 0
+    workers.train(0, 1)
+    ends = workers.answers(0, 1)
+    assert ends[0].first == max(one.step for one in broken)
+    assert ends[0].metrics["eval_loss"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_everybody_leaves_and_others_go_on_from_what_was_kept(workers: Workers, alone: float) -> None:
+    workers.start(0, 1)
+    workers.train(0, 1)
+    time.sleep(0.5)
+    workers.stop(1)
+    stopped = workers.answers(0, 1)
+    assert workers.keep(0) == stopped[0].step
+    workers.end(0, 1)
+    workers.start(2)
+    workers.train(2)
+    [end] = workers.answers(2)
+    assert end.first == stopped[0].step and end.metrics["eval_loss"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_who_comes_back_alone_goes_on_from_what_others_did_meanwhile(workers: Workers, alone: float) -> None:
+    workers.start(0, 1)
+    workers.train(0, 1)
+    time.sleep(0.2)
+    workers.stop(1)
+    left = workers.answers(0, 1)[1].step
+    workers.train(0)
+    time.sleep(0.3)
+    workers.stop(0)
+    [kept] = workers.answers(0)
+    assert workers.keep(0) == kept.step > left
+    workers.end(0)
+    workers.train(1)
+    [end] = workers.answers(1)
+    assert end.first == kept.step and end.metrics["eval_loss"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_the_rendezvous_is_gone_before_anybody_leaves(tmp_path: Path) -> None:
+    """If its file vanished while a worker leaves, PyTorch would wait for it: for ten minutes, and with the slots."""
+    settings = {"epochs": 2, "stage": "small", "checkpoint_s": 3600, "report_s": 3600}
+    worker = Worker(Small, settings, (tmp_path / "store").as_uri(), "run")
+    work, seen = Small(settings), list[bool]()
+    worker.use(work)
+    work.optimizer.register_step_post_hook(lambda *_: seen.append(folder.exists()))
+    rendezvous = worker.meet(one_machine=True)
+    folder = Path(rendezvous.removeprefix("file://")).parent
+    assert folder.exists() and worker.reached()[:2] == (-1, False)
+    assert worker.train(ProcessGroup(1, 0, 1, rendezvous)).ended and worker.reached()[:2] == (10, False) and worker.trains(1)
+    assert seen == [False] * 10
+
+
+class Slow(Small):
+    """Its optimizer takes a moment between the tensors and the end of the step; remembers what every step began with."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.began = list[torch.Tensor]()
+        self.optimizer.register_step_post_hook(lambda *_: time.sleep(0.002))
+
+    def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
+        self.began.append(self.trained[0].detach().clone())
+        return super().gradients(batch, rank, world)
+
+
+def test_what_is_kept_while_it_trains_is_the_state_of_one_moment(tmp_path: Path) -> None:
+    worker = Worker(Slow, {"epochs": 60, "stage": "small", "checkpoint_s": 3600, "report_s": 3600}, tmp_path.as_uri(), "run")
+    work = Slow(worker.settings)
+    worker.use(work)
+    training = threading.Thread(target=worker.train, args=(ProcessGroup(1, 0, 1, worker.meet(one_machine=True)),))
+    training.start()
+    seen = dict[int, torch.Tensor]()
+    while training.is_alive():
+        worker.keep()
+        if newest := worker.checkpoints.newest():
+            seen[newest.step] = newest.tensors["0"]
+    training.join()
+    assert len(seen) > 10 and all(torch.equal(weights, work.began[step]) for step, weights in seen.items() if step < 300)
