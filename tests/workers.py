@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from jobs.training.process_group import ProcessGroup
 from jobs.training.schedule import Schedule, share_out
-from jobs.training.worker import Worker
+from jobs.training.worker import Reached, Worker
 
 EXAMPLES = 60
 
@@ -54,18 +55,23 @@ def live(pipe: Connection, settings: dict[str, Any], store: str) -> None:
     worker = Worker(Small, settings, store, "run")
     worker.use(Small(settings))
     pipe.send("ready")
+    writing = threading.Lock()
 
     def train(group: ProcessGroup) -> None:
-        pipe.send(worker.train(group))
+        outcome = worker.train(group)
+        with writing:
+            pipe.send(outcome)
 
     while True:
         what, *arguments = pipe.recv()
         if what == "train":
             threading.Thread(target=train, args=arguments).start()
-        elif what == "keep":
-            pipe.send(worker.keep())
-        else:
+        elif what == "stop":
             worker.stop(*arguments)
+        else:
+            answer = {"keep": worker.keep, "reached": worker.reached}[what]()
+            with writing:
+                pipe.send(answer)
 
 
 class Workers:
@@ -96,6 +102,16 @@ class Workers:
 
     def stop(self, worker: int) -> None:
         self.pipes[worker].send(("stop", self.group))
+
+    def until(self, worker: int, step: int) -> None:
+        """Wait until this worker, which trains, has done so many steps."""
+        while True:
+            self.pipes[worker].send(("reached",))
+            reached = self._answer(worker)
+            assert isinstance(reached, Reached), f"the process group ended: {reached}"
+            if reached.step >= step:
+                return
+            time.sleep(0.01)
 
     def answers(self, *workers: int) -> list[Any]:
         return [self._answer(worker) for worker in workers]

@@ -45,7 +45,7 @@ def test_three_then_one_then_two_then_three_learn_what_one_alone_does(workers: W
     first = 0
     for some, told in (((0, 1, 2), 1), ((0,), 0), ((0, 2), 2)):
         workers.train(*some)
-        time.sleep(0.5)
+        workers.until(told, first + 50)
         workers.stop(told)
         outcomes = workers.answers(*some)
         assert {one.first for one in outcomes} == {first} and len({one.step for one in outcomes}) == 1
@@ -65,7 +65,7 @@ def test_three_then_one_then_two_then_three_learn_what_one_alone_does(workers: W
 def test_a_worker_that_is_killed_within_a_step_costs_no_step(workers: Workers, alone: float) -> None:
     workers.start(0, 1, 2)
     workers.train(0, 1, 2)
-    time.sleep(0.7)
+    workers.until(2, 50)
     workers.kill(2)
     broken = workers.answers(0, 1)
     assert all(one.broken for one in broken) and max(one.step for one in broken) > 0
@@ -78,7 +78,7 @@ def test_a_worker_that_is_killed_within_a_step_costs_no_step(workers: Workers, a
 def test_everybody_leaves_and_others_go_on_from_what_was_kept(workers: Workers, alone: float) -> None:
     workers.start(0, 1)
     workers.train(0, 1)
-    time.sleep(0.5)
+    workers.until(1, 50)
     workers.stop(1)
     stopped = workers.answers(0, 1)
     assert workers.keep(0) == stopped[0].step
@@ -92,11 +92,11 @@ def test_everybody_leaves_and_others_go_on_from_what_was_kept(workers: Workers, 
 def test_who_comes_back_alone_goes_on_from_what_others_did_meanwhile(workers: Workers, alone: float) -> None:
     workers.start(0, 1)
     workers.train(0, 1)
-    time.sleep(0.2)
+    workers.until(1, 50)
     workers.stop(1)
     left = workers.answers(0, 1)[1].step
     workers.train(0)
-    time.sleep(0.3)
+    workers.until(0, left + 50)
     workers.stop(0)
     [kept] = workers.answers(0)
     assert workers.keep(0) == kept.step > left
