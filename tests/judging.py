@@ -3,9 +3,11 @@
 import sys
 
 from cluster.config import load
+from cluster.jobspec import Finetune
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from jobs import data, finetune, main
+from jobs.record import record
 from jobs.training import recipe
 
 
@@ -15,8 +17,9 @@ def run(alias: str) -> None:
     waiting = registry.rollout(alias)
     assert waiting is not None
     examples = data.read("jobs/seedling/facts.jsonl").examples
-    plan = finetune.Plan(registry.manifest(waiting.version), recipe.load("lora", []), [], [], examples, "")
-    print(finetune.judged(config, registry, plan, waiting).stage)
+    plan = finetune.Plan(registry.manifest(waiting.version), recipe.load("lora", []), [], [], examples, "", "facts.jsonl")
+    with record(config, Finetune(data="facts.jsonl")) as job:
+        print(finetune.judged(config, registry, plan, waiting, 0, job).stage)
 
 
 if __name__ == "__main__":
