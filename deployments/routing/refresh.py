@@ -41,7 +41,7 @@ class Refresh:
     async def start(self, configuration: dict[str, Any]) -> None:
         """Hand control the configuration, take its view, and begin the loop. Raises what stands in the way: Serve then tries again."""
         self.control, self.configuration = await asyncio.to_thread(self.connect), configuration
-        await self.control.configure.remote(configuration)
+        await self._hand_over()
         await self._catch_up()
         self._task = asyncio.create_task(self._loop())
 
@@ -49,8 +49,7 @@ class Refresh:
         """Hand control another configuration; where it is away, as soon as it answers again."""
         self.configuration = configuration
         try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                await self.control.configure.remote(configuration)
+            await self._hand_over()
         except (TimeoutError, RayError) as error:
             self._note_failure(error)
 
@@ -71,6 +70,11 @@ class Refresh:
         except (TimeoutError, RayError):
             return ColdStart(ColdStage.QUEUED, "")
 
+    async def _hand_over(self) -> None:
+        """Tell control the configuration. One that is stuck counts as away: the loop must not wait for it for ever."""
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            await self.control.configure.remote(self.configuration)
+
     async def _catch_up(self) -> None:
         known = self.router.table.view
         async with asyncio.timeout(
@@ -86,7 +90,7 @@ class Refresh:
             try:
                 if self.failed_since_s is not None:  # the actor may have ended for good
                     self.control = await asyncio.to_thread(self.connect)
-                    await self.control.configure.remote(self.configuration)
+                    await self._hand_over()
                 await self._catch_up()
                 self._note_success()
                 pause_s = REFRESH_S

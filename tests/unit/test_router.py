@@ -170,3 +170,48 @@ def test_a_control_that_cannot_be_reached_holds_up_no_request(monkeypatch: pytes
         assert longest < 0.25
 
     run(test)
+
+
+def test_a_control_that_takes_no_configuration_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refresh used to wait for it for ever, and the gateway looked well."""
+
+    async def test() -> None:
+        monkeypatch.setattr(refreshing, "REFRESH_S", 0.01)
+        monkeypatch.setattr(refreshing, "ANSWER_TIMEOUT_S", 0.1)
+        control = Control()
+        refresh = Refresh(Router(Table(), nobody), lambda: control)
+        await refresh.start({})
+
+        async def stuck() -> None:
+            calls.append(1)
+            if len(calls) == 1:
+                await asyncio.sleep(60)
+
+        calls: list[int] = []
+        control.configure = Method(lambda _: None)
+        control.configure.remote = lambda *_: stuck()  # type: ignore[method-assign]
+        control.failures.append(RuntimeError("restarting"))
+        control.now = view(5, TWO, "m@2")
+        while refresh.router.table.view.revision < 5:
+            await asyncio.sleep(0.01)
+        assert len(calls) == 2
+        refresh.stop()
+
+    run(test)
+    with pytest.raises(TimeoutError):
+        run(starting_with_a_stuck_control(monkeypatch))
+
+
+def starting_with_a_stuck_control(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Coroutine[Any, Any, None]]:
+    async def test() -> None:
+        monkeypatch.setattr(refreshing, "ANSWER_TIMEOUT_S", 0.1)
+        control = Control()
+        control.configure.remote = lambda *_: asyncio.sleep(60)  # type: ignore[method-assign]
+        async with asyncio.timeout(5) as limit:
+            try:
+                await Refresh(Router(Table(), nobody), lambda: control).start({})
+            except TimeoutError:
+                assert not limit.expired(), "it was given up by itself"
+                raise
+
+    return test
