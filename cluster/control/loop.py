@@ -53,10 +53,13 @@ class Loop:
         self.post(lambda: self.queue.retry(key, time.monotonic()))
 
     def call(self, work: Callable[[], Result], timeout_s: float = CALL_TIMEOUT_S) -> Result:
-        """Run ``work`` in the loop's thread, between two keys. Returns what it returns and raises what it raises."""
+        """Run ``work`` in the loop's thread, between two keys. Returns what it returns and raises what it raises. Work that has not begun
+        within ``timeout_s`` is never done: whoever heard that control was busy may ask again."""
         future: Future[Result] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(work())
             except Exception as error:  # noqa: BLE001 (it belongs to whoever asked; the loop goes on)
@@ -66,11 +69,16 @@ class Loop:
         try:
             return future.result(timeout_s)
         except TimeoutError:
-            if not future.done():
+            if future.cancel():
                 raise PoolUnavailable(
                     f"Control was busy for more than {timeout_s} s.", "Try again; `springtide status` shows why."
                 ) from None
-            raise
+            if not future.done():
+                raise PoolUnavailable(
+                    f"Control began this and did not end it within {timeout_s} s.",
+                    "It may still take effect: look at `springtide status` before you try again.",
+                ) from None
+            return future.result()  # it ended at the last moment, or the work itself raised this
 
     def wait(self, done: Callable[[], bool], timeout_s: float) -> bool:
         """Wait in the caller's thread until ``done()`` holds after some turn. ``done`` must not block: the loop waits for it."""

@@ -1,6 +1,7 @@
 """Control over a real store: what is bad costs itself, what is lost is found again, and every fleet goes its own way."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from cluster.config import parse
 from cluster.control.actor import BEATS, WAITING, Control
 from cluster.control.allocation import demand
 from cluster.control.applications import Application
+from cluster.control.loop import Loop
 from cluster.control.replicas import Replicas
 from cluster.control.slots import Served
-from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, StoreUnavailable, VersionRefused
+from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, PoolUnavailable, StoreUnavailable, VersionRefused
 from cluster.publishing.placement import Hosted, SurgeFacts, Swap, fleet_of, next_swap, surge_weights
 from cluster.publishing.rollout import DIRECT, Policy, begin
 from cluster.redact import redact
@@ -45,6 +47,19 @@ def test_an_alias_whose_record_is_damaged_costs_itself_only(tmp_path: Path) -> N
     assert control.view.aliases["m"].stable == made.id and set(control.view.aliases) == {"m", "n"}
     assert control.publish(made.id, "bad").stage == "live", "a new generation takes the place of the damaged one"
     assert control.view.aliases["bad"].generation == 2
+
+
+def test_a_call_that_was_given_up_is_not_carried_out_later() -> None:
+    """Whoever heard that control was busy used to find, after trying again, that both attempts were made."""
+    loop, done = Loop(lambda _: None), list[str]()
+    with pytest.raises(PoolUnavailable, match="busy"):
+        loop.call(lambda: done.append("given up"), timeout_s=0.05)
+    loop.start()
+    loop.call(lambda: done.append("tried again"))
+    assert done == ["tried again"]
+    with pytest.raises(PoolUnavailable, match="may still take effect"):
+        loop.call(lambda: time.sleep(0.3), timeout_s=0.05)
+    loop.stop()
 
 
 def test_an_alias_whose_rollout_is_damaged_stands_still_and_the_others_go_on(tmp_path: Path) -> None:
