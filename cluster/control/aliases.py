@@ -172,7 +172,8 @@ class AliasReconciler:
     def _homeless(self, manifest: Manifest) -> Warmth:
         """A refusal: the fleet has left these weights for others since the rollout began, or is no more. Nobody will host them."""
         names = [fleet.model for fleet in self.hosting.there]
-        there = ", ".join(str(self.desired.weights(move.stable)) for name in names if (move := self.desired.move(name)))
+        moves = self.hosting.readable_moves(names).values()
+        there = ", ".join(str(self.desired.weights(move.stable)) for move in moves)
         return Warmth(1, 0, f"no fleet hosts {manifest.weights} any more; train it on {there or 'what a fleet hosts'}")
 
     def _warmth(self, one: Rollout, manifest: Manifest, fleet: Fleet, surges: bool) -> Warmth | None:

@@ -129,8 +129,7 @@ class FleetReconciler:
         """
         moves = self.hosting.readable_moves(self.hosting.aliases_of(fleet)).values()
         live = [id for move in moves for id in move.versions]
-        coming = [one.version for one in self.desired.under_way().values() if one.stage in ("warming", "canary")]
-        wanted = [self.desired.manifest(id) for id in dict.fromkeys([*live, *coming])]
+        wanted = [self.desired.manifest(id) for id in dict.fromkeys([*live, *self.hosting.coming_to(fleet)])]
         replicas = self.hosting.all_of(fleet)
         missing = [
             str(one.id)

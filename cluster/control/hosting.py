@@ -203,6 +203,16 @@ class Hosting:
         newest = {alias: self.desired.moves[alias][-1] for alias in aliases if self.desired.moves.get(alias)}
         return {alias: move for alias, move in newest.items() if all(self.weights(id) for id in move.versions)}
 
+    def coming_to(self, fleet: Fleet) -> list[VersionId]:
+        """Versions of rollouts under way that the fleet's replicas should hold already. One that cannot be read costs its alias, and no
+        fleet: the alias's reconciler says why."""
+        hosted, _ = self.hosted()
+        under_way = [
+            (alias, one.version) for alias, one in self.desired.under_way().items() if one.stage in ("warming", "canary")
+        ]
+        readable = [(alias, id, weights) for alias, id in under_way if (weights := self.weights(id)) is not None]
+        return [id for alias, id, weights in readable if placement.fleet_of(alias, weights, hosted) == fleet.name]
+
     def for_publish(self, alias: str, manifest: Manifest) -> tuple[Fleet, VersionId]:
         """The fleet that a version would go live on, and the weights that it hosts now. Raises `VersionRefused` where no fleet hosts what the
         version needs, `NoReplica` while none of the fleet's replicas runs."""

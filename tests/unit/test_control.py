@@ -12,7 +12,9 @@ from cluster.capacity.arbiter import FleetDemand
 from cluster.config import parse
 from cluster.control.actor import BEATS, WAITING, Control
 from cluster.control.allocation import demand
-from cluster.control.applications import Application
+from cluster.control.applications import Application, Applications
+from cluster.control.desired import Desired
+from cluster.control.hosting import Hosting
 from cluster.control.loop import Loop
 from cluster.control.replicas import Replicas
 from cluster.control.slots import Served
@@ -47,6 +49,33 @@ def test_an_alias_whose_record_is_damaged_costs_itself_only(tmp_path: Path) -> N
     assert control.view.aliases["m"].stable == made.id and set(control.view.aliases) == {"m", "n"}
     assert control.publish(made.id, "bad").stage == "live", "a new generation takes the place of the damaged one"
     assert control.view.aliases["bad"].generation == 2
+
+
+def test_a_manifest_that_is_damaged_while_its_rollout_is_under_way_costs_no_fleet(tmp_path: Path) -> None:
+    """After a restart of control it used to put every fleet into back-off: each read the manifests of all rollouts under way."""
+    config, registry, machines = two_fleets(tmp_path)
+    registry.move("poet", OTHER, "first", "test", after=0)
+    made = adapter(registry, tmp_path, OTHER, 3, name="poet")
+    registry.record(first := begin("poet", 1, made.id, OTHER, DIRECT, "will be damaged", "test", 0))
+    registry.record(first.next("warming", "", 0.0))
+    assert registry.store.local_root is not None
+    (registry.store.local_root / "versions/poet/1/manifest.json").write_text("{")
+    control = Controlled(config, machines)
+    failures = control.reconcilers.loop.queue.failures
+    wait_until(lambda: ("alias", "poet") in failures and control.view.aliases.keys() >= {"m", "n"})
+    good = adapter(control.registry, tmp_path, ONE, 1)
+    assert control.publish(good.id, "m").stage == "live"
+    assert [key for key in failures if key[0] == "fleet"] == []
+
+
+def test_a_rollout_under_way_is_loaded_by_the_fleet_that_it_belongs_to(tmp_path: Path) -> None:
+    config, registry, _ = two_fleets(tmp_path)
+    made = adapter(registry, tmp_path, OTHER, 3, name="poet")
+    registry.record(first := begin("poet", 1, made.id, None, DIRECT, "first", "test", 0))
+    registry.record(first.next("warming", "", 0.0))
+    hosting = Hosting(config, Desired(registry), Replicas(lambda _: None), Applications(), lambda kind, name: None)
+    hosting.desired.load()
+    assert {name: hosting.coming_to(fleet) for name, fleet in hosting.fleets.items()} == {"m": [], "n": [made.id]}
 
 
 def test_a_call_that_was_given_up_is_not_carried_out_later() -> None:
