@@ -213,6 +213,13 @@ class Hosting:
         readable = [(alias, id, weights) for alias, id in under_way if (weights := self.weights(id)) is not None]
         return [id for alias, id, weights in readable if placement.fleet_of(alias, weights, hosted) == fleet.name]
 
+    def hosted_without(self, fleet: Fleet, alias: str) -> bool:
+        """Whether another fleet would answer for the alias if this one were no more."""
+        hosted, _ = self.hosted()
+        move = self.desired.move(alias)
+        weights = self.weights(move.stable) if move else None
+        return placement.fleet_of(alias, weights, [one for one in hosted if one.fleet != fleet.name]) is not None
+
     def for_publish(self, alias: str, manifest: Manifest) -> tuple[Fleet, VersionId]:
         """The fleet that a version would go live on, and the weights that it hosts now. Raises `VersionRefused` where no fleet hosts what the
         version needs, `NoReplica` while none of the fleet's replicas runs."""

@@ -127,13 +127,13 @@ class RuntimeFleets:
         self._append(name, newest, author, ended=True)
 
     def _check_unused(self, name: str) -> None:
-        """Its own alias goes with it; another alias, or a rollout, would have nobody to answer."""
+        """An alias that no other fleet hosts, the fleet's own as well, would be answered with 404; a rollout would have nobody."""
         fleet = self.hosting.fleets[name]
-        others = [alias for alias in self.hosting.aliases_of(fleet) if alias != fleet.model]
-        if others:
+        homeless = [alias for alias in self.hosting.aliases_of(fleet) if not self.hosting.hosted_without(fleet, alias)]
+        if homeless:
             raise Conflict(
-                f"{', '.join(others)} would have no fleet: what they mean sits on the weights of {name}.",
-                "Publish something else to them first, or say --force.",
+                f"{', '.join(sorted(homeless))} would have no fleet: only {name} hosts the weights of what is live there.",
+                "Say --force if clients may get 404 for that, or add a fleet that hosts it first.",
             )
         now = self.hosting.desired.rollout(fleet.model)
         if now is not None and now.stage in UNDER_WAY:

@@ -203,6 +203,23 @@ def test_a_fleet_that_is_added_is_recorded_hosted_and_found_again_and_goes_when_
     assert newest is not None and newest.ended and newest.author == "somebody"
 
 
+def test_a_fleet_is_removed_without_force_only_where_another_answers_for_its_alias(tmp_path: Path) -> None:
+    """Its own alias used to go with it: who asked for it had an answer before, and 404 after."""
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    third = registry.register("third", "weights", None, make_base(tmp_path / "third", 5), Lineage())
+    control.fleets.add("alone", {"model": str(third.id), "min_replicas": 0}, "somebody")
+    control.fleets.add("second", {"model": str(ONE), "min_replicas": 0}, "somebody")
+    wait_until(lambda: control.view.fleets.keys() == {"m", "n", "alone", "second"})
+    with pytest.raises(Conflict, match="alone would have no fleet"):
+        control.fleets.remove("alone", False, "somebody")
+    control.fleets.remove("second", False, "somebody")
+    wait_until(lambda: control.view.fleets.keys() == {"m", "n", "alone"})
+    assert control.hosting.assigned()["second"] == "m"
+    control.fleets.remove("alone", True, "somebody")
+    wait_until(lambda: control.view.fleets.keys() == {"m", "n"})
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "error", "words"),
     [
