@@ -26,11 +26,18 @@ from obstore.store import from_url
 from cluster.config import Config, Training
 from cluster.errors import BodyTooLarge, DataError
 from cluster.jobspec import ORIGIN, shown
+from cluster.redact import redact
 from cluster.store.objects import Store
 from cluster.types import check_name
 
 TIMEOUT_S = 60
 REDIRECTS = 5
+UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All public addresses of IPv6. Outside: ``::127.0.0.1`` (IPv4-compatible), site-local ones, and what nobody was given."""
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""The last 32 bits are an IPv4 address."""
+TUNNELS = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))
+"""Teredo and 6to4: an IPv4 address is within."""
 UPLOAD, SAMPLE = "upload:", "sample:"
 
 Fetch = Callable[[str], bytes]
@@ -54,9 +61,9 @@ class Sources:
         except Denied as error:
             raise DataError(f"{title(source)} may not be read by a job that came over HTTP: {error}.", ALLOWED) from error
         except (OSError, httpx.HTTPError, httpx.InvalidURL, BaseError, ValueError) as error:
-            words = str(error).replace(source, shown(source))
             raise DataError(
-                f"{title(source)} cannot be read: {words}.", "Check the path or URL, and that this machine may read it."
+                f"{title(source)} cannot be read: {_words(error, source)}.",
+                "Check the path or URL, and that this machine may read it.",
             ) from error
 
     def _fetch(self, source: str) -> bytes:
@@ -165,6 +172,14 @@ def title(source: str) -> str:
     return name or digest[: len(UPLOAD) + 12]
 
 
+def _words(error: Exception, source: str) -> str:
+    """What an error says, without the secrets of any URL in it: httpx quotes the one that it asked last, which a redirect may have named."""
+    words = str(error)
+    for url in (source, str(error.response.url) if isinstance(error, httpx.HTTPStatusError) else source):
+        words = words.replace(url, shown(url))  # whole, whatever is in it: a quote would end it for `redact`
+    return redact(words)
+
+
 def under(source: str, prefix: str) -> bool:
     """
     >>> under("s3://b/data/x", "s3://b/data"), under("s3://b/database/x", "s3://b/data"), under("s3://b/data/../x", "s3://b/data")
@@ -174,11 +189,26 @@ def under(source: str, prefix: str) -> bool:
 
 
 def public_address(host: str, port: int) -> str:
-    """An address of ``host``. Raises `Denied` where any of them is not public: private, loopback, link-local, multicast, reserved."""
+    """An address of ``host``. Raises `Denied` where any of them is not public: private, loopback, link-local, multicast, reserved, or an
+    IPv6 address that a translator or a tunnel takes to such an IPv4 address."""
     found: Iterable[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [ipaddress.ip_address(str(one[4][0]).partition("%")[0]) for one in found]
     for address in addresses:
-        plain = getattr(address, "ipv4_mapped", None) or address
-        if not plain.is_global or plain.is_multicast:
+        if not _is_public(address):
             raise Denied(f"{host} is {address}, which is no public address")
     return str(addresses[0])
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """
+    >>> [_is_public(ipaddress.ip_address(one)) for one in ("1.1.1.1", "10.0.0.1", "64:ff9b::1.1.1.1", "64:ff9b::10.0.0.1")]
+    [True, False, True, False]
+    """
+    if isinstance(address, ipaddress.IPv6Address):
+        if mapped := address.ipv4_mapped:
+            return _is_public(mapped)
+        if address in NAT64:  # a network without IPv4 reaches every public IPv4 host so
+            return _is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        if address not in UNICAST or any(address in tunnel for tunnel in TUNNELS):
+            return False
+    return address.is_global and not address.is_multicast

@@ -34,6 +34,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("location", self.path.removeprefix("/to/"))
             self.end_headers()
             return
+        if self.path.startswith("/forbidden"):
+            return self.send_error(403)
         self.send_response(200)
         self.end_headers()
         self.wfile.write(self.headers["host"].encode() if self.path == "/host" else LINE)
@@ -72,6 +74,12 @@ def refused(fetch: Sources, source: str) -> str:
         "http://192.168.1.1/",
         "http://100.64.0.1/",
         "http://224.0.0.1/",
+        "http://[64:ff9b::a9fe:a9fe]/latest/meta-data",
+        "http://[64:ff9b:1::a9fe:a9fe]/latest/meta-data",
+        "http://[2002:a9fe:a9fe::1]/latest/meta-data",
+        "http://[2001:0:4136:e378:8000:63bf:3fff:fdd2]/",
+        "http://[::127.0.0.1]:{port}/",
+        "http://[fec0::1]/",
         "s3://elsewhere/x.jsonl",
     ],
 )
@@ -149,6 +157,18 @@ def test_a_message_keeps_no_secret_of_a_url(remote: Sources, web: int) -> None:
     assert title("https://h/x?sig=1") == "https://h/x" and title("upload:ab#mine.jsonl") == "mine.jsonl"
 
 
+@pytest.mark.parametrize("query", ["X-Amz-Signature=SECRET", "who='me'&X-Amz-Signature=SECRET"])
+def test_a_presigned_url_that_is_refused_is_not_quoted(remote: Sources, web: int, monkeypatch: Any, query: str) -> None:
+    """httpx quotes the URL that it asked, by its address and after redirects, and a job's result is kept for good."""
+    monkeypatch.setattr(sources, "public_address", lambda host, port: "127.0.0.1")
+    there = f"http://public.example:{web}/forbidden?{query}"
+    for source in (there, f"http://public.example:{web}/to/{there}"):
+        said = refused(remote, source)
+        assert "403" in said and "SECRET" not in said and "Signature" not in said
+    said = refused(Sources(), f"http://127.0.0.1:{web}/to/http://127.0.0.1:{web}/forbidden?{query}")
+    assert "403" in said and "SECRET" not in said and "Signature" not in said
+
+
 def test_a_recipe_may_be_uploaded(remote: Sources) -> None:
     text = b"epochs: 2\n"
     digest = hashlib.sha256(text).hexdigest()
@@ -159,7 +179,8 @@ def test_a_recipe_may_be_uploaded(remote: Sources) -> None:
 
 
 def test_an_address_is_public_or_refused() -> None:
-    assert public_address("1.1.1.1", 80) == "1.1.1.1"
+    for public in ("1.1.1.1", "2606:4700:4700::1111", "64:ff9b::101:101"):
+        assert public_address(public, 80) == public
     with pytest.raises(sources.Denied):
         public_address("127.0.0.1", 80)
     with pytest.raises(OSError):
