@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.redact import redact
 from cluster.types import Manifest
 
 
@@ -41,7 +42,8 @@ class Holdings:
         self.staged = {}
 
     def refuse(self, id: str, why: str) -> None:
-        self.refused[id] = why
+        """``why`` becomes a rollout's reason for good, and may quote a store's error with a presigned URL in it."""
+        self.refused[id] = redact(why)
         self.revision += 1
 
     def clear_refusals(self, *ids: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from cluster.config import Config, Fleet
-from cluster.errors import DigestMismatch
+from cluster.errors import DigestMismatch, StoreUnavailable
 from cluster.store.files import make_room
 from cluster.types import Lineage, Manifest, VersionId
 from deployments.replica import words
@@ -65,6 +65,14 @@ def test_control_hears_of_every_refusal_and_of_its_end() -> None:
     assert holdings.revision == 1
     holdings.clear_refusals("bad@1", "m@1")
     assert (holdings.refused, holdings.revision) == ({}, 2)
+
+
+def test_a_refusal_keeps_no_secret_of_a_url() -> None:
+    """A store's error with a SAS URL in it became a rollout's reason for good."""
+    holdings = Holdings("m@1", Path("/1"))
+    error = StoreUnavailable("The store failed: GET https://me:pw@a.blob.example/c/m?sv=1&sig=SECRET timed out.")
+    holdings.refuse("bad@1", words.reason(error))
+    assert holdings.refused["bad@1"].startswith("The store failed: GET https://a.blob.example/c/m timed out.")
 
 
 def test_our_own_errors_are_quoted_whole() -> None:
