@@ -7,6 +7,7 @@ nothing. Digests are checked where the files arrive (`Registry.fetch`), so nothi
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,8 @@ import ray
 from ray.exceptions import RayError
 
 from cluster import logs
-from cluster.store.files import arriving, in_use
+from cluster.config import CACHE_BYTES
+from cluster.store.files import arriving, in_use, make_room
 from cluster.store.registry import Registry
 from cluster.types import Manifest
 
@@ -36,22 +38,25 @@ def _put(registry: Registry, manifest: Manifest, cache: Path) -> dict[str, Any]:
         return {file.path: ray.put((one.folder / file.path).read_bytes()) for file in manifest.files}
 
 
-def unpack(carried: Carried, cache: Path) -> None:
+def unpack(carried: Carried, cache: Path, limit_bytes: int = CACHE_BYTES) -> None:
     """Write what was carried into this machine's cache, where `Registry.fetch` looks before it asks the store."""
-    for digest, files in carried.items():
-        with in_use(cache / digest):
+    with ExitStack() as used:
+        for digest in carried:  # all of them before the first: making room for one must not take another
+            used.enter_context(in_use(cache / digest))
+        for digest, files in carried.items():
             for path, reference in files.items():
                 target = cache / digest / path
                 if not target.exists():
-                    _write(target, reference)
+                    _write(target, reference, cache, limit_bytes)
 
 
-def _write(target: Path, reference: Any) -> None:
+def _write(target: Path, reference: Any, cache: Path, limit_bytes: int) -> None:
     try:
         content = cast(bytes | None, ray.get(reference))
     except RayError as error:  # whoever owned it was restarted: the store still has it
         log.warning("not carried: %s", error)
         return
     if content is not None:
+        make_room(cache, len(content), limit_bytes)
         with arriving(target) as partial:  # several replicas of a machine may unpack at once
             partial.write_bytes(content)

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator
@@ -59,6 +60,8 @@ class Files:
         self._locks: dict[str, int] = {}
         """Digest of a version → the open file whose lock this process holds."""
         self._users: Counter[str] = Counter()
+        self._holding = threading.Lock()
+        """Over `_locks` and `_users`: control's threads fetch at once."""
         self._failures: dict[str, Failure] = {}
 
     # what callers ask for
@@ -77,10 +80,11 @@ class Files:
     def release(self, manifest: Manifest) -> None:
         """Undo one `fetch`: the cache may give the version up again."""
         digest = manifest.digest
-        if digest in self._locks:
-            self._users[digest] -= 1
-            if self._users[digest] <= 0:
-                os.close(self._locks.pop(digest))
+        with self._holding:
+            if digest in self._locks:
+                self._users[digest] -= 1
+                if self._users[digest] <= 0:
+                    os.close(self._locks.pop(digest))
 
     def tensors(self, manifest: Manifest, cache: Path) -> dict[str, Tensor]:
         """Tensor name → dtype and shape, from the headers alone: of a gigabyte in a bucket some kilobytes are read."""
@@ -118,10 +122,11 @@ class Files:
         return folder
 
     def _hold(self, digest: str, folder: Path) -> None:
-        if digest not in self._locks:
-            self._locks[digest] = lock(folder)
-        self._users[digest] += 1
-        os.utime(folder / ".lock")
+        with self._holding:
+            if digest not in self._locks:
+                self._locks[digest] = lock(folder)
+            self._users[digest] += 1
+            os.utime(folder / ".lock")
 
     def _download(self, manifest: Manifest, folder: Path, files: tuple[File, ...]) -> None:
         """Every file that is not there yet; one process of the machine at a time, so that the others find them."""
@@ -216,6 +221,7 @@ def in_use(folder: Path) -> Generator[None]:
     """Keeps a version's folder in the cache meanwhile."""
     file = lock(folder)
     try:
+        os.utime(folder / ".lock")
         yield
     finally:
         os.close(file)

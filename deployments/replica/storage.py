@@ -41,7 +41,7 @@ class Storage:
 
     async def unpack(self, carried: weight_distribution.Carried) -> None:
         """Write files that came with control's order to where `fetch` looks first."""
-        await asyncio.to_thread(weight_distribution.unpack, carried, self.cache)
+        await asyncio.to_thread(weight_distribution.unpack, carried, self.cache, self.registry.files.limit_bytes)
 
     async def live(self) -> set[str]:
         """The versions that some alias's clients may get now."""

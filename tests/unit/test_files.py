@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cluster.config import Config
-from cluster.control import admission
+from cluster.control import admission, weight_distribution
 from cluster.errors import DigestMismatch, StoreUnavailable, VersionRefused
 from cluster.store import files as module
 from cluster.store.artefact import apart
@@ -181,3 +182,50 @@ def test_processes_that_fetch_at_once_download_once(bucket: Bucket, tmp_path: Pa
     for thread in threads:
         thread.join()
     assert bucket.reads["versions/m/1/files/model.safetensors"] == 1
+
+
+def test_threads_that_hold_a_version_at_once_leave_no_lock(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each that found none took a lock of its own, and all but one stayed: the cache never gave the version up."""
+    registry, locked = Registry(Store("s3://pool")), module.lock
+    made, cache = base(registry, tmp_path / "source"), tmp_path / "cache"
+    files, together = Files(registry.store), threading.Barrier(8)
+
+    def slow(folder: Path) -> int:
+        time.sleep(0.05)
+        return locked(folder)
+
+    def fetch() -> None:
+        together.wait()
+        files.fetch(made, cache)
+
+    monkeypatch.setattr(module, "lock", slow)
+    threads = [threading.Thread(target=fetch) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for _ in threads:
+        files.release(made)
+    with (cache / made.digest / ".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_carried_weights_stay_within_the_caches_limit(bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came through Ray's object store made no room: the cache grew with every version that was published."""
+    registry, cache = Registry(Store("s3://pool")), tmp_path / "cache"
+    old, *new = (base(registry, tmp_path / f"{n}", n) for n in range(3))
+    files = Files(registry.store, limit_bytes=2_000_000)  # room for two
+    files.fetch(old, cache)
+    files.release(old)
+    carried = {
+        made.digest: {file.path: (tmp_path / f"{n}" / file.path).read_bytes() for file in made.files}
+        for n, made in enumerate(new, 1)
+    }
+    monkeypatch.setattr(weight_distribution.ray, "get", lambda reference: reference)
+    weight_distribution.unpack(carried, cache, files.limit_bytes)
+    assert kept(cache) == {made.digest for made in new}
+    bucket.reads.clear()
+    assert all(files.fetch(made, cache).is_dir() for made in new)
+    assert not bucket.reads, "nothing was asked of the store"
