@@ -93,7 +93,8 @@ def watch(pool: Client, console: Console, rollout: Rollout) -> Rollout:
                 time.sleep(LOOK_AGAIN_S)
                 now = look()
                 if now.record.number != rollout.number:  # it ended, and another has followed
-                    return pool.history(rollout.alias).rollouts[rollout.number - 1][-1]
+                    known = (records[-1] for records in pool.history(rollout.alias).rollouts)  # the newest ones only
+                    return next((last for last in known if last.number == rollout.number), rollout)
                 rollout = now.record
                 live.update(render.progress(rollout, now.seen))
         console.print()

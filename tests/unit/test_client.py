@@ -143,6 +143,21 @@ def test_watching_a_rollout_costs_one_request_a_look_however_many_there_were(mon
     assert [path for _, path, _, _ in asked] == ["/admin/rollouts/m"] * 3
 
 
+def test_a_watched_rollout_that_another_followed_is_found_by_its_number(monkeypatch: Any) -> None:
+    """It was looked for by its place, and a history holds the newest rollouts only: an `IndexError`, or another rollout's end."""
+    ids = VersionId("m", 2), VersionId("m", 1)
+    seventh, eighth = (begin("m", number, *ids, Policy(), "by hand", "me", 0.0) for number in (70, 71))
+    ended = seventh.next("rolled_back", "by hand", 1.0)
+    told = {
+        "moves": [],
+        "rollouts": [[one.model_dump(mode="json") for one in records] for records in ([seventh, ended], [eighth])],
+    }
+    monkeypatch.setattr(publishing, "LOOK_AGAIN_S", 0)
+    with gateway(200, {"record": eighth.model_dump(mode="json"), "seen": {}}, told) as (client, asked):
+        assert publishing.watch(client, Console(file=io.StringIO()), seventh) == ended
+    assert [path for _, path, _, _ in asked] == ["/admin/rollouts/m", "/admin/history/m"]
+
+
 def test_a_gateway_that_is_silent_for_a_moment_does_not_end_the_following() -> None:
     """A rollout or a job was followed only until control was started again."""
     answers = iter([PoolUnavailable("away"), 2, PoolUnavailable("away"), PoolUnavailable("gone")])
