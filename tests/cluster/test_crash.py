@@ -94,7 +94,7 @@ def crash_points(pool: Running, home: Path, made: Manifest) -> int:
 
 
 @pytest.mark.parametrize("kind", ["adapter", "weights"])
-def test_control_killed_enginesevery_act_of_a_rollout(pool: Running, crashing: Path, tmp_path: Path, kind: str) -> None:
+def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: Path, tmp_path: Path, kind: str) -> None:
     make = adapter_of_its_own if kind == "adapter" else other_weights
     count = crash_points(pool, crashing, make(pool, tmp_path, 400))
     assert count >= 8
@@ -117,7 +117,7 @@ def test_control_killed_enginesevery_act_of_a_rollout(pool: Running, crashing: P
     assert problems(events, expected) == []
 
 
-def test_control_killed_enginesevery_act_of_an_abort(pool: Running, crashing: Path, tmp_path: Path) -> None:
+def test_control_killed_before_every_act_of_an_abort(pool: Running, crashing: Path, tmp_path: Path) -> None:
     """The way back is enumerated too. An order that died before its first record is given again, as its caller was told."""
     made, expected = adapter(pool, tmp_path, seed=480), expected_of(pool.url, [str(ONE)])
     half = Policy(steps=(50, 100), min_requests=10_000, gate=False, margins=ANY)
