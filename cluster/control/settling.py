@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cluster import logs
-from cluster.errors import JobNotFound, PoolUnavailable
+from cluster.errors import BadRequest, JobNotFound, PoolUnavailable
 from cluster.pool.submit import JobServer, RayJob
 from cluster.store.jobs import Damaged, JobRecord, JobResult, JobSnapshot, JobStatus, JobStore
+from cluster.types import check_name
 
 SILENT_S = 8
 """A driver that has told nothing for this long is looked for: it tells something every three seconds."""
@@ -68,6 +69,14 @@ def stale_s(record: JobRecord) -> float:
     """How long ago the newest object of a record was written, in seconds."""
     written = [record.spec.created_s if record.spec else 0, record.newest.snapshot.at_s if record.newest else 0]
     return time.time() - max(written)
+
+
+def _safe(run: str) -> bool:
+    """Whether a stored name may become a path. Example: ``../versions`` may not: removing that run would remove every version."""
+    try:
+        return bool(check_name(run))
+    except BadRequest:
+        return False
 
 
 class Drivers:
@@ -186,6 +195,9 @@ class Settler:
         with self.lock:
             self.unfinished.discard(id)
             self.looked_s.pop(id, None)
+        if not _safe(run):
+            log.error("job %s names its run %r, which is no run's name: nothing is removed", id, run[:80])
+            return
         cancelled = record.result.status == JobStatus.CANCELLED and self.jobs.cancel_asked(id) is not None
         if (cancelled or not self._resumable(run)) and not self._trained(run):
             self.store.remove(f"runs/{run}")
@@ -198,7 +210,7 @@ class Settler:
 
     def _resumable(self, run: str) -> bool:
         """Whether it has a checkpoint, or a result that was not registered."""
-        return any(name.isdigit() or name == "result" for name in self.store.children(f"runs/{run}"))
+        return _safe(run) and any(name.isdigit() or name == "result" for name in self.store.children(f"runs/{run}"))
 
     def _trained(self, run: str) -> bool:
         """Whether a job that has not ended trains the run."""

@@ -173,31 +173,15 @@ class Store:
         objects = (entry["path"] for entry in listed["objects"])
         return sorted(path.rsplit("/", 1)[-1] for path in (*listed["common_prefixes"], *objects))
 
-    def list_after(self, prefix: str, name: str, limit: int = 1000) -> list[str]:
-        """The first ``limit`` names under ``prefix`` that sort after ``name``, of objects directly there or deeper (then with slashes).
-
-        On a bucket the cost is that of the answer. A folder on a disk is read whole: there, ask for objects by name where names are known.
-        """
-        found: list[str] = []
-        try:
-            batches: Any = obstore.list(self.backend, prefix, offset=f"{prefix}/{name}", chunk_size=limit)  # pyright: ignore[reportUnknownMemberType]
-            for batch in batches:
-                found += [str(entry["path"]).removeprefix(f"{prefix}/") for entry in batch]
-                if len(found) >= limit and self.local_root is None:
-                    break
-        except FileNotFoundError:
-            return []
-        except (BaseError, OSError) as error:
-            raise self._unavailable(error) from error
-        return sorted(found)[:limit]
-
     def delete(self, path: str) -> None:
         """Delete one object, as far as the store still answers."""
         with contextlib.suppress(BaseError, OSError):
             obstore.delete(self.backend, path)
 
     def remove(self, prefix: str) -> None:
-        """Delete everything under ``prefix``, as far as the store still answers."""
+        """Delete everything under ``prefix``, as far as the store still answers. Raises `ValueError` for one that could lead elsewhere."""
+        if not all(part.strip(".") for part in prefix.split("/")):
+            raise ValueError(f"{prefix!r} is no folder of the store")
         if self.local_root is not None:
             return shutil.rmtree(self.local_root / prefix, ignore_errors=True)
         with contextlib.suppress(BaseError, OSError):

@@ -26,10 +26,6 @@ class Rollouts:
         self._numbers: Recent[str, int] = Recent()
         """Alias → the highest rollout that was ever seen."""
 
-    def aliases(self) -> list[str]:
-        """Every alias that ever had a rollout."""
-        return self.store.children("rollouts")
-
     def number(self, alias: str, known: int = 0) -> int:
         """The alias's newest rollout, 0 where there is none. ``known``: one that exists for certain."""
         remembered = self._numbers.get(check_name(alias))

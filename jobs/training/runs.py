@@ -17,7 +17,7 @@ ABOUT = "about.json"
 
 def begun(store: Store, name: str, of: dict[str, Any]) -> str:
     """Begin the run ``name``, which is the id of its job. ``of``: what it consists of, in plain JSON values, so that `resumed` can compare."""
-    store.put_new(f"runs/{name}/{ABOUT}", json.dumps(of, sort_keys=True).encode())
+    store.put_new(f"runs/{check_name(name)}/{ABOUT}", json.dumps(of, sort_keys=True).encode())
     print(f"run {name}", flush=True)
     return name
 

@@ -14,6 +14,7 @@ from cluster.pool.submit import JobServer, RayJob
 from cluster.store.jobs import JobEvents, JobResult, JobSnapshot, JobSpec, JobStatus
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
+from jobs.training import runs
 
 RUN = "finetune-0123456789ab"
 SPEC = JobSpec(id=RUN, verb="finetune", options={}, owner="ann", created_s=0)
@@ -94,6 +95,23 @@ def test_what_somebody_cancelled_is_removed_and_nobody_elses(service: JobService
     service.jobs.ask_to_cancel(mine, "ann")
     service.settler.forget(mine)
     assert service.store.children("runs") == [other]
+
+
+def test_a_run_with_a_name_that_leads_elsewhere_is_left_alone(service: JobService) -> None:
+    """A record whose run is ``../versions`` had every version deleted."""
+    for run in ("../versions", "..", "a/b", "/"):
+        service.store.put_new(f"versions/m/{abs(hash(run))}/manifest.json", b"{}")
+        before = service.store.children("versions/m")
+        id = job(service, run=run, result=JobResult(status=JobStatus.FAILED, ended_s=1, last=JobSnapshot(at_s=1, run=run)))
+        service.settler.forget(id)
+        assert service.store.children("versions/m") == before and id not in service.settler.watched()
+
+
+def test_a_run_is_not_begun_under_a_name_that_leads_elsewhere(service: JobService) -> None:
+    """A job's id becomes its run's folder, and `ray job submit --submission-id ../versions` chooses the id."""
+    with pytest.raises(BadRequest):
+        runs.begun(service.store, "../versions", {})
+    assert runs.begun(service.store, RUN, {}) == RUN and service.store.children("runs") == [RUN]
 
 
 def test_a_run_that_another_job_trains_stays(service: JobService) -> None:

@@ -111,12 +111,15 @@ def test_a_range_is_read_without_the_rest(either: Store) -> None:
     assert either.read_range("nothing", 0, 5) is None and either.size("nothing") is None
 
 
-def test_names_after_a_name(either: Store) -> None:
-    for n in range(30):
-        either.put_new(f"jobs/j/events/{n:08d}.json", b"{}")
-    assert either.list_after("jobs/j/events", "00000027.json") == ["00000028.json", "00000029.json"]
-    assert either.list_after("jobs/j/events", "", limit=2) == ["00000000.json", "00000001.json"]
-    assert either.list_after("jobs/k/events", "") == []
+def test_what_leads_out_of_a_folder_is_not_removed(either: Store) -> None:
+    """A run that was named ``../versions`` in a job's record took every version with it."""
+    either.put_new("versions/m/1/manifest.json", b"{}")
+    for prefix in ("runs/../versions", "runs/./../versions", "", "runs/", "/", "runs//x", ".."):
+        with pytest.raises(ValueError, match="no folder"):
+            either.remove(prefix)
+    assert either.get("versions/m/1/manifest.json") == b"{}"
+    either.remove("versions/m")
+    assert either.get("versions/m/1/manifest.json") is None
 
 
 def test_an_object_takes_another_name(either: Store) -> None:
