@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster.types import Lineage, VersionId
 from tests.conftest import ROOT, Running
 from tests.support.forward import forwarded
 from tests.waiting import when
@@ -90,13 +91,18 @@ def test_a_job_is_followed_and_ended_from_elsewhere(pool: Running, tmp_path: Pat
 
 def test_a_fleet_is_added_and_removed_from_elsewhere(pool: Running, tmp_path: Path) -> None:
     key = pool.pool.token
-    added = said(tmp_path, pool.url, key, "fleets", "add", "guest", "--model", "seedling@1", "--set", "min_replicas=0")
+    # Weights of its own: an alias outlives its fleet, and one that means the seedling's would keep those from being replaced.
+    folder = pool.registry.fetch(pool.registry.manifest(VersionId("seedling", 1)), tmp_path / "cache")
+    own = pool.registry.register("guest", "weights", None, folder, Lineage())
+    added = said(tmp_path, pool.url, key, "fleets", "add", "guest", "--model", str(own.id), "--set", "min_replicas=0")
     assert "guest" in added and "guest" in said(tmp_path, pool.url, key, "fleets")
     twice = command(tmp_path, "fleets", "add", "guest", SPRINGTIDE_POOL=pool.url, SPRINGTIDE_API_KEY=key)
     assert twice.returncode == 2 and "There is a fleet guest already" in twice.stderr
     wrong = command(tmp_path, "fleets", "add", "x", "--set", "colour=blue", SPRINGTIDE_POOL=pool.url, SPRINGTIDE_API_KEY=key)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr
-    said(tmp_path, pool.url, key, "fleets", "remove", "guest")
+    used = command(tmp_path, "fleets", "remove", "guest", SPRINGTIDE_POOL=pool.url, SPRINGTIDE_API_KEY=key)
+    assert used.returncode == 2 and "--force" in used.stderr, "nobody else hosts what the alias guest means"
+    said(tmp_path, pool.url, key, "fleets", "remove", "guest", "--force")
     when(lambda: "guest" not in said(tmp_path, pool.url, key, "fleets"), 60)
 
 
