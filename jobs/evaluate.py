@@ -198,13 +198,18 @@ def measured(config: Config, id: VersionId, sets: Sets, beats: "Heartbeats", job
         print(words, flush=True)
         job.note(words)
         task: Any = ray.remote(num_cpus=0, max_retries=0, **held)(measure).remote(config, str(id), sets)
+        ended = False
         try:
-            if ended_in_time(task, beats, config.training.yield_deadline_s):
-                return ray.get(task)
-            job.note(f"the slot of {id}'s measurement is given back; it begins again when there is one")
+            ended = ended_in_time(task, beats, config.training.yield_deadline_s)
         finally:
-            ray.cancel(task, force=True)  # nothing where it has ended
-            ray.wait([task], timeout=ENDED_S)
+            if (
+                not ended
+            ):  # never one that has ended: Ray 2.60 aborts the process that cancels a task whose reply is just arriving
+                ray.cancel(task, force=True)
+                ray.wait([task], timeout=ENDED_S)
+        if ended:
+            return ray.get(task)
+        job.note(f"the slot of {id}'s measurement is given back; it begins again when there is one")
         beats.holds = (0, 0)
 
 
