@@ -30,7 +30,7 @@ check: setup ## Lint, format, types, import direction.
 	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: check ## Everything that fits into 15 minutes on 2 cores.
+test: check ## Everything that fits into 20 minutes on 2 cores.
 	$(BIN)/pytest
 
 chaos: setup ## What takes longer: failures over minutes.
