@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import pytest
+
 from cluster.control.describe import public
 from cluster.control.gateways import Gateways
+from cluster.control.replicas import Orders, Replicas
 from cluster.publishing.placement import fleet_state, lacks, routable, target_weights, warmth
 from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId, View
 from cluster.view import difference
+from tests.waiting import when
 
 ONE, TWO = VersionId("m", 1), VersionId("m", 2)
 ADAPTER = Manifest(
@@ -97,3 +101,20 @@ def test_a_fleet_answers_for_what_sits_on_its_own_weights() -> None:
 
 def test_a_secret_is_never_shown() -> None:
     assert "secret" not in public(replica({}))
+
+
+def test_the_orders_of_a_version_are_forgotten_and_not_those_of_one_whose_id_begins_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`m@1` also meant `m@12`: beginning a rollout of the one made control order all replicas to do the other once more."""
+    told: list[str] = []
+    replicas = Replicas(lambda _: None)
+    monkeypatch.setattr(replicas, "tell", lambda app, method, replica, id, *rest: told.append(id))
+    orders = Orders(replicas, lambda: ("fleet-m",), lambda: None)
+    ids = ["m@1", "m@12", "m@112"]
+    for id in ids:
+        assert not orders.swap("r", id, "", False)
+    when(lambda: not any(orders.swapping("r", id) for id in ids), 10)
+    orders.forget("m@1")
+    assert [orders.swap("r", id, "", False) for id in ids] == [False, True, True], "only the first is ordered once more"
+    when(lambda: not orders.swapping("r", "m@1"), 10)
+    assert sorted(told) == sorted([*ids, "m@1"])
+    orders.close()

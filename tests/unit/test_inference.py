@@ -64,10 +64,13 @@ class Pool:
         await self.routing.router.adopt(View(self.revision, moves, replicas, FLEETS))
 
     async def ask(self, model: str, **body: Any) -> tuple[int, dict[str, str], Any]:
+        return await self.post(orjson.dumps({"model": model, **body}))
+
+    async def post(self, raw: bytes) -> tuple[int, dict[str, str], Any]:
         sent: list[Any] = []
 
         async def receive() -> Any:
-            return {"type": "http.request", "body": orjson.dumps({"model": model, **body})}
+            return {"type": "http.request", "body": raw}
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -167,5 +170,23 @@ def test_the_bodies_that_wait_are_bounded() -> None:
         assert (await pool.ask("m"))[0] == 200
         await pool.running("mn")
         await asyncio.gather(*asking)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"model": "n",%s "prompt": "x"}' % (b" " * 900), b'{"model": "n", "logit_bias": [%s]}' % b",".join([b"1e9"] * 90)]
+)
+def test_a_body_that_waits_counts_as_it_is_sent_and_not_as_it_came(raw: bytes) -> None:
+    """Blanks are not kept; 1e9 is kept as 1000000000.0. What is counted must be what is held, or the bound is none."""
+
+    async def test(pool: Pool) -> None:
+        await pool.running("m")
+        asking = asyncio.create_task(pool.post(raw))
+        await asyncio.sleep(0.05)
+        rest = {key: value for key, value in orjson.loads(raw).items() if key != "model"}
+        assert pool.routing.budget.bytes == len(orjson.dumps(rest)) - 1 != len(raw)
+        await pool.running("mn")
+        assert (await asking)[0] == 200
 
     run(test)
