@@ -83,12 +83,23 @@ class Control:
 
     def configure(self, config: dict[str, Any]) -> None:
         """Take over a newer configuration: on Kubernetes the graph may be redeployed while this actor lives on. One that is not valid changes
-        nothing; one that is changes all at once, between two turns."""
+        nothing; one that is changes all at once, between two turns, or nothing where a part cannot take it."""
         new = parse(config)
         registry = self.registry if self.registry.store.url == Store(new.store).url else registry_of(new)
         self.reconcilers.loop.call(lambda: self._configure(new, registry))
 
     def _configure(self, new: Config, registry: Registry) -> None:
+        config, own, fleets = self.config, self.registry, [(one.spec, one.declared) for one in self.hosting.fleets.values()]
+        try:
+            self._take_over(new, registry)
+        except Exception:
+            self._take_over(config, own)
+            for spec, declared in fleets:  # one of the store that the new configuration declares went with it
+                if spec.name not in self.hosting.fleets:
+                    self.hosting.add(spec, declared)
+            raise
+
+    def _take_over(self, new: Config, registry: Registry) -> None:
         self.config, self.registry = new, registry
         self.hosting.configure(new, registry)
         self.slots.configure(new.pool.accelerator, new.training.budget)
