@@ -113,12 +113,13 @@ class Controlled:
             lambda kind, name: self.reconcilers.changed(kind, name),
         )
         self.ceilings: dict[str, int | None] = {}
+        self.room: int | None = 4
         self.aliases = AliasReconciler(self.hosting, self.gateways)
         self.reconcilers = Reconcilers(
             self.hosting,
             self.aliases,
             FleetReconciler(self.hosting, Announcer(self.hosting, self.gateways), lambda: self.ceilings),
-            lambda: 4.0,
+            lambda: self.room,
         )
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.fleets = self.reconcilers.runtime_fleets

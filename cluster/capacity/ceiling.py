@@ -42,3 +42,15 @@ class Ceiling(NamedTuple):
         known then is what the pool has."""
         fits = self.fits if self.fits < asked else min(total, asked - 1)
         return Ceiling(fits, asked if self.too_many is None else min(asked, self.too_many))
+
+
+def room(total: int, most: int | None, grows: bool) -> int | None:
+    """The slots that the pool has or may come to have; None where no limit is known. ``most``: what `Ceiling.slots` says. ``grows``: whether
+    there is an autoscaler, which may add machines.
+
+    >>> room(4, None, grows=False), room(4, 7, grows=True), room(4, 3, grows=True), room(4, None, grows=True)
+    (4, 7, 4, None)
+    """
+    if not grows:
+        return total
+    return None if most is None else max(total, most)

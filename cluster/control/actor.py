@@ -72,7 +72,7 @@ class Control:
         self.aliases = AliasReconciler(self.hosting, self.gateways)
         self.slots = Allocation(self.config.pool.accelerator, self.config.training.budget, self.applications)
         fleets = FleetReconciler(self.hosting, Announcer(self.hosting, self.gateways), self.slots.ceilings)
-        self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, lambda: self.slots.slots()["total"])
+        self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, self.slots.room)
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.hosting.watched = self.slots.watch
         self.job_service = JobService(self.registry, functools.cache(lambda: JobServer(ray.get_runtime_context().gcs_address)))

@@ -10,6 +10,7 @@ from typing import Any
 from cluster import logs
 from cluster.capacity.allocator import Allocator, Grant, Heartbeat
 from cluster.capacity.arbiter import SERVING, Budget, FleetDemand
+from cluster.capacity.ceiling import room
 from cluster.config import FleetSpec
 from cluster.control import metrics
 from cluster.control.applications import Applications
@@ -34,6 +35,8 @@ class Allocation:
         self.lease = Lease(resource(accelerator))
         self.board = metrics.Board()
         self.serving: Serving = ()
+        self.ceiling: int | None = None
+        """The most slots that Ray's autoscaler gives, as far as the last turn knew; see `Lease.ceiling`."""
         self._lock = threading.Lock()
         """Around the allocator. Nobody is asked for anything while it is held."""
 
@@ -79,6 +82,10 @@ class Allocation:
     def slots(self) -> dict[str, float]:
         return slots(self.accelerator)
 
+    def room(self) -> int | None:
+        """The slots that the pool has or may come to have; None where no limit is known."""
+        return room(int(self.slots()["total"]), self.ceiling, self.lease.grows)
+
     @property
     def jobs_hold_slots(self) -> bool:
         return any(granted for owner, granted in self.allocator.decision.past.grants if owner != SERVING)
@@ -100,7 +107,7 @@ class Allocation:
         total, free = int(there["total"]), int(there["free"])
         of_fleets = {spec.name: self._served(spec, apps) for spec, apps in self.serving}
         demands = [demand(spec, of_fleets[spec.name]) for spec, _ in self.serving]
-        ceiling = lease.ceiling(total)
+        self.ceiling = ceiling = lease.ceiling(total)
         with self._lock:
             held = together(of_fleets.values()).held(total - free, self.allocator.held_by_jobs)
             kept = self.allocator.turn(total, held, demands, time.time(), free, ceiling)

@@ -36,6 +36,8 @@ class Lease:
         """What is requested: a label selector for each slot."""
         self.renewed_s = self.heard_s = self.refused_s = float("-inf")
         self.known = Ceiling()
+        self.grows = False
+        """Whether an autoscaler has answered. Without one no request is ever refused, and no machine ever comes."""
         self.allowed: int | None = None
         """The ceiling when ``selectors`` were requested."""
         self.since: int | None = None
@@ -46,9 +48,9 @@ class Lease:
         """The most slots to request, for a pool that has ``total`` now. None if nothing was refused."""
         now_s = time.monotonic()
         self.known = self.known.has(total)
-        if self.selectors and now_s - self.heard_s >= LISTEN_S:
+        if now_s - self.heard_s >= LISTEN_S:  # while nothing is requested too: whether there is an autoscaler is worth knowing
             self.heard_s = now_s
-            self._listen(len(self.selectors), total, now_s)
+            self._listen(len(self.selectors or ()), total, now_s)
         return self.known.slots(retry=now_s - self.refused_s >= REFUSED_S)
 
     def _listen(self, asked: int, total: int, now_s: float) -> None:
@@ -58,6 +60,7 @@ class Lease:
         version = ray_autoscaling.version(status)
         self.since = version if self.since is None else min(self.since, version)  # lower than before: Ray was restarted
         refused = ray_autoscaling.refused(status, self.resource, asked, self.since)
+        self.grows = self.grows or refused is not None
         if refused:
             self.known, self.refused_s = self.known.refused(asked, total), now_s
         elif refused is not None:

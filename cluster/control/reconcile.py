@@ -23,13 +23,13 @@ DISCOVER_S = 2.0
 
 class Reconcilers:
     def __init__(
-        self, hosting: Hosting, aliases: AliasReconciler, fleets: FleetReconciler, total_slots: Callable[[], float]
+        self, hosting: Hosting, aliases: AliasReconciler, fleets: FleetReconciler, room: Callable[[], int | None]
     ) -> None:
         self.hosting = hosting
         self.aliases = aliases
         self.fleets = fleets
         self.loop = Loop(self.reconcile)
-        self.runtime_fleets = RuntimeFleets(hosting, self.loop, total_slots)
+        self.runtime_fleets = RuntimeFleets(hosting, self.loop, room)
 
     def start(self) -> None:
         self.loop.add(DISCOVER)

@@ -18,10 +18,11 @@ from cluster.types import VersionId, check_name
 
 
 class RuntimeFleets:
-    def __init__(self, hosting: Hosting, loop: Loop, total_slots: Callable[[], float]) -> None:
+    def __init__(self, hosting: Hosting, loop: Loop, room: Callable[[], int | None]) -> None:
+        """``room``: the slots that the pool has or may come to have; None where no limit is known."""
         self.hosting = hosting
         self.loop = loop
-        self.total_slots = total_slots
+        self.room = room
         self.failures: dict[str, str] = {}
         """Fleet → why its record cannot be made true. It costs that fleet, and no other."""
         self._records = FleetRecords(hosting.desired.registry.store)
@@ -104,10 +105,10 @@ class RuntimeFleets:
     def _check_room(self, fleet: Fleet) -> None:
         """Every fleet's least number of replicas must fit at once, or one of them would wait for ever."""
         others = sum(one.spec.fleet.min_replicas * one.spec.fleet.tensor_parallel_size for one in self.hosting.there)
-        needs, total = max(1, fleet.min_replicas) * fleet.tensor_parallel_size, int(self.total_slots())
-        if others + needs > total:
+        needs, room = max(1, fleet.min_replicas) * fleet.tensor_parallel_size, self.room()
+        if room is not None and others + needs > room:
             raise BadRequest(
-                f"It needs {needs} of the pool's {total} slots, and {others} are the least that other fleets keep.",
+                f"It needs {needs} of the pool's {room} slots, and {others} are the least that other fleets keep.",
                 "Lower min_replicas of some fleet (0 lets it sleep), or add machines first.",
                 param="min_replicas",
             )

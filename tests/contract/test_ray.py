@@ -236,3 +236,19 @@ def test_a_status_that_ray_does_not_give_is_no_news_and_no_error(monkeypatch: py
     held = Lease("slot")
     held.selectors = [{}, {}]
     assert held.ceiling(total=1) is None and held.heard_s > 0
+
+
+@pytest.mark.parametrize("requested", [0, 2])
+def test_an_autoscaler_is_there_once_it_has_answered(monkeypatch: pytest.MonkeyPatch, requested: int) -> None:
+    """Where there is none, Ray's control service gives its own part of the status, and the other part is empty."""
+    from cluster.control import ray_autoscaling
+    from cluster.control.lease import Lease
+
+    status = messages().GetClusterStatusReply()
+    status.cluster_resource_state.cluster_resource_state_version = 3
+    monkeypatch.setattr(ray_autoscaling, "status", lambda: status)
+    alone, beside_one = Lease("slot"), Lease("slot")
+    alone.selectors = beside_one.selectors = [{}] * requested
+    assert alone.ceiling(total=1) is None and not alone.grows
+    status.autoscaling_state.last_seen_cluster_resource_state_version = 3
+    assert beside_one.ceiling(total=1) is None and beside_one.grows

@@ -243,6 +243,20 @@ def test_a_fleet_that_cannot_be_is_refused_with_the_reason(
     assert control.fleets.records.names() == []
 
 
+def test_a_fleet_has_room_on_machines_that_the_autoscaler_may_add(tmp_path: Path) -> None:
+    """It used to be refused for want of slots that were one request away."""
+    config, registry, machines = two_fleets(tmp_path)
+    control, bounds = Controlled(config, machines), {"min_replicas": 3, "max_replicas": 3}
+    for name in ("five", "many"):
+        registry.move(name, ONE, "an alias", "test", after=0)
+    control.room = 5
+    control.fleets.add("five", bounds, "somebody")
+    with pytest.raises(BadRequest, match="It needs 3 of the pool's 5 slots, and 5 are the least"):
+        control.fleets.add("many", bounds, "somebody")
+    control.room = None
+    control.fleets.add("many", bounds, "somebody")
+
+
 def test_what_the_configuration_declares_is_removed_there(tmp_path: Path) -> None:
     config, _, machines = two_fleets(tmp_path)
     control = Controlled(config, machines)
