@@ -21,9 +21,11 @@ from cluster.control.desired import Desired
 from cluster.control.fleets import FleetReconciler
 from cluster.control.gateways import Gateways
 from cluster.control.hosting import Hosting
+from cluster.control.leftovers import Found
 from cluster.control.publishing import Publishing
 from cluster.control.reconcile import Reconcilers
 from cluster.control.replicas import Replicas
+from cluster.pool.serve_api import ServeApi
 from cluster.publishing.rollout import DIRECT, Rollout
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
@@ -55,6 +57,13 @@ class Machines:
         """Application → set when its replicas shall answer orders again."""
         self.caps: list[tuple[str, int | None]] = []
         """(application, most replicas), as its replicas were told."""
+        self.served: dict[str, Application] = {}
+        """What control has started in Serve. It outlives a control."""
+        self.declared: set[str] = set()
+        """Of those the ones that a configuration declares by now."""
+        self.engines: set[str] = set()
+        self.draining = False
+        """Whether an application that ends has streams to finish, until the test takes it from `served`."""
 
     def start(self, id: str, app: str, weights: VersionId) -> None:
         held = {str(weights): self.registry.manifest(weights).digest}
@@ -98,9 +107,10 @@ class Controlled:
         self.registry = Registry(Store(config.store))
         self.gateways, self.view = Gateways(), View(0, {}, ())
         self.gateways._tell = self._hear  # type: ignore[method-assign]
-        self.applications = Applications()
+        self.applications = Applications(no_serve)
         self.applications.read = True
-        self.applications.known = {f"fleet-{name}": Application("RUNNING", running=1) for name in config.fleets}
+        self.configured = {f"fleet-{name}": Application("RUNNING", running=1) for name in config.fleets}
+        self.refresh()
         self.applications.start_fleet = self._start_fleet  # type: ignore[method-assign]
         self.applications.end = self._end  # type: ignore[method-assign]
         self.replicas = machines.replicas = Replicas(lambda app: self.reconcilers.application_changed(app))
@@ -123,6 +133,8 @@ class Controlled:
         )
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.fleets = self.reconcilers.runtime_fleets
+        self.reconcilers.leftovers.look = self.look  # type: ignore[method-assign]
+        self.reconcilers.leftovers.end_engines = self._end_engines  # type: ignore[method-assign]
         machines.report()
         self.reconcilers.start()
         threading.Thread(target=self._beat, daemon=True).start()
@@ -139,14 +151,32 @@ class Controlled:
             self.view = news if isinstance(news, View) else apply(self.view, news)
         return [self.view.revision]
 
+    def refresh(self) -> None:
+        self.applications.known = {**self.configured, **self.machines.served}
+
     def _start_fleet(self, spec: Any) -> None:
-        self.applications.known = {**self.applications.known, f"fleet-{spec.name}": Application("DEPLOYING", starting=1)}
+        self.machines.served[f"fleet-{spec.name}"] = Application("DEPLOYING", starting=1)
+        self.refresh()
 
     def _end(self, app: str) -> None:
-        self.applications.known = {name: one for name, one in self.applications.known.items() if name != app}
+        self.machines.served.pop(app, None)
+        if self.machines.draining:
+            self.machines.served[app] = Application("DELETING", ending=1)
+        self.refresh()
+
+    def look(self, doubtful: bool) -> Found:
+        imperative = self.machines.served.keys() - self.machines.declared if doubtful else ()
+        return Found(frozenset(imperative), tuple(self.machines.engines))
+
+    def _end_engines(self, names: tuple[str, ...]) -> None:
+        self.machines.engines.difference_update(names)
 
     def publish(self, version: VersionId, alias: str) -> Rollout:
         return self.publishing.publish(str(version), alias, "test", "test", DIRECT)
+
+
+def no_serve() -> ServeApi:
+    raise AssertionError("nothing is served here")
 
 
 def stop_all() -> None:

@@ -36,7 +36,7 @@ class CrashingControl(Control):
         self.replicas.tell = lambda app, method, *a: self._act("tell replicas", order, app, method, *a)
         start, end = self.applications.start_surge, self.applications.end
         self.applications.start_surge = lambda *a: self._act("start a surge", start, *a)
-        self.applications.end = lambda *a: self._act("end a surge", end, *a)
+        self.applications.end = lambda *a: self._act("end an application", end, *a)
 
     def _act(self, what: str, do: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         plan = self.home / "crash.json"

@@ -9,19 +9,19 @@ out yet dies with it, and whoever gave it is told.
 # (Ray's own annotations are partial; what comes back is typed at once.)
 import functools
 import time
-from typing import Any, cast
+from typing import Any
 
 import ray
 
 from cluster import niceness
 from cluster.capacity.allocator import Grant, Heartbeat
 from cluster.config import Config, parse
-from cluster.control import catalogue, cold_starts, describe
+from cluster.control import catalogue, cold_starts, describe, engines
 from cluster.control.aliases import AliasReconciler, Progress
 from cluster.control.allocation import Allocation
 from cluster.control.announcing import Announcer
 from cluster.control.applications import Applications
-from cluster.control.client import ACTOR, ENGINES, NAMESPACE
+from cluster.control.client import ACTOR, NAMESPACE
 from cluster.control.cold_starts import ColdStarts
 from cluster.control.desired import Desired
 from cluster.control.fleets import FleetReconciler
@@ -31,6 +31,8 @@ from cluster.control.jobs import JobService
 from cluster.control.publishing import Publishing
 from cluster.control.reconcile import Reconcilers
 from cluster.control.replicas import Replicas
+from cluster.pool import local
+from cluster.pool.serve_api import ServeApi
 from cluster.pool.submit import JobServer
 from cluster.publishing.rollout import Policy, Rollout
 from cluster.store.objects import Store
@@ -60,7 +62,8 @@ class Control:
         self.registry = registry_of(self.config)
         self.replicas = Replicas(lambda app: self.reconcilers.application_changed(app))
         self.gateways = Gateways()
-        self.applications = Applications()
+        jobs = functools.cache(lambda: JobServer(ray.get_runtime_context().gcs_address))
+        self.applications = Applications(lambda: ServeApi(jobs().dashboard, local.bearer()))
         self.cold_starts = ColdStarts()
         self.hosting = Hosting(
             self.config,
@@ -75,7 +78,7 @@ class Control:
         self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, self.slots.room)
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.hosting.watched = self.slots.watch
-        self.job_service = JobService(self.registry, functools.cache(lambda: JobServer(ray.get_runtime_context().gcs_address)))
+        self.job_service = JobService(self.registry, jobs)
         niceness.freeze_gc()
         self.reconcilers.start()
         self.slots.start()
@@ -167,7 +170,7 @@ class Control:
             "aliases": {name: move.model_dump(mode="json") for name, move in self.gateways.current.aliases.items()},
             "replicas": [describe.public(replica) for replica in replicas],
             "starting": [{"id": id, "stage": one.words, "since_s": one.since_s} for id, one in told.items()],
-            "asleep": max(0, engines() - len(replicas) - len(told)),
+            "asleep": max(0, len(engines.names()) - len(replicas) - len(told)),
             "rollouts": [describe.rollout_of(one, time.time()) for one in list(self.aliases.progress.values())],
             "damaged": [damaged._asdict() for damaged in self.registry.damaged()],
             "troubles": describe.troubles(self.reconcilers.loop.queue.failures, time.monotonic()),
@@ -249,11 +252,6 @@ class Control:
     def rollback(self, alias: str, to: str | None, reason: str, author: str) -> Rollout:
         """See `Publishing.rollback`."""
         return self.publishing.rollback(alias, to, reason, author)
-
-
-def engines() -> int:
-    """Those of the pool, awake or asleep."""
-    return sum(one["namespace"] == ENGINES for one in cast(list[Any], ray.util.list_named_actors(all_namespaces=True)))
 
 
 def remote(body: type[Control], **options: Any) -> Any:

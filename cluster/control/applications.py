@@ -10,8 +10,10 @@ A redeployment of the declared applications leaves these alone (``ray/serve/_pri
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
+import re
 import threading
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ray import serve
@@ -21,9 +23,11 @@ from ray.serve.schema import ApplicationStatusOverview
 from cluster import logs
 from cluster.config import FleetSpec
 from cluster.pool import graph
-from cluster.types import VersionId
+from cluster.pool.serve_api import DECLARATIVE, ServeApi
+from cluster.types import NAME, VersionId
 
 PREFIX = "surge-"
+SURGE = re.compile(rf"{PREFIX}({NAME.pattern})@{NAME.pattern}-[1-9][0-9]*")
 
 log = logs.logger(__name__)
 
@@ -49,7 +53,9 @@ class Application(NamedTuple):
 class Applications:
     """What Serve has, as of the last look. One thread looks (`refresh`); others read ``known``, which is replaced and never changed."""
 
-    def __init__(self) -> None:
+    def __init__(self, api: Callable[[], ServeApi]) -> None:
+        """``api``: Serve's REST API. It is made when it is first needed, since Ray's dashboard may start later than control."""
+        self.api = api
         self.known: dict[str, Application] = {}
         self.read = False
         """Whether Serve was ever asked: before that an application that is not known may well exist."""
@@ -64,6 +70,10 @@ class Applications:
         self.known = {name: _counted(app) for name, app in found.items()}
         self.read = True
 
+    def sources(self) -> dict[str, str]:
+        """Application → who has deployed it: `IMPERATIVE` or `DECLARATIVE`. It blocks. Raises `PoolUnavailable`."""
+        return {name: app["source"] for name, app in self.api().applications().items()}
+
     def there(self, name: str) -> Application | None:
         """The application, unless it is on its way out."""
         app = self.known.get(name)
@@ -71,7 +81,7 @@ class Applications:
 
     def surge_of(self, fleet: str) -> VersionId | None:
         """The weights that a surge of the fleet hosts; None without one."""
-        weights = (hosted_by(name) for name in self.known if self.there(name) and name.startswith(f"{PREFIX}{fleet}@"))
+        weights = (hosted_by(name) for name in self.known if self.there(name) and surged(name) == fleet)
         return next(weights, None)
 
     def start_fleet(self, spec: FleetSpec) -> None:
@@ -93,7 +103,8 @@ class Applications:
 
     def _delete(self, name: str) -> None:
         try:
-            serve.delete(name)
+            if surged(name) or self.sources().get(name) != DECLARATIVE:  # while it drained a configuration may have taken it over
+                serve.delete(name)
         except Exception:
             # Serve is away, or a replica drains for longer than Serve waits: whoever wants it gone asks again.
             log.exception("deleting %s", name)
@@ -108,6 +119,16 @@ def surge_app(fleet: str, weights: VersionId) -> str:
     'surge-chat@seedling-12'
     """
     return f"{PREFIX}{fleet}@{weights.name}-{weights.n}"
+
+
+def surged(app: str) -> str:
+    """The fleet whose surge it is; empty where it is another kind of application.
+
+    >>> surged("surge-chat@seedling-12"), surged("surge-chat"), surged("fleet-chat")
+    ('chat', '', '')
+    """
+    found = SURGE.fullmatch(app)
+    return found[1] if found else ""
 
 
 def hosted_by(app: str) -> VersionId:

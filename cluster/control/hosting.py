@@ -111,7 +111,8 @@ class Hosting:
                 self.remove(name)
         for name in config.fleets:
             if name in self.fleets:
-                self.fleets[name].spec, self.fleets[name].declared = config.spec(name), True
+                fleet = self.fleets[name]
+                fleet.spec, fleet.declared, fleet.removed = config.spec(name), True, False
             else:
                 self.add(config.spec(name), declared=True)
 

@@ -1,4 +1,5 @@
-"""What control reconciles: each alias, each fleet, and the store's list of both. Sends a key of the work queue to its reconciler.
+"""What control reconciles: each alias, each fleet, the store's list of both, and what is left of fleets that are no more. Sends a key of the
+work queue to its reconciler.
 
 ::
 
@@ -12,11 +13,13 @@ from collections.abc import Callable
 from cluster.control.aliases import AliasReconciler
 from cluster.control.fleets import FleetReconciler
 from cluster.control.hosting import Hosting
+from cluster.control.leftovers import LeftoverReconciler
 from cluster.control.loop import Loop
 from cluster.control.runtime_fleets import RuntimeFleets
 from cluster.control.work_queue import Key
 
 DISCOVER: Key = ("discover", "")
+LEFTOVERS: Key = ("leftovers", "")
 DISCOVER_S = 2.0
 """How often the store is listed for aliases and fleets that other hands have made."""
 
@@ -30,9 +33,10 @@ class Reconcilers:
         self.fleets = fleets
         self.loop = Loop(self.reconcile)
         self.runtime_fleets = RuntimeFleets(hosting, self.loop, room)
+        self.leftovers = LeftoverReconciler(hosting, self.runtime_fleets)
 
     def start(self) -> None:
-        self.loop.add(DISCOVER)
+        self.loop.add(DISCOVER, LEFTOVERS)
         self.loop.start()
 
     def reconcile(self, key: Key) -> float | None:
@@ -41,6 +45,8 @@ class Reconcilers:
             return self.aliases.reconcile(name)
         if kind == "fleet":
             return self.fleets.reconcile(name)
+        if kind == "leftovers":
+            return self.leftovers.reconcile()
         return self._discover()
 
     def _discover(self) -> float:

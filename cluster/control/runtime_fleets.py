@@ -11,7 +11,8 @@ from typing import Any
 from cluster.config import Fleet, check_one_fleet_per_model
 from cluster.control.hosting import Hosting
 from cluster.control.loop import Loop
-from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, SpringtideError
+from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, PoolUnavailable, SpringtideError
+from cluster.pool import graph
 from cluster.publishing.rollout import UNDER_WAY
 from cluster.store.fleets import FleetRecord, FleetRecords
 from cluster.types import VersionId, check_name
@@ -25,6 +26,8 @@ class RuntimeFleets:
         self.room = room
         self.failures: dict[str, str] = {}
         """Fleet → why its record cannot be made true. It costs that fleet, and no other."""
+        self.ended: dict[str, bool] = {}
+        """Every fleet that was ever added → whether its newest record says that it was removed, as far as the last `sync` could tell."""
         self._records = FleetRecords(hosting.desired.registry.store)
 
     @property
@@ -72,16 +75,25 @@ class RuntimeFleets:
 
     def _add(self, name: str, values: dict[str, Any], author: str) -> None:
         newest = self.records.newest(name)
-        if name in self.hosting.fleets or (newest is not None and not newest.ended):
-            draining = name in self.hosting.fleets and self.hosting.fleets[name].removed
-            raise Conflict(
-                f"There is a fleet {name} already{', and it drains' if draining else ''}.",
-                "Wait until it is gone." if draining else "Choose another name, or remove it first.",
-                param="name",
-            )
+        self._check_free(name, newest)
         fleet = self._fleet(name, values)
         self._check_room(fleet)
         self._append(name, newest, author, overrides=values)
+
+    def _check_free(self, name: str, newest: FleetRecord | None) -> None:
+        """Serve's application counts too: it drains where a control before this one has removed the fleet."""
+        applications, fleet = self.hosting.applications, self.hosting.fleets.get(name)
+        if not applications.read:
+            raise PoolUnavailable("Control has just started and does not know yet what is served.", "Try again in some seconds.")
+        recorded, served = newest is not None and not newest.ended, graph.fleet_app(name) in applications.known
+        if fleet is None and not recorded and not served:
+            return
+        draining = fleet.removed if fleet else newest is not None and newest.ended
+        raise Conflict(
+            f"There is a fleet {name} already{', and it drains' if draining else ''}.",
+            "Wait until it is gone." if draining else "Choose another name, or remove it first.",
+            param="name",
+        )
 
     def _fleet(self, name: str, overrides: dict[str, Any]) -> Fleet:
         """The fleet with these overrides. Raises `BadRequest` naming the key at fault."""
@@ -125,7 +137,7 @@ class RuntimeFleets:
             raise FleetNotFound(f"There is no fleet {name}.", "See `springtide fleets` for the ones that exist.", param="name")
         if fleet is not None and not force:
             self._check_unused(name)
-        self._append(name, newest, author, ended=True)
+        self._append(name, newest, author, overrides=newest.overrides, ended=True)
 
     def _check_unused(self, name: str) -> None:
         """An alias that no other fleet hosts, the fleet's own as well, would be answered with 404; a rollout would have nobody."""
@@ -147,13 +159,17 @@ class RuntimeFleets:
 
     def sync(self) -> None:
         """Make true what the records say. One that is not valid any more costs its own fleet."""
+        ended: dict[str, bool] = {}
         for name in self.records.names():
+            ended[name] = False  # where its record cannot be read
             try:
                 if (newest := self.records.newest(name)) is not None:
+                    ended[name] = newest.ended
                     self._apply(newest)
                 self.failures.pop(name, None)
             except (SpringtideError, ValueError) as error:
                 self.failures[name] = str(error)
+        self.ended = ended
 
     def _apply(self, record: FleetRecord) -> None:
         fleet = self.hosting.fleets.get(record.name)
@@ -164,3 +180,18 @@ class RuntimeFleets:
         if not record.ended and fleet is None:
             spec = self.hosting.config.spec_of(record.name, self._fleet(record.name, record.overrides))
             self.hosting.add(spec, declared=False)
+
+    def drain(self, name: str) -> None:
+        """Host a fleet that was removed until it has gone: the control that removed it was killed before that."""
+        spec = self.hosting.config.spec_of(name, self._removed(name))
+        fleet = self.hosting.add(spec, declared=False)
+        fleet.removed, fleet.surge = True, self.hosting.applications.surge_of(name)
+        self.loop.add(("fleet", name))
+
+    def _removed(self, name: str) -> Fleet:
+        """What it was. Where its record says too little, or what the configuration no longer allows, its name is enough to end it."""
+        newest = self.records.newest(name)
+        try:
+            return self.hosting.config.fleet_with(name, newest.overrides if newest else {})
+        except ValueError:
+            return self.hosting.config.fleet_with(name, {})

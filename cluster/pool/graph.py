@@ -24,6 +24,7 @@ from cluster.types import VersionId
 BUILDERS = "deployments.app"
 """The module that builds the applications. This file alone knows it, and by its name only: `deployments` imports `cluster`."""
 GATEWAY_APP = "gateway"
+FLEET_PREFIX = "fleet-"
 FLEET_SCALING = (
     "priority",
     "min_replicas",
@@ -45,7 +46,16 @@ READY_TIMEOUT_S = 1800
 
 
 def fleet_app(name: str) -> str:
-    return f"fleet-{name}"
+    return f"{FLEET_PREFIX}{name}"
+
+
+def fleet_of(app: str) -> str:
+    """The fleet whose application it is; empty where it is another kind of application.
+
+    >>> fleet_of("fleet-chat"), fleet_of("gateway")
+    ('chat', '')
+    """
+    return app.removeprefix(FLEET_PREFIX) if app.startswith(FLEET_PREFIX) else ""
 
 
 def schema(config: Config) -> dict[str, Any]:

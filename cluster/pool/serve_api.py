@@ -7,6 +7,8 @@ import httpx
 from cluster.errors import PoolUnavailable
 
 APPLICATIONS = "/api/serve/applications/"
+DECLARATIVE, IMPERATIVE = "declarative", "imperative"
+"""An application's ``source``: a configuration declares it, or `serve.run` started it."""
 TIMEOUT_S = 60
 """A deployment of many applications takes Serve's controller some seconds."""
 
@@ -21,7 +23,7 @@ class ServeApi:
         self._ask("PUT", schema)
 
     def applications(self) -> dict[str, Any]:
-        """Application → ``{"status", "message", "deployments": {name: {"replicas": […], …}}, …}``."""
+        """Application → ``{"status", "message", "source", "deployments": {name: {"replicas": […], …}}, …}``."""
         return self._ask("GET").json()["applications"]
 
     def _ask(self, method: str, body: dict[str, Any] | None = None) -> httpx.Response:

@@ -79,6 +79,11 @@ class JobServer:
         for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)  # what it leaves out of an upload, and that it uploads, is no news
 
+    @property
+    def dashboard(self) -> str:
+        """The URL of Ray's dashboard, which it is a part of."""
+        return self.ray.get_address()
+
     def start(self, id: str, options: Options, environment: dict[str, str], folder: Path | None = None) -> None:
         """Start ``python -m jobs.VERB …`` as the job ``id``, in a copy of ``folder`` or where Springtide is installed."""
         told = {**environment, "CODE_REVISION": revision(), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S)}

@@ -19,7 +19,7 @@ class FleetRecord(Record):
     n: int
     """Which record of the fleet this is, from 1."""
     overrides: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """What it has of its own; the rest is the ``fleet:`` section of the configuration."""
+    """What it has, or had, of its own; the rest is the ``fleet:`` section of the configuration."""
     author: str
     time_s: float
     ended: bool = False

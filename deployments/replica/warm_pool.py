@@ -13,8 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
-from uuid import uuid4
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -22,34 +21,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import FleetSpec
 from cluster.control.client import ENGINES
+from cluster.control.engines import EngineName
 from cluster.errors import SpringtideError
 from deployments.replica.lifecycle import Owner
 
 ANSWER_S = 0.5
 """How long an engine may take to say whether it sleeps. One that starts, or is busy, does not answer in time, and does not sleep."""
-
-
-class EngineName(NamedTuple):
-    """The name of an engine's actor: who may own the engine can be read from it."""
-
-    node: str
-    fleet: str
-    kind: str
-    """Digest of the arguments that it was started with. Engines of one kind can stand in for each other."""
-    devices: str
-    """Digest of the accelerators that it was started on."""
-    serial: str
-
-    def __str__(self) -> str:
-        return " ".join(self)
-
-    @classmethod
-    def parse(cls, text: str) -> "EngineName | None":
-        parts = text.split(" ")
-        return cls(*parts) if len(parts) == len(cls._fields) else None
-
-    def next(self) -> "EngineName":
-        return self._replace(serial=uuid4().hex[:8])
 
 
 def name_for(spec: FleetSpec, node: str, environment: dict[str, str]) -> EngineName:

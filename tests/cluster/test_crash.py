@@ -15,11 +15,15 @@ import pytest
 
 from cluster import client
 from cluster.errors import SpringtideError, VersionRefused
-from cluster.pool import graph
+from cluster.pool import graph, local
+from cluster.pool.serve_api import ServeApi
 from cluster.publishing.canary import takes_canary
 from cluster.publishing.rollout import DIRECT, Policy
+from cluster.store.fleets import FleetRecords
 from cluster.types import Lineage, Manifest
 from tests.adapters import make_smaller, make_weights
+from tests.cluster.test_autoscaling import engines
+from tests.cluster.test_fleets import phases
 from tests.cluster.test_publish import ONE, adapter, ask, cores, doubled, named, wait_until
 from tests.cluster.test_rollout import ANY
 from tests.conftest import ROOT, Running
@@ -148,6 +152,50 @@ def abort(pool: Running) -> None:
     if where(pool).startswith("canary"):
         with contextlib.suppress(SpringtideError):  # it has just happened
             client.of(pool.config).step("abort", "seedling", "not good, said again")
+
+
+def test_control_killed_before_every_act_of_a_fleets_removal(pool: Running, crashing: Path) -> None:
+    """Killed after the fleet's end was recorded, it used to forget the application, which kept its slot for ever."""
+    operator, records, acts = client.of(pool.config), FleetRecords(pool.registry.store), 2
+    with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
+        for at in range(100):
+            if at > acts:
+                break
+            before = len(engines(pool))
+            operator.add_fleet("extra", {"model": str(ONE), "min_replicas": 1, "max_replicas": 1})
+            wait_until(lambda: phases(pool).get("extra") == "serving", timeout_s=150)
+            (crashing / "acts.log").unlink(missing_ok=True)
+            (crashing / "crash.json").write_text(json.dumps({"run": f"removal {at}", "at": at}))
+            began_s = time.monotonic()
+            remove(pool, "extra")
+            if at == 2:  # nobody had asked Serve for anything
+                wait_until(lambda: phases(pool).get("extra") == "draining", timeout_s=30)
+                with pytest.raises(SpringtideError, match="already, and it drains"):
+                    operator.add_fleet("extra", {"model": str(ONE)})
+            wait_until(lambda: "fleet-extra" not in served(pool) and phases(pool) == {"seedling": "serving"}, timeout_s=60)
+            wait_until(lambda: operator.status()["slots"]["free"] == 2, timeout_s=30)
+            wait_until(lambda: len(engines(pool)) <= before, timeout_s=30)  # noqa: B023 (called at once)
+            acts = len((crashing / "acts.log").read_text().splitlines()) if at == 0 else acts
+            assert at > 2 or (crashing / "crash.json").exists() == (at == 0), "it did die"
+            (crashing / "crash.json").unlink(missing_ok=True)
+            newest = records.newest("extra")
+            assert newest is not None and newest.ended
+            print(f"removal: died before act {at} of {acts}: gone after {time.monotonic() - began_s:.1f} s")
+    assert problems(events, expected_of(pool.url, [str(ONE)])) == []
+
+
+def remove(pool: Running, fleet: str) -> None:
+    with contextlib.suppress(SpringtideError):
+        client.of(pool.config).remove_fleet(fleet, force=False)
+    wait_until(lambda: ready(pool), timeout_s=60)
+    newest = FleetRecords(pool.registry.store).newest(fleet)
+    if newest is not None and not newest.ended:  # it died before it had written anything, and whoever asked was told
+        client.of(pool.config).remove_fleet(fleet, force=False)
+
+
+def served(pool: Running) -> set[str]:
+    """Serve's applications, in its own words."""
+    return set(ServeApi(pool.pool.dashboard, local.bearer()).applications())
 
 
 def policy_of(made: Manifest) -> Policy:

@@ -10,6 +10,7 @@ from cluster.capacity.handover import doubly_owned, parse
 from cluster.errors import SpringtideError
 from cluster.pool import submit
 from cluster.types import VersionId
+from tests.cluster.test_autoscaling import engines
 from tests.cluster.test_publish import ONE, TIDE, ask, wait_until
 from tests.conftest import Running
 from tests.history import expected_of, problems, recording
@@ -49,7 +50,7 @@ def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_train
         recording(pool.url, "seedling", 4, prefix="seedling") as first,
         recording(pool.url, "sprout", 4, prefix="sprout") as second,
     ):
-        at_s = time.time()
+        at_s, before = time.time(), len(engines(pool))
         operator.add_fleet("third", {"model": str(sprout)})
         wait_until(lambda: phases(pool)["third"] == "serving", timeout_s=120)
         assert ask(pool, "third").status_code == 200
@@ -60,7 +61,8 @@ def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_train
         operator.remove_fleet("third", force=False)
         wait_until(lambda: "third" not in phases(pool), timeout_s=60)
         wait_until(lambda: free_slots(pool) == 1, timeout_s=30)
-        print(f"it is gone, and its slot is free, after {time.time() - at_s:.1f} s")
+        wait_until(lambda: len(engines(pool)) <= before, timeout_s=10)
+        print(f"it is gone, its slot is free, and its engine has ended after {time.time() - at_s:.1f} s")
         assert ask(pool, "third").headers["x-model-version"] == str(sprout), "its alias belongs to who hosts what it means"
         at_s = time.time()
         id = submit.start(pool.config, "finetune", data=str(TIDE), base="sprout", name="sprout", epochs=6, publish=True)

@@ -117,6 +117,17 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_serve_says_who_has_deployed_an_application() -> None:
+    """cluster/pool/serve_api.py: Ray calls the field one that may change. Control ends nothing whose source it does not know."""
+    from ray.job_submission import JobSubmissionClient
+    from ray.serve.schema import APIType, ApplicationDetails
+
+    from cluster.pool.serve_api import DECLARATIVE, IMPERATIVE
+
+    assert {DECLARATIVE, IMPERATIVE} <= {one.value for one in APIType} and "source" in ApplicationDetails.model_fields
+    assert callable(JobSubmissionClient.get_address), "cluster/pool/submit.py: where that API is"
+
+
 def test_the_coordinator_that_the_lease_is_held_with() -> None:
     """cluster/control/ray_autoscaling.py: what it calls, and that its priority is above every training run's."""
     from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator

@@ -12,10 +12,12 @@ from cluster.capacity.arbiter import FleetDemand
 from cluster.config import parse
 from cluster.control.actor import BEATS, WAITING, Control
 from cluster.control.allocation import demand
-from cluster.control.applications import Application, Applications
+from cluster.control.applications import Application, Applications, surge_app
+from cluster.control.describe import fleet as fleet_described
 from cluster.control.desired import Desired
 from cluster.control.hosting import Hosting
 from cluster.control.loop import Loop
+from cluster.control.reconcile import LEFTOVERS
 from cluster.control.replicas import Replicas
 from cluster.control.slots import Served
 from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, PoolUnavailable, StoreUnavailable, VersionRefused
@@ -23,7 +25,7 @@ from cluster.publishing.placement import Hosted, SurgeFacts, Swap, fleet_of, nex
 from cluster.publishing.rollout import DIRECT, Policy, begin
 from cluster.redact import redact
 from cluster.types import Generation, Lineage, ReplicaState, VersionId
-from tests.controlled import Controlled, adapter, make_base, stop_all, two_fleets, wait_until
+from tests.controlled import Controlled, adapter, make_base, no_serve, stop_all, two_fleets, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +75,7 @@ def test_a_rollout_under_way_is_loaded_by_the_fleet_that_it_belongs_to(tmp_path:
     made = adapter(registry, tmp_path, OTHER, 3, name="poet")
     registry.record(first := begin("poet", 1, made.id, None, DIRECT, "first", "test", 0))
     registry.record(first.next("warming", "", 0.0))
-    hosting = Hosting(config, Desired(registry), Replicas(lambda _: None), Applications(), lambda kind, name: None)
+    hosting = Hosting(config, Desired(registry), Replicas(lambda _: None), Applications(no_serve), lambda kind, name: None)
     hosting.desired.load()
     assert {name: hosting.coming_to(fleet) for name, fleet in hosting.fleets.items()} == {"m": [], "n": [made.id]}
 
@@ -201,6 +203,7 @@ def test_a_fleet_that_is_added_is_recorded_hosted_and_found_again_and_goes_when_
     machines.there.pop("replica-extra")
     newest = again.fleets.records.newest("extra")
     assert newest is not None and newest.ended and newest.author == "somebody"
+    assert newest.overrides == {"model": "extra", "min_replicas": 0}, "whoever ends it for good must know what it was"
 
 
 def test_a_fleet_is_removed_without_force_only_where_another_answers_for_its_alias(tmp_path: Path) -> None:
@@ -255,6 +258,102 @@ def test_a_fleet_has_room_on_machines_that_the_autoscaler_may_add(tmp_path: Path
         control.fleets.add("many", bounds, "somebody")
     control.room = None
     control.fleets.add("many", bounds, "somebody")
+
+
+def killed_after_the_end_of(name: str, control: Controlled, surge: VersionId | None = None, **record: Any) -> None:
+    """Control has written that the fleet has ended, and then nothing more."""
+    control.reconcilers.loop.call(control.reconcilers.loop.stop)
+    newest = control.fleets.records.newest(name)
+    assert newest is not None
+    control.fleets.records.append(newest.model_copy(update={"n": newest.n + 1, "ended": True, **record}))
+    if surge:
+        control.machines.served[surge_app(name, surge)] = Application("RUNNING", running=1)
+
+
+def test_a_fleet_whose_control_was_killed_after_its_end_drains_under_the_next_one(tmp_path: Path) -> None:
+    """Its application, its slots and its surge used to stay for ever: the next control never heard of them."""
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    registry.move("extra", ONE, "an alias", "test", after=0)
+    control.fleets.add("extra", {"max_replicas": 3}, "somebody")
+    wait_until(lambda: "fleet-extra" in machines.served)
+    killed_after_the_end_of("extra", control, surge=TWO)
+    machines.engines, machines.draining = {"node extra k d s", "node m k d s", "somebody's"}, True
+    again = Controlled(config, machines)
+    wait_until(lambda: {app.status for app in machines.served.values()} == {"DELETING"})
+    assert machines.served.keys() == {"fleet-extra", "surge-extra@m-2"} and "extra" not in again.view.fleets
+    described = fleet_described(again.hosting.fleets["extra"], (), again.applications.known)
+    assert (described["phase"], described["max_replicas"], described["surge"]) == ("draining", 3, "m@2")
+    with pytest.raises(Conflict, match="extra already, and it drains"):
+        again.fleets.add("extra", {}, "somebody")
+    wait_until(lambda: machines.engines == {"node m k d s", "somebody's"})
+    machines.served.clear()
+    again.refresh()
+    wait_until(lambda: "extra" not in again.hosting.fleets)
+    again.fleets.add("extra", {}, "somebody")
+    wait_until(lambda: "fleet-extra" in machines.served and "extra" in again.view.fleets)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"threads": 3}], ids=["an older release wrote none", "not valid any more"])
+def test_a_fleet_ends_whatever_its_record_says_that_it_was(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    registry.move("extra", ONE, "an alias", "test", after=0)
+    control.fleets.add("extra", {"max_replicas": 3}, "somebody")
+    wait_until(lambda: "fleet-extra" in machines.served)
+    killed_after_the_end_of("extra", control, overrides=overrides)
+    again = Controlled(config, machines)
+    wait_until(lambda: not machines.served and "extra" not in again.hosting.fleets)
+
+
+def test_a_fleet_that_serve_still_has_is_refused_before_control_has_looked(tmp_path: Path) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    registry.move("extra", ONE, "an alias", "test", after=0)
+    control.fleets.add("extra", {}, "somebody")
+    wait_until(lambda: "fleet-extra" in machines.served)
+    killed_after_the_end_of("extra", control)
+    machines.declared.add("fleet-extra")
+    again = Controlled(config, machines)
+    with pytest.raises(Conflict, match="extra already, and it drains"):
+        again.fleets.add("extra", {}, "somebody")
+    again.applications.read = False
+    with pytest.raises(PoolUnavailable, match="just started"):
+        again.fleets.add("other", {"model": "extra"}, "somebody")
+
+
+def test_what_was_removed_and_is_declared_by_now_stays(tmp_path: Path) -> None:
+    """Serve has the configuration's application before control has heard of the configuration."""
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    registry.move("extra", ONE, "an alias", "test", after=0)
+    control.fleets.add("extra", {}, "somebody")
+    wait_until(lambda: "fleet-extra" in machines.served)
+    killed_after_the_end_of("extra", control, surge=TWO)
+    machines.declared.add("fleet-extra")
+    machines.engines = {"node extra k d s"}
+    looks = list[bool]()
+    again = Controlled(config, machines)
+    again.reconcilers.leftovers.look = lambda doubtful: (looks.append(doubtful), again.look(doubtful))[1]  # type: ignore[method-assign]
+    again.reconcilers.loop.retry(LEFTOVERS)
+    wait_until(lambda: len(looks) >= 2)
+    assert all(looks) and machines.served.keys() == {"fleet-extra", "surge-extra@m-2"} and machines.engines
+    declared = parse({**config.dump(), "fleets": {"m": {}, "n": {}, "extra": {"model": "extra"}}})
+    again.reconcilers.loop.call(lambda: again.hosting.configure(declared, registry))
+    wait_until(lambda: "extra" in again.view.fleets)
+
+
+def test_a_fleet_that_drains_and_is_declared_meanwhile_stays(tmp_path: Path) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    control, machines.draining = Controlled(config, machines), True
+    registry.move("extra", ONE, "an alias", "test", after=0)
+    control.fleets.add("extra", {}, "somebody")
+    wait_until(lambda: "fleet-extra" in machines.served)
+    control.fleets.remove("extra", True, "somebody")
+    wait_until(lambda: machines.served["fleet-extra"].status == "DELETING")
+    declared = parse({**config.dump(), "fleets": {"m": {}, "n": {}, "extra": {}}})
+    control.reconcilers.loop.call(lambda: control.hosting.configure(declared, registry))
+    wait_until(lambda: "extra" in control.view.fleets)
 
 
 def test_what_the_configuration_declares_is_removed_there(tmp_path: Path) -> None:
