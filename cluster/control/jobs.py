@@ -1,7 +1,7 @@
 """Jobs as control sees them: it submits, lists and cancels them, and reads their logs.
 
-A job's record is in the store (`cluster.store.jobs`). Its driver writes it and tells control, about once a second, where the job is;
-`cluster.control.settling` writes the end of a job whose driver cannot.
+A job's record is in the store (`cluster.store.jobs`). The job's driver writes the record, and tells control about once a second where the job
+is. `cluster.control.lost_jobs` writes the result of a job whose driver cannot.
 """
 
 import threading
@@ -11,17 +11,17 @@ from typing import Any
 
 from cluster import jobspec, logs
 from cluster.control.job_logs import JobLogs
-from cluster.control.settling import Drivers, Settler
+from cluster.control.lost_jobs import Drivers, JobReaper
 from cluster.errors import BadRequest, JobNotFound, PoolUnavailable, SpringtideError
 from cluster.pool.submit import STOP_S, JobServer
 from cluster.store.jobs import Damaged, JobResult, JobSnapshot, JobSpec, JobStatus, JobStore, born, document
 from cluster.store.registry import Registry
 from cluster.types import check_name
 
-SETTLE_S = 2
-"""How often the jobs that have not ended are looked at."""
+REAP_S = 2
+"""How often control looks at the jobs that have not ended."""
 KNOWN = 200
-"""The newest jobs, of which a control that has just started finds those without a result."""
+"""A control that has just started looks for jobs without a result among this many of the newest."""
 END_S = 2 * STOP_S
 """How long a cancelled job may take to end."""
 
@@ -42,7 +42,7 @@ class JobService:
         """Take over another store."""
         self.registry, self.store = registry, registry.store
         self.jobs = JobStore(self.store)
-        self.settler = Settler(self.jobs, self.server, self.drivers)
+        self.reaper = JobReaper(self.jobs, self.server, self.drivers)
         self.found = False
 
     def start(self) -> None:
@@ -50,7 +50,7 @@ class JobService:
 
     def progress(self, id: str, snapshot: dict[str, Any]) -> bool:
         """A driver tells where its job is. Returns whether somebody asked for its end."""
-        self.settler.watch(id)
+        self.reaper.watch(id)
         return self.drivers.tell(id, JobSnapshot.model_validate(snapshot))
 
     def listed(self, limit: int = 20) -> list[dict[str, Any]]:
@@ -62,8 +62,8 @@ class JobService:
         live = self.drivers.live(id)
         record = self.jobs.record(id, events=live is None)
         if record.result is None and live is None:
-            self.settler.watch(id)
-            self.settler.settle(id)
+            self.reaper.watch(id)
+            self.reaper.reap(id)
             record = self.jobs.record(id)
         return document(record, True if live else None, live)
 
@@ -79,7 +79,7 @@ class JobService:
         except SpringtideError as error:
             self.jobs.finish(id, JobResult(status=JobStatus.FAILED, ended_s=time.time(), message=str(error), code=error.code))
             raise
-        self.settler.watch(id)
+        self.reaper.watch(id)
         return id
 
     def cancel(self, id: str, author: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class JobService:
             if record.spec is None or record.spec.submitted:
                 self.server().stop(id)
             deadline_s = time.monotonic() + END_S
-            while not self.settler.cancelled(id, author):
+            while not self.reaper.cancelled(id, author):
                 if time.monotonic() > deadline_s:
                     raise PoolUnavailable(f"{id} was asked to end, and has not ended yet.", "See `springtide jobs`.")
                 time.sleep(0.1)
@@ -125,11 +125,11 @@ class JobService:
         while True:
             try:
                 if not self.found:
-                    self.settler.find(self._newest(KNOWN))
+                    self.reaper.find(self._newest(KNOWN))
                     self.found = True
-                for id in self.settler.watched():
-                    self.settler.settle(id)
+                for id in self.reaper.watched():
+                    self.reaper.reap(id)
             except Exception:
                 # The store or Ray's job server is away for a moment. A thread that ended would let lost jobs look alive for ever.
                 log.exception("a look at the jobs")
-            time.sleep(SETTLE_S)
+            time.sleep(REAP_S)

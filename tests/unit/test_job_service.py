@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.control.jobs import JobService
-from cluster.control.settling import SILENT_S, STALE_S, Facts, verdict
+from cluster.control.lost_jobs import SILENT_S, STALE_S, JobFacts, how_it_ended
 from cluster.errors import BadRequest, JobNotFound, ModelNotFound, PoolUnavailable
 from cluster.jobspec import new_id
 from cluster.pool.submit import JobServer, RayJob
@@ -55,7 +55,7 @@ def job(service: JobService, run: str = "", result: JobResult | None = None) -> 
 def test_a_job_is_ended_by_control_only_where_it_cannot_live(
     ray: RayJob | None, silent_s: float, stale_s: float, asked_by: str, resumable: bool
 ) -> None:
-    result = verdict(Facts(LAST, ray, silent_s, stale_s, asked_by, resumable), 9.0)
+    result = how_it_ended(JobFacts(LAST, ray, silent_s, stale_s, asked_by, resumable), 9.0)
     if silent_s < SILENT_S or ray in LIVES:
         assert result is None
     elif ray is None and stale_s < STALE_S:
@@ -80,7 +80,7 @@ def test_a_job_is_ended_by_control_only_where_it_cannot_live(
     ],
 )
 def test_how_a_silent_job_ended_follows_from_what_ray_knows(ray: RayJob | None, expected: str) -> None:
-    result = verdict(Facts(LAST, ray, 100, 100, "", False), 9.0)
+    result = how_it_ended(JobFacts(LAST, ray, 100, 100, "", False), 9.0)
     assert result and result.status == expected
 
 
@@ -93,7 +93,7 @@ def test_what_somebody_cancelled_is_removed_and_nobody_elses(service: JobService
     service.cancel(mine, "ann")
     assert set(service.store.children("runs")) == {mine, other}, "it had ended before: there was nothing to cancel"
     service.jobs.ask_to_cancel(mine, "ann")
-    service.settler.forget(mine)
+    service.reaper.forget(mine)
     assert service.store.children("runs") == [other]
 
 
@@ -103,8 +103,8 @@ def test_a_run_with_a_name_that_leads_elsewhere_is_left_alone(service: JobServic
         service.store.put_new(f"versions/m/{abs(hash(run))}/manifest.json", b"{}")
         before = service.store.children("versions/m")
         id = job(service, run=run, result=JobResult(status=JobStatus.FAILED, ended_s=1, last=JobSnapshot(at_s=1, run=run)))
-        service.settler.forget(id)
-        assert service.store.children("versions/m") == before and id not in service.settler.watched()
+        service.reaper.forget(id)
+        assert service.store.children("versions/m") == before and id not in service.reaper.watched()
 
 
 def test_a_run_is_not_begun_under_a_name_that_leads_elsewhere(service: JobService) -> None:
@@ -121,7 +121,7 @@ def test_a_run_that_another_job_trains_stays(service: JobService) -> None:
     service.listed()
     service.jobs.ask_to_cancel(second, "ann")
     service.jobs.finish(second, JobResult(status=JobStatus.CANCELLED, ended_s=1, last=JobSnapshot(at_s=1, run=first)))
-    service.settler.forget(second)
+    service.reaper.forget(second)
     assert service.store.children("runs") == [first]
 
 
@@ -129,7 +129,7 @@ def test_what_was_ended_by_nobodys_order_can_be_resumed(service: JobService) -> 
     id = job(service)
     checkpoint(service, id)
     service.jobs.finish(id, JobResult(status=JobStatus.CANCELLED, ended_s=1))
-    service.settler.forget(id)
+    service.reaper.forget(id)
     assert service.store.children("runs") == [id]
 
 

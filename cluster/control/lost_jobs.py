@@ -1,7 +1,7 @@
-"""Writes the end of a job whose driver cannot: it was killed by SIGKILL, or the head that ran it is gone.
+"""Writes the result of a job whose driver cannot: SIGKILL killed the driver, or the head that ran it is gone.
 
-Example: a driver is killed. It tells nothing more; after `SILENT_S` control asks Ray; Ray says that the process has ended; the record has no
-result, so control writes one: ``lost``, with what to do.
+Example: SIGKILL kills a driver, and its reports stop. After `SILENT_S` control asks Ray, and Ray says that the process has ended. The
+job's record has no result, so control writes one: ``lost``, with what the user can do.
 """
 
 import threading
@@ -16,34 +16,34 @@ from cluster.store.jobs import Damaged, JobRecord, JobResult, JobSnapshot, JobSt
 from cluster.types import check_name
 
 SILENT_S = 8
-"""A driver that has told nothing for this long is looked for: it tells something every three seconds."""
+"""How long a driver may be silent before control asks Ray about it. A driver reports at least every three seconds."""
 STALE_S = 90
-"""How old the newest object of a record must be before a job is lost that Ray does not know: it may have been started from a shell, or by
-another Ray on the same store, and then only its record says that it lives, every thirty seconds."""
+"""A job that Ray does not know is lost once the newest object of its record is this old. Such a job may run in a shell, or under another Ray
+on the same store. Then only its record shows that it lives, and its driver writes there every thirty seconds."""
 LOOK_S = 1
-"""At most how often one job is looked for."""
+"""Control looks at one job at most this often."""
 
 log = logs.logger(__name__)
 
 
-class Facts(NamedTuple):
-    """What is known of a job whose driver is silent."""
+class JobFacts(NamedTuple):
+    """What control knows about a job whose driver is silent."""
 
     last: JobSnapshot | None
     ray: RayJob | None
-    """None where Ray does not know it."""
+    """None where Ray does not know the job."""
     silent_s: float
-    """Since its driver spoke, or since control could have heard it."""
+    """Seconds since the driver's last report, or since this control started."""
     stale_s: float
-    """Since the newest object of its record was written."""
+    """Seconds since the newest object of the job's record was written."""
     asked_by: str
-    """Who asked for its end; empty where nobody did."""
+    """Who cancelled the job; empty where nobody did."""
     resumable: bool
-    """Whether its run has a checkpoint."""
+    """Whether the run has a checkpoint."""
 
 
-def verdict(facts: Facts, now_s: float) -> JobResult | None:
-    """How a job ended that could not say it itself; None while it may live. Pure."""
+def how_it_ended(facts: JobFacts, now_s: float) -> JobResult | None:
+    """The result of a job whose driver did not write one; None while the job may live. Pure."""
     ray = facts.ray
     if facts.silent_s < SILENT_S or (facts.stale_s < STALE_S if ray is None else not ray.ended):
         return None
@@ -55,11 +55,11 @@ def verdict(facts: Facts, now_s: float) -> JobResult | None:
     if facts.asked_by:
         return ended(JobStatus.CANCELLED, f"Cancelled by {facts.asked_by}.")
     if ray is None:
-        return ended(JobStatus.LOST, f"Its driver is gone, and the pool that ran it does not know it any more.{go_on}")
+        return ended(JobStatus.LOST, f"Its driver is gone, and Ray no longer knows the job.{go_on}")
     if ray.status == "STOPPED":
-        return ended(JobStatus.CANCELLED, f"It was ended from outside.{go_on}")
+        return ended(JobStatus.CANCELLED, f"Somebody stopped it from outside.{go_on}")
     if ray.status == "SUCCEEDED":
-        return ended(JobStatus.SUCCEEDED, "Its process ended well, and could not write what it made.")
+        return ended(JobStatus.SUCCEEDED, "Its process ended without an error, but could not record what it made.")
     if ray.killed:
         return ended(JobStatus.LOST, f"Its driver was killed.{go_on}")
     return ended(JobStatus.FAILED, ray.last_words)
@@ -80,17 +80,17 @@ def _safe(run: str) -> bool:
 
 
 class Drivers:
-    """What drivers tell about once a second."""
+    """The drivers' progress reports. A driver says about once a second where its job is."""
 
     def __init__(self) -> None:
         self.began_s = time.monotonic()
         self.lock = threading.Lock()
         self.told: dict[str, tuple[float, JobSnapshot]] = {}
         self.cancelling: set[str] = set()
-        """Jobs whose end somebody asked for: a driver that Ray did not start hears of it here."""
+        """Cancelled jobs. A driver that Ray did not start learns of it from the answer to its report."""
 
     def tell(self, id: str, snapshot: JobSnapshot) -> bool:
-        """Returns whether somebody asked for the job's end."""
+        """Note a report. Returns whether somebody cancelled the job."""
         with self.lock:
             self.told[id] = (time.monotonic(), snapshot)
             return id in self.cancelling
@@ -100,19 +100,19 @@ class Drivers:
             self.cancelling.add(id)
 
     def silent_s(self, id: str) -> float:
-        """Since the driver told something, or since it could have been heard."""
+        """Seconds since the driver's last report, or since this control started."""
         with self.lock:
             told_s, _ = self.told.get(id, (self.began_s, None))
         return time.monotonic() - told_s
 
     def live(self, id: str) -> JobSnapshot | None:
-        """Where the job is, where its driver told it a moment ago."""
+        """Where the job is; None where its driver has been silent for `SILENT_S`."""
         with self.lock:
             told_s, snapshot = self.told.get(id, (0.0, None))
         return snapshot if time.monotonic() - told_s < SILENT_S else None
 
     def last(self, record: JobRecord) -> JobSnapshot | None:
-        """The newest that is known of where a job is or was, told or written."""
+        """Where the job is or was: the newer of its last report and its record."""
         with self.lock:
             _, told = self.told.get(record.id, (0.0, None))
         written = record.result.last if record.result else record.newest.snapshot if record.newest else None
@@ -124,8 +124,8 @@ class Drivers:
             self.cancelling.discard(id)
 
 
-class Settler:
-    """Watches the jobs that have not ended, and writes the end of those whose driver cannot. Every method may be called from any thread."""
+class JobReaper:
+    """Watches the jobs that have not ended, and writes the results of those whose drivers cannot. Any thread may call any method."""
 
     def __init__(self, jobs: JobStore, server: Callable[[], JobServer], drivers: Drivers) -> None:
         self.jobs, self.store, self.server, self.drivers = jobs, jobs.store, server, drivers
@@ -142,7 +142,7 @@ class Settler:
             return set(self.unfinished)
 
     def find(self, ids: list[str]) -> None:
-        """Watch those of ``ids`` that have not ended: a control before this one knew them."""
+        """Watch those of ``ids`` that have no result yet. An earlier control may have watched them."""
         for id in ids:
             try:
                 if self.jobs.result(id) is None:
@@ -152,8 +152,8 @@ class Settler:
             except Damaged:
                 continue  # its own job only
 
-    def settle(self, id: str) -> None:
-        """Write the end of a job whose driver cannot, and forget one that has ended."""
+    def reap(self, id: str) -> None:
+        """Write the result of a job whose driver is gone, and forget a job that has a result."""
         now_s = time.monotonic()
         with self.lock:
             looked_s = self.looked_s.get(id, float("-inf"))
@@ -162,7 +162,7 @@ class Settler:
             self.looked_s[id] = now_s
         try:
             record = self.jobs.record(id)
-            if record.result is None and (result := verdict(self._facts(record), time.time())) is not None:
+            if record.result is None and (result := how_it_ended(self._facts(record), time.time())) is not None:
                 self.jobs.finish(id, result)
                 log.warning("job %s: %s", id, result.message)
             if record.result or self.jobs.result(id):
@@ -173,7 +173,7 @@ class Settler:
             return  # Ray's job server is away, so nothing is known
 
     def cancelled(self, id: str, author: str) -> bool:
-        """Whether a job that was asked to end has ended; writes that it was cancelled where its driver did not."""
+        """Whether a cancelled job has ended. Writes the result where the driver did not."""
         record, ray = self.jobs.record(id), self.server().state(id)
         if record.result is None:
             if not ray.ended if ray else stale_s(record) < STALE_S:
@@ -185,7 +185,7 @@ class Settler:
         return True
 
     def forget(self, id: str) -> None:
-        """Forget a job that has ended, and remove what its run left where nobody can go on from it, or somebody cancelled it."""
+        """Forget a job that has ended. Remove its run's files where the run has no checkpoint, or somebody cancelled the job."""
         record = self.jobs.record(id)
         if record.result is None:
             return
@@ -202,18 +202,18 @@ class Settler:
         if (cancelled or not self._resumable(run)) and not self._trained(run):
             self.store.remove(f"runs/{run}")
 
-    def _facts(self, record: JobRecord) -> Facts:
+    def _facts(self, record: JobRecord) -> JobFacts:
         last, asked = self.drivers.last(record), self.jobs.cancel_asked(record.id)
         ray = self.server().state(record.id) if record.spec is None or record.spec.submitted else None
         resumable = bool(last and last.run and self._resumable(last.run))
-        return Facts(last, ray, self.drivers.silent_s(record.id), stale_s(record), asked.author if asked else "", resumable)
+        return JobFacts(last, ray, self.drivers.silent_s(record.id), stale_s(record), asked.author if asked else "", resumable)
 
     def _resumable(self, run: str) -> bool:
-        """Whether it has a checkpoint, or a result that was not registered."""
+        """Whether the run has a checkpoint, or a result that no job has registered."""
         return _safe(run) and any(name.isdigit() or name == "result" for name in self.store.children(f"runs/{run}"))
 
     def _trained(self, run: str) -> bool:
-        """Whether a job that has not ended trains the run."""
+        """Whether a job that has not ended is training the run."""
         for id in self.watched():
             try:
                 last = self.drivers.last(self.jobs.record(id))
