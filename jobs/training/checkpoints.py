@@ -1,9 +1,10 @@
-"""Checkpoints of a run in the store. A thread writes them while the training goes on; the newest whole one counts.
+"""Checkpoints of a run in the store. A thread writes them while the training goes on. The newest complete one counts.
 
-``runs/<name>/<step>/state.safetensors`` holds the tensors. ``manifest.json`` beside it is written last; it holds the counters, the digest of the
-tensors and a digest of itself. So a checkpoint whose writing was cut short does not exist, and a damaged one is passed over.
+``runs/<name>/<step>/state.safetensors`` holds the tensors. ``manifest.json`` beside it is written last, and commits the checkpoint. It holds
+the counters, the digest of the tensors and a digest of itself. So a checkpoint without a manifest is incomplete, and a wrong digest shows
+damage.
 
-Example: steps 40 and 55 are in the store, and the process died while it wrote 70. ``newest`` prints that 70 was cut short and returns 55.
+Example: steps 40 and 55 are in the store, and the process died while it wrote 70. ``newest`` prints that 70 is incomplete and returns 55.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ from cluster.store.objects import Store, sha256
 
 KEPT = 2
 FILE, MANIFEST = "state.safetensors", "manifest.json"
+OWN_DIGEST = "seal"
+"""The manifest's key for its own digest. Stored checkpoints have it, so the name stays."""
 
 
 class Snapshot(NamedTuple):
@@ -39,69 +42,70 @@ class Checkpoints:
         self.store = store
         self.root = f"runs/{run}"
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Raises `StoreUnavailable` where the store fails. The checkpoints before are still there then."""
+    def commit(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint: the tensors first, the manifest last. Raises `StoreUnavailable`; the checkpoints before stay then."""
         folder = f"{self.root}/{snapshot.step:012d}"
-        if self._read(folder):
+        if self._read_complete(folder):
             return
         self.store.remove(folder)
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / FILE
             save_file(dict(snapshot.tensors), file)
             self.store.upload(f"{folder}/{FILE}", file)
-            known = {"step": snapshot.step, "sha256": sha256(file), "meta": dict(snapshot.meta)}
-        self.store.put_new(f"{folder}/{MANIFEST}", json.dumps({**known, "seal": seal(known)}).encode())
+            manifest = {"step": snapshot.step, "sha256": sha256(file), "meta": dict(snapshot.meta)}
+        self.store.put_new(f"{folder}/{MANIFEST}", json.dumps({**manifest, OWN_DIGEST: digest(manifest)}).encode())
         for old in self._outdated():
             self.store.remove(f"{self.root}/{old:012d}")
 
     def newest(self, after: int = -1) -> Snapshot | None:
-        """The newest whole one of a step later than ``after``. The log names those that are not whole."""
+        """The newest complete checkpoint of a step later than ``after``. The log names the ones that are damaged or incomplete."""
         for step in sorted((step for step in self.steps() if step > after), reverse=True):
-            snapshot = self._read(f"{self.root}/{step:012d}")
+            snapshot = self._read_complete(f"{self.root}/{step:012d}")
             if snapshot:
                 return snapshot
-            print(f"the checkpoint of step {step} is damaged or was cut short; taking the one before", flush=True)
+            print(f"the checkpoint of step {step} is damaged or incomplete; taking the one before", flush=True)
         return None
 
     def steps(self) -> list[int]:
         return [int(name) for name in self.store.children(self.root) if name.isdigit()]
 
     def _outdated(self) -> list[int]:
-        """The steps before the newest `KEPT` that were written to their end."""
-        ended = [step for step in self.steps() if self.store.get(f"{self.root}/{step:012d}/{MANIFEST}")]
-        return [step for step in self.steps() if ended and step < ended[-KEPT:][0]]
+        """The steps before the newest `KEPT` that were committed."""
+        committed = [step for step in self.steps() if self.store.get(f"{self.root}/{step:012d}/{MANIFEST}")]
+        return [step for step in self.steps() if committed and step < committed[-KEPT:][0]]
 
-    def _read(self, folder: str) -> Snapshot | None:
-        manifest, data = self.store.get(f"{folder}/{MANIFEST}"), self.store.get(f"{folder}/{FILE}")
-        known = opened(manifest or b"")
-        if known is None or data is None or hashlib.sha256(data).hexdigest() != known["sha256"]:
+    def _read_complete(self, folder: str) -> Snapshot | None:
+        """The checkpoint in a folder; None where it is damaged or incomplete."""
+        raw, data = self.store.get(f"{folder}/{MANIFEST}"), self.store.get(f"{folder}/{FILE}")
+        manifest = read_manifest(raw or b"")
+        if manifest is None or data is None or hashlib.sha256(data).hexdigest() != manifest["sha256"]:
             return None
-        return Snapshot(known["step"], known["meta"], load(data))
+        return Snapshot(manifest["step"], manifest["meta"], load(data))
 
 
-def seal(known: Mapping[str, Any]) -> str:
-    """The digest of a manifest without its seal."""
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+def digest(manifest: Mapping[str, Any]) -> str:
+    """The SHA-256 digest of a manifest that has no digest of itself yet."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def opened(manifest: bytes) -> dict[str, Any] | None:
-    """A manifest without its seal; None where it is not what was written."""
+def read_manifest(raw: bytes) -> dict[str, Any] | None:
+    """A manifest without its own digest; None where the bytes are not what `Checkpoints.commit` wrote."""
     try:
-        known = json.loads(manifest)
+        manifest = json.loads(raw)
     except ValueError:
         return None
-    if not isinstance(known, dict):
+    if not isinstance(manifest, dict):
         return None
-    sealed = known.pop("seal", None)
-    return known if sealed == seal(known) else None
+    written = manifest.pop(OWN_DIGEST, None)
+    return manifest if written == digest(manifest) else None
 
 
 class Writer:
-    """Writes the newest snapshot that it was given, in a thread of its own. The log names one that could not be written, and the training goes
-    on: the next one is due soon."""
+    """Commits the newest snapshot that it was given, in a thread of its own. The training goes on where that fails: the log says why, and the
+    next snapshot is due soon."""
 
     def __init__(self, checkpoints: Checkpoints, tell: Callable[[str], None] = lambda outcome: None) -> None:
-        """``tell`` hears ``written`` or ``failed`` of each."""
+        """``tell`` is called with ``written`` or ``failed`` for each snapshot."""
         self.checkpoints, self.tell = checkpoints, tell
         self.changed = threading.Condition()
         self.waiting: list[Snapshot] = []
@@ -111,13 +115,13 @@ class Writer:
 
     def give(self, snapshot: Snapshot) -> None:
         with self.changed:
-            if snapshot.step >= self.given:  # two threads may have made one each, and the older one may come last
+            if snapshot.step >= self.given:  # two threads may make one each, and the older one may arrive last
                 self.waiting, self.given = [snapshot], snapshot.step
-                self.tried = min(self.tried, snapshot.step - 1)  # again, where it was tried and could not be written
+                self.tried = min(self.tried, snapshot.step - 1)  # a step that failed is tried again
             self.changed.notify_all()
 
-    def settle(self) -> int:
-        """Wait until the given snapshot is written, or could not be. Returns the newest step that was written, -1 where none was."""
+    def flush(self) -> int:
+        """Wait until the newest given snapshot is committed or has failed. Returns the newest committed step; -1 where there is none."""
         with self.changed:
             self.changed.wait_for(lambda: self.tried >= self.given)
             return self.written
@@ -129,11 +133,11 @@ class Writer:
                 snapshot = self.waiting.pop()
             began_s = time.monotonic()
             try:
-                self.checkpoints.write(snapshot)
+                self.checkpoints.commit(snapshot)
                 self.written = snapshot.step
                 self.tell("written")
                 print(f"checkpoint step={snapshot.step} seconds={time.monotonic() - began_s:.2f}", flush=True)
-            except Exception as error:  # noqa: BLE001 (this thread must live: the next one may succeed)
+            except Exception as error:  # noqa: BLE001 (this thread must live: the next snapshot may succeed)
                 self.tell("failed")
                 print(f"checkpoint step={snapshot.step} could not be written, the one before stays: {error}", flush=True)
             with self.changed:

@@ -146,7 +146,7 @@ class Worker:
             snapshot = self.state.snapshot() if self.state.step > max(0, self.writer.written) else None
         if snapshot is not None:
             self.writer.give(snapshot)
-        return self.writer.settle()
+        return self.writer.flush()
 
     def train(self, group: ProcessGroup) -> Outcome:
         """Train in a process group until it ends."""

@@ -124,7 +124,7 @@ def test_workers_and_driver_killed_while_a_checkpoint_is_written_leave_the_one_b
     ends_well(pool, again)
     print(f"killed at step {reached}, half written {half}, resumed from the checkpoint of step {newest}")
     assert f"going on from the checkpoint of step {newest}\n" in again.text
-    assert f"the checkpoint of step {half} is damaged or was cut short" in again.text
+    assert f"the checkpoint of step {half} is damaged or incomplete" in again.text
     assert int(re.findall(r"from step (\d+)", again.text)[0]) == newest
 
 
@@ -201,5 +201,5 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_named(pool: Running, tmp
     again = Job(pool, tmp_path, *finetune("--resume", job.name, epochs=EPOCHS))
     ends_well(pool, again)
     print(f"step {newest} was damaged, resumed from step {before}")
-    assert f"the checkpoint of step {newest} is damaged or was cut short; taking the one before" in again.text
+    assert f"the checkpoint of step {newest} is damaged or incomplete; taking the one before" in again.text
     assert int(re.findall(r"from step (\d+)", again.text)[0]) == before

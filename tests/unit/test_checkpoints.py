@@ -23,7 +23,7 @@ from cluster.store.objects import Store
 from jobs.training.checkpoints import Checkpoints, Snapshot
 checkpoints = Checkpoints(Store(sys.argv[1]), "run")
 for step in range(int(sys.argv[2]), 1_000_000):
-    checkpoints.write(Snapshot(step, {"step": step}, {"a": torch.full((500_000,), float(step))}))
+    checkpoints.commit(Snapshot(step, {"step": step}, {"a": torch.full((500_000,), float(step))}))
     print(step, flush=True)
 """
 
@@ -35,7 +35,7 @@ def snapshot(step: int) -> Snapshot:
 def checkpoints(tmp_path: Path, steps: range = range(0)) -> Checkpoints:
     made = Checkpoints(Store(tmp_path.as_uri()), "run")
     for step in steps:
-        made.write(snapshot(step))
+        made.commit(snapshot(step))
     return made
 
 
@@ -69,7 +69,7 @@ def test_a_damaged_one_is_passed_over_and_named(
     newest = made.newest()
     assert newest and newest.step == 1
     assert "the checkpoint of step 2 is damaged" in capsys.readouterr().out
-    made.write(snapshot(3))
+    made.commit(snapshot(3))
     again = made.newest()
     assert again and again.step == 3
 
@@ -110,13 +110,13 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, capsys: 
     store = Full(tmp_path.as_uri())
     writer = Writer(Checkpoints(store, "run"))
     writer.give(snapshot(2))
-    assert writer.settle() == -1
+    assert writer.flush() == -1
     assert "could not be written, the one before stays" in capsys.readouterr().out
     newest = writer.checkpoints.newest()
     assert newest and newest.step == 1
     store.full = False
     writer.give(snapshot(3))
-    assert writer.settle() == 3
+    assert writer.flush() == 3
 
 
 def test_a_run_is_resumed_with_what_it_was_begun_with_and_with_nothing_else(tmp_path: Path) -> None:
