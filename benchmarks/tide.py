@@ -59,7 +59,7 @@ FLEET = {
 SPLITS: dict[str, dict[str, Any]] = {
     "static": {"fleet": {"min_replicas": 2, "max_replicas": 2}, "training": {"workers": 2, "min_workers": 2}},
     "stock_ray": {
-        "fleet": {"min_replicas": 1, "max_replicas": 2, "standby": 0},
+        "fleet": {"min_replicas": 1, "max_replicas": 2, "warm_pool_size": 0},
         "training": {"budget": {"serving_ceiling_slots": 0}},  # no lease
     },
     "springtide": {"fleet": {"min_replicas": 1, "max_replicas": 2}, "training": {"workers": 3, "min_workers": 1}},

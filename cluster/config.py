@@ -24,6 +24,8 @@ POOL_URL, API_KEY = f"{ENV_PREFIX}POOL", f"{ENV_PREFIX}API_KEY"
 """The pool that a command speaks with, and its key there (`cluster.endpoint`): no keys of the configuration."""
 DEFAULT_HOME = ".springtide"
 CACHE_BYTES = 64 << 30
+RENAMED = {"standby": "warm_pool_size", "standby_s": "warm_pool_s"}
+"""Former name → present name of a key."""
 
 
 class Section(BaseModel):
@@ -124,10 +126,10 @@ class Fleet(Section):
     """How long streams may take to end before a swap of weights is given up. With one replica everybody else waits meanwhile."""
     drain_timeout_s: float = Field(default=60, ge=0)
     """How long an ending replica waits for its own streams."""
-    standby: int = Field(default=1, ge=0)
-    """Engines per machine that stay, asleep and without a slot, when their replica ends: the next one is there in seconds. Each keeps its
-    memory on the host; on a GPU its weights move there."""
-    standby_s: float = Field(default=900, ge=0)
+    warm_pool_size: int = Field(default=1, ge=0)
+    """Engines per machine that stay asleep, without a slot, when their replica ends. The next replica takes one over within seconds. Each engine
+    keeps its memory on the host; on a GPU its weights move there."""
+    warm_pool_s: float = Field(default=900, ge=0)
     """How long an engine sleeps before it ends. A machine on which one sleeps is not idle to Ray's autoscaler."""
 
     @model_validator(mode="after")
@@ -160,7 +162,7 @@ class FleetSpec(Section):
     @property
     def sleeps(self) -> bool:
         """Whether engines are started so that vLLM can free the accelerator's memory while they sleep."""
-        return self.accelerator == "gpu" and self.fleet.standby > 0
+        return self.accelerator == "gpu" and self.fleet.warm_pool_size > 0
 
     def engine_arguments(self) -> dict[str, Any]:
         """Keyword arguments of vLLM's engine. What is None is left to vLLM."""
@@ -359,7 +361,19 @@ def problems(error: ValidationError) -> list[str]:
 
 
 def _words(one: Any) -> str:
-    return "there is no such key" if one["type"] == "extra_forbidden" else str(one["msg"]).removeprefix("Value error, ")
+    if one["type"] != "extra_forbidden":
+        return str(one["msg"]).removeprefix("Value error, ")
+    name = RENAMED.get(str(one["loc"][-1]))
+    return f"this key is called {name} now" if name else "there is no such key"
+
+
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """A fleet's keys as they are called now. For stored records only: in a configuration an old name is an error.
+
+    >>> renamed({"standby_s": 60, "max_replicas": 2})
+    {'warm_pool_s': 60, 'max_replicas': 2}
+    """
+    return {RENAMED.get(key, key): value for key, value in values.items()}
 
 
 def merge(under: Any, over: Any) -> Any:

@@ -5,8 +5,9 @@ A fleet of the configuration has no record here. After a restart of the pool con
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from cluster.config import renamed
 from cluster.store.journal import Journal
 from cluster.store.objects import Store
 from cluster.types import Record, check_name
@@ -24,6 +25,12 @@ class FleetRecord(Record):
     time_s: float
     ended: bool = False
     """Whether it was removed."""
+
+    @field_validator("overrides")
+    @classmethod
+    def rename(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        """A record of an older release has the keys of that release, and its fleet must still start."""
+        return renamed(overrides)
 
 
 class FleetRecords:

@@ -90,7 +90,7 @@ class Engine:
         """Nothing has changed yet: wait for the next owner."""
         self.release()
         self.life.to(State.NEW if self.life.state is State.STARTING else State.ASLEEP)
-        self.ending.after(UNOWNED_S if self.life.state is State.NEW else self.spec.fleet.standby_s)
+        self.ending.after(UNOWNED_S if self.life.state is State.NEW else self.spec.fleet.warm_pool_s)
 
     async def _host(self, manifest: Manifest, folder: Path, spec: FleetSpec) -> bool:
         if self.started is None:
@@ -128,7 +128,7 @@ class Engine:
         await self.hosting.fall_asleep()
         self.release()
         self.life.to(State.ASLEEP)
-        self.ending.after(self.spec.fleet.standby_s)
+        self.ending.after(self.spec.fleet.warm_pool_s)
 
     def _leave(self) -> None:
         if self.life.may(State.LEAVING):

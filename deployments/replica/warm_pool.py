@@ -58,14 +58,14 @@ class WarmPool:
 
     async def engine(self, owner: Owner, weights: str, tell: Callable[[str], None]) -> Any:
         """An engine that hosts ``weights`` for this replica: one that slept, or a new one. ``tell`` hears what happens."""
-        sleepers = await self._sleepers()
-        for name in outdated(self.name, sleepers):
-            sleepers[name].end.remote()
-        for name in fitting(self.name, sleepers):
+        asleep = await self._find_asleep()
+        for name in outdated(self.name, asleep):
+            asleep[name].end.remote()
+        for name in fitting(self.name, asleep):
             tell("wakes an engine")
             with contextlib.suppress(RayActorError):  # it has just ended
-                if await self._owned(sleepers[name], owner, weights):
-                    return sleepers[name]
+                if await self._owned(asleep[name], owner, weights):
+                    return asleep[name]
         tell("starts its engine")
         engine = self._new()
         await self._owned(engine, owner, weights)
@@ -74,10 +74,10 @@ class WarmPool:
     async def leave(self, engine: Any) -> None:
         """Let the engine sleep where the fleet keeps one more here; else it ends."""
         with contextlib.suppress(RayActorError):  # it died while it finished its streams
-            await engine.rest.remote(self.spec.fleet.standby > 0)
-        sleepers = await self._sleepers()
-        for name in fitting(self.name, sleepers)[self.spec.fleet.standby :]:  # two replicas that leave at once agree on which
-            sleepers[name].end.remote()
+            await engine.rest.remote(self.spec.fleet.warm_pool_size > 0)
+        asleep = await self._find_asleep()
+        for name in fitting(self.name, asleep)[self.spec.fleet.warm_pool_size :]:  # sorted: two replicas that leave at once agree
+            asleep[name].end.remote()
 
     async def _owned(self, engine: Any, owner: Owner, weights: str) -> bool:
         try:
@@ -93,7 +93,7 @@ class WarmPool:
         options = {"name": name, "namespace": ENGINES, "lifetime": "detached", "num_cpus": 0, "scheduling_strategy": where}
         return ray.remote(Engine).options(**options).remote(self.spec, self.environment)
 
-    async def _sleepers(self) -> dict[str, Any]:
+    async def _find_asleep(self) -> dict[str, Any]:
         """Name → engine, of the fleet's engines that sleep on this machine."""
         named: list[Any] = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         here = f"{self.name.node} {self.name.fleet} "

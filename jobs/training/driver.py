@@ -96,7 +96,7 @@ class Driver:
             return ray.remote(Worker).options(num_cpus=0, max_concurrency=8, **held).remote(work, shared, config.store, name)
 
         self.tell = tell
-        self.limits = Limits(training.min_workers, training.yield_deadline_s, per_worker, config.fleet.standby_s)
+        self.limits = Limits(training.min_workers, training.yield_deadline_s, per_worker, config.fleet.warm_pool_s)
         self.crew = Crew(start, per_worker, gpu=config.pool.accelerator == "gpu")
         self.run = Run(moved_s=time.monotonic())
         self.result: Outcome | None = None

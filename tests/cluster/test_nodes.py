@@ -106,7 +106,7 @@ def autoscaled(pool: Running, tmp_path: Path) -> Iterator[Running]:
     """Another pool on the same store, with one slot, to which Ray's autoscaler adds machines with one each."""
     gcs, dashboard, gateway = free_ports(3)
     ports = {"gcs_port": gcs, "dashboard_port": dashboard, "agent_ports": pool.config.pool.agent_ports + 5_000, "slots": 1}
-    quick = {"standby_s": 3.0, "scale_down_after_s": 1.0}
+    quick = {"warm_pool_s": 3.0, "scale_down_after_s": 1.0}
     config = pool.config.model_copy(
         update={
             "home": tmp_path / "home",

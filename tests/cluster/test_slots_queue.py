@@ -25,7 +25,7 @@ WAITS = "waiting for slots: "
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that have left end at once, and nothing is in memory when the slots return."""
-    monkeypatch.setenv("SPRINGTIDE_FLEET__STANDBY_S", "0")
+    monkeypatch.setenv("SPRINGTIDE_FLEET__WARM_POOL_S", "0")
 
 
 def holds(job: Job, slots: int) -> bool:

@@ -5,6 +5,7 @@ import pytest
 
 from cluster import config
 from cluster.errors import ConfigError
+from cluster.store.fleets import FleetRecord
 
 
 def test_later_layers_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,6 +43,23 @@ def test_an_unknown_key_is_an_error_that_names_it(layer: str, tmp_path: Path, mo
 def test_values_that_cannot_work_say_why(values: dict[str, object], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         config.load(overrides=values)
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"fleet": {"standby_s": 60}}, r"fleet\.standby_s: this key is called warm_pool_s now"),
+        ({"fleets": {"chat": {"standby": 2}}}, r"fleets\.chat\.standby: this key is called warm_pool_size now"),
+    ],
+)
+def test_a_key_that_was_renamed_is_refused_with_its_new_name(values: dict[str, object], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        config.load(overrides=values)
+
+
+def test_a_stored_fleet_of_an_older_release_still_starts() -> None:
+    record = FleetRecord.model_validate({"name": "m", "n": 1, "overrides": {"standby_s": 60}, "author": "ann", "time_s": 1})
+    assert config.load().fleet_with("m", record.overrides).warm_pool_s == 60
 
 
 def test_the_resolved_form_loads_back_to_itself() -> None:

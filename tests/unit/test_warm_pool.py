@@ -30,7 +30,7 @@ def test_other_arguments_make_the_fleets_own_engines_outdated() -> None:
 
 
 def test_settings_that_the_engine_is_not_started_with_change_nothing() -> None:
-    assert name_for(spec(), "node", {}) == name_for(spec(standby_s=1.0, swap="keep", max_replicas=7), "node", {})
+    assert name_for(spec(), "node", {}) == name_for(spec(warm_pool_s=1.0, swap="keep", max_replicas=7), "node", {})
     assert name_for(spec(), "node", {}).kind != name_for(spec(store="file:///t"), "node", {}).kind
 
 
