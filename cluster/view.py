@@ -1,6 +1,6 @@
-"""What is new in a view: all that a gateway need be told which knows the view before. Pure.
+"""View deltas: what changed from one view to the next. A gateway that knows the old view needs only the delta. Pure.
 
-A view grows with the pool, to a thousand machines' replicas and adapters by the ten thousand; what changes at a time does not.
+A view grows with the pool, to the replicas of a thousand machines and ten thousands of adapters. A delta stays small.
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +31,8 @@ class ViewDelta(NamedTuple):
         return not (self.moves or self.ended or self.replicas or self.left or self.fleets or self.removed)
 
 
-def difference(old: View, new: View) -> ViewDelta:
+def delta(old: View, new: View) -> ViewDelta:
+    """What turns the view ``old`` into the view ``new``. Load alone makes no delta: see `routed`."""
     known, there = old.aliases, {replica.id: replica for replica in old.replicas}
     moves = {name: move for name, move in new.aliases.items() if name not in known or known[name].generation != move.generation}
     replicas = tuple(one for one in new.replicas if one.id not in there or routed(there[one.id]) != routed(one))
@@ -42,7 +43,7 @@ def difference(old: View, new: View) -> ViewDelta:
 
 
 def apply(view: View, change: ViewDelta) -> View:
-    """The view after a change since it. An alias only moves on: a control that was just restarted may know less of it."""
+    """The view after a delta. An alias never goes back a generation, because a control that has just restarted may know an older one."""
     aliases = dict(view.aliases)
     for name in change.ended:
         del aliases[name]

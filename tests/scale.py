@@ -32,7 +32,7 @@ from cluster.control.allocation import TURN_S
 from cluster.control.gateways import Gateways
 from cluster.control.metrics import Board
 from cluster.types import View
-from cluster.view import difference
+from cluster.view import delta
 from deployments.api.models import model_list
 from deployments.routing.table import Table
 from tests.world import ADAPTERS_PER_NODE, NODES_PER_JOB, SLOTS_PER_NODE, World
@@ -198,7 +198,7 @@ class Days:
         held = {f"{what}_mb": size / 1e6 for what, size in after.items()}
         growth = {f"{what}_growth": size / before[what] - 1 for what, size in after.items()}
         turn = momentary(lambda: self._turn(len(self.times_s["allocator"])))
-        change = difference(self.gateways.current, View(time.time_ns(), *self.world.route()))
+        change = delta(self.gateways.current, View(time.time_ns(), *self.world.route()))
         return {
             **held,
             **growth,

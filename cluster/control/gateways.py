@@ -10,7 +10,7 @@ from cluster.control.broadcast import broadcast
 from cluster.pool import graph
 from cluster.publishing.canary import Tally, merge
 from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, View
-from cluster.view import ViewDelta, difference
+from cluster.view import ViewDelta, delta
 
 PREPARE_TIMEOUT_S = 2
 """Far less than a gateway holds requests (`deployments.routing.router.HOLD_TIMEOUT_S`), so that none gives up waiting before the move."""
@@ -50,7 +50,7 @@ class Gateways:
         the gateways go on after a time of their own with what they know.
         """
         view = View(self._next(), aliases, replicas, fleets)
-        change = difference(self.current, view)
+        change = delta(self.current, view)
         if change.empty:
             return True
         if not replicas and not asleep and self.current is EMPTY_VIEW:
@@ -67,7 +67,7 @@ class Gateways:
             return False  # the gateways know more than this process does yet; they go on by themselves
         if silent:
             view = self.current._replace(revision=view.revision)
-            change = difference(self.current, view)  # which releases those that did prepare
+            change = delta(self.current, view)  # which releases those that did prepare
         self._adopt(view, change)
         return not silent
 

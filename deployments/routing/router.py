@@ -67,7 +67,7 @@ class Router:
 
     def wake(self, version: str) -> FleetState | None:
         """Wake the fleet that answers for the version and has no replica, and return it. None where no fleet need be woken."""
-        fleet = self.table.sleeper(version)
+        fleet = self.table.fleet_to_wake(version)
         if fleet is not None and (fleet.name not in self.waking or self.waking[fleet.name].done()):
             self.waking[fleet.name] = asyncio.ensure_future(self._wake(fleet))
         return fleet

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from cluster.errors import ModelNotFound, NoReplica
 from cluster.publishing.canary import takes_canary
 from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, VersionId, View
-from cluster.view import ViewDelta, apply, difference
+from cluster.view import ViewDelta, apply, delta
 
 SUSPECT_S = 2.0
 """How long a replica that broke a connection is chosen last."""
@@ -50,7 +50,7 @@ class Table:
         """Take a newer view. False for an older view and for a change of another view: both are ignored."""
         if news.revision <= self.view.revision:
             return False
-        change = difference(self.view, news) if isinstance(news, View) else news
+        change = delta(self.view, news) if isinstance(news, View) else news
         if change.since != self.view.revision:
             return False
         self.view = apply(self.view, change)
@@ -124,9 +124,9 @@ class Table:
 
     def askable(self, id: str) -> bool:
         """Whether a request for the version is answered now, or after a fleet was woken for it."""
-        return id in self.holders or self.sleeper(id) is not None
+        return id in self.holders or self.fleet_to_wake(id) is not None
 
-    def sleeper(self, id: str) -> FleetState | None:
+    def fleet_to_wake(self, id: str) -> FleetState | None:
         """The fleet to wake for the version: it answers for it and has no replica. None where another fleet that runs answers for it too."""
         fleets = [self.view.fleets[name] for name in self.listed_by.get(id, ())]
         return fleets[0] if fleets and not any(self.running[fleet.app] for fleet in fleets) else None

@@ -9,7 +9,7 @@ from cluster.control.gateways import Gateways
 from cluster.control.replicas import Orders, Replicas
 from cluster.publishing.placement import fleet_state, lacks, routable, target_weights, warmth
 from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId, View
-from cluster.view import difference
+from cluster.view import delta
 from tests.waiting import when
 
 ONE, TWO = VersionId("m", 1), VersionId("m", 2)
@@ -88,7 +88,7 @@ def test_a_replica_lacks_a_version_by_digest_and_only_on_its_own_base() -> None:
 
 def test_load_alone_is_not_worth_telling_the_gateways() -> None:
     one, busier, more = (View(1, {}, (state,)) for state in (replica({}), replica({}, running=9), replica({"m@2": "d"})))
-    assert difference(one, busier).empty and not difference(one, more).empty
+    assert delta(one, busier).empty and not delta(one, more).empty
 
 
 def test_a_fleet_answers_for_what_sits_on_its_own_weights() -> None:

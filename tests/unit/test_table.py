@@ -51,9 +51,9 @@ def test_an_alias_whose_base_nobody_hosts_is_said_to_be_so_at_once() -> None:
 def test_the_fleet_that_has_no_replica_is_woken_although_another_runs() -> None:
     """A fleet was woken only where no replica ran at all."""
     made = table(replica("a", V1))
-    assert made.sleeper("n@1") == OTHER and made.askable("n@1")
-    assert made.sleeper("m@2") is None and not made.askable("m@2"), "its fleet runs: a replica loads it, or nobody will"
-    assert made.sleeper("m@1") is None and made.sleeper("nobody@1") is None
+    assert made.fleet_to_wake("n@1") == OTHER and made.askable("n@1")
+    assert made.fleet_to_wake("m@2") is None and not made.askable("m@2"), "its fleet runs: a replica loads it, or nobody will"
+    assert made.fleet_to_wake("m@1") is None and made.fleet_to_wake("nobody@1") is None
     assert sorted(made.versions()) == ["m@1", "n@1"]
 
 
@@ -61,7 +61,7 @@ def test_a_fleet_sleeps_again_when_its_last_replica_has_left() -> None:
     made = table(replica("a", V1), replica("b", V1))
     for revision, left in ((2, (replica("b", V1),)), (3, ())):
         made.adopt(View(revision, {"m": generation(1, V1)}, left, {"m": FLEET}))
-    assert made.sleeper("m@1") == FLEET
+    assert made.fleet_to_wake("m@1") == FLEET
     with pytest.raises(ModelNotFound):
         made.resolve("n@1")
 

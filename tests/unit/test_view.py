@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cluster.control.gateways import Gateways
 from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, VersionId, View
-from cluster.view import apply, difference
+from cluster.view import apply, delta
 from deployments.routing.table import Table
 
 HELD = st.dictionaries(st.sampled_from(["m@1", "m@2", "n@1"]), st.sampled_from("de"))
@@ -50,7 +50,7 @@ def test_a_view_and_what_changed_make_the_next_view_but_no_alias_goes_back(
     before: dict[str, int], there: dict[str, dict[str, str]], after: dict[str, int], then: dict[str, dict[str, str]]
 ) -> None:
     old, new = View(1, aliases(before), replicas(there), fleets(there)), View(2, aliases(after), replicas(then), fleets(then))
-    made = apply(old, difference(old, new))
+    made = apply(old, delta(old, new))
     assert made.aliases == aliases({name: max(n, before.get(name, n)) for name, n in after.items()})
     assert sorted(made.replicas) == sorted(new.replicas) and made.revision == 2 and made.fleets == new.fleets
 
