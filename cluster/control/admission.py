@@ -91,5 +91,5 @@ class Shapes:
             return ""
         if (new, old) not in self.known:
             with registry.candidate(new, cache) as one, registry.candidate(old, cache) as other:
-                self.known[new, old] = artefact.apart(one, other)
+                self.known[new, old] = artefact.difference(one, other)
         return self.known[new, old]

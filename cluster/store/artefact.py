@@ -32,7 +32,7 @@ WRITERS_MARKS = ("transformers_version", "_name_or_path", "dtype", "torch_dtype"
 LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 
-class Folder(NamedTuple):
+class _Folder(NamedTuple):
     """A version whose files are all on this machine."""
 
     settings: Path
@@ -81,19 +81,18 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for path in files for name, tensor in header(path).items()}
 
 
-def difference(new: Path, old: Path) -> str:
-    """`apart` for two folders on this machine."""
-    return apart(Folder(new), Folder(old))
+def difference(new: Candidate | Path, old: Candidate | Path) -> str:
+    """Why a running engine cannot reload ``new`` in place of ``old``: it rereads tensors and nothing else. Empty where it can.
 
-
-def apart(new: Candidate | Folder, old: Candidate | Folder) -> str:
-    """What keeps ``new`` from replacing ``old`` inside a running engine, which rereads tensors and nothing else; empty where nothing does."""
-    if new.shapes != old.shapes:
+    A path is a folder with all files of a version. The answer is ``shape`` or the name of a file that differs.
+    """
+    one, other = (_Folder(version) if isinstance(version, Path) else version for version in (new, old))
+    if one.shapes != other.shapes:
         return "shape"
-    if settings(new.settings) != settings(old.settings):
+    if settings(one.settings) != settings(other.settings):
         return "config.json"
-    names = {path.name for one in (new, old) for path in one.settings.iterdir() if path.suffix in READ_ONCE}
-    return next((name for name in sorted(names - set(REREAD)) if not same(new.settings / name, old.settings / name)), "")
+    names = {path.name for version in (one, other) for path in version.settings.iterdir() if path.suffix in READ_ONCE}
+    return next((name for name in sorted(names - set(REREAD)) if not same(one.settings / name, other.settings / name)), "")
 
 
 def settings(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from cluster.config import Config
 from cluster.control import admission, weight_distribution
 from cluster.errors import DigestMismatch, StoreUnavailable, VersionRefused
 from cluster.store import files as module
-from cluster.store.artefact import apart
+from cluster.store.artefact import difference
 from cluster.store.files import Files
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
@@ -82,7 +82,7 @@ def test_whether_weights_fit_an_engine_is_known_from_headers_and_settings(bucket
     assert shapes.difference(registry, tmp_path / "cache", wide.id, one.id) == "shape"
     assert bucket.sent_bytes < 300_000 and not list((tmp_path / "cache").rglob("*.safetensors"))
     with registry.candidate(one.id, tmp_path / "cache") as first, registry.candidate(two.id, tmp_path / "cache") as second:
-        assert apart(first, second) == ""
+        assert difference(first, second) == ""
 
 
 def test_settings_come_without_the_tensors(bucket: Bucket, tmp_path: Path) -> None:

@@ -107,14 +107,14 @@ def test_a_control_that_starts_during_a_rollout_of_weights_compares_them_beside_
     new = registry.register("m", "weights", None, make_base(tmp_path / "new", 7), Lineage())
     registry.record(first := begin("m", 1, new.id, ONE, DIRECT, "control was killed", "test", time.time()))
     registry.record(first.next("warming", "", time.time()))
-    compare, threads, go_on = admission.artefact.apart, list[str](), threading.Event()
+    compare, threads, go_on = admission.artefact.difference, list[str](), threading.Event()
 
     def slow(*both: Any) -> str:
         threads.append(threading.current_thread().name)
         assert go_on.wait(20)
         return compare(*both)
 
-    monkeypatch.setattr(admission.artefact, "apart", slow)
+    monkeypatch.setattr(admission.artefact, "difference", slow)
     control = Controlled(config, machines)
     wait_until(lambda: bool(threads))
     made = adapter(registry, tmp_path, OTHER, 1, name="poet")
