@@ -13,7 +13,19 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cluster.capacity.arbiter import SERVING, Assignment, Budget, Decision, Demand, FleetDemand, Job, Past, counted, decide, order
+from cluster.capacity.arbiter import (
+    SERVING,
+    Assignment,
+    Budget,
+    Decision,
+    Demand,
+    FleetDemand,
+    Job,
+    Past,
+    arbitrate,
+    counted,
+    order,
+)
 from cluster.capacity.handover import Allocation, SlotSnapshot
 
 SILENT_S = 10
@@ -119,7 +131,9 @@ class Allocator:
         else:
             self._forget_silent(now_s)
             jobs = tuple(beat.job for beat in self.beats)
-            self._adopt(decide(self.budget, Demand(slots, tuple(fleets), jobs, pool_ceiling), self.decision.past, now_s), now_s)
+            self._adopt(
+                arbitrate(self.budget, Demand(slots, tuple(fleets), jobs, pool_ceiling), self.decision.past, now_s), now_s
+            )
             unheld = max(0, slots - held - self.held_by_jobs)
             self.grants = self._promise(unheld, unheld if free is None else max(0, min(unheld, free)))
         self._record(slots, held, wanted, now_s)

@@ -164,7 +164,7 @@ class Decision(NamedTuple):
         return {one.owner: one.slots for one in self.assignments}
 
 
-def decide(budget: Budget, demand: Demand, past: Past, now_s: float) -> Decision:
+def arbitrate(budget: Budget, demand: Demand, past: Past, now_s: float) -> Decision:
     """Divide the slots. Never more than there are, and never two owners for one."""
     raised = tuple(at_s for at_s in past.raised_s if at_s > now_s - budget.memory_s)
     cool_down_s = budget.cool_down_s * 2 ** min(MOST_DOUBLINGS, max(0, len(raised) - 1))

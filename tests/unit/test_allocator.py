@@ -161,7 +161,7 @@ def test_of_jobs_that_fit_singly_but_not_together_the_first_are_asked_for() -> N
     assert waiting(third, second, first).requested(lease=1, pool_ceiling=6) == 5
 
 
-def settle(
+def converge(
     allocator: Allocator, lease: int, room: int, total: int, known: Ceiling, again: bool = False
 ) -> tuple[Ceiling, int, int]:
     """Ask until nothing more is learnt: what is known then, what is asked for, and how often the autoscaler refused on the way."""
@@ -196,7 +196,7 @@ def test_a_few_refusals_lead_to_the_largest_request_that_fits(
 ) -> None:
     """Nobody says how many slots there can be, only that so many there cannot."""
     allocator, room = waiters(jobs), max(lease, total + more)
-    _, asked, refusals = settle(allocator, lease, room, total, Ceiling())
+    _, asked, refusals = converge(allocator, lease, room, total, Ceiling())
     assert asked == largest(allocator, lease, room)
     assert refusals <= 1 + halvings(lease + allocator.requested(lease, None) - total)
 
@@ -208,15 +208,15 @@ def test_what_the_pool_can_have_is_learnt_anew_when_it_or_the_jobs_change(
     known = Ceiling()
     for total, more, jobs in rounds:
         allocator, room = waiters(jobs), max(lease, total + more)
-        known, asked, refusals = settle(allocator, lease, room, total, known, again=True)
+        known, asked, refusals = converge(allocator, lease, room, total, known, again=True)
         assert asked == largest(allocator, lease, room)
         assert refusals <= 3 + 2 * halvings(360)
 
 
 def test_a_refusal_that_is_tried_again_in_vain_costs_one_round() -> None:
     allocator = waiters([(1, 0)] * 100)
-    known, asked, refusals = settle(allocator, 1, 4, 1, Ceiling())
+    known, asked, refusals = converge(allocator, 1, 4, 1, Ceiling())
     assert (known, asked) == (Ceiling(4, 5), 4) and refusals <= 7
-    assert settle(allocator, 1, 4, 4, known, again=True) == (known, 4, 1)
+    assert converge(allocator, 1, 4, 4, known, again=True) == (known, 4, 1)
     assert known.has(9) == known, "a pool that grows elsewhere is found when the refusal is tried again"
     assert Ceiling(2, 9).has(5) == Ceiling(5, 9)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cluster.capacity.arbiter import SERVING, Budget, Decision, Demand, FleetDemand, Job, Past, decide, divide, largest_rise
+from cluster.capacity.arbiter import SERVING, Budget, Decision, Demand, FleetDemand, Job, Past, arbitrate, divide, largest_rise
 
 
 def agree(bounds: dict[str, Any]) -> bool:
@@ -49,7 +49,7 @@ def live(
     for dt_s, wanted in life:
         now_s += dt_s
         demand = Demand(slots, fleet(wanted), jobs)
-        decision = decide(budget, demand, past, now_s)
+        decision = arbitrate(budget, demand, past, now_s)
         past = decision.past
         seen.append((now_s, demand, decision))
     return seen
@@ -149,13 +149,13 @@ def test_a_lower_job_runs_in_what_the_higher_one_cannot_use() -> None:
 def test_a_rise_in_many_steps_is_no_flapping() -> None:
     budget, past = Budget(cool_down_s=10), Past()
     for now_s, wanted in [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 1)]:
-        past = decide(budget, Demand(8, fleet(wanted)), past, now_s).past
-    assert decide(budget, Demand(8, fleet(1)), past, 15.1).grants[SERVING] == 1
+        past = arbitrate(budget, Demand(8, fleet(wanted)), past, now_s).past
+    assert arbitrate(budget, Demand(8, fleet(1)), past, 15.1).grants[SERVING] == 1
 
 
 def test_a_job_that_cannot_run_is_told_what_to_do_about_it() -> None:
     def reason(demand: Demand) -> str:
-        return decide(Budget(), demand, Past(), 0.0).assignments[1].reason
+        return arbitrate(Budget(), demand, Past(), 0.0).assignments[1].reason
 
     huge = (Job("huge", 0, 0, 8, 8),)
     assert reason(Demand(8, fleet(1), huge)) == "it needs 8 slots; serving has 1 and jobs before it the rest"
@@ -204,7 +204,7 @@ def decisions(
     for dt_s, fleets in crowds:
         now_s += dt_s
         demand = Demand(slots, fleets, jobs)
-        seen.append((demand, decide(budget, demand, past, now_s)))
+        seen.append((demand, arbitrate(budget, demand, past, now_s)))
         past = seen[-1][1].past
     return seen
 
@@ -272,7 +272,7 @@ def test_fleets_that_keep_to_their_ceilings_come_to_what_each_was_given(slots: i
             for fleet, ceiling in zip(fleets, ceilings, strict=True)
         ]
         told = tuple(fleet._replace(wanted_slots=want) for fleet, want in zip(fleets, wants, strict=True))
-        decision = decide(Budget(), Demand(slots, told), past, float(turn))
+        decision = arbitrate(Budget(), Demand(slots, told), past, float(turn))
         past, ceilings, grants = decision.past, [one.ceiling for one in decision.fleets], [one.slots for one in decision.fleets]
         goals = [capped(want, fleet, ceiling) for want, fleet, ceiling in zip(wants, fleets, ceilings, strict=True)]
         held = [min(has, goal) for has, goal in zip(held, goals, strict=True)]
@@ -286,7 +286,7 @@ def test_fleets_that_keep_to_their_ceilings_come_to_what_each_was_given(slots: i
 
 def test_there_is_no_ceiling_where_nobody_lacks_anything_or_only_one_fleet_is_there() -> None:
     def ceilings(*fleets: FleetDemand) -> list[int | None]:
-        return [one.ceiling for one in decide(Budget(), Demand(4, fleets), Past(), 0.0).fleets]
+        return [one.ceiling for one in arbitrate(Budget(), Demand(4, fleets), Past(), 0.0).fleets]
 
     chat, code = FleetDemand("chat", 1, 3), FleetDemand("code", 0, 1)
     assert ceilings(chat, code) == [None, None]
@@ -298,24 +298,24 @@ def test_there_is_no_ceiling_where_nobody_lacks_anything_or_only_one_fleet_is_th
 def test_what_is_asked_for_now_comes_before_what_was_asked_for_lately() -> None:
     """The slots of a load that has fallen are not kept idle from another fleet, whatever the priorities."""
     chat, code, budget = FleetDemand("chat", 1, 3), FleetDemand("code", 0, 1), Budget(cool_down_s=60)
-    past = decide(budget, Demand(4, (chat, code)), Past(), 0.0).past
-    decision = decide(budget, Demand(4, (chat._replace(wanted_slots=1), code._replace(wanted_slots=3))), past, 1.0)
+    past = arbitrate(budget, Demand(4, (chat, code)), Past(), 0.0).past
+    decision = arbitrate(budget, Demand(4, (chat._replace(wanted_slots=1), code._replace(wanted_slots=3))), past, 1.0)
     assert [(one.slots, one.lacks) for one in decision.fleets] == [(1, 0), (3, 0)]
-    roomy = decide(budget, Demand(8, (chat._replace(wanted_slots=1), code._replace(wanted_slots=3))), past, 1.0)
+    roomy = arbitrate(budget, Demand(8, (chat._replace(wanted_slots=1), code._replace(wanted_slots=3))), past, 1.0)
     assert roomy.grants[SERVING] == 6 and [one.slots for one in roomy.fleets] == [3, 3]
 
 
 def test_a_fleet_at_its_ceiling_still_counts_as_asking_for_what_it_asked_for_before() -> None:
     """Serve reports two replicas of a fleet that may have two, however high its load is."""
     fleets = (FleetDemand("a", 0, 3), FleetDemand("b", 0, 3))
-    first = decide(Budget(cool_down_s=60), Demand(4, fleets), Past(), 0.0)
+    first = arbitrate(Budget(cool_down_s=60), Demand(4, fleets), Past(), 0.0)
     capped = tuple(fleet._replace(wanted_slots=2) for fleet in fleets)
-    second = decide(Budget(cool_down_s=60), Demand(4, capped), first.past, 1.0)
+    second = arbitrate(Budget(cool_down_s=60), Demand(4, capped), first.past, 1.0)
     assert [one.ceiling for one in (*first.fleets, *second.fleets)] == [2, 2, 2, 2]
-    later = decide(Budget(cool_down_s=60), Demand(4, capped), second.past, 62.0)
+    later = arbitrate(Budget(cool_down_s=60), Demand(4, capped), second.past, 62.0)
     assert [one.ceiling for one in later.fleets] == [None, None], "once a cool-down it may try"
 
 
 def test_the_slots_of_a_fleet_that_is_removed_are_free_at_once() -> None:
-    past = decide(Budget(cool_down_s=60), Demand(4, (FleetDemand("a", 0, 1), FleetDemand("b", 0, 3))), Past(), 0.0).past
-    assert decide(Budget(cool_down_s=60), Demand(4, (FleetDemand("a", 0, 1),)), past, 1.0).grants[SERVING] == 1
+    past = arbitrate(Budget(cool_down_s=60), Demand(4, (FleetDemand("a", 0, 1), FleetDemand("b", 0, 3))), Past(), 0.0).past
+    assert arbitrate(Budget(cool_down_s=60), Demand(4, (FleetDemand("a", 0, 1),)), past, 1.0).grants[SERVING] == 1
