@@ -1,6 +1,6 @@
 """An elastic run, from the driver's side: the one loop that owns Ray and the time.
 
-Ten times a second the driver looks at its workers, its reservations and the grant, asks `jobs.training.elasticity.decide` what follows, and
+Ten times a second the driver looks at its workers, its reservations and the grant, asks `jobs.training.elasticity.next_actions` what follows, and
 carries it out. The decisions are explained there, the workers in `jobs.training.worker`.
 """
 
@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from cluster.capacity.arbiter import Job
 from cluster.config import Config
 from cluster.errors import JobFailed
-from jobs.training.elasticity import HUNG_S, Actions, Began, Facts, Limits, Run, decide
+from jobs.training.elasticity import HUNG_S, Actions, Began, Limits, Run, RunFacts, next_actions
 from jobs.training.handles import Crew, wait_all
 from jobs.training.heartbeat import Heartbeats, ignore
 from jobs.training.process_group import ProcessGroup
@@ -107,7 +107,7 @@ class Driver:
         """Raises `JobFailed` where the run cannot go on."""
         self.crew.listen(now_s)
         facts = self._facts(now_s)
-        self.run, actions = decide(self.run, facts, self.limits)
+        self.run, actions = next_actions(self.run, facts, self.limits)
         self._carry_out(actions, facts, now_s)
         active = self.crew.active(self.run.group)
         trained = [worker for worker in active if worker.trained == self.run.group]
@@ -115,8 +115,8 @@ class Driver:
         if active and active[0].reached.group == self.run.group:
             self.tell.progress(active[0].reached, len(active), now_s)
 
-    def _facts(self, now_s: float) -> Facts:
-        return Facts(
+    def _facts(self, now_s: float) -> RunFacts:
+        return RunFacts(
             now_s,
             self.heartbeats.grant,
             now_s - self.heartbeats.answered_s,
@@ -125,7 +125,7 @@ class Driver:
             tuple(spare.spare_facts() for spare in self.crew.spares.values()),
         )
 
-    def _carry_out(self, do: Actions, facts: Facts, now_s: float) -> None:
+    def _carry_out(self, do: Actions, facts: RunFacts, now_s: float) -> None:
         """In the order of the fields of `Actions`."""
         for words in do.notes:
             self.tell.say(words)

@@ -1,6 +1,6 @@
 """What an elastic run does next: a total, pure state machine.
 
-`decide` gets what the run remembers (`Run`), what the driver sees (`Facts`) and the limits, and answers with what to remember and what to do
+`next_actions` gets what the run remembers (`Run`), what the driver sees (`RunFacts`) and the limits, and answers with what to remember and what to do
 (`Actions`). It reads no clock, calls no Ray and does no I/O: the driver (`jobs.training.driver`) looks, decides and carries out, ten times a
 second. A worker lives like this::
 
@@ -17,11 +17,11 @@ Example: two workers train and the grant falls to one.
 
 >>> limits = Limits(min_workers=1, yield_deadline_s=30)
 >>> two = [WorkerFacts(id, Phase.ACTIVE, group=1, trained=1, heard_s=100) for id in (1, 2)]
->>> run, actions = decide(Run(group=1, moved_s=100), Facts(100, Grant(1, "serving has 2"), workers=tuple(two)), limits)
+>>> run, actions = next_actions(Run(group=1, moved_s=100), RunFacts(100, Grant(1, "serving has 2"), workers=tuple(two)), limits)
 >>> actions
 Actions(stop=1)
 >>> idle = tuple(worker._replace(phase=Phase.IDLE) for worker in two)
->>> run, actions = decide(run, Facts(101, Grant(1, "serving has 2"), workers=idle), limits)
+>>> run, actions = next_actions(run, RunFacts(101, Grant(1, "serving has 2"), workers=idle), limits)
 >>> actions
 Actions(retire=(2,), form=(1,))
 """
@@ -114,7 +114,7 @@ class ReservationFacts(NamedTuple):
     """Where they are; empty until Ray has found them."""
 
 
-class Facts(NamedTuple):
+class RunFacts(NamedTuple):
     """What the driver sees now. Workers and reservations are in order of arrival: those that came first stay longest."""
 
     now_s: float
@@ -178,7 +178,7 @@ class Began(NamedTuple):
     step: int
 
 
-class Placement(NamedTuple):
+class WorkerPlacement(NamedTuple):
     """A reservation whose slots are there, and the spare that takes them; None for a new worker."""
 
     reservation: int
@@ -199,7 +199,7 @@ class Actions(NamedTuple):
     """Reservations."""
     retire: tuple[int, ...] = ()
     """Workers that give their slots back in order. They become spares where the driver keeps spares."""
-    place: tuple[Placement, ...] = ()
+    place: tuple[WorkerPlacement, ...] = ()
     reserve: int = 0
     """Workers for which slots shall be reserved."""
     stop: int | None = None
@@ -221,7 +221,7 @@ class Decision(NamedTuple):
     actions: Actions
 
 
-def decide(run: Run, facts: Facts, limits: Limits) -> Decision:
+def next_actions(run: Run, facts: RunFacts, limits: Limits) -> Decision:
     """What to do now. Every combination of facts has an answer, and a run that is over does nothing."""
     if run.over:
         return Decision(run, Actions())
@@ -256,7 +256,7 @@ def group_workers(run: Run, workers: Iterable[WorkerFacts]) -> list[WorkerFacts]
     return joined if any(worker.phase is Phase.ACTIVE for worker in joined) else []
 
 
-def _observe(run: Run, facts: Facts) -> tuple[Run, Began | None]:
+def _observe(run: Run, facts: RunFacts) -> tuple[Run, Began | None]:
     """Take note of steps that were done, and of where the newest process group began."""
     began = None
     joined = [worker for worker in facts.workers if worker.group == run.group]
@@ -272,7 +272,7 @@ def _observe(run: Run, facts: Facts) -> tuple[Run, Began | None]:
     return (run if group_workers(run, facts.workers) else run._replace(broken_s=None)), began
 
 
-def _wanted(facts: Facts, limits: Limits) -> int:
+def _wanted(facts: RunFacts, limits: Limits) -> int:
     """Workers that the run may have. Before control's first answer: those that it has."""
     if facts.grant is None:
         return len(facts.workers) + len(facts.reservations)
@@ -294,7 +294,7 @@ class _Loss(NamedTuple):
     keep_s: float | None = None
 
 
-def _find_losses(run: Run, facts: Facts, limits: Limits, wanted: int) -> list[_Loss]:
+def _find_losses(run: Run, facts: RunFacts, limits: Limits, wanted: int) -> list[_Loss]:
     losses = [_Loss((worker,), worker.gone) for worker in facts.workers if worker.gone]
     alive = [worker for worker in facts.workers if not worker.gone]
     # One reason at a time: to end what hangs may be all that the others need.
@@ -332,23 +332,23 @@ def _find_cut(run: Run, alive: Sequence[WorkerFacts], now_s: float, limits: Limi
     )
 
 
-def _count_failures(run: Run, facts: Facts, losses: Sequence[_Loss]) -> tuple[Run, Failure | None]:
+def _count_failures(run: Run, facts: RunFacts, losses: Sequence[_Loss]) -> tuple[Run, Failure | None]:
     """One failure a turn at most, and one for each process group, however many of its workers are lost or say that it is broken: a machine that
     is lost takes several workers with it."""
     group = {worker.id for worker in group_workers(run, facts.workers)}
     whys = [worker.broken for worker in facts.workers if worker.group == run.group and worker.broken]
     whys += [loss.why for loss in losses if not group.isdisjoint(_ids(loss.workers))]
-    apart = [loss.why for loss in losses if loss.workers and group.isdisjoint(_ids(loss.workers))]
-    counts = (whys and run.failed < run.group) or (apart and run.broken_s is None)
+    outside = [loss.why for loss in losses if loss.workers and group.isdisjoint(_ids(loss.workers))]
+    counts = (whys and run.failed < run.group) or (outside and run.broken_s is None)
     run = run._replace(failures=run.failures + bool(counts))
     if whys:
         run = run._replace(failed=run.group, broken_s=_since(run.broken_s, bool(group), facts.now_s))
     if not counts or run.failures <= MOST_FAILURES:
         return run, None
-    return run, Failure(f"The training failed {run.failures} times at step {run.step}: {[*whys, *apart][0]}")
+    return run, Failure(f"The training failed {run.failures} times at step {run.step}: {[*whys, *outside][0]}")
 
 
-def _ended_spares(facts: Facts, limits: Limits) -> tuple[int, ...]:
+def _ended_spares(facts: RunFacts, limits: Limits) -> tuple[int, ...]:
     def useless(spare: SpareFacts) -> bool:
         hung = spare.loaded and facts.now_s - spare.heard_s > HUNG_S
         return bool(spare.gone) or hung or facts.now_s - spare.since_s > limits.spare_s
@@ -356,7 +356,7 @@ def _ended_spares(facts: Facts, limits: Limits) -> tuple[int, ...]:
     return _ids(spare for spare in facts.spares if useless(spare))
 
 
-def _without(facts: Facts, ended: tuple[int, ...]) -> Facts:
+def _without(facts: RunFacts, ended: tuple[int, ...]) -> RunFacts:
     workers = tuple(worker for worker in facts.workers if worker.id not in ended)
     return facts._replace(workers=workers, spares=tuple(spare for spare in facts.spares if spare.id not in ended))
 
@@ -406,7 +406,7 @@ def balance(counts: Counts) -> Balance:
     )
 
 
-def _resize(run: Run, facts: Facts, limits: Limits, wanted: int, actions: Actions) -> Decision:
+def _resize(run: Run, facts: RunFacts, limits: Limits, wanted: int, actions: Actions) -> Decision:
     """Add what follows from the number of workers to the ``actions``. ``facts``: without the workers that end."""
     group = group_workers(run, facts.workers)
     loading = [worker for worker in facts.workers if worker.phase is Phase.LOADING]
@@ -455,14 +455,14 @@ def _takes_the_newest_state(leaving: Sequence[WorkerFacts], workers: Sequence[Wo
     return bool(loaded) and all(worker in leaving for worker in loaded if worker.trained == newest)
 
 
-def _place(reservations: Sequence[ReservationFacts], spares: Sequence[SpareFacts]) -> tuple[Placement, ...]:
+def _place(reservations: Sequence[ReservationFacts], spares: Sequence[SpareFacts]) -> tuple[WorkerPlacement, ...]:
     """Give slots that are there to a spare of their machine, or to a new worker."""
-    left, placed = list(spares), list[Placement]()
+    left, placed = list(spares), list[WorkerPlacement]()
     for reservation in reservations:
         spare = next((spare for spare in left if spare.machine == reservation.machine), None)
         if spare is not None:
             left.remove(spare)
-        placed.append(Placement(reservation.id, spare and spare.id))
+        placed.append(WorkerPlacement(reservation.id, spare and spare.id))
     return tuple(placed)
 
 

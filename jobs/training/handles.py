@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.training.elasticity import NEXT_PHASES, Phase, Placement, ReservationFacts, SpareFacts, WorkerFacts
+from jobs.training.elasticity import NEXT_PHASES, Phase, ReservationFacts, SpareFacts, WorkerFacts, WorkerPlacement
 from jobs.training.process_group import ProcessGroup
 from jobs.training.worker import Loaded, Outcome, Reached
 
@@ -186,7 +186,7 @@ class Crew:
         for id in reservations:
             self.reservations.pop(id).free()
 
-    def place(self, placement: Placement, node: str, now_s: float) -> None:
+    def place(self, placement: WorkerPlacement, node: str, now_s: float) -> None:
         """Have a spare or a new worker take the slots of a reservation."""
         reservation = self.reservations.pop(placement.reservation)
         if placement.spare is not None:

@@ -17,15 +17,15 @@ from jobs.training.elasticity import (
     Actions,
     Balance,
     Counts,
-    Facts,
     Limits,
     Phase,
     ReservationFacts,
     Run,
+    RunFacts,
     SpareFacts,
     WorkerFacts,
     balance,
-    decide,
+    next_actions,
 )
 from jobs.training.grants import NO_CONTROL_S
 
@@ -87,7 +87,7 @@ class World:
 
     # what happens
 
-    def facts(self) -> Facts:
+    def facts(self) -> RunFacts:
         workers = [
             WorkerFacts(
                 id,
@@ -111,7 +111,7 @@ class World:
             for id, one in self.spares.items()
         ]
         reserved = [ReservationFacts(id, since_s, machine) for id, (since_s, machine) in self.reservations.items()]
-        return Facts(self.now_s, self.grant, self.silent_s, tuple(workers), tuple(reserved), tuple(spares))
+        return RunFacts(self.now_s, self.grant, self.silent_s, tuple(workers), tuple(reserved), tuple(spares))
 
     def turn(self) -> Actions:
         for one in (*self.workers.values(), *self.spares.values()):
@@ -119,7 +119,7 @@ class World:
                 one.heard_s = self.now_s
         facts = self.facts()
         before = self.run
-        self.run, do = decide(self.run, facts, self.limits)
+        self.run, do = next_actions(self.run, facts, self.limits)
         self.check(before, facts, do)
         self.carry_out(do)
         self.live()
@@ -190,7 +190,7 @@ class World:
 
     # what is promised
 
-    def check(self, before: Run, facts: Facts, do: Actions) -> None:
+    def check(self, before: Run, facts: RunFacts, do: Actions) -> None:
         if before.over:
             assert do == Actions()
             return
@@ -206,7 +206,7 @@ class World:
         self.over_s = self.over_s + 1 if len(facts.workers) > wanted else 0
         assert self.over_s <= DEADLINE_S + 4 or do.fail  # a step of the way takes a turn here
 
-    def check_slots(self, facts: Facts, do: Actions, wanted: int, staying: int, active: int) -> None:
+    def check_slots(self, facts: RunFacts, do: Actions, wanted: int, staying: int, active: int) -> None:
         """Never more than the grant and what is still being given back."""
         reserved = len(facts.reservations) - len(do.cancel) + do.reserve
         group = sum(one.group == self.run.group for one in facts.workers)
@@ -221,7 +221,7 @@ class World:
             assert all(staying[id].phase is Phase.IDLE for id in do.form)
             self.size = len(do.form)
 
-    def check_state(self, before: Run, facts: Facts, do: Actions, staying: dict[int, WorkerFacts]) -> None:
+    def check_state(self, before: Run, facts: RunFacts, do: Actions, staying: dict[int, WorkerFacts]) -> None:
         """The newest state stays in a worker's memory, or is kept. What only dead or hung workers know is lost already."""
         known = {one.id: one.step for one in facts.workers if self.workers[one.id].answers}
         newest = max(known.values(), default=-1)
@@ -277,7 +277,8 @@ def test_whatever_happens_a_run_keeps_its_promises_and_trains_on_its_grant_in_th
         assert world.turn() == Actions() and (world.turn(), world.run.step > before)[1]
 
 
-def settled(grant: int, **limits: Any) -> World:
+def steady(grant: int, **limits: Any) -> World:
+    """A world in which the workers have followed the grant."""
     world = World(Limits(1, DEADLINE_S, **limits), grant=Grant(grant, "because"))
     for _ in range(30):
         world.turn()
@@ -299,7 +300,7 @@ def trains(world: World, workers: int) -> bool:
 
 @pytest.mark.parametrize("wrong", ["dead", "hung"])
 def test_a_worker_that_dies_or_hangs_is_replaced_while_the_others_go_on(wrong: str) -> None:
-    world = settled(3)
+    world = steady(3)
     setattr(world.workers[max(world.workers)], wrong, True)
     until(world, lambda world: trains(world, 2), HUNG_S + 5)
     until(world, lambda world: trains(world, 3), 20)
@@ -308,7 +309,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced_while_the_others_go_on(wrong: s
 
 def test_a_group_that_lost_a_worker_stops_even_if_it_could_go_on() -> None:
     """A process of a machine that Ray has lost may go on for a while, and the others with it."""
-    world = settled(3)
+    world = steady(3)
     world.deaf = world.run.group
     world.workers[max(world.workers)].dead = True
     assert world.turn().stop == world.deaf
@@ -318,7 +319,7 @@ def test_a_group_that_lost_a_worker_stops_even_if_it_could_go_on() -> None:
 
 def test_a_failure_counts_once_however_many_workers_are_lost_with_it() -> None:
     """Four workers that were lost with their machine while they loaded used to be four failures, and ended the run."""
-    world = settled(0)
+    world = steady(0)
     world.grant = Grant(5, "because")
     until(world, lambda world: len(world.workers) == 5)
     for one in world.workers.values():
@@ -328,7 +329,7 @@ def test_a_failure_counts_once_however_many_workers_are_lost_with_it() -> None:
 
 
 def test_after_too_many_failures_without_a_step_it_fails_with_the_reason() -> None:
-    world = settled(2)
+    world = steady(2)
     world.breaks = True
     until(world, lambda world: world.failed)
     assert world.failed == f"The training failed {MOST_FAILURES + 1} times at step {world.run.step}: its peer is gone"
@@ -336,7 +337,7 @@ def test_after_too_many_failures_without_a_step_it_fails_with_the_reason() -> No
 
 
 def test_a_step_between_two_failures_forgets_the_first() -> None:
-    world = settled(2)
+    world = steady(2)
     for _ in range(3 * MOST_FAILURES):
         world.workers[max(world.workers)].dead = True
         world.turn()
@@ -347,7 +348,7 @@ def test_a_step_between_two_failures_forgets_the_first() -> None:
 
 
 def test_a_run_that_is_done_starts_nothing_again() -> None:
-    world = settled(2)
+    world = steady(2)
     world.steps = world.run.step + 3
     until(world, lambda world: world.finished)
     world.workers[max(world.workers)].dead = True
@@ -356,7 +357,7 @@ def test_a_run_that_is_done_starts_nothing_again() -> None:
 
 
 def test_when_all_leave_the_newest_state_is_kept_and_spares_come_back_with_it() -> None:
-    world = settled(2)
+    world = steady(2)
     world.grant = Grant(0, "serving has 2")
     until(world, lambda world: not world.workers)
     step = world.run.step
@@ -368,7 +369,7 @@ def test_when_all_leave_the_newest_state_is_kept_and_spares_come_back_with_it() 
 
 
 def test_a_group_that_does_not_stop_is_ended_at_the_deadline_and_its_state_kept_before() -> None:
-    world = settled(2)
+    world = steady(2)
     world.stubborn = world.run.group
     world.grant = Grant(1, "because")
     until(world, lambda world: world.stored > 0, DEADLINE_S)
@@ -379,7 +380,7 @@ def test_a_group_that_does_not_stop_is_ended_at_the_deadline_and_its_state_kept_
 
 
 def test_workers_that_answer_and_do_no_step_are_replaced() -> None:
-    world = settled(2)
+    world = steady(2)
     world.stubborn = world.run.group
     until(world, lambda world: any("no step was done" in note for note in world.notes))
     until(world, lambda world: trains(world, 2), 20)
@@ -387,7 +388,7 @@ def test_workers_that_answer_and_do_no_step_are_replaced() -> None:
 
 def test_a_worker_that_hangs_after_another_has_left_the_group_is_replaced() -> None:
     """It used to be waited for until somebody asked for its slots: whoever had left did no step any more, so nobody seemed to be stuck."""
-    world = settled(2)
+    world = steady(2)
     one, other = world.workers.values()
     one.phase, world.stubborn = Phase.IDLE, world.run.group
     until(world, lambda _: other not in world.workers.values())
@@ -405,7 +406,7 @@ def test_without_control_a_job_says_so_and_then_fails() -> None:
 
 
 def test_while_control_is_silent_a_job_keeps_what_it_holds_and_says_so_once() -> None:
-    world = settled(2)
+    world = steady(2)
     for second in range(200):
         world.silent_s = second
         world.turn()
@@ -418,7 +419,7 @@ def test_while_control_is_silent_a_job_keeps_what_it_holds_and_says_so_once() ->
 
 def test_steps_that_were_done_twice_are_counted_once() -> None:
     """A second group after the loss used to count a part of it again."""
-    world = settled(2)
+    world = steady(2)
     world.store_works, world.stored = False, world.run.step - 5
     for one in world.workers.values():
         one.dead = True
