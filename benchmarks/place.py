@@ -33,9 +33,9 @@ OVERRIDES: dict[str, Any] = {
 """One replica with 1 GiB of KV cache. The ports are outside those of Ray's workers (10002–19999), of outgoing connections (from 32768 on
 Linux) and of a pool's defaults."""
 BUSY_PERCENT = 10
-SETTLED_PERCENT = 12
+IDLE_PERCENT = 12
 """Of the whole machine: an idle pool uses less."""
-SETTLE_S = 60
+IDLE_WAIT_S = 60
 PASSED, FAILED = "[green]pass[/green]", "[red]FAIL[/red]"
 console = Console(width=None if sys.stdout.isatty() else 120)
 
@@ -62,10 +62,10 @@ def warn_if_busy() -> None:
         console.print(f"[yellow]Something else keeps the machine {busy:.0f} % busy: the numbers below will be too low.")
 
 
-def settle() -> None:
+def wait_until_idle() -> None:
     """Wait until what was just started is idle: Ray's daemons are busy for a while, and no server runs only for its first half minute."""
-    deadline_s = time.monotonic() + SETTLE_S
-    while psutil.cpu_percent(interval=2.0) > SETTLED_PERCENT and time.monotonic() < deadline_s:
+    deadline_s = time.monotonic() + IDLE_WAIT_S
+    while psutil.cpu_percent(interval=2.0) > IDLE_PERCENT and time.monotonic() < deadline_s:
         pass
 
 

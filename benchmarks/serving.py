@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from benchmarks import load, peers
 from benchmarks.memory import Process, budget, memory_table, processes
 from benchmarks.peers import Served
-from benchmarks.place import PORT, ask, console, finish, machine, settle, springtide, warn_if_busy, workplace
+from benchmarks.place import PORT, ask, console, finish, machine, springtide, wait_until_idle, warn_if_busy, workplace
 from benchmarks.report import LABELS, Measurement, draw, markdown, results, summarise, verdicts
 from cluster.config import Config
 
@@ -100,7 +100,7 @@ def _cases(plan: Load, turn: int, system: str, served: Served, say: Callable[...
     for streaming in (True, False):
         ask(served, max(plan.streams), WARM_UP_REQUESTS, streaming, plan.tokens)
     say("letting it come to rest")
-    settle()
+    wait_until_idle()
     found = []
     for streams, streaming in plan.cases:
         say(f"{streams} {'streams' if streaming else 'at once, not streamed'}", advance=1)

@@ -11,7 +11,7 @@ import inspect
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import NoneType
@@ -232,7 +232,9 @@ def parse(verb: str, given: dict[str, Any]) -> Options:
     if unknown := [name for name in given if name not in model.model_fields]:
         known = ", ".join(model.model_fields)
         raise BadRequest(
-            f"{verb} has no option {unknown[0][:80]!r}.{near(unknown[0], model)}", f"Options are: {known}.", unknown[0][:80]
+            f"{verb} has no option {unknown[0][:80]!r}.{_did_you_mean(unknown[0], model.model_fields)}",
+            f"Options are: {known}.",
+            unknown[0][:80],
         )
     try:
         return model.model_validate(given)
@@ -247,15 +249,11 @@ def parse(verb: str, given: dict[str, Any]) -> Options:
 def model_of(verb: str) -> type[Options]:
     if verb in VERBS:
         return VERBS[verb]
-    raise BadRequest(f"There is no job {verb[:80]!r}.{_meant(verb, list(VERBS))}", f"Jobs are: {', '.join(VERBS)}.", "verb")
+    raise BadRequest(f"There is no job {verb[:80]!r}.{_did_you_mean(verb, VERBS)}", f"Jobs are: {', '.join(VERBS)}.", "verb")
 
 
-def near(name: str, model: type[Options]) -> str:
-    """``" Did you mean …?"``, or nothing where no option is called nearly so."""
-    return _meant(name, list(model.model_fields))
-
-
-def _meant(name: str, known: list[str]) -> str:
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` Did you mean …?`` with the near matches; empty where there are none."""
     close = get_close_matches(name, known, n=2, cutoff=0.6)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
@@ -330,7 +328,7 @@ class Parser(argparse.ArgumentParser):
         """With the options that are called nearly so."""
         known = [flag for action in self._actions for flag in action.option_strings]
         wrong = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        super().error(message + (_meant(wrong[0], known) if wrong and "unrecognized" in message else ""))
+        super().error(message + (_did_you_mean(wrong[0], known) if wrong and "unrecognized" in message else ""))
 
 
 def command_line(verb: str, words: list[str] | None = None) -> Any:

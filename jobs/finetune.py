@@ -120,7 +120,7 @@ def check_fits(chosen: recipe.Recipe, config: Config, base: str) -> None:
 
 def resolve(registry: Registry, base: str) -> Manifest:
     """The weights to train on. An adapter stands for the weights beneath it, and the log says so."""
-    found = registry.meant(base)
+    found = registry.resolve(base)
     if found.kind == "adapter":
         print(f"{found.id} is an adapter; training starts from its base {found.weights}")
     return registry.manifest(found.weights)

@@ -104,7 +104,7 @@ class JobService:
 
     def _check_names(self, given: dict[str, Any]) -> None:
         if base := given.get("base"):
-            self.registry.meant(base)
+            self.registry.resolve(base)
         if (run := given.get("resume")) and not self.store.children(f"runs/{check_name(run)}"):
             raise BadRequest(
                 f"There is no run {run}.", "One that ended, or was cancelled, leaves nothing to go on from.", "resume"

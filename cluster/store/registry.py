@@ -58,8 +58,8 @@ class Registry:
     def manifest(self, id: VersionId) -> Manifest:
         return self.catalog.manifest(id)
 
-    def meant(self, text: str) -> Manifest:
-        """The version that is written NAME@NUMBER, or what is live by an alias. Raises `ModelNotFound` with what there is."""
+    def resolve(self, text: str) -> Manifest:
+        """The version that ``text`` names: NAME@NUMBER, or an alias for its live version. Raises `ModelNotFound` with what there is."""
         if "@" in text:
             return self.manifest(VersionId.parse(text))
         if move := self.alias(text):

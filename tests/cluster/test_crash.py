@@ -65,7 +65,7 @@ def ready(pool: Running) -> bool:
         return False
 
 
-def settle(pool: Running, made: Manifest) -> str:
+def wait_for_end(pool: Running, made: Manifest) -> str:
     """Wait until the rollout has ended by itself; the stage it ended in."""
     wait_until(lambda: (now := pool.registry.rollout("seedling")) is None or now.stage in ("live", "rolled_back"), timeout_s=120)
     now = pool.registry.rollout("seedling")
@@ -89,7 +89,7 @@ def crash_points(pool: Running, home: Path, made: Manifest) -> int:
     (home / "crash.json").write_text(json.dumps({"run": f"count {made.id}", "at": 0}))
     with recording(pool.url, "seedling", 6, pause_s=0.1):
         client.of(pool.config).publish(made.id, "seedling", "undisturbed", policy_of(made))
-        assert settle(pool, made) == "live"
+        assert wait_for_end(pool, made) == "live"
     (home / "crash.json").unlink()
     acts = (home / "acts.log").read_text().splitlines()
     print("\n".join(acts))
@@ -112,7 +112,7 @@ def test_control_killed_before_every_act_of_a_rollout(pool: Running, crashing: P
             with contextlib.suppress(SpringtideError):  # its answer dies with it; the rollout goes on, or never began
                 client.of(pool.config).publish(made.id, "seedling", f"dies before act {at}", policy_of(made))
             wait_until(lambda: ready(pool), timeout_s=60)
-            stage = settle(pool, made)
+            stage = wait_for_end(pool, made)
             assert not (crashing / "crash.json").exists(), "it did die"
             print(f"{kind}: died before act {at} of {count}: {stage} after {time.monotonic() - began_s:.1f} s")
             if pool.registry.aliases()["seedling"].stable == made.id:  # killed before the first record, it never began
@@ -225,7 +225,7 @@ def test_replicas_killed_added_and_removed_under_publishes(pool: Running, tmp_pa
             (replicas(pool) if victim == "replica" else cores(pool))[0].kill()
             killed_s.append(time.monotonic())
             wait_until(lambda: two_others(ids(pool), before), timeout_s=150)  # noqa: B023 (called at once)
-            settle(pool, made[turn])
+            wait_for_end(pool, made[turn])
         graph.deploy(pool.config)
         wait_until(lambda: len(client.of(pool.config).status()["replicas"]) == 1, timeout_s=150)
         time.sleep(1)
@@ -294,7 +294,7 @@ def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_o
         replica.kill()
         wait_until(lambda: ask(pool).status_code == 200, timeout_s=150)
         publishing.join()
-        settle(pool, made)
+        wait_for_end(pool, made)
     seen = {event.version for event in events if not event.error}
     assert seen <= {str(ONE), str(made.id)}
     expected |= expected_of(pool.url, [str(made.id)])

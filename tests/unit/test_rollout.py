@@ -196,10 +196,10 @@ def test_any_facts_in_any_order_move_a_rollout_forward_only(
         assert ORDER.index(after.stage) >= ORDER.index(rollout.stage)
         assert after.percent in (0, *policy.steps) and (after.percent > 0) == (after.stage == "canary")
         rollout = after
-    meant = wanted(rollout)
-    assert meant is None or meant.stable in (ONE, TWO)
+    alias = wanted(rollout)
+    assert alias is None or alias.stable in (ONE, TWO)
     if rollout.stage == "rolled_back":
-        assert meant is None or (meant.stable == incumbent and meant.canary is None)
+        assert alias is None or (alias.stable == incumbent and alias.canary is None)
     assert Rollout.model_validate_json(rollout.model_dump_json()) == rollout
 
 
