@@ -1,5 +1,6 @@
-"""One table of what the gateway answers: a path, the methods that it takes, and the handler."""
+"""Tables of what the gateway answers: a method, a path, and the handler. The API has one table, and ``/admin`` another."""
 
+import re
 from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
@@ -7,34 +8,64 @@ from cluster.errors import MethodNotAllowed, RouteNotFound
 from deployments.http import Handler, Receive, Scope, Send
 from deployments.wire import header
 
+ANY = "*"
+"""The method of a route whose handler looks at the method itself."""
+
 
 class Route(NamedTuple):
+    method: str
     path: str
-    """A whole path, or with ``*`` at its end every path that begins so."""
-    methods: tuple[str, ...]
-    """Empty: the handler looks at the method itself."""
+    """``{name}`` stands for one part of a path, and ``*`` at the end for any rest."""
     handle: Handler
 
 
 class Routes:
-    """One table of what a path takes. HEAD is answered wherever GET is, and OPTIONS everywhere."""
+    """A table of routes, and an ASGI application. HEAD is answered wherever GET is, and OPTIONS everywhere."""
 
     def __init__(self, *routes: Route) -> None:
-        self.exact = {route.path: route for route in routes if not route.path.endswith("*")}
-        self.prefixes = [(route.path[:-1], route) for route in routes if route.path.endswith("*")]
+        self.routes = routes
+        handlers: dict[str, dict[str, Handler]] = {}
+        for route in routes:
+            handlers.setdefault(route.path, {})[route.method] = route.handle
+        self.exact = {path: found for path, found in handlers.items() if not _is_pattern(path)}
+        """Path → method → handler."""
+        self.patterns = [(_pattern(path), found) for path, found in handlers.items() if _is_pattern(path)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request. Raises `RouteNotFound`, or `MethodNotAllowed` with what the path takes."""
-        path, method = scope["path"], scope["method"]
-        route = self.exact.get(path) or next((route for prefix, route in self.prefixes if path.startswith(prefix)), None)
-        if route is None:
-            known = ", ".join(path for path in self.exact)
-            raise RouteNotFound(f"There is no {method} {path[:200]} here.", f"There are {known}.")
-        if not route.methods or method in route.methods:
-            return await route.handle(scope, receive, send)
-        if method == "HEAD" and "GET" in route.methods:
-            return await route.handle(scope, receive, without_body(send))
-        await refuse_method(scope, send, route.methods)
+        """Answer the request. The handler finds the parts of the path in ``scope["path_params"]``.
+
+        Raises `RouteNotFound`, or `MethodNotAllowed` with the methods of the path.
+        """
+        method, (handlers, parts) = scope["method"], self._find(scope["method"], scope["path"])
+        scope = {**scope, "path_params": parts}
+        if handle := handlers.get(method) or handlers.get(ANY):
+            return await handle(scope, receive, send)
+        if method == "HEAD" and "GET" in handlers:
+            return await handlers["GET"](scope, receive, without_body(send))
+        await refuse_method(scope, send, tuple(handlers))
+
+    def _find(self, method: str, path: str) -> tuple[dict[str, Handler], dict[str, str]]:
+        """The handlers of a path by their methods, and the parts of the path by their names."""
+        if handlers := self.exact.get(path):
+            return handlers, {}
+        for pattern, handlers in self.patterns:
+            if match := pattern.fullmatch(path):
+                return handlers, match.groupdict()
+        known = ", ".join(f"{route.method} {route.path}" for route in self.routes if route.method != ANY)
+        raise RouteNotFound(f"There is no {method} {path[:200]} here.", f"There are {known}.")
+
+
+def _is_pattern(path: str) -> bool:
+    return "{" in path or path.endswith("*")
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """
+    >>> _pattern("/jobs/{name}/logs").fullmatch("/jobs/j-1/logs")["name"]
+    'j-1'
+    """
+    named = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^/]+)", re.escape(path))
+    return re.compile(re.sub(r"\\\*$", ".*", named), re.DOTALL)
 
 
 async def refuse_method(scope: Scope, send: Send, methods: tuple[str, ...]) -> None:
@@ -47,7 +78,7 @@ async def refuse_method(scope: Scope, send: Send, methods: tuple[str, ...]) -> N
         headers = [(b"allow", ", ".join(allow).encode()), (b"content-length", b"0")]
         await send({"type": "http.response.start", "status": 204, "headers": headers})
         return await send({"type": "http.response.body"})
-    words = f"{scope['method']} is not what {scope['path'][:200]} takes."
+    words = f"{scope['path'][:200]} does not take {scope['method']}."
     raise MethodNotAllowed(words, f"It takes {', '.join(allow)}.", allow=allow)
 
 

@@ -1,13 +1,12 @@
 """``/admin``: what an operator may ask, for whoever holds the pool's token. `cluster.client` is its client.
 
-One table (`routes`) has every route: the method, the path, what it calls, and what its body must be. Most hand the request to the control
-actor, whose refusals come back as themselves.
+One table (`operations`) has every operation: the method, the path, what it calls, and what its body must be. Most of them pass the request
+to the control actor. What the actor raises reaches the client as it is.
 """
 
 import hmac
 import math
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
@@ -15,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.config import Config
-from cluster.errors import BadRequest, MethodNotAllowed, PoolUnavailable, RouteNotFound, SpringtideError, Unauthorized
+from cluster.errors import BadRequest, PoolUnavailable, SpringtideError, Unauthorized
 from cluster.pool import local
 from cluster.publishing.rollout import Policy
 from cluster.store.objects import Store
 from deployments.api.uploads import Uploads
-from deployments.http import Headers, Receive, Scope, body_chunks, parse_json, read_body
+from deployments.http import Handler, Headers, Receive, Scope, Send, body_chunks, parse_json, read_body, send_json
+from deployments.routes import Route, Routes
 
 MAX_BODY_BYTES = 64 << 10
 
@@ -67,26 +67,23 @@ class AddFleet(Order):
 
 
 class Request(NamedTuple):
-    """What a route's handler gets to see of a request."""
+    """What an operation sees of a request."""
 
     name: str
-    """The part of the path that ``{name}`` stands for; empty where the route has none."""
+    """The part of the path that ``{name}`` stands for; empty where the path has none."""
     query: dict[str, str]
     body: Any
-    """An instance of the route's body; None where it has none."""
+    """An instance of the operation's body; None where it has none."""
     chunks: AsyncIterator[bytes]
-    """The raw body, for a route that streams it."""
+    """The raw body, for an operation that streams it."""
 
 
-class Route(NamedTuple):
+class Operation(NamedTuple):
     method: str
     path: str
-    """``{name}`` stands for one part of a path."""
-    handle: Callable[[Request], Awaitable[Any]]
+    call: Callable[[Request], Awaitable[Any]]
+    """Returns the JSON document of the answer."""
     body: type[Body] | None = None
-
-    def match(self, path: str) -> re.Match[str] | None:
-        return re.fullmatch(re.escape(self.path).replace(r"\{name\}", "([^/]+)"), path)
 
 
 class Control:
@@ -109,34 +106,36 @@ class Control:
             ) from error
 
 
-def routes(control: Control, uploads: Uploads) -> tuple[Route, ...]:
+def operations(control: Control, uploads: Uploads) -> tuple[Operation, ...]:
     return (
-        Route("GET", "/admin/status", lambda _: control("status")),
-        Route("GET", "/admin/slots", lambda request: control("allocation", since(request.query))),
-        Route("GET", "/admin/models", lambda _: control("models")),
-        Route(
+        Operation("GET", "/admin/status", lambda _: control("status")),
+        Operation("GET", "/admin/slots", lambda request: control("allocation", since(request.query))),
+        Operation("GET", "/admin/models", lambda _: control("models")),
+        Operation(
             "GET", "/admin/models/{name}", lambda request: control("version" if "@" in request.name else "models", request.name)
         ),
-        Route("GET", "/admin/history/{name}", lambda request: control("history", request.name)),
-        Route("GET", "/admin/rollouts/{name}", lambda request: control("rollout", request.name)),
-        Route("POST", "/admin/publish", lambda request: publish(control, request.body), Publish),
-        Route("POST", "/admin/promote", lambda request: step(control, "promote", request.body), Step),
-        Route("POST", "/admin/abort", lambda request: step(control, "abort", request.body), Step),
-        Route("POST", "/admin/rollback", lambda request: rollback(control, request.body), Rollback),
-        Route("GET", "/admin/fleets", lambda _: as_list("fleets", control("fleets"))),
-        Route("POST", "/admin/fleets", lambda request: as_list("fleets", add_fleet(control, request.body)), AddFleet),
-        Route("DELETE", "/admin/fleets/{name}", lambda request: as_list("fleets", remove_fleet(control, request))),
-        Route("GET", "/admin/jobs", lambda request: as_list("jobs", control("jobs", whole(request.query, "limit", 20)))),
-        Route("POST", "/admin/jobs", lambda request: submit(control, request.body), Submit),
-        Route("GET", "/admin/jobs/{name}", lambda request: control("job", request.name)),
-        Route(
+        Operation("GET", "/admin/history/{name}", lambda request: control("history", request.name)),
+        Operation("GET", "/admin/rollouts/{name}", lambda request: control("rollout", request.name)),
+        Operation("POST", "/admin/publish", lambda request: publish(control, request.body), Publish),
+        Operation("POST", "/admin/promote", lambda request: step(control, "promote", request.body), Step),
+        Operation("POST", "/admin/abort", lambda request: step(control, "abort", request.body), Step),
+        Operation("POST", "/admin/rollback", lambda request: rollback(control, request.body), Rollback),
+        Operation("GET", "/admin/fleets", lambda _: as_list("fleets", control("fleets"))),
+        Operation("POST", "/admin/fleets", lambda request: as_list("fleets", add_fleet(control, request.body)), AddFleet),
+        Operation("DELETE", "/admin/fleets/{name}", lambda request: as_list("fleets", remove_fleet(control, request))),
+        Operation("GET", "/admin/jobs", lambda request: as_list("jobs", control("jobs", whole(request.query, "limit", 20)))),
+        Operation("POST", "/admin/jobs", lambda request: submit(control, request.body), Submit),
+        Operation("GET", "/admin/jobs/{name}", lambda request: control("job", request.name)),
+        Operation(
             "POST",
             "/admin/jobs/{name}/cancel",
             lambda request: control("cancel", request.name, request.body.claimed_author),
             Order,
         ),
-        Route("GET", "/admin/jobs/{name}/logs", lambda request: control("logs", request.name, whole(request.query, "offset", 0))),
-        Route("PUT", "/admin/uploads", lambda request: uploads.take(request.chunks)),
+        Operation(
+            "GET", "/admin/jobs/{name}/logs", lambda request: control("logs", request.name, whole(request.query, "offset", 0))
+        ),
+        Operation("PUT", "/admin/uploads", lambda request: uploads.take(request.chunks)),
     )
 
 
@@ -170,19 +169,27 @@ async def as_list(key: str, rows: Awaitable[Any]) -> dict[str, Any]:
 
 
 class Admin:
-    """Checks the token, finds the route, reads the body, and answers."""
+    """The handler of every path under ``/admin``: it checks the token, reads the body, and answers."""
 
     def __init__(self, actor: Callable[[], Any], config: Config) -> None:
         self.token = local.token().encode()
         self.max_upload_bytes = config.training.max_data_bytes
-        self.routes = routes(Control(actor), Uploads(Store(config.store), self.max_upload_bytes))
+        self.operations = operations(Control(actor), Uploads(Store(config.store), self.max_upload_bytes))
+        self.routes = Routes(*(Route(one.method, one.path, self._handler(one)) for one in self.operations))
 
-    async def answer(self, method: str, path: str, scope: Scope, receive: Receive) -> Any:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Whoever has no token does not learn which paths there are."""
         self._check_token(scope["headers"])
-        route, name = find(self.routes, method, path)
-        chunks = body_chunks(scope, receive, self.max_upload_bytes, "training.max_data_bytes")
-        body = read_order(route.body, await read_body(scope, receive, MAX_BODY_BYTES)) if route.body else None
-        return await route.handle(Request(name, query(scope["query_string"]), body, chunks))
+        await self.routes(scope, receive, send)
+
+    def _handler(self, operation: Operation) -> Handler:
+        async def handle(scope: Scope, receive: Receive, send: Send) -> None:
+            chunks = body_chunks(scope, receive, self.max_upload_bytes, "training.max_data_bytes")
+            body = read_order(operation.body, await read_body(scope, receive, MAX_BODY_BYTES)) if operation.body else None
+            name = scope["path_params"].get("name", "")
+            await send_json(send, 200, await operation.call(Request(name, query(scope["query_string"]), body, chunks)))
+
+        return handle
 
     def _check_token(self, headers: Headers) -> None:
         offered = next((value for name, value in headers if name == b"authorization"), b"")
@@ -192,19 +199,6 @@ class Admin:
                 "Send it as `Authorization: Bearer …`. The `springtide` command takes it from SPRINGTIDE_API_KEY, and "
                 "`springtide env --client` prints it where the pool runs.",
             )
-
-
-def find(table: Iterable[Route], method: str, path: str) -> tuple[Route, str]:
-    """The route of a request, and what its ``{name}`` stands for. Raises `RouteNotFound` or `MethodNotAllowed`."""
-    fitting = [(route, match) for route in table if (match := route.match(path))]
-    for route, match in fitting:
-        if route.method == method:
-            return route, next(iter(match.groups()), "")
-    if fitting:
-        allow = tuple(route.method for route, _ in fitting)
-        raise MethodNotAllowed(f"{method} is not what {path[:200]} takes.", f"It takes {', '.join(allow)}.", allow=allow)
-    known = ", ".join(f"{route.method} {route.path}" for route in table)
-    raise RouteNotFound(f"There is no {method} {path[:200]} here.", f"There are {known}.")
 
 
 def plain(value: Any) -> Any:
@@ -244,7 +238,7 @@ def whole(asked: dict[str, str], name: str, default: int) -> int:
 
 
 def read_order(kind: type[Body], raw: bytes) -> Body:
-    """A body as its route wants it. Raises `BadRequest`."""
+    """The body of an operation, checked. Raises `BadRequest` naming the field at fault."""
     try:
         return kind.model_validate(parse_json(raw))
     except ValidationError as error:

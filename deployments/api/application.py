@@ -13,7 +13,7 @@ from deployments.api import models
 from deployments.api.admin import Admin
 from deployments.api.inference import Inference, Routing
 from deployments.http import Receive, Scope, Send, ignores_leaving, send_error, send_json, until_left
-from deployments.routes import Route, Routes
+from deployments.routes import ANY, Route, Routes
 from deployments.routing.table import Table
 
 GENERATING = ("/v1/chat/completions", "/v1/completions")
@@ -23,13 +23,12 @@ MODELS = "/v1/models"
 class Application:
     def __init__(self, config: Config, routing: Routing) -> None:
         self.routing = routing
-        self.admin = Admin(lambda: routing.refresh.control, config)
         self.routes = Routes(
-            *(Route(path, ("POST",), Inference(path, config.gateway, routing)) for path in GENERATING),
-            Route(MODELS, ("GET",), self._models),
-            Route(f"{MODELS}/*", ("GET",), self._model),
-            Route("/health", ("GET",), self._health),
-            Route("/admin/*", (), self._admin),
+            *(Route("POST", path, Inference(path, config.gateway, routing)) for path in GENERATING),
+            Route("GET", MODELS, self._models),
+            Route("GET", f"{MODELS}/*", self._model),
+            Route("GET", "/health", self._health),
+            Route(ANY, "/admin/*", Admin(lambda: routing.refresh.control, config)),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,9 +60,6 @@ class Application:
     async def _model(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = scope["path"].removeprefix(f"{MODELS}/")
         await send_json(send, 200, models.model(self.table, name) if name else models.model_list(self.table))
-
-    async def _admin(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_json(send, 200, await self.admin.answer(scope["method"], scope["path"], scope, receive))
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """200 where a request is answered, now or after a fleet was woken: a balancer must not keep the request away that would wake it."""

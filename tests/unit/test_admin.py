@@ -12,19 +12,37 @@ import pytest
 from cluster.config import Config, parse
 from cluster.errors import BadRequest, BodyTooLarge, MethodNotAllowed, RouteNotFound, SpringtideError, Unauthorized
 from cluster.store.objects import Store
-from deployments.api.admin import Admin, Publish, Request, find, query, read_order, routes, since
+from deployments.api.admin import Admin, Publish, Request, operations, query, read_order, since
 from deployments.api.uploads import Uploads
-from deployments.http import body_chunks
+from deployments.http import body_chunks, send_error
 
 
 @pytest.fixture
 def admin(tmp_path: Path, monkeypatch: Any) -> Admin:
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
     config = parse({**Config().dump(), "home": str(tmp_path), "store": tmp_path.as_uri(), "training": {"max_data_bytes": 2000}})
-    return Admin(lambda: pytest.fail("control was asked"), config)
+    return Admin(Actor, config)
 
 
-def answer(admin: Admin, method: str, path: str, token: str = "token", body: bytes = b"", length: int | None = None) -> Any:
+class Method:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def remote(self, *arguments: Any) -> Any:
+        return {"asked": [self.name, *arguments]}
+
+
+class Actor:
+    """Control's actor: it answers with what it was asked."""
+
+    def __getattr__(self, name: str) -> Method:
+        return Method(name)
+
+
+def ask(
+    admin: Admin, method: str, path: str, token: str = "token", body: bytes = b"", length: int | None = None
+) -> tuple[dict[str, Any], bytes]:
+    """The start of the answer, and its body."""
     headers = [
         (b"authorization", f"Bearer {token}".encode()),
         (b"content-length", str(len(body) if length is None else length).encode()),
@@ -35,7 +53,24 @@ def answer(admin: Admin, method: str, path: str, token: str = "token", body: byt
     async def receive() -> dict[str, Any]:
         return messages.pop(0)
 
-    return asyncio.run(admin.answer(method, path, {"headers": headers, "query_string": b""}, receive))
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def whole() -> None:
+        scope = {"method": method, "path": path, "headers": headers, "query_string": b""}
+        try:
+            await admin(scope, receive, send)
+        except MethodNotAllowed as error:
+            await send_error(send, error)
+
+    asyncio.run(whole())
+    return sent[0], b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def answer(*asked: Any, **more: Any) -> Any:
+    return json.loads(ask(*asked, **more)[1])
 
 
 @pytest.mark.parametrize("path", ["/admin/status", "/admin/uploads", "/admin/nowhere"])
@@ -45,14 +80,11 @@ def test_without_the_token_there_is_nothing_here(admin: Admin, path: str) -> Non
             answer(admin, "GET", path, token)
 
 
-def test_every_route_is_found_and_nothing_else(admin: Admin) -> None:
-    for route in admin.routes:
-        assert find(admin.routes, route.method, route.path.replace("{name}", "m@1")) == (
-            route,
-            "m@1" if "{name}" in route.path else "",
-        )
-    with pytest.raises(MethodNotAllowed, match="It takes POST"):
-        find(admin.routes, "GET", "/admin/publish")
+def test_every_get_is_found_and_nothing_else(admin: Admin) -> None:
+    for one in admin.operations:
+        if one.method == "GET":
+            asked = answer(admin, "GET", one.path.replace("{name}", "m@1"))
+            assert ("m@1" in json.dumps(asked)) == ("{name}" in one.path)
     for path in (
         "/admin/",
         "/admin/status/",
@@ -63,7 +95,22 @@ def test_every_route_is_found_and_nothing_else(admin: Admin) -> None:
         "/admin/{name}",
     ):
         with pytest.raises(RouteNotFound, match="GET /admin/status"):
-            find(admin.routes, "GET", path)
+            ask(admin, "GET", path)
+
+
+def test_admin_paths_answer_head_and_options_as_all_others_do(admin: Admin) -> None:
+    """Both were 405, and the admin table had a matching of its own."""
+    got, (head, nothing) = ask(admin, "GET", "/admin/fleets"), ask(admin, "HEAD", "/admin/fleets")
+    assert head == got[0] and got[1] and not nothing
+    start, _ = ask(admin, "OPTIONS", "/admin/fleets")
+    assert start["status"] == 204 and (b"allow", b"GET, POST, HEAD, OPTIONS") in start["headers"]
+
+
+def test_another_method_is_refused_with_those_that_the_admin_path_takes(admin: Admin) -> None:
+    for path, allow in (("/admin/publish", b"POST, OPTIONS"), ("/admin/jobs/m/logs", b"GET, HEAD, OPTIONS")):
+        start, body = ask(admin, "PUT", path)
+        assert start["status"] == 405 and (b"allow", allow) in start["headers"]
+        assert f"It takes {allow.decode()}" in body.decode()
 
 
 BODIES: dict[str, Any] = {
@@ -77,7 +124,7 @@ BODIES: dict[str, Any] = {
 }
 
 
-def test_every_route_calls_a_method_that_control_has(admin: Admin) -> None:
+def test_every_operation_calls_a_method_that_control_has(admin: Admin) -> None:
     from cluster.control.actor import Control
 
     async def control(method: str, *arguments: Any) -> Any:
@@ -86,21 +133,21 @@ def test_every_route_calls_a_method_that_control_has(admin: Admin) -> None:
         return []
 
     called: set[str] = set()
-    table: Any = routes(control, Uploads(Store("memory:///"), 10))  # type: ignore[arg-type]
-    for route in table:
-        if route.path == "/admin/uploads":
+    table: Any = operations(control, Uploads(Store("memory:///"), 10))  # type: ignore[arg-type]
+    for one in table:
+        if one.path == "/admin/uploads":
             continue
-        told = json.dumps(BODIES[route.path.rpartition("/")[2]]).encode() if route.body else b""
-        body = read_order(route.body, told) if route.body else None
+        told = json.dumps(BODIES[one.path.rpartition("/")[2]]).encode() if one.body else b""
+        body = read_order(one.body, told) if one.body else None
         for name in ("m", "m@1"):
-            asyncio.run(route.handle(Request(name, {}, body, None)))  # type: ignore[arg-type]
+            asyncio.run(one.call(Request(name, {}, body, None)))  # type: ignore[arg-type]
     assert called >= {"status", "models", "version", "publish", "order", "rollback", "jobs", "submit", "logs", "add_fleet"}
 
 
 @pytest.mark.parametrize(
     "raw", [b"{}", b'{"version": 3, "alias": "a", "reason": ""}', b'{"version": "a@1", "alias": "a", "reason": "", "x": 1}']
 )
-def test_a_body_that_is_not_as_its_route_wants_it_is_refused_with_the_field(raw: bytes) -> None:
+def test_a_body_that_is_not_as_its_operation_wants_it_is_refused_with_the_field(raw: bytes) -> None:
     with pytest.raises(BadRequest, match="Send claimed_author, version, alias, reason, policy") as raised:
         read_order(Publish, raw)
     assert raised.value.param in ("version", "x")
