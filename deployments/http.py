@@ -31,6 +31,9 @@ BODY_TIMEOUT_S = 60
 """How long a client may take to send a body that is read whole."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = zlib.MAX_WBITS | 16
+PIECE_BYTES = 64 << 10
+MOST_MEMBERS = 1000
+"""A gzip body may consist of members, one after the other (RFC 1952). Each costs time however small it is."""
 
 
 async def until_left(handle: Handler, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,16 +86,30 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int, took: Call
 
 
 def _unpack(raw: bytes, limit_bytes: int) -> bytes:
+    """All members of a gzip body. ``limit_bytes`` bounds what they unpack to together."""
+    body, at = bytearray(), 0
+    for _ in range(MOST_MEMBERS):
+        at = _unpack_member(raw, at, body, limit_bytes)
+        if at == len(raw):
+            return bytes(body)
+    raise BadRequest(f"The body has more than {MOST_MEMBERS} gzip members.", "Pack it as one.")
+
+
+def _unpack_member(raw: bytes, at: int, body: bytearray, limit_bytes: int) -> int:
+    """Append to ``body`` the member that begins at ``at``. Returns where it ends."""
     unpacker = zlib.decompressobj(GZIP)
-    try:
-        body = unpacker.decompress(raw, limit_bytes + 1)
-    except zlib.error as error:
-        raise BadRequest(f"The body is not gzip: {error}.", "Send it as it is, or packed with gzip.") from None
-    if len(body) > limit_bytes:
-        raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.", "Send less, or raise gateway.max_body_bytes.")
-    if not unpacker.eof:
-        raise BadRequest("The body ended in the middle of its gzip stream.", "Send all of it.")
-    return body
+    while not unpacker.eof:
+        piece = raw[at : at + PIECE_BYTES]  # zlib copies what follows a member, so it must not get all of the rest
+        if not piece:
+            raise BadRequest("The body ended in the middle of its gzip stream.", "Send all of it.")
+        try:
+            body += unpacker.decompress(piece, limit_bytes + 1 - len(body))
+        except zlib.error as error:
+            raise BadRequest(f"The body is not gzip: {error}.", "Send it as it is, or packed with gzip.") from None
+        if len(body) > limit_bytes:
+            raise BodyTooLarge(f"The body is larger than {limit_bytes} bytes.", "Send less, or raise gateway.max_body_bytes.")
+        at += len(piece) - len(unpacker.unused_data)
+    return at
 
 
 async def _read(scope: Scope, receive: Receive, limit_bytes: int, took: Callable[[int], None]) -> bytes:

@@ -33,12 +33,27 @@ def test_a_packed_body_is_unpacked_and_counts_by_what_it_unpacks_to() -> None:
     assert sum(counts) == len(raw)
 
 
+@given(st.lists(st.binary(max_size=300), min_size=1, max_size=5), st.integers(1, 40))
+def test_every_member_of_a_packed_body_is_read(members: list[bytes], piece_bytes: int) -> None:
+    """Those after the first were dropped without a word."""
+    whole = b"".join(members)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http, "PIECE_BYTES", piece_bytes)
+        assert http._unpack(b"".join(map(gzip.compress, members)), len(whole)) == whole, "as large as the limit"
+
+
 @pytest.mark.parametrize(
     ("raw", "encoding", "error"),
     [
         (b"no gzip", "gzip", BadRequest),
         (gzip.compress(b"{}" * 50)[:-9], "gzip", BadRequest),
+        (b"", "gzip", BadRequest),
         (gzip.compress(b"x" * 100_000), "gzip", BodyTooLarge),
+        (gzip.compress(b"{}") + gzip.compress(b"x" * 100_000), "gzip", BodyTooLarge),
+        (gzip.compress(b"x" * 600) * 2, "gzip", BodyTooLarge),
+        (gzip.compress(b"{}") + b"no gzip", "gzip", BadRequest),
+        (gzip.compress(b"{}") + gzip.compress(b"{}" * 50)[:-9], "gzip", BadRequest),
+        (gzip.compress(b"") * (http.MOST_MEMBERS + 1), "gzip", BadRequest),
         (b"{}", "br", UnsupportedEncoding),
     ],
 )
