@@ -23,10 +23,8 @@ from cluster.jobspec import Options
 from cluster.publishing.gate import Verdict
 from cluster.publishing.rollout import Policy, Rollout
 from cluster.store.jobs import JobProgress, JobResult, JobStatus
-from cluster.types import Generation, Manifest, VersionId
+from cluster.types import PUBLISH_TIMEOUT_S, Generation, Manifest, VersionId
 
-PUBLISH_TIMEOUT_S = 660
-"""Longer than a replica may take to load a version."""
 READ_TIMEOUT_S = 30
 LOOK_S = 10
 """How long a command that redraws waits for one answer."""

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from types import NoneType
 from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, cast, get_args, get_origin
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from cluster.config import Training
 from cluster.errors import BadRequest
+from cluster.redact import redact_source
 from cluster.types import Version
 
 ORIGIN = "JOB_ORIGIN"
@@ -93,7 +93,7 @@ class Options(BaseModel):
 
     def recorded(self) -> dict[str, Any]:
         """`document` for a record that others read: without what a URL may carry as a secret."""
-        return {**self.document(), **{name: shown(source) for name, source in self.files().items()}}
+        return {**self.document(), **{name: redact_source(source) for name, source in self.files().items()}}
 
 
 class Finetune(Options):
@@ -186,21 +186,6 @@ VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Pre
 def new_id(verb: str) -> str:
     """A job's id: the verb and twelve hexadecimal digits. The first eight are the time in seconds, so that names sort by age."""
     return f"{verb}-{int(time.time()):08x}{secrets.token_hex(2)}"
-
-
-def shown(source: str) -> str:
-    """A path, URL or upload as others may see it: a presigned URL's query and a URL's password are secrets.
-
-    >>> shown("https://me:secret@host/lines.jsonl?X-Amz-Signature=0123")
-    'https://host/lines.jsonl'
-    """
-    if "://" not in source:
-        return source
-    try:
-        parts = urlsplit(source)
-    except ValueError:  # no URL after all
-        return source.partition("?")[0]
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def with_workers(training: Training, workers: Workers | None) -> Training:

@@ -23,6 +23,9 @@ Kind = Literal["weights", "adapter"]
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,62}")
 """Model names become paths and URL parts: no separators, no leading dot, no ``..``, at most 63 characters."""
 
+PUBLISH_TIMEOUT_S = 660
+"""How long a client waits until a version is published: replicas may take ten minutes to load it, and control may still be starting."""
+
 
 def check_name(name: str) -> str:
     """Return ``name``, or raise `BadRequest` where it could not safely become a path."""

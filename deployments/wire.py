@@ -19,6 +19,8 @@ SESSION = "x-session-id"
 """A client's own name for a session: one session stays on one side of a canary."""
 DISCONNECT_DISABLED = b"x-request-disconnect-disabled"
 """Ray Serve's own header: with ``?1`` Serve goes on with a request that the client has left (`deployments.http.until_left`)."""
+EVENT_END = b"\n\n"
+"""Ends one server-sent event of a stream, from a replica and to a client."""
 
 CLOSED = 503
 """The status of a replica that takes other weights over. Without a body: a 503 of the engine has one."""

@@ -25,8 +25,8 @@ from obstore.store import from_url
 
 from cluster.config import Config, Training
 from cluster.errors import BodyTooLarge, DataError
-from cluster.jobspec import ORIGIN, shown
-from cluster.redact import redact
+from cluster.jobspec import ORIGIN
+from cluster.redact import redact, redact_source
 from cluster.store.objects import Store
 from cluster.types import check_name
 
@@ -167,7 +167,7 @@ def title(source: str) -> str:
     ('tide.jsonl', 'upload:0123456789ab', 's3://bucket/x')
     """
     if not source.startswith(UPLOAD):
-        return shown(source)
+        return redact_source(source)
     digest, _, name = source.partition("#")
     return name or digest[: len(UPLOAD) + 12]
 
@@ -176,7 +176,7 @@ def _words(error: Exception, source: str) -> str:
     """What an error says, without the secrets of any URL in it: httpx quotes the one that it asked last, which a redirect may have named."""
     words = str(error)
     for url in (source, str(error.response.url) if isinstance(error, httpx.HTTPStatusError) else source):
-        words = words.replace(url, shown(url))  # whole, whatever is in it: a quote would end it for `redact`
+        words = words.replace(url, redact_source(url))  # whole, whatever is in it: a quote would end it for `redact`
     return redact(words)
 
 

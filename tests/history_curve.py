@@ -20,7 +20,7 @@ LENGTHS = (10, 100, 1000, 10_000, 100_000)
 
 
 def control_round(registry: Registry) -> None:
-    registry.histories()
+    registry.aliases()
     registry.rollout("m")
 
 

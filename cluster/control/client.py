@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from cluster.errors import PoolUnavailable, SpringtideError
+from cluster.types import PUBLISH_TIMEOUT_S
 
 if TYPE_CHECKING:
     from cluster.capacity.allocator import Grant, Heartbeat
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 ACTOR, NAMESPACE = "springtide-control", "springtide"
 ENGINES = "springtide-engines"
 """The namespace of the engines' actors, those that sleep included."""
-PUBLISH_TIMEOUT_S = 660
-"""Replicas may take `cluster.control.replicas.LOAD_TIMEOUT_S` to load, and control may be starting."""
 ANSWER_S = 5
 
 

@@ -32,8 +32,6 @@ AGENT_S = 60
 STOP_S = 10
 """How long a job may take to keep its state when it is asked to end; Ray kills it then, after 3 s where it was submitted without this."""
 
-ENDED = tuple(status.value for status in JobStatus if status.ended)
-
 
 class RayJob(NamedTuple):
     """What Ray knows of a job."""
@@ -185,7 +183,7 @@ def follow(config: Config, id: str, interval_s: float = 0.5) -> Iterator[dict[st
         alive = known is not None and not known.ended
         now = document(jobs.record(id), alive)  # read after Ray was asked: a driver writes how it ended before it ends
         yield now
-        if now["status"] in ENDED:
+        if JobStatus(now["status"]).ended:
             break
         time.sleep(interval_s)
     if now["status"] != "succeeded":

@@ -85,10 +85,6 @@ class Registry:
     def past(self, name: str) -> History:
         return self.moves.history(name)
 
-    def histories(self) -> dict[str, list[Generation]]:
-        """Every alias with its newest generations, oldest first."""
-        return {name: list(history.moves) for name, history in self.moves.all().items()}
-
     def history(self, name: str, count: int = MOVES_SHOWN) -> list[Generation]:
         """The newest generations of an alias, oldest first."""
         return self.moves.recent(name, count)

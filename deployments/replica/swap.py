@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster import logs
 from cluster.config import Fleet
 from cluster.errors import VersionRefused
+from cluster.redact import reason
 from cluster.store import artefact
 from cluster.types import Manifest
 from deployments.replica.adapters import Adapters
@@ -17,7 +18,6 @@ from deployments.replica.in_flight import InFlight
 from deployments.replica.lifecycle import Life, State
 from deployments.replica.storage import Storage
 from deployments.replica.vllm_engine import VllmEngine
-from deployments.replica.words import reason
 
 CUT_AFTER_S = 2
 """How long streams may run on where the swap cuts them."""

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import FleetSpec
 from cluster.errors import VersionRefused
+from cluster.redact import redact_places
 from deployments.replica.launch import start_engine
 from deployments.replica.load import EngineLoad
-from deployments.replica.words import without_places
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -87,7 +87,7 @@ class VllmEngine:
 
         answer = await self._models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=name, lora_path=str(folder)))
         if isinstance(answer, ErrorResponse):
-            said = without_places(answer.error.message)
+            said = redact_places(answer.error.message)
             raise VersionRefused(f"the engine says: {said}", "Check the adapter's target modules and shapes.")
 
     async def unload_adapter(self, name: str) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from cluster.publishing.canary import KEPT, Tally
 from cluster.types import Generation, VersionId
+from deployments.wire import EVENT_END
 
 FINISH = re.compile(rb'"finish_reason":\s*"(\w+)"')
-EVENT_END = b"\n\n"
 
 
 @dataclass

@@ -34,10 +34,9 @@ from deployments.http import Headers, Send
 from deployments.routing.measure import Trace
 from deployments.routing.payload import Payload
 from deployments.routing.table import Table
-from deployments.wire import is_closed, request_headers
+from deployments.wire import EVENT_END, is_closed, request_headers
 
 CONNECT_TIMEOUT_S = 2
-EVENT_END = b"\n\n"
 EVENT_STREAM = "text/event-stream"
 ERROR_EVENT = b'data: {"error"'
 DONE = b"data: [DONE]\n\n"

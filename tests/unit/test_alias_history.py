@@ -38,7 +38,7 @@ def asked(url: str, what: str) -> Counter[str]:
     else:
         for _ in range(2 if what == "control round" else 1):
             store.asked.clear()
-            registry.histories()
+            registry.aliases()
             registry.rollout("m")
     return store.asked
 
@@ -160,12 +160,11 @@ def test_a_damaged_newest_generation_leaves_the_one_before_and_is_told(url: str)
     whole = (root / path_of("aliases/m", 5)).read_bytes()
     (root / path_of("aliases/m", 5)).write_bytes(whole[:40])
     registry = Registry(Store(url))
-    histories = registry.histories()
-    assert [moves[-1].generation for moves in (histories["m"], histories["other"])] == [4, 5]
+    assert {name: move.generation for name, move in registry.aliases().items()} == {"m": 4, "other": 5}
     assert [found.path for found in registry.damaged()] == ["aliases/m/00000005.json"]
-    assert registry.histories()["m"][-1].generation == 4
+    assert registry.aliases()["m"].generation == 4
     (root / path_of("aliases/m", 5)).write_bytes(whole)
-    assert registry.histories()["m"][-1].generation == 5 and registry.damaged() == [], "a restored record counts at once"
+    assert registry.aliases()["m"].generation == 5 and registry.damaged() == [], "a restored record counts at once"
 
 
 def test_a_move_takes_the_place_of_a_damaged_one(url: str) -> None:
@@ -245,18 +244,18 @@ def test_whatever_is_damaged_every_other_alias_reads_right(data: st.DataObject, 
         for path, how in chosen:
             spoil(path, how)
         registry = Registry(Store(url))
-        histories = registry.histories()
+        histories = registry.moves.all()
         for alias in ("good", "zeta"):
             assert registry.past(alias) == expected[alias][0] and registry.rollout(alias) == expected[alias][1]
-            assert histories[alias] == list(expected[alias][0].moves)
-        for found in registry.histories().get("m", []):
+            assert histories[alias].moves == expected[alias][0].moves
+        for found in registry.past("m").moves:
             assert found.generation <= count
         assert not [found for found in registry.damaged() if "/m/" not in found.path]
         registry.ever_live(VersionId("good", 1), 4)
         harmless = all(how == "newer" for _, how in chosen)
         if harmless:
             assert registry.past("m").number == count and registry.damaged() == []
-            assert [one.generation for one in histories["m"]] == [one.generation for one in expected["m"][0].moves]
+            assert [one.generation for one in histories["m"].moves] == [one.generation for one in expected["m"][0].moves]
 
 
 def test_unknown_fields_of_a_newer_release_are_read_past(url: str) -> None:
