@@ -38,7 +38,7 @@ def state(control: Control) -> dict[str, Any]:
         "config": [control.config, hosting.config],
         "fleets": {name: (fleet.spec, fleet.declared, fleet.removed) for name, fleet in hosting.fleets.items()},
         "slots": (slots.accelerator, slots.lease.resource, slots.allocator.budget),
-        "stores": [one.store.url for one in (control.registry, hosting.desired.registry, jobs.registry, jobs.jobs, jobs.settler)],
+        "stores": [one.store.url for one in (control.registry, hosting.desired.registry, jobs.registry, jobs.jobs, jobs.reaper)],
     }
 
 
