@@ -23,7 +23,7 @@ from typing import Any
 from cluster.config import Config
 from cluster.errors import SpringtideError, StoreUnavailable
 from cluster.jobspec import Options, new_id
-from cluster.store.jobs import Damaged, JobEvent, JobEvents, JobProgress, JobResult, JobSnapshot, JobSpec, JobStatus, JobStore
+from cluster.store.jobs import JobEvent, JobEvents, JobProgress, JobResult, JobSnapshot, JobSpec, JobStatus, JobStore
 from cluster.store.objects import Store
 from jobs.ray_job import submission_id
 from jobs.training.progress import Progress
@@ -230,7 +230,7 @@ def record(config: Config, options: Options) -> Iterator[JobRecord]:
 
 def stopped(job: JobRecord) -> str:
     """Why a job was ended from outside, and what to do."""
-    with contextlib.suppress(SpringtideError, Damaged):
+    with contextlib.suppress(SpringtideError):
         if asked := job.store.cancel_asked(job.id):
             return f"Cancelled by {asked.author}."
     go_on = f" Go on with --resume {job.snapshot.run}." if job.snapshot.run else ""

@@ -83,9 +83,12 @@ class JobService:
         return id
 
     def cancel(self, id: str, author: str) -> dict[str, Any]:
-        """End a job, and remove what it kept to be resumed. What it has registered stays, and so does the end of one that has ended."""
+        """End a job, and remove what it kept to be resumed. What it has registered stays, and so does the end of one that has ended.
+
+        Raises `Damaged` where its order or its result cannot be read; nobody is asked to end then.
+        """
         record = self.jobs.record(id)
-        if record.result is None:
+        if self.jobs.result(id) is None:
             self.jobs.ask_to_cancel(id, author)
             self.drivers.ask_to_end(id)
             if record.spec is None or record.spec.submitted:

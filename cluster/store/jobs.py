@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from cluster.errors import BadRequest, Conflict, JobNotFound
+from cluster.errors import BadRequest, Conflict, JobNotFound, RecordDamaged
 from cluster.store.objects import Store
 from cluster.types import check_name
 
@@ -135,8 +135,10 @@ class JobRecord(NamedTuple):
 Kind = TypeVar("Kind", bound=Recorded)
 
 
-class Damaged(Exception):
-    """An object of a record that is not what was written."""
+class Damaged(RecordDamaged):
+    """An object of a job's record that is not what was written. Nothing can be done about the job until somebody removes that object."""
+
+    status = 409
 
 
 class JobStore:
@@ -236,7 +238,7 @@ class JobStore:
             try:
                 return read(id)
             except Damaged as error:
-                damage.append(str(error))
+                damage.append(error.message)
                 return None
 
         spec, result = readable(self.spec), readable(self.result)
@@ -255,7 +257,8 @@ class JobStore:
         try:
             found = kind.model_validate_json(raw)
         except ValueError as error:
-            raise Damaged(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+            words = f"{path} is damaged: {str(error).splitlines()[0]}."
+            raise Damaged(words, "Remove that object from the store, then try again.", param="job") from error
         self._keep(path, found)
         return found
 

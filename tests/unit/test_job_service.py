@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from cluster.control.jobs import JobService
 from cluster.control.lost_jobs import SILENT_S, STALE_S, JobFacts, how_it_ended
-from cluster.errors import BadRequest, JobNotFound, ModelNotFound, PoolUnavailable
+from cluster.errors import BadRequest, JobNotFound, ModelNotFound, PoolUnavailable, received
 from cluster.jobspec import new_id
 from cluster.pool.submit import JobServer, RayJob
-from cluster.store.jobs import JobEvents, JobResult, JobSnapshot, JobSpec, JobStatus
+from cluster.store.jobs import Damaged, JobEvents, JobResult, JobSnapshot, JobSpec, JobStatus
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from jobs.training import runs
@@ -95,6 +95,21 @@ def test_what_somebody_cancelled_is_removed_and_nobody_elses(service: JobService
     service.jobs.ask_to_cancel(mine, "ann")
     service.reaper.forget(mine)
     assert service.store.children("runs") == [other]
+
+
+@pytest.mark.parametrize("name", ["cancel.json", "result.json"])
+def test_a_job_whose_record_is_damaged_cannot_be_cancelled_and_says_what_to_remove(service: JobService, name: str) -> None:
+    """It was an error without a class, which is a 500 to whoever cancelled."""
+    id = job(service)
+    service.store.put_new(f"jobs/{id}/{name}", b"{")
+    with pytest.raises(Damaged, match=f"jobs/{id}/{name} is damaged") as raised:
+        service.cancel(id, "ann")
+    assert raised.value.status == 409 and "Remove that object" in raised.value.do
+    assert type(received(409, raised.value.body())) is Damaged, "the client has it as it was"
+    assert service.jobs.store.get(f"jobs/{id}/cancel.json") in (None, b"{"), "nobody was asked to end"
+    service.store.delete(f"jobs/{id}/{name}")
+    with pytest.raises(PoolUnavailable):  # Ray, which would end it
+        service.cancel(id, "ann")
 
 
 def test_a_run_with_a_name_that_leads_elsewhere_is_left_alone(service: JobService) -> None:
