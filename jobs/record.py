@@ -1,7 +1,7 @@
 """A job's record while it runs: its driver writes what it was asked, what happens and how it ended, and tells control where it is.
 
 >>> with record(config, options) as job:              # doctest: +SKIP
-...     job.note("waiting for slots: serving has 3")  # in the store within `FLUSH_S`, at control within `TELL_S`
+...     job.note("waiting for slots: serving has 3", waiting="slots: serving has 3")  # in the store within `FLUSH_S`, at control within `TELL_S`
 ...     job.watch(progress)
 ...     job.made(version="seedling@2")
 
@@ -48,8 +48,6 @@ KEPT = 1000
 """Events that wait for the store; above that the oldest are dropped."""
 ASKED = (128 + signal.SIGTERM, signal.SIGTERM)
 """The exit status of a job that heard SIGTERM: `jobs.main`'s, and that of Ray's own handler, which replaces it in `ray.init`."""
-WAITING, GRANTED = "waiting for ", "may have "
-"""How the words begin by which `jobs.training.heartbeat` says that a job waits, and that it does not any more."""
 
 
 class JobRecord:
@@ -76,12 +74,10 @@ class JobRecord:
         known = {**progress._asdict(), "loss": loss}
         self._say("progress", "", known, waiting="", progress=JobProgress(**known))
 
-    def note(self, words: str) -> None:
-        """What happens, in words. Those that say what it waits for make it wait, until it says that it may go on."""
-        if words.startswith(WAITING):
-            return self._say("waiting", words, waiting=words.removeprefix(WAITING), message=words)
-        going_on: dict[str, Any] = {"waiting": ""} if words.startswith(GRANTED) else {}
-        self._say("message", words, message=words, **going_on)
+    def note(self, words: str, waiting: str = "") -> None:
+        """What happens, in words. ``waiting``: what the job waits for now; empty where it does not."""
+        begins = bool(waiting) and waiting != self.snapshot.waiting
+        self._say("waiting" if begins else "message", words, waiting=waiting, message=words)
 
     def know(self, **facts: Any) -> None:
         """What is known of it by now: ``base``, ``dataset_sha256``, …"""

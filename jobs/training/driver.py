@@ -46,12 +46,13 @@ def fit(
     name: str,
     priority: int = 0,
     watch: Callable[[Progress], None] = ignore,
-    note: Callable[[str], None] = ignore,
+    note: Callable[[str, str], None] = ignore,
 ) -> Ended:
     """Train ``work(settings)`` to its end, on as many slots as there are at the time. Its files are then at `runs.result`.
 
     ``name``: from `runs.begun` or `runs.resumed`. Both callbacks run in this thread, and must be quick: ``watch`` hears of the progress at most
-    once a second, ``note`` hears words such as "training with 3 workers from step 40", which are in the log too.
+    once a second, ``note`` hears words such as "training with 3 workers from step 40", which are in the log too, and what the run waits for then
+    (empty where it does not).
     ``settings["stage"]`` names the run in its progress lines; the name's first part by default.
 
     Raises `JobFailed` where the run cannot go on. Its checkpoints stay then, and when it is ended from outside, for a job that resumes it;
@@ -128,7 +129,7 @@ class Driver:
     def _carry_out(self, do: Actions, facts: RunFacts, now_s: float) -> None:
         """In the order of the fields of `Actions`."""
         for words in do.notes:
-            self.tell.say(words)
+            self.tell.say(words, self.run.heard.waits_for)
         if do.began:
             self.tell.began(do.began)
         if do.keep_s is not None:
@@ -153,7 +154,9 @@ class Driver:
     def _keep(self, within_s: float) -> bool:
         kept = self.crew.keep(within_s)
         if not kept and self.run.step > 0:
-            self.tell.say(f"the state could not be kept within {within_s:.0f} s; the newest checkpoint counts")
+            self.tell.say(
+                f"the state could not be kept within {within_s:.0f} s; the newest checkpoint counts", self.run.heard.waits_for
+            )
         return kept
 
     def _stop(self, group: int) -> None:
@@ -186,19 +189,19 @@ class Driver:
 class Reporter:
     """Tells the log, ``watch`` and ``note`` how the run goes."""
 
-    def __init__(self, watch: Callable[[Progress], None], note: Callable[[str], None]) -> None:
+    def __init__(self, watch: Callable[[Progress], None], note: Callable[[str, str], None]) -> None:
         self.watch, self.note = watch, note
         self.meter: Meter | None = None
         """Of the newest process group."""
         self.told_s, self.told_step = float("-inf"), -1
 
-    def say(self, words: str) -> None:
+    def say(self, words: str, waiting: str) -> None:
         print(words, flush=True)
-        self.note(words)
+        self.note(words, waiting)
 
     def began(self, began: Began) -> None:
         """The group's first worker has printed it."""
-        self.note(f"training with {began.workers} workers from step {began.step}")
+        self.note(f"training with {began.workers} workers from step {began.step}", "")
 
     def progress(self, reached: Reached, workers: int, now_s: float) -> None:
         """At most once a second, and only of steps that are new. ``reached``: by a worker of the newest process group."""

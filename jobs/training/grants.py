@@ -26,6 +26,15 @@ class Heard(NamedTuple):
     silent: bool = False
     """Control does not answer."""
 
+    @property
+    def waits_for(self) -> str:
+        """As a job's record has it; empty where the job does not wait.
+
+        >>> Heard("serving has 2").waits_for
+        'slots: serving has 2'
+        """
+        return f"slots: {self.waiting}" if self.waiting else ""
+
 
 class Failure(NamedTuple):
     """Why a job fails, and what to do about it."""
@@ -45,7 +54,7 @@ def hear(heard: Heard, grant: Grant | None, silent_s: float, held: int) -> tuple
         words.append(f"control has not answered for {silent_s:.0f} s: {stays}" if silent else "control answers again")
     waiting = heard.waiting if grant is None else "" if grant.slots or held else grant.reason
     if grant is not None and waiting != heard.waiting:
-        words.append(f"waiting for slots: {waiting}" if waiting else f"may have {counted(grant.slots)}")
+        words.append(f"waiting for {Heard(waiting).waits_for}" if waiting else f"may have {counted(grant.slots)}")
     return Heard(waiting, silent), words
 
 

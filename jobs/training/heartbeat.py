@@ -18,11 +18,11 @@ from jobs.training.grants import Heard, hear, no_control
 EVERY_S = 0.25
 
 
-def ignore(_: Any) -> None: ...
+def ignore(*_: Any) -> None: ...
 
 
 class Heartbeats:
-    def __init__(self, job: Job, note: Callable[[str], None] = ignore) -> None:
+    def __init__(self, job: Job, note: Callable[[str, str], None] = ignore) -> None:
         self.job, self.note = job, note
         self.driver = uuid.uuid4().hex
         self.holds: tuple[int, int] = (0, 0)
@@ -47,7 +47,7 @@ class Heartbeats:
         self.heard, words = hear(self.heard, grant, silent_s, held)
         for line in words:
             print(line, flush=True)
-            self.note(line)
+            self.note(line, self.heard.waits_for)
         return held if grant is None else grant.slots
 
     def _run(self) -> None:

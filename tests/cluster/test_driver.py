@@ -83,7 +83,7 @@ class Fit:
         if self.cancelled:
             raise Cancelled
 
-    def note(self, words: str) -> None:
+    def note(self, words: str, waiting: str) -> None:
         self.notes.append(words)
         if self.cancelled:
             raise Cancelled

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from cluster.capacity.allocator import Grant
+from cluster.capacity.arbiter import Job
 from cluster.config import Config, parse
-from cluster.errors import DataError, StoreUnavailable
+from cluster.errors import DataError, PoolUnavailable, StoreUnavailable
 from cluster.jobspec import Publish
 from cluster.jobspec import parse as options_from
 from cluster.store.jobs import JobResult, JobStatus, JobStore
@@ -19,6 +21,7 @@ from cluster.store.objects import Store
 from jobs import data
 from jobs import record as records
 from jobs.record import JobRecord, record, spec
+from jobs.training import heartbeat
 from jobs.training.progress import Progress
 from tests.conftest import ROOT
 from tests.waiting import when
@@ -53,7 +56,7 @@ def test_a_job_that_ends_well_leaves_spec_events_and_result(config: Config) -> N
     with record(config, OPTIONS) as job:
         job.know(base="seedling@1")
         job.begin_run(job.id)
-        job.note("waiting for slots: it needs 2 slots")
+        job.note("waiting for slots: it needs 2 slots", waiting="slots: it needs 2 slots")
         when(lambda: waiting(job) == "slots: it needs 2 slots", 5)
         job.note("may have 2 slots")
         job.watch(STEP)
@@ -65,6 +68,30 @@ def test_a_job_that_ends_well_leaves_spec_events_and_result(config: Config) -> N
     assert jobs.spec(id).options == {"data": "https://host/x.jsonl"}, "what a URL carries is nobody else's"
     said = [event.words for batch in jobs.events(id) for event in batch.events if event.words]
     assert said == ["waiting for slots: it needs 2 slots", "may have 2 slots"]
+
+
+def test_a_job_waits_because_it_says_so_whatever_its_words_are(config: Config) -> None:
+    """The status was read out of English: any other words, or the same in a message of somebody else, would have changed it."""
+    job = JobRecord(JobStore(Store(config.store)), spec(OPTIONS))
+    for words, waiting, kind in [
+        ("waiting for slots: so says a library", "", "message"),
+        ("no slot is there", "slots: serving has 3", "waiting"),
+        ("control has not answered for 12 s: the job waits", "slots: serving has 3", "message"),
+        ("may have 2 slots", "", "message"),
+    ]:
+        job.note(words, waiting)
+        assert (job.snapshot.waiting, job.snapshot.message, job.events[-1].kind) == (waiting, words, kind)
+
+
+def test_heartbeats_tell_what_the_job_waits_for(monkeypatch: Any) -> None:
+    monkeypatch.setattr(heartbeat.client, "connect", lambda: (_ for _ in ()).throw(PoolUnavailable("away")))
+    noted: list[tuple[str, str]] = []
+    beats = heartbeat.Heartbeats(Job("j", 0, 0, 1, 1), lambda *told: noted.append(told))
+    for grant in (Grant(0, "serving has 2"), Grant(0, "serving has 2"), Grant(1, "")):
+        beats.grant = grant
+        assert beats.wanted(0) == grant.slots
+    beats.end()
+    assert noted == [("waiting for slots: serving has 2", "slots: serving has 2"), ("may have 1 slot", "")]
 
 
 def test_an_error_is_the_result_in_its_own_words(config: Config) -> None:
