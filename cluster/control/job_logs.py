@@ -2,6 +2,7 @@
 
 import codecs
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,16 @@ PART_BYTES = 1 << 20
 """The most of a log that one answer holds."""
 KEEP_S = 2
 """How long a log is kept that only Ray's server can read: it sends the whole of it every time."""
+KEPT = 8
+"""At most how many of those logs are kept; the one that was asked for longest ago goes first."""
 
 
 class JobLogs:
     def __init__(self, server: Callable[[], JobServer]) -> None:
         self.server = server
         self.kept: dict[str, tuple[float, bytes]] = {}
+        """Job → when Ray sent its log, and the log; the one that was asked for last is the last."""
+        self.lock = threading.Lock()
 
     def read(self, record: JobRecord, last: JobSnapshot | None, offset: int) -> dict[str, Any]:
         """``{"text", "next"}``: the log from byte ``offset`` on, at most `PART_BYTES` of it, and where to go on. Raises `JobNotFound`."""
@@ -45,8 +50,16 @@ class JobLogs:
 
     def _sent(self, id: str) -> bytes:
         """Of a job on another machine, or one that has not begun."""
-        kept_s, raw = self.kept.get(id, (float("-inf"), b""))
+        with self.lock:
+            kept_s, raw = self.kept.pop(id, (float("-inf"), b""))
         if time.monotonic() - kept_s > KEEP_S:
-            raw = self.server().log(id).encode()
-            self.kept = {id: (time.monotonic(), raw)}
+            kept_s, raw = time.monotonic(), self.server().log(id).encode()
+        with self.lock:
+            self._keep(id, kept_s, raw)
         return raw
+
+    def _keep(self, id: str, kept_s: float, raw: bytes) -> None:
+        fresh = {other: kept for other, kept in self.kept.items() if time.monotonic() - kept[0] <= KEEP_S and other != id}
+        self.kept = {**fresh, id: (kept_s, raw)}
+        if len(self.kept) > KEPT:
+            del self.kept[next(iter(self.kept))]

@@ -1,17 +1,19 @@
 """What control makes of jobs whose drivers are silent, and what it keeps and removes: without Ray."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.control import job_logs
 from cluster.control.jobs import JobService
 from cluster.control.lost_jobs import SILENT_S, STALE_S, JobFacts, how_it_ended
 from cluster.errors import BadRequest, JobNotFound, ModelNotFound, PoolUnavailable, received
 from cluster.jobspec import new_id
 from cluster.pool.submit import JobServer, RayJob
-from cluster.store.jobs import Damaged, JobEvents, JobResult, JobSnapshot, JobSpec, JobStatus
+from cluster.store.jobs import Damaged, JobEvents, JobRecord, JobResult, JobSnapshot, JobSpec, JobStatus
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from jobs.training import runs
@@ -194,6 +196,35 @@ def test_what_can_be_known_now_need_not_fail_in_the_job(service: JobService) -> 
     with pytest.raises(PoolUnavailable):
         service.submit("finetune", {"data": upload}, "ann")
     assert [one["status"] for one in service.listed()] == ["failed"], "Ray did not take it"
+
+
+def test_the_logs_of_several_jobs_are_kept_and_of_many_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only one was kept: two followers had the whole of both logs sent with every look."""
+
+    class Server:
+        def log(self, id: str) -> str:
+            asked.append(id)
+            return f"the log of {id}"
+
+    asked = list[str]()
+    server: Any = Server()
+    logs = job_logs.JobLogs(lambda: server)
+
+    def look(n: int) -> str:
+        return logs.read(JobRecord(f"job-{n}", None, None, None), None, 8)["text"]
+
+    for _ in range(3):
+        assert [look(n) for n in range(job_logs.KEPT)] == [f"of job-{n}" for n in range(job_logs.KEPT)]
+    assert len(asked) == job_logs.KEPT
+    look(0)
+    look(job_logs.KEPT)  # one too many: job-1 was asked for longest ago
+    look(0)
+    assert len(asked) == job_logs.KEPT + 1
+    look(1)
+    assert asked[-1] == "job-1" and len(logs.kept) == job_logs.KEPT
+    monkeypatch.setattr(job_logs, "KEEP_S", 0)
+    look(0)
+    assert asked[-1] == "job-0" and list(logs.kept) == ["job-0"], "what is old is neither told nor kept"
 
 
 def test_a_log_is_read_from_an_offset_and_never_whole(service: JobService, tmp_path: Path) -> None:
