@@ -78,7 +78,7 @@ class Control:
         self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, self.slots.room)
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.hosting.watched = self.slots.watch
-        self.job_service = JobService(self.registry, jobs)
+        self.job_service = JobService(self.registry, jobs, lambda: self.config.publishing.model_dump().values())
         niceness.freeze_gc()
         self.reconcilers.start()
         self.slots.start()

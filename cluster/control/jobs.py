@@ -6,22 +6,21 @@ is. `cluster.control.lost_jobs` writes the result of a job whose driver cannot.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from cluster import jobspec, logs
+from cluster.control.job_census import Census
 from cluster.control.job_logs import JobLogs
 from cluster.control.lost_jobs import Drivers, JobReaper
-from cluster.errors import BadRequest, JobNotFound, PoolUnavailable, SpringtideError
+from cluster.errors import BadRequest, PoolUnavailable, SpringtideError
 from cluster.pool.submit import STOP_S, JobServer
-from cluster.store.jobs import Damaged, JobResult, JobSnapshot, JobSpec, JobStatus, JobStore, born, document
+from cluster.store.jobs import JobResult, JobSnapshot, JobSpec, JobStatus, JobStore, document
 from cluster.store.registry import Registry
 from cluster.types import check_name
 
 REAP_S = 2
 """How often control looks at the jobs that have not ended."""
-KNOWN = 200
-"""A control that has just started looks for jobs without a result among this many of the newest."""
 END_S = 2 * STOP_S
 """How long a cancelled job may take to end."""
 
@@ -31,19 +30,26 @@ log = logs.logger(__name__)
 class JobService:
     """What the control actor does for jobs. Every method may be called from any thread."""
 
-    def __init__(self, registry: Registry, server: Callable[[], JobServer]) -> None:
-        """``server``: Ray's job server, connected to when it is first needed. Raises `PoolUnavailable`."""
-        self.server = server
+    def __init__(
+        self, registry: Registry, server: Callable[[], JobServer], configured: Callable[[], Iterable[object]] = tuple
+    ) -> None:
+        """``server``: Ray's job server, connected to when it is first needed. Raises `PoolUnavailable`. ``configured``: the files that the
+        configuration names."""
+        self.server, self.configured = server, configured
         self.drivers = Drivers()
         self.logs = JobLogs(server)
-        self.configure(registry)
+        self._use(registry)
 
     def configure(self, registry: Registry) -> None:
-        """Take over another store."""
+        """Take over another store. Where it is the same, as at every start of a gateway, all that is known of its jobs stays known."""
+        if registry is not self.registry:
+            self._use(registry)
+
+    def _use(self, registry: Registry) -> None:
         self.registry, self.store = registry, registry.store
         self.jobs = JobStore(self.store)
         self.reaper = JobReaper(self.jobs, self.server, self.drivers)
-        self.found = False
+        self.census = Census(self.jobs, self.reaper.find, self.configured)
 
     def start(self) -> None:
         threading.Thread(target=self._run, daemon=True, name="jobs-loop").start()
@@ -55,7 +61,7 @@ class JobService:
 
     def listed(self, limit: int = 20) -> list[dict[str, Any]]:
         """The newest jobs, the newest first, as `get` describes them."""
-        return [self.get(id) for id in self._newest(max(0, min(limit, 1000)))]
+        return [self.get(id) for id in self.jobs.by_age()[: max(0, min(limit, 1000))]]
 
     def get(self, id: str) -> dict[str, Any]:
         """One job; see `cluster.store.jobs.document`. Raises `JobNotFound`."""
@@ -113,23 +119,10 @@ class JobService:
                 f"There is no run {run}.", "One that ended, or was cancelled, leaves nothing to go on from.", "resume"
             )
 
-    def _newest(self, limit: int) -> list[str]:
-        """Ids by age, the newest first. Ours say their age; of others the specs are read, once each."""
-
-        def created_s(id: str) -> float:
-            try:
-                return born(id) or self.jobs.spec(id).created_s
-            except (Damaged, JobNotFound):
-                return 0
-
-        return sorted(self.jobs.ids(), key=created_s, reverse=True)[:limit]
-
     def _run(self) -> None:
         while True:
             try:
-                if not self.found:
-                    self.reaper.find(self._newest(KNOWN))
-                    self.found = True
+                self.census.go_on()
                 for id in self.reaper.watched():
                     self.reaper.reap(id)
             except Exception:

@@ -177,6 +177,10 @@ class JobStore:
         """Write how a job ended, and return what counts: whoever is first is right."""
         return self._first(f"jobs/{check_id(id)}/result.json", result)
 
+    def forget_events(self, id: str) -> None:
+        """Delete the events of a job that has ended: its result says where it was."""
+        self.store.remove(f"jobs/{id}/events")
+
     def _first(self, path: str, document: Kind) -> Kind:
         try:
             self.store.put_new(path, document.model_dump_json(indent=1).encode())
@@ -190,6 +194,17 @@ class JobStore:
     def ids(self) -> list[str]:
         """Every job's id, the newest last as far as names say so."""
         return sorted(self.store.children("jobs"), key=born)
+
+    def by_age(self) -> list[str]:
+        """Every job's id, the newest first. Ours say their age; of others the specs are read, once each."""
+
+        def created_s(id: str) -> float:
+            try:
+                return born(id) or self.spec(id).created_s
+            except (Damaged, JobNotFound):
+                return 0
+
+        return sorted(self.ids(), key=created_s, reverse=True)
 
     def spec(self, id: str) -> JobSpec:
         """Raises `JobNotFound`."""

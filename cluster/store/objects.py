@@ -173,6 +173,16 @@ class Store:
         objects = (entry["path"] for entry in listed["objects"])
         return sorted(path.rsplit("/", 1)[-1] for path in (*listed["common_prefixes"], *objects))
 
+    def written(self, prefix: str) -> dict[str, float]:
+        """The objects directly under ``prefix``: name → when it was written, in seconds since the epoch."""
+        try:
+            listed: Any = obstore.list_with_delimiter(self.backend, prefix)  # pyright: ignore[reportUnknownMemberType]
+        except FileNotFoundError:
+            return {}
+        except (BaseError, OSError) as error:
+            raise self._unavailable(error) from error
+        return {entry["path"].rsplit("/", 1)[-1]: entry["last_modified"].timestamp() for entry in listed["objects"]}
+
     def delete(self, path: str) -> None:
         """Delete one object, as far as the store still answers."""
         with contextlib.suppress(BaseError, OSError):
