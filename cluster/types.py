@@ -202,6 +202,15 @@ class FleetState(NamedTuple):
     """The Serve application of its replicas, as in `ReplicaState.app`."""
 
 
+class HoldOrder(NamedTuple):
+    """What control orders one replica to hold; ids of versions."""
+
+    load: tuple[str, ...]
+    """To load now, or to stage where they sit on other weights."""
+    keep: tuple[str, ...] = ()
+    """Adapters that must not be unloaded to make room for those (`cluster.publishing.adapter_placement`)."""
+
+
 class FleetPhase(StrEnum):
     """Where a fleet is in its life."""
 

@@ -29,7 +29,7 @@ from cluster.pool.serve_api import ServeApi
 from cluster.publishing.rollout import DIRECT, Rollout
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
-from cluster.types import Lineage, Manifest, ReplicaState, VersionId, View
+from cluster.types import HoldOrder, Lineage, Manifest, ReplicaState, VersionId, View
 from cluster.view import ViewDelta, apply
 from tests.adapters import make_adapter
 
@@ -55,6 +55,8 @@ class Machines:
         self.there: dict[str, ReplicaState] = {}
         self.hung: dict[str, threading.Event] = {}
         """Application → set when its replicas shall answer orders again."""
+        self.places = 16
+        """For adapters, on each replica."""
         self.caps: list[tuple[str, int | None]] = []
         """(application, most replicas), as its replicas were told."""
         self.served: dict[str, Application] = {}
@@ -83,13 +85,16 @@ class Machines:
                 self.there[id] = self._hold(state, *arguments) if method == "hold" else self._swap(state, *arguments)
         self.report()
 
-    def _hold(self, state: ReplicaState, ids: list[str], _carried: Any) -> ReplicaState:
-        for id in ids:
+    def _hold(self, state: ReplicaState, orders: dict[str, HoldOrder], _carried: Any) -> ReplicaState:
+        order = orders.get(state.id, HoldOrder(()))
+        for id in order.load:
             manifest = self.registry.manifest(VersionId.parse(id))
             here = str(manifest.weights) == state.base
             part = {"held": {**state.held, id: manifest.digest}} if here else {"staged": {**state.staged, id: manifest.digest}}
             state = state._replace(revision=state.revision + 1, **part)
-        return state
+        idle = [id for id in state.held if id not in (*order.keep, state.base)]
+        over = idle[: max(0, len(state.held) - 1 - self.places)]
+        return state._replace(held={id: digest for id, digest in state.held.items() if id not in over})
 
     def _swap(self, state: ReplicaState, replica: str, id: str, _fingerprint: str, _cut: bool) -> ReplicaState:
         digest = self.registry.manifest(VersionId.parse(id)).digest
@@ -194,9 +199,10 @@ def wait_until(true: Callable[[], bool], timeout_s: float = 10) -> None:
         time.sleep(0.02)
 
 
-def two_fleets(folder: Path) -> tuple[Config, Registry, Machines]:
-    """A store in which m@1 and n@1 are live, and a machine for each of the fleets m and n."""
-    config = parse({"home": str(folder / "home"), "store": (folder / "store").as_uri(), "fleets": {"m": {}, "n": {}}})
+def two_fleets(folder: Path, of_m: dict[str, Any] | None = None) -> tuple[Config, Registry, Machines]:
+    """A store in which m@1 and n@1 are live, and a machine for each of the fleets m and n. ``of_m``: settings of the fleet m."""
+    fleets = {"m": of_m or {}, "n": {}}
+    config = parse({"home": str(folder / "home"), "store": (folder / "store").as_uri(), "fleets": fleets})
     registry = Registry(Store(config.store))
     machines = Machines(registry)
     for seed, name in enumerate(("m", "n")):

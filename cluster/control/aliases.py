@@ -5,6 +5,7 @@ store; then the fleet's reconciler tells the gateways, and only of versions that
 """
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from cluster import logs
@@ -19,7 +20,7 @@ from cluster.publishing import placement, rollout
 from cluster.publishing.canary import Comparison, Tally, looks
 from cluster.publishing.rollout import Facts, Order, Rollout, Warmth
 from cluster.store.registry import Canary
-from cluster.types import Manifest
+from cluster.types import HoldOrder, Manifest, ReplicaState
 
 ACTIVE_S = 0.5
 """How often an alias with a rollout under way is looked at; events come between."""
@@ -149,7 +150,8 @@ class AliasReconciler:
         can_split = len(own) > 1 or alike or bool(needs_surge)
         if one.stage == "warming":
             return Facts(warmth=self._warmth(one, manifest, fleet, bool(needs_surge)), order=order, can_split=can_split)
-        warmth, comparison = placement.settled(own, manifest, self.hosting.targets(fleet, fleet.model)), self._comparison(one)
+        asked = self._asked(own, manifest, fleet)
+        warmth, comparison = placement.settled(asked, manifest, self.hosting.targets(fleet, fleet.model)), self._comparison(one)
         return Facts(warmth=warmth, comparison=comparison, look=self._look(one, comparison), order=order, can_split=can_split)
 
     def _comparison(self, one: Rollout) -> Comparison | None:
@@ -181,19 +183,37 @@ class AliasReconciler:
         weights = self.desired.manifest(manifest.weights)
         resident = one.incumbent is not None and self.desired.weights(one.incumbent) == weights.id
         new = [manifest] if manifest.id == weights.id or resident else [weights, manifest]
-        seen = placement.warmth(self.hosting.own(fleet), manifest)
+        asked, placed = self._asked(self.hosting.own(fleet), manifest, fleet), self.hosting.place_adapters(fleet)
+        if not placed.copies.get(str(manifest.id), 1):
+            return Warmth(1, 0, self._no_place(fleet))
+        seen = placement.warmth(asked, manifest)
         registry, cache = self.desired.registry, self.hosting.config.home / "cache"
         missing = bool(seen.refused) or not seen.complete
-        answered = fleet.orders.hold([str(manifest.id)], lambda: weight_distribution.load(registry, new, cache), missing)
-        ready = placement.warmth(self.hosting.own(fleet), manifest) if answered else seen
+        orders = {r.id: HoldOrder((str(manifest.id),), placed.assigned.get(r.id, ())) for r in (*asked, *self._surge(fleet))}
+        answered = fleet.orders.hold(orders, lambda: weight_distribution.load(registry, new, cache), missing)
+        ready = placement.warmth(self._asked(self.hosting.own(fleet), manifest, fleet), manifest) if answered else seen
         if ready.refused:
             return ready if answered else None
         return self._surge_warmth(manifest, fleet) if ready.complete and surges else ready
 
+    def _asked(self, own: Sequence[ReplicaState], manifest: Manifest, fleet: Fleet) -> tuple[ReplicaState, ...]:
+        """Those of the fleet's own replicas that must hold the version."""
+        placed = self.hosting.place_adapters(fleet)
+        return tuple(one for one in own if placed.asked(one, str(manifest.id)))
+
+    def _no_place(self, fleet: Fleet) -> str:
+        places, replicas = fleet.spec.fleet.max_cpu_loras, len(self.hosting.own(fleet))
+        return (
+            f"all {places * replicas} places for adapters of the fleet {fleet.name} are taken by live ones ({places} on each of {replicas} "
+            "replicas); raise fleet.max_cpu_loras or fleet.min_replicas"
+        )
+
+    def _surge(self, fleet: Fleet) -> tuple[ReplicaState, ...]:
+        return self.hosting.replicas.of(fleet.surge_app) if fleet.surge else ()
+
     def _surge_warmth(self, manifest: Manifest, fleet: Fleet) -> Warmth:
         """The same of the fleet's surge."""
-        there = self.hosting.replicas.of(fleet.surge_app) if fleet.surge else ()
-        if there:
+        if there := self._surge(fleet):
             seen = placement.settled(there, manifest, {replica.id: manifest.weights for replica in there})
             return seen._replace(replicas=max(fleet.surge_size, len(there)))
         app = self.applications.known.get(fleet.surge_app) if fleet.surge else None

@@ -24,7 +24,7 @@ class Announcer:
     def announce(self) -> bool:
         """Tell the gateways what all fleets can answer now. False where a gateway did not answer."""
         open_ = {name: self._open(fleet) for name, fleet in self.hosting.fleets.items()}
-        aliases = {alias: self._routable(alias, open_.get(name or "", ())) for alias, name in self.hosting.assigned().items()}
+        aliases = {alias: self._routable(alias, name or "", open_) for alias, name in self.hosting.assigned().items()}
         replicas = tuple(replica for some in open_.values() for replica in some)
         return self.gateways.announce(aliases, replicas, self._fleets(), self._asleep())
 
@@ -36,8 +36,10 @@ class Announcer:
         known = (self.hosting.applications.known.get(app) for fleet in self.hosting.fleets.values() for app in fleet.apps)
         return not any(app.running or app.starting for app in known if app)
 
-    def _routable(self, alias: str, replicas: tuple[ReplicaState, ...]) -> Generation:
-        return placement.routable(self.hosting.desired.moves[alias], replicas, self.gateways.current.aliases.get(alias))
+    def _routable(self, alias: str, fleet: str, open_: dict[str, tuple[ReplicaState, ...]]) -> Generation:
+        copies = self.hosting.fleets[fleet].placement.copies if fleet in self.hosting.fleets else {}
+        announced = self.gateways.current.aliases.get(alias)
+        return placement.routable(self.hosting.desired.moves[alias], open_.get(fleet, ()), announced, copies)
 
     def _open(self, fleet: Fleet) -> tuple[ReplicaState, ...]:
         """The fleet's replicas as gateways should see them: one that swaps its weights answers for nothing until it has."""

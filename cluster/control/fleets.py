@@ -6,7 +6,7 @@ its replicas report), and the smallest step towards it is taken. A step that tak
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from cluster.control.announcing import Announcer
 from cluster.control.applications import Applications, surge_app
@@ -15,7 +15,7 @@ from cluster.control.hosting import Fleet, Hosting
 from cluster.control.slots import slots
 from cluster.publishing import placement, rollout
 from cluster.publishing.placement import SurgeFacts
-from cluster.types import ReplicaState, VersionId
+from cluster.types import HoldOrder, ReplicaState, VersionId
 
 TURN_S = 0.5
 RETRY_REFUSED_S = 30
@@ -72,6 +72,7 @@ class FleetReconciler:
         fleet.surge_wanted = self._choose_surge(fleet)
         targets = self.hosting.targets(fleet, fleet.model)
         fleet.swap = placement.next_swap(self.hosting.own(fleet), targets, lambda r, id: self._may_take(fleet, r, id), fleet.swap)
+        self.hosting.place_adapters(fleet)
         told = self.announcer.announce()
         self._load(fleet)
         self._cap(fleet)
@@ -123,21 +124,25 @@ class FleetReconciler:
     # what replicas hold
 
     def _load(self, fleet: Fleet) -> None:
-        """Order what clients may get and a replica does not hold. What a replica has refused it is asked for again every `RETRY_REFUSED_S`.
+        """Order what clients may get and a replica must hold and does not. What a replica has refused it is asked for again every
+        `RETRY_REFUSED_S`.
 
         What was live before stays where it is held, and is not ordered again where it had to make room.
         """
-        moves = self.hosting.readable_moves(self.hosting.aliases_of(fleet)).values()
-        live = [id for move in moves for id in move.versions]
-        wanted = [self.desired.manifest(id) for id in dict.fromkeys([*live, *self.hosting.coming_to(fleet)])]
-        replicas = self.hosting.all_of(fleet)
-        missing = [
-            str(one.id)
-            for one in wanted
-            if any(placement.lacks(r, one) and (fleet.retrying or str(one.id) not in r.refused) for r in replicas)
-        ]
+        digests = {str(id): self.desired.manifest(id).digest for id in self.hosting.wanted_of(fleet)}
+        assigned = self.hosting.place_adapters(fleet).assigned
+        missing = {
+            one.id: HoldOrder(lacking, assigned[one.id])
+            for one in self.hosting.all_of(fleet)
+            if one.id in assigned and (lacking := self._lacking(fleet, one, assigned[one.id], digests))
+        }
         if missing:
             fleet.orders.hold(missing)
+
+    def _lacking(self, fleet: Fleet, replica: ReplicaState, ids: Iterable[str], digests: Mapping[str, str]) -> tuple[str, ...]:
+        return tuple(
+            id for id in ids if replica.held.get(id) != digests.get(id) and (fleet.retrying or id not in replica.refused)
+        )
 
     def _may_take(self, fleet: Fleet, replica: ReplicaState, weights: str) -> bool:
         """What a replica has refused it is asked for again when no rollout is waiting to hear of it."""

@@ -15,7 +15,8 @@ from cluster.control.desired import Desired
 from cluster.control.replicas import Orders, Replicas
 from cluster.errors import NoReplica, SpringtideError, VersionRefused
 from cluster.pool import graph
-from cluster.publishing import placement
+from cluster.publishing import adapter_placement, placement
+from cluster.publishing.adapter_placement import NOTHING, AdapterPlacement
 from cluster.publishing.placement import Hosted, Swap
 from cluster.publishing.rollout import Rollout
 from cluster.store.registry import Registry
@@ -48,6 +49,10 @@ class Fleet:
     """Whether this turn asks again for what a replica has refused."""
     last_held: frozenset[str] = frozenset()
     """What its replicas held when any were there."""
+    placement: AdapterPlacement = NOTHING
+    """Which of its replicas must hold which adapters."""
+    placed_for: tuple[object, ...] = ()
+    """What `placement` was worked out from."""
     capped: tuple[int | None, tuple[str, ...]] = (None, ())
     """The most replicas that it may have, as far as the arbiter limits it, and the replicas that have been told so."""
 
@@ -147,6 +152,38 @@ class Hosting:
         """Replica id → the weights that it should host for ``alias``."""
         move = self.desired.move(alias)
         return placement.target_weights(self.own(fleet), move, self.desired.weights, fleet.surge_wanted) if move else {}
+
+    # adapters
+
+    def place_adapters(self, fleet: Fleet) -> AdapterPlacement:
+        """Which of the fleet's replicas, its surge's included, must hold which adapters: those that clients may get, then those of rollouts.
+        Worked out again where a move, a rollout, a replica or the fleet's settings have changed."""
+        places, now_s = fleet.spec.fleet.max_cpu_loras, time.monotonic()
+        unreadable = tuple(id for id, until_s in self._unreadable_s.items() if until_s > now_s)
+        known = self.desired.changes, self.replicas.changes, fleet.apps, places, unreadable
+        if fleet.placed_for != known:
+            fleet.placement, fleet.placed_for = self._place_adapters(fleet, places), known
+        return fleet.placement
+
+    def _place_adapters(self, fleet: Fleet, places: int) -> AdapterPlacement:
+        adapters: dict[str, list[str]] = {}
+        for id in self.wanted_of(fleet):
+            if (weights := self.desired.weights(id)) != id:
+                adapters.setdefault(str(weights), []).append(str(id))
+        alike: dict[tuple[str, str], list[ReplicaState]] = {}
+        for replica in self.all_of(fleet):
+            alike.setdefault((replica.app, replica.base), []).append(replica)
+        divided = [adapter_placement.assign(adapters.get(base, ()), some, places) for (_, base), some in alike.items()]
+        return AdapterPlacement(
+            {id: ids for one in divided for id, ids in one.assigned.items()},
+            {id: copies for one in divided for id, copies in one.copies.items()},
+        )
+
+    def wanted_of(self, fleet: Fleet) -> list[VersionId]:
+        """The versions that the fleet's clients may get, then those of rollouts that its replicas should hold already."""
+        moves = self.readable_moves(self.aliases_of(fleet)).values()
+        live = [id for move in moves for id in move.versions]
+        return list(dict.fromkeys([*live, *self.coming_to(fleet)]))
 
     # aliases
 

@@ -5,7 +5,7 @@ Replicas report by themselves, as a Kubernetes node does: at once when they hold
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from cluster import logs
 from cluster.control.broadcast import broadcast
 from cluster.control.weight_distribution import Carried
-from cluster.types import ReplicaState
+from cluster.types import HoldOrder, ReplicaState
 
 LOAD_TIMEOUT_S = 600
 """How long a replica may take to load a version, or to swap its weights."""
@@ -33,6 +33,8 @@ class Replicas:
 
     def __init__(self, changed: Callable[[str], None]) -> None:
         self.changed = changed
+        self.changes = 0
+        """Grows whenever a replica comes, goes, or holds something else."""
         self._lock = Lock()
         self._seen: dict[str, tuple[ReplicaState, float]] = {}
         self._leaving: dict[str, float] = {}
@@ -43,7 +45,9 @@ class Replicas:
         """Those that were heard lately."""
         with self._lock:
             now_s = time.monotonic()
-            self._seen = {id: (state, at_s) for id, (state, at_s) in self._seen.items() if now_s - at_s < SILENT_S}
+            heard = {id: (state, at_s) for id, (state, at_s) in self._seen.items() if now_s - at_s < SILENT_S}
+            self.changes += len(heard) != len(self._seen)
+            self._seen = heard
             return tuple(sorted(state for state, _ in self._seen.values()))
 
     def of(self, *apps: str) -> tuple[ReplicaState, ...]:
@@ -61,6 +65,7 @@ class Replicas:
                 current = before if before is not None and before.revision > state.revision else state
                 if before is None or _what(before) != _what(current):
                     changed.add(current.app)
+                    self.changes += 1
                 self._seen[state.id] = current, now_s
         for app in changed:
             self.changed(app)
@@ -71,6 +76,7 @@ class Replicas:
             now_s = time.monotonic()
             self._leaving = {id: at_s for id, at_s in self._leaving.items() if now_s - at_s < LEAVING_S} | {replica: now_s}
             gone, _ = self._seen.pop(replica, (None, 0.0))
+            self.changes += 1
         if gone is not None:
             self.changed(gone.app)
 
@@ -99,14 +105,14 @@ class Orders:
         self._given: dict[OrderKey, Future[None]] = {}
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="orders")
 
-    def hold(self, ids: list[str], carried: Callable[[], Carried] = dict, missing: bool = True) -> bool:
-        """Order every replica to load these versions, or to stage them; True once all have answered since this was first ordered.
+    def hold(self, wanted: Mapping[str, HoldOrder], carried: Callable[[], Carried] = dict, missing: bool = True) -> bool:
+        """Order replicas, by their ids, to load versions or to stage them; True once all have answered since this was first ordered.
 
         Ordered again afterwards, they are told anew, unless nothing is ``missing``. ``carried`` is called in the order's thread, for the
         files that travel with it.
         """
-        key = ("hold", *ids)
-        return (not missing and key not in self._given) or self._give(key, lambda: ("hold", ids, carried()))
+        key = ("hold", *sorted({id for one in wanted.values() for id in one.load}))
+        return (not missing and key not in self._given) or self._give(key, lambda: ("hold", dict(wanted), carried()))
 
     def cap(self, ceiling: int | None, replicas: tuple[str, ...]) -> bool:
         """Tell these replicas how many of the fleet there may be; True once they have heard it."""

@@ -139,29 +139,35 @@ def lacks(replica: ReplicaState, manifest: Manifest) -> bool:
     return replica.base == str(manifest.weights) and not holds(replica, manifest)
 
 
-def routable(history: Sequence[Generation], replicas: Sequence[ReplicaState], announced: Generation | None = None) -> Generation:
+def routable(
+    history: Sequence[Generation],
+    replicas: Sequence[ReplicaState],
+    announced: Generation | None = None,
+    copies: Mapping[str, int] | None = None,
+) -> Generation:
     """The generation that gateways should route by: the newest that the ``replicas`` have capacity for, and never one before ``announced``.
 
     It differs from the newest of all where a replica is about to swap its weights, where an alias was moved in the store by other hands,
     or where control was killed between a move and its announcement: until a replica holds the version, the generation before is the answer.
     While nobody holds that either, requests wait, and then for the newest: gateways that know of a move before it can be answered need not
-    be told twice when it can.
+    be told twice when it can. ``copies``: adapter's id → how many replicas must hold it, where that is not all of them.
 
     Example: generations 1 (m@1) and 2 (m@2), and no replica holds m@2 yet: 1. One of one holds m@2: 2. Nobody holds either: 2.
     """
     since = announced.generation if announced else 0
     moves = (move for move in reversed(history) if move.generation >= since)
-    return next((move for move in moves if _has_capacity(move, replicas)), history[-1])
+    return next((move for move in moves if _has_capacity(move, replicas, copies or {})), history[-1])
 
 
-def _has_capacity(move: Generation, replicas: Sequence[ReplicaState]) -> bool:
-    """Whether the replicas can carry the alias's traffic so: every version is held, and what all clients get by half of those that answer.
+def _has_capacity(move: Generation, replicas: Sequence[ReplicaState], copies: Mapping[str, int]) -> bool:
+    """Whether the replicas can carry the alias's traffic so: every version is held, and what all clients get by half of those that should.
 
     Weights are swapped on one replica after another; the first must not get everybody's requests while the others stand idle.
     """
     answering = [replica for replica in replicas if replica.held]
     holders = [sum(str(id) in replica.held for replica in answering) for id in move.versions]
-    return all(holders) and (move.canary is not None or 2 * holders[0] >= len(answering))
+    should = min(len(answering), copies.get(str(move.stable), len(answering)))
+    return all(holders) and (move.canary is not None or 2 * holders[0] >= should)
 
 
 def fleet_state(name: str, model: str, app: str, moves: Mapping[str, Generation], weights: Weights) -> FleetState:

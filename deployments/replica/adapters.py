@@ -62,19 +62,21 @@ class Adapters:
         self.holdings.staged[str(manifest.id)] = manifest.digest
 
     async def _make_room(self, coming: str) -> None:
-        """Unload the adapter that was idle the longest, where all places are taken. One that is live or answering stays."""
+        """Unload the adapter that was idle the longest, where all places are taken. One that must be here or is answering stays, and so does
+        a live one while there is another: where the fleet's adapters do not all fit on each replica, another replica holds it."""
         adapters = self.holdings.adapters
         if len(adapters) < self.fleet.max_cpu_loras:
             return
         live = await self.storage.live()
-        idle = [id for id in adapters if id not in live and not self.in_flight.answering[id]]
+        must_stay = self.holdings.assigned or live
+        idle = [id for id in adapters if id not in must_stay and not self.in_flight.answering[id]]
         if not idle or self.fleet.when_full == "refuse":
             raise VersionRefused(
                 f"All {len(adapters)} places for adapters are taken, so {coming} has none.",
                 "Raise fleet.max_cpu_loras, or set fleet.when_full=evict to unload the adapter that was idle the longest.",
                 param="fleet.max_cpu_loras",
             )
-        await self._unload(min(idle, key=lambda id: self.in_flight.used_s.get(id, 0.0)))
+        await self._unload(min(idle, key=lambda id: (id in live, self.in_flight.used_s.get(id, 0.0))))
 
     async def _unload(self, id: str) -> None:
         del self.holdings.held[id]  # first: control must not route to what is being unloaded

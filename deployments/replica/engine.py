@@ -17,7 +17,7 @@ from pathlib import Path
 from cluster import logs
 from cluster.config import FleetSpec
 from cluster.control import weight_distribution
-from cluster.types import Manifest, ReplicaState
+from cluster.types import HoldOrder, Manifest, ReplicaState
 from deployments.replica import watchdog
 from deployments.replica.ending import Ending
 from deployments.replica.hosting import Hosting
@@ -159,14 +159,15 @@ class Engine:
             pid=os.getpid(),
         )
 
-    async def hold(self, ids: list[str], carried: weight_distribution.Carried) -> ReplicaState:
-        """Load every version of ``ids`` that is not held yet, and stage what sits on other weights.
+    async def hold(self, order: HoldOrder, carried: weight_distribution.Carried) -> ReplicaState:
+        """Load every version of the order that is not held yet, and stage what sits on other weights.
 
         Never raises for a bad version: the answer says what was refused and why. ``carried``: files that came with the order.
         """
         async with self.loading:
             await self.storage.unpack(carried)
-            for id in ids:
+            self.hosting.holdings.assigned = frozenset(order.keep)
+            for id in order.load:
                 await self.hosting.adapters.hold(id)
             self.storage.keep(self.hosting.holdings.used)
         return await self.describe()

@@ -17,6 +17,8 @@ class Holdings:
     """Checksum of the weights in the accelerator's memory."""
     held: dict[str, str] = field(default_factory=dict[str, str])
     """Version id → digest, the base included."""
+    assigned: frozenset[str] = frozenset()
+    """Adapters that control wants here whatever else comes. Empty until control has said so."""
     staged: dict[str, str] = field(default_factory=dict[str, str])
     """Version id → digest of what lies ready on this machine and needs other weights."""
     refused: dict[str, str] = field(default_factory=dict[str, str])
@@ -39,6 +41,7 @@ class Holdings:
         """Other weights are in memory, and nothing that followed from the old ones."""
         self.base, self.folder, self.fingerprint = str(manifest.id), folder, fingerprint
         self.held = {self.base: manifest.digest}
+        self.assigned = frozenset()
         self.staged = {}
 
     def refuse(self, id: str, why: str) -> None:

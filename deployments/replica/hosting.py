@@ -29,7 +29,8 @@ class Hosting:
         self.storage = storage
         self.vllm = vllm
         self.holdings = holdings
-        self.in_flight = InFlight(vllm, lambda: life.admits)
+        # A gateway may not know yet that an adapter had to make room here: it hears that another replica must answer.
+        self.in_flight = InFlight(vllm, lambda version: life.admits and version in holdings.held)
         self.server = Server(AuthMiddleware(self.in_flight, secret), ray.util.get_node_ip_address())
         self.use(spec)
 

@@ -11,9 +11,9 @@ from deployments.http import Receive, Scope, Send
 
 
 class InFlight:
-    """ASGI middleware that admits requests while ``admits`` says so, and counts them by version."""
+    """ASGI middleware that admits requests for the versions that ``admits`` says, and counts them by version."""
 
-    def __init__(self, app: Any, admits: Callable[[], bool]) -> None:
+    def __init__(self, app: Any, admits: Callable[[str], bool]) -> None:
         self.app = app
         self.admits = admits
         self.answering: Counter[str] = Counter()
@@ -50,9 +50,9 @@ class InFlight:
                 quiet_since_s = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self.admits():
-            return await refuse(send, wire.CLOSED)
         version = wire.header(scope["headers"], wire.VERSION)
+        if not self.admits(version):
+            return await refuse(send, wire.CLOSED)
         self.answering[version] += 1
         self.used_s[version] = time.monotonic()
         task = asyncio.current_task()

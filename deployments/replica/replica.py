@@ -19,7 +19,7 @@ from cluster.control import weight_distribution
 from cluster.control.client import Line, tell
 from cluster.errors import ModelNotFound
 from cluster.store.registry import Registry, registry_of
-from cluster.types import ReplicaState, VersionId
+from cluster.types import HoldOrder, ReplicaState, VersionId
 from deployments.ray_patches import close_internal_port
 from deployments.replica import watchdog
 from deployments.replica.lifecycle import Owner
@@ -81,9 +81,10 @@ class Replica:
     async def wake(self) -> None:
         """Do nothing. Serve starts a replica for this call where there is none."""
 
-    async def hold(self, ids: list[str], carried: weight_distribution.Carried) -> ReplicaState | None:
-        """See `deployments.replica.engine.Engine.hold`; None until it serves."""
-        return await self.engine.hold.remote(ids, carried) if self.engine else None
+    async def hold(self, orders: dict[str, HoldOrder], carried: weight_distribution.Carried) -> ReplicaState | None:
+        """See `deployments.replica.engine.Engine.hold`; None until it serves. Control asks all replicas, and those that ``orders`` names
+        obey."""
+        return await self.engine.hold.remote(orders[self.id], carried) if self.engine and self.id in orders else None
 
     async def become(self, replica: str, id: str, fingerprint: str, cut_streams: bool = False) -> ReplicaState | None:
         """See `deployments.replica.engine.Engine.become`. Control asks all replicas, and the one that ``replica`` names obeys."""

@@ -55,7 +55,7 @@ def test_only_the_secret_opens_and_nothing_but_http() -> None:
 def test_a_closed_engine_answers_without_a_body_and_asks_nobody() -> None:
     async def tried() -> tuple[list[dict[str, Any]], int]:
         app = Slow()
-        return await ask(InFlight(app, lambda: False)), app.asked
+        return await ask(InFlight(app, lambda _: False)), app.asked
 
     (start, body), asked = asyncio.run(tried())
     assert start["status"] == wire.CLOSED and wire.is_closed(start["status"], 0) and not body.get("body") and asked == 0
@@ -65,7 +65,7 @@ def test_a_closed_engine_answers_without_a_body_and_asks_nobody() -> None:
 def test_requests_are_counted_by_version_while_they_run_and_not_afterwards(versions: list[str]) -> None:
     async def tried() -> None:
         app = Slow()
-        in_flight = InFlight(app, lambda: True)
+        in_flight = InFlight(app, lambda _: True)
         asking = [asyncio.create_task(ask(in_flight, version=version)) for version in versions]
         await asyncio.sleep(0)
         assert in_flight.running == len(versions)
@@ -81,7 +81,7 @@ def test_requests_are_counted_by_version_while_they_run_and_not_afterwards(versi
 
 def test_cut_ends_what_is_in_flight_and_counts_it_no_more() -> None:
     async def tried() -> int:
-        in_flight = InFlight(Slow(), lambda: True)
+        in_flight = InFlight(Slow(), lambda _: True)
         asking = asyncio.create_task(ask(in_flight))
         await asyncio.sleep(0)
         in_flight.cut()
@@ -95,7 +95,7 @@ def test_cut_ends_what_is_in_flight_and_counts_it_no_more() -> None:
 def test_quiet_begins_anew_with_every_request_and_is_not_waited_for_for_ever() -> None:
     async def waited(limit_s: float, busy: bool) -> float:
         app = Slow()
-        in_flight = InFlight(app, lambda: True)
+        in_flight = InFlight(app, lambda _: True)
         asking = asyncio.create_task(ask(in_flight)) if busy else None
         loop = asyncio.get_running_loop()
         loop.call_later(0.3, app.go.set)
