@@ -122,7 +122,15 @@ def test_an_engine_that_slept_through_publishes_wakes_with_what_is_live(pool: Ru
 
 
 def named(pool: Running, name: str) -> list[psutil.Process]:
-    return [one for one in pool.pool.descendants() if name in " ".join(one.cmdline())]
+    return [one for one in pool.pool.descendants() if name in line_of(one)]
+
+
+def line_of(process: psutil.Process) -> str:
+    """Its command line; empty where it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def engines(pool: Running) -> list[psutil.Process]:

@@ -125,23 +125,22 @@ def test_control_killed_before_every_act_of_an_abort(pool: Running, crashing: Pa
     """The way back is enumerated too. An order that died before its first record is given again, as its caller was told."""
     made, expected = adapter(pool, tmp_path, seed=480), expected_of(pool.url, [str(ONE)])
     half = Policy(steps=(50, 100), min_requests=10_000, gate=False, margins=ANY)
-    acts = 1
+    plan, died, at = crashing / "crash.json", True, 0
     with recording(pool.url, "seedling", 6, pause_s=0.1) as events:
-        for at in range(100):
-            if at > acts:
-                break
+        while died:
+            at += 1
             assert client.of(pool.config).publish(made.id, "seedling", f"aborted, dies before act {at}", half).stage == "canary"
-            (crashing / "acts.log").unlink(missing_ok=True)
-            (crashing / "crash.json").write_text(json.dumps({"run": f"abort {at}", "at": at}))
+            plan.write_text(json.dumps({"run": f"abort {at}", "at": at}))
             began_s = time.monotonic()
             abort(pool)
             wait_until(lambda: where(pool) == "rolled_back 0", timeout_s=30)
             wait_until(lambda: ask(pool).headers.get("x-model-version") == str(ONE), timeout_s=30)
-            acts = len((crashing / "acts.log").read_text().splitlines()) if at == 0 else acts
-            assert (crashing / "crash.json").exists() == (at == 0), "it did die"
-            (crashing / "crash.json").unlink(missing_ok=True)
-            print(f"abort: died before act {at} of {acts}: back after {time.monotonic() - began_s:.1f} s")
-    assert acts >= 4
+            died = (
+                not plan.exists()
+            )  # an abort takes four or five acts: gateways are told once more where a replica reports meanwhile
+            plan.unlink(missing_ok=True)
+            print(f"abort: {f'died before act {at}' if died else 'lived'}: back after {time.monotonic() - began_s:.1f} s")
+    assert at > 4
     assert problems(events, expected | expected_of(pool.url, [str(made.id)])) == []
 
 
@@ -289,8 +288,9 @@ def test_a_replica_killed_while_it_takes_weights_over_comes_back_with_the_live_o
     with recording(pool.url, "seedling", 4, pause_s=0.05) as events:
         time.sleep(1)
         publishing.start()
-        wait_until(lambda: (now := pool.registry.rollout("seedling")) is not None and now.percent == 100, timeout_s=30)
         (replica,) = replicas(pool)
+        while (now := pool.registry.rollout("seedling")) is None or now.version != made.id or now.percent != 100:
+            assert publishing.is_alive(), f"it swaps for a tenth of a second, and nobody saw it: {now}"
         replica.kill()
         wait_until(lambda: ask(pool).status_code == 200, timeout_s=150)
         publishing.join()
