@@ -174,7 +174,7 @@ class ReplicaState(NamedTuple):
     """Version id → why it could not be loaded."""
     running: int
     staged: dict[str, str] = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
-    """Version id → digest of what lies ready on this machine for another base: this replica can become it within a moment."""
+    """Version id → digest of what lies ready on this machine for another base: this replica can host it within a moment."""
     revision: int = 0
     """Grows with every change of what it holds, so that an answer which was overtaken on its way is known as such."""
     pause_s: float = 0.0

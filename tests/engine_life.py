@@ -110,11 +110,11 @@ async def live(root: Path) -> None:
     ending.tell = lambda *words: told.append(words)
     engine = Engine(spec, {})
     try:
-        await engine.own(Owner("a", "app", ME), "seedling@9", spec)
+        await engine.acquire(Owner("a", "app", ME), "seedling@9", spec)
     except ModelNotFound as error:
         say("no such version", error=type(error).__name__, state=engine.life.state.name, owner=engine.life.owner)
     first, second = await asyncio.gather(
-        engine.own(Owner("a", "app", ME), "seedling@1", spec), engine.own(Owner("b", "app", ME), "seedling@1", spec)
+        engine.acquire(Owner("a", "app", ME), "seedling@1", spec), engine.acquire(Owner("b", "app", ME), "seedling@1", spec)
     )
     state = await engine.describe()
     say("serves", owned=[first, second], owner=state.id, base=state.base, held=sorted(state.held))
@@ -144,21 +144,21 @@ async def score(front: Front) -> None:
 
 
 async def change_owner(engine: Engine, spec: FleetSpec, front: Front) -> None:
-    await engine.rest(True)
+    await engine.release(True)
     closed = await front.ask("seedling@1")
     say("sleeps", asleep=await engine.asleep(), status=closed.status_code, body=closed.text, owner=engine.life.owner)
     began_s = time.monotonic()
-    owned = await engine.own(Owner("c", "app", ME), "seedling@2", spec)
+    owned = await engine.acquire(Owner("c", "app", ME), "seedling@2", spec)
     state = await engine.describe()
     say("wakes", owned=owned, base=state.base, held=sorted(state.held), took_s=round(time.monotonic() - began_s, 2))
 
 
 async def swap(engine: Engine, original: str) -> None:
-    damaged = await engine.become("seedling@3", "", False)
+    damaged = await engine.swap_weights("seedling@3", "", False)
     say("damaged", base=damaged.base, refused=damaged.refused, state=engine.life.state.name)
-    wrong = await engine.become("seedling@1", "another checksum", False)
+    wrong = await engine.swap_weights("seedling@1", "another checksum", False)
     say("mismatch", base=wrong.base, refused=wrong.refused["seedling@1"], state=engine.life.state.name)
-    back = await engine.become("seedling@1", original, False)
+    back = await engine.swap_weights("seedling@1", original, False)
     say("back", base=back.base, held=sorted(back.held), same=back.fingerprint == original, refused=sorted(back.refused))
 
 

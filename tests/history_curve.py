@@ -34,7 +34,7 @@ def engine_start(url: str) -> Counting:
     store = Counting(url)
     registry = Registry(store)
     registry.alias("m")
-    registry.ever_live(VersionId("m", 1), 16)
+    registry.resident_adapters(VersionId("m", 1), 16)
     return store
 
 

@@ -24,7 +24,7 @@ def run(id: str) -> None:
     control: Any = ray.get_actor(ACTOR, namespace=NAMESPACE)
     (replica,) = [one["id"] for one in cast(Any, ray.get(control.status.remote()))["replicas"] if one["app"] == app]
     (before,) = (one for one in broadcast(app, "hold", {replica: HoldOrder((id,))}, {}, timeout_s=60) if one)
-    (after,) = broadcast(app, "become", before.id, id, "0" * 64, timeout_s=60)
+    (after,) = broadcast(app, "swap_weights", before.id, id, "0" * 64, timeout_s=60)
     print(json.dumps(public(after)))
 
 

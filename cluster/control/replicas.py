@@ -120,11 +120,11 @@ class Orders:
 
     def swap(self, replica: str, id: str, fingerprint: str, cut_streams: bool) -> bool:
         """Order one replica to swap its weights; True once it has answered. Its state says whether it worked."""
-        return self._give(("become", replica, id), lambda: ("become", replica, id, fingerprint, cut_streams))
+        return self._give(("swap_weights", replica, id), lambda: ("swap_weights", replica, id, fingerprint, cut_streams))
 
     def swapping(self, replica: str, id: str) -> bool:
         """Whether it was ordered to and has not answered yet."""
-        given = self._given.get(("become", replica, id))
+        given = self._given.get(("swap_weights", replica, id))
         return given is not None and not given.done()
 
     def forget(self, id: str) -> None:

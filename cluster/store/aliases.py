@@ -100,7 +100,7 @@ class Aliases:
             )
         return history.stack[-2]
 
-    def ever_live(self, weights: VersionId, limit: int) -> list[Manifest]:
+    def resident_adapters(self, weights: VersionId, limit: int) -> list[Manifest]:
         """See `resident`. A version that was damaged since must not keep a replica from starting."""
         found = (self._manifest(id) for id in resident(self.all().values(), weights, limit))
         return [manifest for manifest in found if manifest is not None]

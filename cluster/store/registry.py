@@ -92,8 +92,8 @@ class Registry:
     def move(self, alias: str, stable: VersionId, reason: str, author: str, after: int, **canary: Unpack[Canary]) -> Generation:
         return self.moves.move(alias, stable, reason, author, after, **canary)
 
-    def ever_live(self, weights: VersionId, limit: int) -> list[Manifest]:
-        return self.moves.ever_live(weights, limit)
+    def resident_adapters(self, weights: VersionId, limit: int) -> list[Manifest]:
+        return self.moves.resident_adapters(weights, limit)
 
     def previous(self, alias: str) -> VersionId:
         return self.moves.previous(alias)

@@ -50,12 +50,12 @@ class Engine:
         self.loading = asyncio.Lock()
         """Held while versions are loaded or swapped."""
         self.started: Hosting | None = None
-        self.release = lambda: None
+        self.unwatch = lambda: None
         """Stops watching the owner's process."""
 
     @property
     def hosting(self) -> Hosting:
-        assert self.started is not None, "vLLM has not started"  # noqa: S101 (replicas pass orders on only after `own`)
+        assert self.started is not None, "vLLM has not started"  # noqa: S101 (replicas pass orders on only after `acquire`)
         return self.started
 
     # one replica after another
@@ -64,31 +64,31 @@ class Engine:
         """Whether a replica may own it: an engine that another replica has left, and that works."""
         return self.life.state is State.ASLEEP and not self.hosting.vllm.dead
 
-    async def own(self, owner: Owner, weights: str, spec: FleetSpec) -> bool:
+    async def acquire(self, owner: Owner, weights: str, spec: FleetSpec) -> bool:
         """Host ``weights`` for this replica, with its fleet's settings, and end when its process does.
 
         False where another replica was faster, or the engine cannot host them; in that case the engine ends. Where the files cannot be read
         it raises, and the engine is as it was before.
         """
-        if not self.life.own(owner):
+        if not self.life.acquire(owner):
             return False
         began_s = time.monotonic()
-        self.release = watchdog.when_gone(owner.pid, lambda: os._exit(1))  # nothing to save: nobody else can ask for it
+        self.unwatch = watchdog.when_gone(owner.pid, lambda: os._exit(1))  # nothing to save: nobody else can ask for it
         async with self.loading:
             try:
                 manifest = await self.storage.manifest(weights)
                 folder = await self.storage.fetch(manifest)
             except Exception:
-                self._disown()
+                self._give_up()
                 raise
             if not await self._host(manifest, folder, spec):
                 return False
         log.info("%s serves %s at %s after %.2f s", owner.id, weights, self.hosting.server.url, time.monotonic() - began_s)
         return True
 
-    def _disown(self) -> None:
+    def _give_up(self) -> None:
         """Nothing has changed yet: wait for the next owner."""
-        self.release()
+        self.unwatch()
         self.life.to(State.NEW if self.life.state is State.STARTING else State.ASLEEP)
         self.ending.after(UNOWNED_S if self.life.state is State.NEW else self.spec.fleet.warm_pool_s)
 
@@ -115,7 +115,7 @@ class Engine:
             raise
         self.ending.started(self.started)
 
-    async def rest(self, keep: bool) -> None:
+    async def release(self, keep: bool) -> None:
         """The replica ends. Wait for the streams; then sleep, where the engine is to be kept for another replica, else end."""
         self._leave()
         await self.hosting.in_flight.until_quiet(QUIET_S, self.spec.fleet.drain_timeout_s)
@@ -126,7 +126,7 @@ class Engine:
             return await self.ending.end()
         self.life.to(State.FALLING_ASLEEP)
         await self.hosting.fall_asleep()
-        self.release()
+        self.unwatch()
         self.life.to(State.ASLEEP)
         self.ending.after(self.spec.fleet.warm_pool_s)
 
@@ -172,11 +172,11 @@ class Engine:
             self.storage.keep(self.hosting.holdings.used)
         return await self.describe()
 
-    async def become(self, id: str, fingerprint: str, cut_streams: bool) -> ReplicaState:
-        """Host the weights ``id`` in place; see `Swap.become`. Nothing where the replica ends already."""
+    async def swap_weights(self, id: str, fingerprint: str, cut_streams: bool) -> ReplicaState:
+        """Host the weights ``id`` in place; see `Swap.to`. Nothing where the replica ends already."""
         async with self.loading:
             if id != self.hosting.holdings.base and self.life.state is State.SERVING:
-                await self.hosting.swap.become(id, fingerprint, cut_streams)
+                await self.hosting.swap.to(id, fingerprint, cut_streams)
                 self.storage.keep(self.hosting.holdings.used)
         return await self.describe()
 

@@ -80,7 +80,7 @@ class Life:
         """Whether new requests are answered."""
         return self.state in ADMITTING
 
-    def own(self, owner: Owner) -> bool:
+    def acquire(self, owner: Owner) -> bool:
         """Give the engine to a replica. False where it has one, or ends."""
         if self.state not in OWNING:
             return False
@@ -89,7 +89,7 @@ class Life:
 
     def to(self, state: State) -> None:
         """Enter ``state``. Raises `IllegalTransition`, and changes nothing, where the present state does not allow it."""
-        if state not in TRANSITIONS[self.state] or state in OWNING.values():  # only `own` names the owner that those need
+        if state not in TRANSITIONS[self.state] or state in OWNING.values():  # only `acquire` names the owner that those need
             raise IllegalTransition(f"an engine that is {self.state.name} cannot be {state.name}")
         self.state = state
         self.owner = None if state in UNOWNED else self.owner

@@ -39,7 +39,7 @@ class Replica:
 
     engine: Any = None
     """The engine's actor; None until it serves."""
-    release: Callable[[], None] | None = None
+    unwatch: Callable[[], None] | None = None
     """Stops watching the engine's process."""
     reporting: asyncio.Task[None] | None = None
     ceiling: int | None = None
@@ -55,7 +55,7 @@ class Replica:
         self.warm_pool = WarmPool(spec)
         self.engine = await self.warm_pool.engine(Owner(self.id, self.app, os.getpid()), str(id), self._tell)
         state: ReplicaState = await self.engine.describe.remote()
-        self.release = watchdog.when_gone(state.pid, self._end)
+        self.unwatch = watchdog.when_gone(state.pid, self._end)
         self.reporting = asyncio.create_task(self._report())
 
     async def _report(self) -> None:
@@ -86,9 +86,9 @@ class Replica:
         obey."""
         return await self.engine.hold.remote(orders[self.id], carried) if self.engine and self.id in orders else None
 
-    async def become(self, replica: str, id: str, fingerprint: str, cut_streams: bool = False) -> ReplicaState | None:
-        """See `deployments.replica.engine.Engine.become`. Control asks all replicas, and the one that ``replica`` names obeys."""
-        return await self.engine.become.remote(id, fingerprint, cut_streams) if replica == self.id else None
+    async def swap_weights(self, replica: str, id: str, fingerprint: str, cut_streams: bool = False) -> ReplicaState | None:
+        """See `deployments.replica.engine.Engine.swap_weights`. Control asks all replicas, and the one that ``replica`` names obeys."""
+        return await self.engine.swap_weights.remote(id, fingerprint, cut_streams) if replica == self.id else None
 
     async def cap(self, ceiling: int | None) -> None:
         """The fleet may have no more replicas than this; None lifts it. Serve's autoscaler hears it with the next load."""
@@ -104,11 +104,11 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve calls this when the replica must end: let the streams finish, then leave the engine asleep, or end it."""
-        if self.release is None or self.reporting is None:
+        if self.unwatch is None or self.reporting is None:
             return
         self.reporting.cancel()
         tell("leaving", self.id)
-        self.release()
+        self.unwatch()
         await self.warm_pool.leave(self.engine)
 
 

@@ -54,4 +54,4 @@ class Storage:
 
 
 def retained(registry: Registry, weights: VersionId, limit: int) -> list[Manifest]:
-    return registry.ever_live(weights, limit)
+    return registry.resident_adapters(weights, limit)

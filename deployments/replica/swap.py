@@ -54,7 +54,7 @@ class Swap:
         self.restarted_s = 0.0
         """When the last restart of vLLM began."""
 
-    async def become(self, id: str, expected: str, cut_streams: bool) -> None:
+    async def to(self, id: str, expected: str, cut_streams: bool) -> None:
         """Host the weights ``id``. Never raises: after a failure the engine serves the weights that it had, and `Holdings.refused` says why.
 
         ``expected`` is the fingerprint that another replica computed over these weights; empty where no replica hosts them.

@@ -74,14 +74,14 @@ class WarmPool:
     async def leave(self, engine: Any) -> None:
         """Let the engine sleep where the fleet keeps one more here; else it ends."""
         with contextlib.suppress(RayActorError):  # it died while it finished its streams
-            await engine.rest.remote(self.spec.fleet.warm_pool_size > 0)
+            await engine.release.remote(self.spec.fleet.warm_pool_size > 0)
         asleep = await self._find_asleep()
         for name in fitting(self.name, asleep)[self.spec.fleet.warm_pool_size :]:  # sorted: two replicas that leave at once agree
             asleep[name].end.remote()
 
     async def _owned(self, engine: Any, owner: Owner, weights: str) -> bool:
         try:
-            return await engine.own.remote(owner, weights, self.spec)
+            return await engine.acquire.remote(owner, weights, self.spec)
         except RayTaskError as error:
             raise (error.cause if isinstance(error.cause, SpringtideError) else error) from None
 

@@ -32,7 +32,7 @@ def asked(url: str, what: str) -> Counter[str]:
     store = Counting(url)
     registry = Registry(store)
     if what == "engine start":
-        registry.ever_live(VersionId("m", 1), 16)
+        registry.resident_adapters(VersionId("m", 1), 16)
     elif what == "rollback":
         registry.previous("m")
     else:
@@ -251,7 +251,7 @@ def test_whatever_is_damaged_every_other_alias_reads_right(data: st.DataObject, 
         for found in registry.past("m").moves:
             assert found.generation <= count
         assert not [found for found in registry.damaged() if "/m/" not in found.path]
-        registry.ever_live(VersionId("good", 1), 4)
+        registry.resident_adapters(VersionId("good", 1), 4)
         harmless = all(how == "newer" for _, how in chosen)
         if harmless:
             assert registry.past("m").number == count and registry.damaged() == []
@@ -267,5 +267,5 @@ def test_unknown_fields_of_a_newer_release_are_read_past(url: str) -> None:
         spoil(path, "newer")
     registry = Registry(Store(url))
     assert registry.alias("m") is not None and registry.rollout("m") is not None and registry.damaged() == []
-    assert [manifest.id.n for manifest in registry.ever_live(VersionId("m", 1), 2)]
+    assert [manifest.id.n for manifest in registry.resident_adapters(VersionId("m", 1), 2)]
     write(registry.store, "x", b"")

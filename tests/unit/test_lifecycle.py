@@ -33,9 +33,9 @@ class Lives(RuleBasedStateMachine):
         return True
 
     @rule(owner=st.sampled_from([A, B]))
-    def own(self, owner: Owner) -> None:
+    def acquire(self, owner: Owner) -> None:
         before = self.life.owner
-        taken = self.life.own(owner)
+        taken = self.life.acquire(owner)
         assert taken == (before is None and self.life.state in OWNING.values())
         assert self.life.owner == (owner if taken else before), "an owner is never taken its engine away from"
 
@@ -46,7 +46,7 @@ class Lives(RuleBasedStateMachine):
             self.life.to(outcome)
 
     @rule(way=st.sampled_from([State.SWAPPING, State.RESTARTING]), again=st.booleans(), reverts=st.booleans())
-    def become(self, way: State, again: bool, reverts: bool) -> None:
+    def swap_weights(self, way: State, again: bool, reverts: bool) -> None:
         if self.to(State.DRAINING, way):
             assert not self.life.admits
             if again and way is State.RESTARTING:
@@ -54,12 +54,12 @@ class Lives(RuleBasedStateMachine):
             assert self.to(State.SERVING if reverts else State.BROKEN)
 
     @rule(drains=st.booleans())
-    def become_gives_up_while_draining(self, drains: bool) -> None:
+    def swap_gives_up_while_draining(self, drains: bool) -> None:
         if self.to(State.DRAINING) and drains:
             assert self.to(State.SERVING)
 
     @rule(keep=st.booleans())
-    def rest(self, keep: bool) -> None:
+    def release(self, keep: bool) -> None:
         if self.to(State.LEAVING):
             assert self.life.admits, "a gateway may not know yet"
             assert self.to(State.FALLING_ASLEEP, State.ASLEEP) if keep else self.to(State.ENDED)
@@ -134,13 +134,13 @@ def test_only_owned_states_admit_and_only_own_gives_an_owner() -> None:
     life = Life()
     with pytest.raises(IllegalTransition, match="NEW cannot be STARTING"):
         life.to(State.STARTING)
-    assert life.own(A) and not life.own(B) and life.owner == A
+    assert life.acquire(A) and not life.acquire(B) and life.owner == A
 
 
 def test_an_engine_serves_one_replica_after_another() -> None:
     life = Life()
     for owner, coming_up in ((A, State.STARTING), (B, State.WAKING)):
-        assert life.own(owner) and life.state is coming_up
+        assert life.acquire(owner) and life.state is coming_up
         for state in (State.SERVING, State.LEAVING, State.FALLING_ASLEEP, State.ASLEEP):
             life.to(state)
         assert life.owner is None
@@ -148,6 +148,6 @@ def test_an_engine_serves_one_replica_after_another() -> None:
 
 def test_an_engine_whose_files_could_not_be_read_waits_for_the_next_replica() -> None:
     life = Life()
-    assert life.own(A)
+    assert life.acquire(A)
     life.to(State.NEW)
-    assert life.owner is None and life.own(B)
+    assert life.owner is None and life.acquire(B)

@@ -232,7 +232,7 @@ def test_a_damaged_manifest_is_refused_with_words_and_keeps_no_replica_from_star
     fresh = Registry(registry.store)
     with pytest.raises(VersionRefused, match="damaged"):
         fresh.manifest(made.id)
-    assert fresh.ever_live(made.id, 4) == []
+    assert fresh.resident_adapters(made.id, 4) == []
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"r": null}', '{"r": 8, "rank_pattern": {"q": "many"}}'])
