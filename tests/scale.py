@@ -54,6 +54,7 @@ COLUMNS = {
     "Nodes": "{nodes}",
     "Allocator ms": "{allocator_p50_ms}/{allocator_p99_ms}/{allocator_max_ms}",
     "Board ms": "{board_p50_ms}/{board_p99_ms}",
+    "Place ms": "{place_p50_ms}/{place_p99_ms}/{place_max_ms}",
     "Control ms": "{announce_p50_ms}/{announce_p99_ms}/{announce_max_ms}",
     "Table ms": "{table_p50_ms}/{table_p99_ms}/{table_max_ms}",
     "Choice µs": "{choice_p50_us}/{choice_p99_us}",
@@ -66,18 +67,26 @@ COLUMNS = {
 TICKS = {
     "allocator": "the allocator",
     "board": "its metrics",
+    "place": "the placement of adapters",
     "announce": "control's word to the gateways",
     "table": "a gateway's table",
 }
 CAPTION = (
-    "A tick of the allocator is the heartbeats of all jobs and a turn; of the board, what metrics have to say of it; of control, finding and packing "
-    "what changed in the view; of the table, unpacking and "
+    "A tick of the allocator is the heartbeats of all jobs and a turn; of the board, what metrics have to say of it; of the "
+    "placement, dividing the replicas' places among all live adapters; of control, finding and packing what changed in the view; of the table, unpacking and "
     f"adopting it: processor time, p50 / p99 / max over two days of {TURNS:,} turns. A choice is one request's, p50 / p99. All: a whole "
     "view unpacked and adopted by a gateway that starts. GC: a full run of that gateway's garbage collector. MB: held after both days; "
     f"needed for a moment during a tick of the allocator / of the table. {SLOTS_PER_NODE} slots and {ADAPTERS_PER_NODE} adapters a node, half "
     f"of the slots served, a job for every {NODES_PER_JOB} nodes."
 )
-COLOURS = {"board": "#7b5ea7", "allocator": "#0f7c8a", "table": "#cf7f3f", "announce": "#e0b265", "choice": "#9aa5b1"}
+COLOURS = {
+    "board": "#7b5ea7",
+    "allocator": "#0f7c8a",
+    "table": "#cf7f3f",
+    "announce": "#e0b265",
+    "place": "#5b8c5a",
+    "choice": "#9aa5b1",
+}
 
 Row = dict[str, float]
 Result = TypeVar("Result")
@@ -109,7 +118,7 @@ class Days:
         self.board = Board()
         self.flying: deque[str] = deque()
         self.times_s: dict[str, list[float]] = {
-            what: [] for what in ("allocator", "board", "announce", "whole", "collect", "choice", "listing")
+            what: [] for what in ("allocator", "board", "place", "announce", "whole", "collect", "choice", "listing")
         }
         self.broken: list[str] = []
         """Invariants that did not hold, in words."""
@@ -145,6 +154,8 @@ class Days:
         world.hear(turn, self.allocator.grants)
 
     def _route(self) -> None:
+        self.world.change()
+        self.world.hold(self._timed("place", self.world.place))
         aliases, replicas = self.world.route()
         told = len(self.gateways.times_s)
         _, seconds = cost(lambda: self.gateways.announce(aliases, replicas, {}))
@@ -183,7 +194,7 @@ class Days:
 
     def _size(self) -> Row:
         world = self.world
-        return {"nodes": self.nodes, "slots": world.slots, "adapters": len(world.places), "jobs": world.jobs}
+        return {"nodes": self.nodes, "slots": world.slots, "adapters": len(world.adapters), "jobs": world.jobs}
 
     def _times(self) -> Row:
         found: Row = {}
@@ -198,6 +209,8 @@ class Days:
         held = {f"{what}_mb": size / 1e6 for what, size in after.items()}
         growth = {f"{what}_growth": size / before[what] - 1 for what, size in after.items()}
         turn = momentary(lambda: self._turn(len(self.times_s["allocator"])))
+        self.world.change()
+        self.world.hold(self.world.place())
         change = delta(self.gateways.current, View(time.time_ns(), *self.world.route()))
         return {
             **held,

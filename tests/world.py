@@ -13,13 +13,14 @@ from random import Random
 
 from cluster.capacity.allocator import Allocator, Grant, Heartbeat
 from cluster.capacity.arbiter import Job
+from cluster.publishing.adapter_placement import AdapterPlacement, assign
 from cluster.types import Generation, ReplicaState, VersionId
 
 SLOTS_PER_NODE = 8
 ADAPTERS_PER_NODE = 10
 NODES_PER_JOB = 10
-HOLDERS = 4
-"""Replicas that hold an adapter, on average."""
+PLACES = 10
+"""For adapters, on each replica: with half of the slots served, four replicas hold each adapter."""
 BASE = VersionId("seedling", 1)
 ENDING_TURNS = 20
 SILENT_TURNS = 60
@@ -51,13 +52,12 @@ class World:
         self.jobs, self.born, self.came = max(1, nodes // NODES_PER_JOB), 0, 0
         adapters = [VersionId(f"adapter-{n}", 2) for n in range(nodes * ADAPTERS_PER_NODE)]
         self.aliases = {version.name: move(version) for version in (BASE, *adapters)}
-        self.places: dict[str, list[str]] = {adapter.name: [] for adapter in adapters}
-        """Adapter's alias → the replicas that hold it."""
+        self.adapters = [adapter.name for adapter in adapters]
+        """Their aliases."""
         self.replicas: dict[str, ReplicaState] = {}
         for _ in range(self.running):
             self._start()
-        for name in self.places:
-            self._place(name, *self.random.sample(list(self.replicas), HOLDERS))
+        self.hold(self.place())
 
     # the allocator's side
 
@@ -119,70 +119,57 @@ class World:
             job = Job(f"job-{self.came}", self.random.randrange(4), float(turn), least, most, step)
             self.drivers[job.id] = Driver(job)
 
+    # control's side
+
+    def change(self) -> None:
+        """Replicas come and go, and some aliases move to their next versions."""
+        ids = list(self.replicas)
+        for id in self.random.sample(ids, max(0, len(ids) - self.running)):
+            del self.replicas[id]
+        for _ in range(self.running - len(ids)):
+            self._start()
+        for name in self.random.sample(self.adapters, max(1, int(len(self.adapters) * FLIPS))):
+            self.aliases[name] = move(VersionId(name, self.aliases[name].stable.n + 1))
+
+    def place(self) -> AdapterPlacement:
+        """Where control wants the live adapters."""
+        return assign([str(self.aliases[name].stable) for name in self.adapters], list(self.replicas.values()), PLACES)
+
+    def hold(self, placement: AdapterPlacement) -> None:
+        """Every replica loads what it must hold; in the places that are left the newest of the others stay."""
+        for id, assigned in placement.assigned.items():
+            held = self.replicas[id].held
+            new = {version: digest(version) for version in assigned if version not in held}
+            others = [version for version in held if version not in (*assigned, str(BASE))]
+            gone = others[: max(0, len(assigned) + len(others) - PLACES)]
+            if new or gone:
+                kept = {version: at for version, at in held.items() if version not in gone}
+                self.replicas[id] = self.replicas[id]._replace(held=kept | new)
+
     # the gateways' side
 
     def route(self) -> tuple[dict[str, Generation], tuple[ReplicaState, ...]]:
-        """What control finds to tell the gateways now: replicas have come and gone, and aliases have moved."""
-        self._staff()
-        for name in self.random.sample(list(self.places), max(1, int(len(self.places) * FLIPS))):
-            self._flip(name)
+        """What control finds to tell the gateways now."""
         states = (state._replace(running=self.random.randrange(32)) for state in self.replicas.values())
         return dict(self.aliases), tuple(states)
 
     def asks(self, requests: int) -> list[str]:
         """Aliases as clients ask for them: every second request is for the base, the others for few adapters often and for many seldom."""
-        names = list(self.places)
+        names = self.adapters
         ranks = (min(len(names), int(self.random.paretovariate(0.5))) for _ in range(requests))
         return [BASE.name if self.random.random() < 0.5 else names[rank - 1] for rank in ranks]
-
-    def _staff(self) -> None:
-        """As many replicas as run, and every adapter on one of them at least."""
-        ids = list(self.replicas)
-        for id in self.random.sample(ids, max(0, len(ids) - self.running)):
-            self._leave(id)
-        for _ in range(self.running - len(ids)):
-            id = self._start()
-            for name in self.random.sample(list(self.places), len(self.places) * HOLDERS * 2 // self.slots):
-                self._place(name, id)
-        ids = list(self.replicas)
-        for name in [name for name, holders in self.places.items() if not holders]:
-            self._place(name, self.random.choice(ids))
 
     def _start(self) -> str:
         id, self.born = f"replica-{self.born}", self.born + 1
         url = f"http://10.{self.born >> 16}.{self.born >> 8 & 255}.{self.born & 255}:8000"
         secret = f"{self.random.getrandbits(256):064x}"
-        self.replicas[id] = ReplicaState(id, url, secret, str(BASE), {str(BASE): digest(BASE)}, {}, 0)
+        self.replicas[id] = ReplicaState(id, url, secret, str(BASE), {str(BASE): digest(str(BASE))}, {}, 0)
         return id
-
-    def _leave(self, id: str) -> None:
-        for name in {version.partition("@")[0] for version in self.replicas.pop(id).held} - {BASE.name}:
-            self.places[name].remove(id)
-
-    def _flip(self, name: str) -> None:
-        """Publish the adapter's next version where this one is held and on one replica more; another drops it."""
-        self.aliases[name] = move(VersionId(name, self.aliases[name].stable.n + 1))
-        self._place(name, *self.places[name], self.random.choice(list(self.replicas)))
-        if len(self.places[name]) > HOLDERS:
-            self._hold(self.places[name].pop(0), name)
-
-    def _place(self, name: str, *ids: str) -> None:
-        """Load the adapter's live version beside the one before it."""
-        live = self.aliases[name].stable
-        for id in ids:
-            self._hold(id, name, *(VersionId(name, n) for n in (live.n - 1, live.n) if n))
-        self.places[name] = list(dict.fromkeys([*self.places[name], *ids]))
-
-    def _hold(self, id: str, name: str, *versions: VersionId) -> None:
-        """Of this adapter the replica holds these versions from now on."""
-        state = self.replicas[id]
-        others = {version: at for version, at in state.held.items() if not version.startswith(f"{name}@")}
-        self.replicas[id] = state._replace(held=others | {str(version): digest(version) for version in versions})
 
 
 def move(version: VersionId) -> Generation:
     return Generation(alias=version.name, generation=version.n, stable=version, reason="published", author="ci", time_s=version.n)
 
 
-def digest(version: VersionId) -> str:
-    return hashlib.sha256(str(version).encode()).hexdigest()
+def digest(version: str) -> str:
+    return hashlib.sha256(version.encode()).hexdigest()
