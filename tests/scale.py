@@ -72,8 +72,9 @@ TICKS = {
     "table": "a gateway's table",
 }
 CAPTION = (
-    "A tick of the allocator is the heartbeats of all jobs and a turn; of the board, what metrics have to say of it; of the "
-    "placement, dividing the replicas' places among all live adapters; of control, finding and packing what changed in the view; of the table, unpacking and "
+    "A tick of the allocator is the heartbeats of all jobs and a turn; of the board, what metrics have to say of it; of the placement, "
+    "dividing the replicas' places among all live adapters; of control, finding and packing what changed in the view; of the table, "
+    "unpacking and "
     f"adopting it: processor time, p50 / p99 / max over two days of {TURNS:,} turns. A choice is one request's, p50 / p99. All: a whole "
     "view unpacked and adopted by a gateway that starts. GC: a full run of that gateway's garbage collector. MB: held after both days; "
     f"needed for a moment during a tick of the allocator / of the table. {SLOTS_PER_NODE} slots and {ADAPTERS_PER_NODE} adapters a node, half "
