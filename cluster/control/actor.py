@@ -179,10 +179,15 @@ class Control:
         }
 
     def fleets(self) -> list[dict[str, Any]]:
-        """Every fleet with its bounds, its replicas and its state."""
+        """Every fleet with its bounds, its replicas and its state. The surge of a rollout is one more fleet."""
         fleets, replicas, known = list(self.hosting.fleets.values()), self.replicas.states, self.applications.known
         failures = dict(self.reconcilers.runtime_fleets.failures)
-        return [*(describe.fleet(one, replicas, known) for one in fleets), *map(describe.failed_fleet, failures.items())]
+        surges = [found for one in fleets if (found := describe.surge(one, replicas, known))]
+        return [
+            *(describe.fleet(one, replicas, known) for one in fleets),
+            *surges,
+            *map(describe.failed_fleet, failures.items()),
+        ]
 
     @ray.method(concurrency_group=WAITING)
     def add_fleet(self, name: str, overrides: dict[str, Any], author: str) -> list[dict[str, Any]]:

@@ -81,6 +81,28 @@ def fleet(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Ap
     }
 
 
+def surge(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Application]) -> dict[str, Any] | None:
+    """The surge of a fleet as one more fleet, with the same keys; None while it has none."""
+    if fleet.surge is None:
+        return None
+    own, app = [one for one in replicas if one.app == fleet.surge_app], known.get(fleet.surge_app)
+    there = phase(app is not None and app.status == "DELETING", len(own), app)
+    slots = fleet.spec.fleet.tensor_parallel_size
+    return {
+        "name": fleet.surge_app,
+        "model": str(fleet.surge),
+        "declared": False,
+        "phase": str(there[0]),
+        "words": there[1] or f"answers while {fleet.name} takes {fleet.surge} over",
+        "replicas": len(own),
+        "min_replicas": fleet.surge_size,
+        "max_replicas": fleet.surge_size,
+        "slots": len(own) * slots,
+        "slots_per_replica": slots,
+        "weights": sorted({one.base for one in own}),
+    }
+
+
 def failed_fleet(failure: tuple[str, str]) -> dict[str, Any]:
     """A fleet of the store whose record cannot be made true, and why."""
     name, words = failure

@@ -1,15 +1,19 @@
 """Control's decisions, without Ray."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.control.describe import public
+from cluster.control.applications import Application
+from cluster.control.describe import public, surge
 from cluster.control.gateways import Gateways
+from cluster.control.hosting import Fleet
 from cluster.control.replicas import Orders, Replicas
 from cluster.publishing.placement import fleet_state, lacks, routable, target_weights, warmth
 from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId, View
 from cluster.view import delta
+from tests.controlled import two_fleets
 from tests.waiting import when
 
 ONE, TWO = VersionId("m", 1), VersionId("m", 2)
@@ -118,3 +122,16 @@ def test_the_orders_of_a_version_are_forgotten_and_not_those_of_one_whose_id_beg
     when(lambda: not orders.swapping("r", "m@1"), 10)
     assert sorted(told) == sorted([*ids, "m@1"])
     orders.close()
+
+
+def test_a_surge_is_listed_as_one_more_fleet_while_it_is_there(tmp_path: Path) -> None:
+    config, *_ = two_fleets(tmp_path)
+    fleet = Fleet(config.spec("m"), declared=True)
+    assert surge(fleet, (), {}) is None
+    fleet.surge, fleet.surge_size = TWO, 2
+    starting = surge(fleet, (), {"surge-m@m-2": Application("DEPLOYING", starting=2)})
+    assert starting is not None and (starting["name"], starting["phase"], starting["replicas"]) == ("surge-m@m-2", "starting", 0)
+    one = replica({"m@2": "d"}, "m@2")._replace(app="surge-m@m-2")
+    serving = surge(fleet, (one, replica({"m@1": "d"})._replace(app="fleet-m")), {})
+    assert serving is not None and (serving["phase"], serving["slots"], serving["weights"]) == ("serving", 1, ["m@2"])
+    assert serving["words"] == "answers while m takes m@2 over"
