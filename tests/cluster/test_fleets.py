@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,8 @@ from cluster import client
 from cluster.capacity.handover import doubly_owned, parse
 from cluster.errors import SpringtideError
 from cluster.pool import submit
-from cluster.types import VersionId
+from cluster.types import Lineage, VersionId
+from tests.adapters import make_adapter
 from tests.cluster.test_autoscaling import engines
 from tests.cluster.test_publish import ONE, TIDE, ask, wait_until
 from tests.conftest import Running
@@ -81,3 +83,44 @@ def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_train
     assert doubly_owned(snapshots) == [] and max(one.serving for one in snapshots) == 3
     operator.remove_fleet("sprout", force=True)
     wait_until(lambda: phases(pool) == {"seedling": "serving"}, timeout_s=60)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_two_replicas_serve_twice_as_many_adapters_as_one_has_places_for(
+    pool: Running, sprout: VersionId, tmp_path: Path
+) -> None:
+    """Every live adapter had to be on every replica. Clients ask for all of them while more are published; the last finds no place."""
+    operator, places = client.of(pool.config), 2
+    operator.add_fleet(
+        "tenants", {"model": str(sprout), "min_replicas": 2, "max_replicas": 2, "max_cpu_loras": places, "max_loras": places}
+    )
+    wait_until(lambda: len(of_fleet(pool, "tenants")) == 2, timeout_s=180)
+    base = pool.registry.fetch(pool.registry.manifest(sprout), tmp_path / "cache")
+    made = [
+        pool.registry.register(
+            f"tenant-{n}", "adapter", sprout, make_adapter(tmp_path / str(n), base, 4, seed=900 + n), Lineage()
+        )
+        for n in range(2 * places + 1)
+    ]
+    with recording(pool.url, "tenants", 4, pause_s=0.05, prefix="tenants") as events:
+        for one in made[:-1]:
+            began_s = time.time()
+            assert operator.publish(one.id, one.id.name, "one more tenant").stage == "live"
+            print(f"{one.id} is live after {time.time() - began_s:.2f} s")
+        with pytest.raises(SpringtideError, match="all 4 places for adapters of the fleet tenants are taken"):
+            operator.publish(made[-1].id, made[-1].id.name, "one too many")
+        for one in made[:-1] * 3:
+            answer = ask(pool, one.id.name)
+            assert (answer.status_code, answer.headers.get("x-model-version")) == (200, str(one.id)), answer.text
+    held = [{id for id in one["held"] if id.startswith("tenant-")} for one in of_fleet(pool, "tenants")]
+    print(held)
+    assert [len(some) for some in held] == [places, places] and held[0] | held[1] == {str(one.id) for one in made[:-1]}
+    assert problems(events, expected_of(pool.url, [str(sprout)])) == []
+    operator.remove_fleet("tenants", force=True)
+    wait_until(lambda: phases(pool) == {"seedling": "serving"}, timeout_s=60)
+
+
+def of_fleet(pool: Running, name: str) -> list[dict[str, Any]]:
+    """The replicas of a fleet, as `springtide status` knows them."""
+    return [one for one in client.of(pool.config).status()["replicas"] if one["app"] == f"fleet-{name}"]
