@@ -171,7 +171,7 @@ def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job
     of = {"base": settings["base"], "recipe": settings["recipe"], "data": plan.dataset_sha256}
     name = runs.resumed(registry.store, options.resume, of) if options.resume else runs.begun(registry.store, job.id, of)
     job.begin_run(name)
-    ended = driver.fit(config, sft.SupervisedFineTuning, settings, name, options.priority, job.watch, job.note)
+    ended = driver.fit(config, sft.SupervisedFineTuning, settings, name, options.priority, job.watch, job.note, job.checkpoint)
     job.watch(whole(plan, ended.metrics, job.snapshot.progress))
     lineage = Lineage(
         parent=plan.base.id,

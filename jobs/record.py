@@ -26,7 +26,7 @@ from cluster.jobspec import Options, new_id
 from cluster.store.jobs import JobEvent, JobEvents, JobProgress, JobResult, JobSnapshot, JobSpec, JobStatus, JobStore
 from cluster.store.objects import Store
 from jobs.ray_job import submission_id
-from jobs.training.progress import Progress
+from jobs.training.progress import Committed, Progress
 
 FLUSH_S = 3
 """At most how often events are written."""
@@ -78,6 +78,13 @@ class JobRecord:
         """What happens, in words. ``waiting``: what the job waits for now; empty where it does not."""
         begins = bool(waiting) and waiting != self.snapshot.waiting
         self._say("waiting" if begins else "message", words, waiting=waiting, message=words)
+
+    def checkpoint(self, committed: Committed) -> None:
+        """Its run can go on from here."""
+        step, seconds, size_bytes = committed
+        self._say(
+            "checkpoint", f"the state after step {step} is kept", {"step": step, "seconds": seconds, "size_bytes": size_bytes}
+        )
 
     def know(self, **facts: Any) -> None:
         """What is known of it by now: ``base``, ``dataset_sha256``, …"""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from jobs.training.process_group import ProcessGroup
+from jobs.training.progress import Committed
 from jobs.training.schedule import Schedule, share_out
 from jobs.training.worker import Reached, Worker
 
@@ -116,7 +117,7 @@ class Workers:
     def answers(self, *workers: int) -> list[Any]:
         return [self._answer(worker) for worker in workers]
 
-    def keep(self, worker: int) -> int:
+    def keep(self, worker: int) -> Committed:
         self.pipes[worker].send(("keep",))
         return self._answer(worker)
 

@@ -91,7 +91,7 @@ class JobSnapshot(Recorded):
 class JobEvent(Recorded):
     at_s: float
     kind: str
-    """``message``, ``waiting``, ``progress`` or ``fact``."""
+    """``message``, ``waiting``, ``progress``, ``checkpoint`` or ``fact``."""
     words: str = ""
     data: dict[str, Any] = {}
 

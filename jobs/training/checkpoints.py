@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load, save_file
 
 from cluster.store.objects import Store, sha256
+from jobs.training.progress import Committed
 
 KEPT = 2
 FILE, MANIFEST = "state.safetensors", "manifest.json"
@@ -104,13 +105,14 @@ class Writer:
     """Commits the newest snapshot that it was given, in a thread of its own. The training goes on where that fails: the log says why, and the
     next snapshot is due soon."""
 
-    def __init__(self, checkpoints: Checkpoints, tell: Callable[[str], None] = lambda outcome: None) -> None:
-        """``tell`` is called with ``written`` or ``failed`` for each snapshot."""
+    def __init__(self, checkpoints: Checkpoints, tell: Callable[[Committed | None], None] = lambda committed: None) -> None:
+        """``tell`` hears of each snapshot that was committed, and None for each that failed."""
         self.checkpoints, self.tell = checkpoints, tell
         self.changed = threading.Condition()
         self.waiting: list[Snapshot] = []
         """The newest, where there is one."""
-        self.given, self.tried, self.written = -1, -1, -1
+        self.given, self.tried = -1, -1
+        self.newest = Committed()
         threading.Thread(target=self._run, name="checkpoints", daemon=True).start()
 
     def give(self, snapshot: Snapshot) -> None:
@@ -120,11 +122,11 @@ class Writer:
                 self.tried = min(self.tried, snapshot.step - 1)  # a step that failed is tried again
             self.changed.notify_all()
 
-    def flush(self) -> int:
-        """Wait until the newest given snapshot is committed or has failed. Returns the newest committed step; -1 where there is none."""
+    def flush(self) -> Committed:
+        """Wait until the newest given snapshot is committed or has failed. Returns the newest that is committed."""
         with self.changed:
             self.changed.wait_for(lambda: self.tried >= self.given)
-            return self.written
+            return self.newest
 
     def _run(self) -> None:
         while True:
@@ -134,11 +136,12 @@ class Writer:
             began_s = time.monotonic()
             try:
                 self.checkpoints.commit(snapshot)
-                self.written = snapshot.step
-                self.tell("written")
-                print(f"checkpoint step={snapshot.step} seconds={time.monotonic() - began_s:.2f}", flush=True)
+                size_bytes = sum(tensor.nbytes for tensor in snapshot.tensors.values())
+                self.newest = Committed(snapshot.step, time.monotonic() - began_s, size_bytes)
+                self.tell(self.newest)
+                print(f"checkpoint step={snapshot.step} seconds={self.newest.seconds:.2f}", flush=True)
             except Exception as error:  # noqa: BLE001 (this thread must live: the next snapshot may succeed)
-                self.tell("failed")
+                self.tell(None)
                 print(f"checkpoint step={snapshot.step} could not be written, the one before stays: {error}", flush=True)
             with self.changed:
                 self.tried = snapshot.step

@@ -19,7 +19,7 @@ from jobs.training.elasticity import HUNG_S, Actions, Began, Limits, Run, RunFac
 from jobs.training.handles import Crew, wait_all
 from jobs.training.heartbeat import Heartbeats, ignore
 from jobs.training.process_group import ProcessGroup
-from jobs.training.progress import Meter, Progress
+from jobs.training.progress import Committed, Meter, Progress
 from jobs.training.work import Work
 from jobs.training.worker import Outcome, Reached, Worker
 
@@ -47,18 +47,21 @@ def fit(
     priority: int = 0,
     watch: Callable[[Progress], None] = ignore,
     note: Callable[[str, str], None] = ignore,
+    committed: Callable[[Committed], None] = ignore,
 ) -> Ended:
     """Train ``work(settings)`` to its end, on as many slots as there are at the time. Its files are then at `runs.result`.
 
-    ``name``: from `runs.begun` or `runs.resumed`. Both callbacks run in this thread, and must be quick: ``watch`` hears of the progress at most
+    ``name``: from `runs.begun` or `runs.resumed`. The callbacks run in this thread, and must be quick: ``watch`` hears of the progress at most
     once a second, ``note`` hears words such as "training with 3 workers from step 40", which are in the log too, and what the run waits for then
-    (empty where it does not).
+    (empty where it does not), ``committed`` hears of the newest checkpoint.
     ``settings["stage"]`` names the run in its progress lines; the name's first part by default.
 
     Raises `JobFailed` where the run cannot go on. Its checkpoints stay then, and when it is ended from outside, for a job that resumes it;
     `springtide cancel` removes them.
     """
-    driver = Driver(config, work, {"stage": name.rpartition("-")[0], **settings}, name, priority, Reporter(watch, note))
+    driver = Driver(
+        config, work, {"stage": name.rpartition("-")[0], **settings}, name, priority, Reporter(watch, note, committed)
+    )
     try:
         while driver.result is None:
             driver.turn(time.monotonic())
@@ -110,6 +113,7 @@ class Driver:
         facts = self._facts(now_s)
         self.run, actions = next_actions(self.run, facts, self.limits)
         self._carry_out(actions, facts, now_s)
+        self.tell.committed(self.crew.committed)
         active = self.crew.active(self.run.group)
         trained = [worker for worker in active if worker.trained == self.run.group]
         self.heartbeats.holds = self.crew.held, len(trained) * self.crew.slots_per_worker
@@ -153,6 +157,7 @@ class Driver:
 
     def _keep(self, within_s: float) -> bool:
         kept = self.crew.keep(within_s)
+        self.tell.committed(self.crew.committed)
         if not kept and self.run.step > 0:
             self.tell.say(
                 f"the state could not be kept within {within_s:.0f} s; the newest checkpoint counts", self.run.heard.waits_for
@@ -187,10 +192,13 @@ class Driver:
 
 
 class Reporter:
-    """Tells the log, ``watch`` and ``note`` how the run goes."""
+    """Tells the log and the callbacks of `fit` how the run goes."""
 
-    def __init__(self, watch: Callable[[Progress], None], note: Callable[[str, str], None]) -> None:
-        self.watch, self.note = watch, note
+    def __init__(
+        self, watch: Callable[[Progress], None], note: Callable[[str, str], None], keep: Callable[[Committed], None] = ignore
+    ) -> None:
+        self.watch, self.note, self.keep = watch, note, keep
+        self.newest = Committed()
         self.meter: Meter | None = None
         """Of the newest process group."""
         self.told_s, self.told_step = float("-inf"), -1
@@ -202,6 +210,12 @@ class Reporter:
     def began(self, began: Began) -> None:
         """The group's first worker has printed it."""
         self.note(f"training with {began.workers} workers from step {began.step}", "")
+
+    def committed(self, newest: Committed) -> None:
+        """Once of each checkpoint that is newer than the last; a worker has printed it."""
+        if newest.step > self.newest.step:
+            self.newest = newest
+            self.keep(newest)
 
     def progress(self, reached: Reached, workers: int, now_s: float) -> None:
         """At most once a second, and only of steps that are new. ``reached``: by a worker of the newest process group."""

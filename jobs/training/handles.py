@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.training.elasticity import NEXT_PHASES, Phase, ReservationFacts, SpareFacts, WorkerFacts, WorkerPlacement
 from jobs.training.process_group import ProcessGroup
+from jobs.training.progress import Committed
 from jobs.training.worker import Loaded, Outcome, Reached
 
 ASK_S = 1
@@ -214,6 +215,11 @@ class Crew:
         self.cancel([*self.reservations])
         self.end([*self.workers, *self.spares])
 
+    @property
+    def committed(self) -> Committed:
+        """The newest checkpoint, as far as the workers have said."""
+        return max((one.reached.committed for one in (*self.workers.values(), *self.spares.values())), default=Committed())
+
     def keep(self, within_s: float) -> bool:
         """Have the newest state among the workers that answer written to the store, tried again while there is time. Returns whether it is."""
         deadline_s = time.monotonic() + within_s
@@ -225,7 +231,8 @@ class Crew:
                 kept = answers({newest: newest.actor.keep.remote()}, max(0, deadline_s - time.monotonic()) / 2)
                 if not kept:
                     asked.remove(newest)  # it is gone, or hangs; another has as much, or nearly
-                elif kept[newest] >= said[newest].step or said[newest].step <= 0:  # nothing to keep before the first step
+                elif kept[newest].step >= said[newest].step or said[newest].step <= 0:  # nothing to keep before the first step
+                    newest.reached = newest.reached._replace(committed=kept[newest])
                     return True
             time.sleep(RETRY_S)
         return False

@@ -30,6 +30,17 @@ class Progress(NamedTuple):
     """Workers in the present process group."""
 
 
+class Committed(NamedTuple):
+    """A checkpoint that is in the store."""
+
+    step: int = -1
+    """-1 where there is none."""
+    seconds: float = 0.0
+    """How long its writing took."""
+    size_bytes: int = 0
+    """Of its tensors."""
+
+
 class Meter(NamedTuple):
     """Where a process group began, and what its speed is counted from."""
 

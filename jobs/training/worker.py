@@ -22,7 +22,7 @@ from cluster.pool.local import LOOPBACK
 from cluster.store.objects import Store
 from jobs.training.checkpoints import Checkpoints, Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
-from jobs.training.progress import ProgressPrinter
+from jobs.training.progress import Committed, ProgressPrinter
 from jobs.training.state import State
 from jobs.training.work import Work, gather, update
 
@@ -54,6 +54,8 @@ class Reached(NamedTuple):
     """The training loss of the last step."""
     tokens: int = 0
     """Tokens since the start of the run."""
+    committed: Committed = Committed()
+    """The newest checkpoint that this worker has written."""
 
 
 class Outcome(NamedTuple):
@@ -99,7 +101,11 @@ class Worker:
         self.make, self.settings = work, settings
         self.checkpoints = Checkpoints(Store(store), run)
         counter: Any = CHECKPOINTS.make()
-        self.writer = Writer(self.checkpoints, lambda outcome: counter.inc(1, {"job_id": run, "outcome": outcome}))
+
+        def count(committed: Committed | None) -> None:
+            counter.inc(1, {"job_id": run, "outcome": "written" if committed else "failed"})
+
+        self.writer = Writer(self.checkpoints, count)
         self.rendezvous = Rendezvous()
         self.orders = Orders()
         self.training: Training | None = None
@@ -131,19 +137,20 @@ class Worker:
         """How far it is. A worker that cannot answer this is gone."""
         counters, training = self.state.counters, self.training
         steps = self.state.work.schedule.steps
+        committed = self.writer.newest
         if training is None:
-            return Reached(counters.step, steps=steps)
+            return Reached(counters.step, steps=steps, committed=committed)
         group, first = training.group.number, training.first
-        return Reached(counters.step, training.stepping, group, first, steps, counters.loss, counters.tokens)
+        return Reached(counters.step, training.stepping, group, first, steps, counters.loss, counters.tokens, committed)
 
     def trains(self, number: int) -> int:
         """Wait until it has done a step in this group, or the group is over; returns the newest group in which it has done a step."""
         return self.orders.wait(number)
 
-    def keep(self) -> int:
-        """Write the present state to the store, whether the worker trains or stands still; returns the newest step that is written."""
+    def keep(self) -> Committed:
+        """Write the present state to the store, whether the worker trains or stands still; returns the newest checkpoint."""
         with self.state.lock:
-            snapshot = self.state.snapshot() if self.state.step > max(0, self.writer.written) else None
+            snapshot = self.state.snapshot() if self.state.step > max(0, self.writer.newest.step) else None
         if snapshot is not None:
             self.writer.give(snapshot)
         return self.writer.flush()

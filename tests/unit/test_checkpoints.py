@@ -15,6 +15,7 @@ from cluster.errors import BadRequest, StoreUnavailable
 from cluster.store.objects import Store
 from jobs.training import runs
 from jobs.training.checkpoints import FILE, KEPT, MANIFEST, Checkpoints, Snapshot, Writer
+from jobs.training.progress import Committed
 
 ROOT = Path(__file__).parents[2]
 WRITE = """
@@ -108,15 +109,17 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, capsys: 
     """T3"""
     checkpoints(tmp_path, range(1, 2))
     store = Full(tmp_path.as_uri())
-    writer = Writer(Checkpoints(store, "run"))
+    told: list[Committed | None] = []
+    writer = Writer(Checkpoints(store, "run"), told.append)
     writer.give(snapshot(2))
-    assert writer.flush() == -1
+    assert writer.flush().step == -1 and told == [None]
     assert "could not be written, the one before stays" in capsys.readouterr().out
     newest = writer.checkpoints.newest()
     assert newest and newest.step == 1
     store.full = False
     writer.give(snapshot(3))
-    assert writer.flush() == 3
+    assert writer.flush() == told[1] == writer.newest
+    assert writer.newest.step == 3 and writer.newest.size_bytes == sum(t.nbytes for t in snapshot(3).tensors.values()) > 0
 
 
 def test_a_run_is_resumed_with_what_it_was_begun_with_and_with_nothing_else(tmp_path: Path) -> None:

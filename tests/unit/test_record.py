@@ -22,7 +22,8 @@ from jobs import data
 from jobs import record as records
 from jobs.record import JobRecord, record, spec
 from jobs.training import heartbeat
-from jobs.training.progress import Progress
+from jobs.training.driver import Reporter
+from jobs.training.progress import Committed, Progress
 from tests.conftest import ROOT
 from tests.waiting import when
 
@@ -92,6 +93,25 @@ def test_heartbeats_tell_what_the_job_waits_for(monkeypatch: Any) -> None:
         assert beats.wanted(0) == grant.slots
     beats.end()
     assert noted == [("waiting for slots: serving has 2", "slots: serving has 2"), ("may have 1 slot", "")]
+
+
+def test_each_checkpoint_is_an_event_once(config: Config) -> None:
+    """A run that could be resumed from step 40 said so in its log only."""
+    with record(config, OPTIONS) as job:
+        tell = Reporter(job.watch, job.note, job.checkpoint)
+        for committed in (
+            Committed(),
+            Committed(40, 1.5, 2048),
+            Committed(40, 1.5, 2048),
+            Committed(55, 0.5, 2048),
+            Committed(40),
+        ):
+            tell.committed(committed)
+    jobs, id = only(config)
+    assert [(event.kind, event.data) for batch in jobs.events(id) for event in batch.events] == [
+        ("checkpoint", {"step": 40, "seconds": 1.5, "size_bytes": 2048}),
+        ("checkpoint", {"step": 55, "seconds": 0.5, "size_bytes": 2048}),
+    ]
 
 
 def test_an_error_is_the_result_in_its_own_words(config: Config) -> None:

@@ -5,13 +5,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from jobs.training.handles import Crew
 from jobs.training.process_group import ProcessGroup
-from jobs.training.worker import Worker
+from jobs.training.progress import Committed
+from jobs.training.worker import Reached, Worker
 from tests.workers import EXAMPLES, Small, Workers
 
 EPOCHS = 600
@@ -81,7 +84,7 @@ def test_everybody_leaves_and_others_go_on_from_what_was_kept(workers: Workers, 
     workers.until(1, 50)
     workers.stop(1)
     stopped = workers.answers(0, 1)
-    assert workers.keep(0) == stopped[0].step
+    assert workers.keep(0).step == stopped[0].step
     workers.end(0, 1)
     workers.start(2)
     workers.train(2)
@@ -99,7 +102,7 @@ def test_who_comes_back_alone_goes_on_from_what_others_did_meanwhile(workers: Wo
     workers.until(0, left + 50)
     workers.stop(0)
     [kept] = workers.answers(0)
-    assert workers.keep(0) == kept.step > left
+    assert workers.keep(0).step == kept.step > left
     workers.end(0)
     workers.train(1)
     [end] = workers.answers(1)
@@ -145,4 +148,15 @@ def test_what_is_kept_while_it_trains_is_the_state_of_one_moment(tmp_path: Path)
         if newest := worker.checkpoints.newest():
             seen[newest.step] = newest.tensors["0"]
     training.join()
+    assert worker.reached().committed == worker.keep() and worker.keep().step >= max(seen)
     assert len(seen) > 10 and all(torch.equal(weights, work.began[step]) for step, weights in seen.items() if step < 300)
+
+
+def test_the_newest_checkpoint_is_that_of_whichever_worker_or_spare_wrote_it() -> None:
+    def handle(step: int) -> Any:
+        return SimpleNamespace(reached=Reached(step, committed=Committed(step, 0.1, 8)))
+
+    crew = Crew(lambda **_: None, 1, gpu=False)
+    assert crew.committed == Committed()
+    crew.workers, crew.spares = {1: handle(-1), 2: handle(40)}, {3: handle(55)}
+    assert crew.committed == Committed(55, 0.1, 8)
