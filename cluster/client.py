@@ -22,7 +22,7 @@ from cluster.errors import PoolUnavailable, received
 from cluster.jobspec import Options
 from cluster.publishing.gate import Verdict
 from cluster.publishing.rollout import Policy, Rollout
-from cluster.store.jobs import JobProgress, JobResult, JobStatus
+from cluster.store.jobs import JobEvent, JobProgress, JobResult, JobStatus
 from cluster.types import PUBLISH_TIMEOUT_S, Generation, Manifest, VersionId
 
 READ_TIMEOUT_S = 30
@@ -174,6 +174,11 @@ class Client:
     def log(self, id: str, offset: int = 0) -> Log:
         """A job's log from byte ``offset`` on, as much of it as fits into one answer."""
         return Log(**self._call("GET", f"/admin/jobs/{id}/logs", query={"offset": str(offset)}))
+
+    def events(self, id: str, limit: int = 100) -> list[JobEvent]:
+        """The newest of what happened to a job, oldest first. None for one of the older jobs that have ended."""
+        told = self._call("GET", f"/admin/jobs/{id}/events", query={"limit": str(limit)})
+        return [JobEvent.model_validate(event) for event in told["events"]]
 
     # fleets
 

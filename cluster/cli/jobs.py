@@ -1,5 +1,6 @@
 """Commands that start jobs on the pool, and follow, show and end them."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,20 @@ def logs(
             time.sleep(0 if some else LOOK_AGAIN_S)
         except KeyboardInterrupt:
             return
+
+
+@app.command()
+def events(
+    job: str,
+    limit: Annotated[int, typer.Option(help="How many of the newest.", min=1, max=1000)] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="Print them as one JSON list.")] = False,
+) -> None:
+    """What happened to a job: what it waited for, how far it was, which checkpoints it can go on from."""
+    happened = client().events(job, limit)
+    if as_json:
+        print(json.dumps([event.model_dump(mode="json", exclude={"schema_version"}) for event in happened]))
+    else:
+        render.events(console, happened)
 
 
 def printed(pool: Client, job: str, offset: int) -> tuple[int, bool]:

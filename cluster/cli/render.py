@@ -1,5 +1,6 @@
 """Tables, bars and words for people. Nothing is decided here."""
 
+import json
 import shutil
 import sys
 import time
@@ -14,7 +15,7 @@ from cluster.client import Answer, Job
 from cluster.config import Config
 from cluster.publishing.gate import Verdict
 from cluster.publishing.rollout import Rollout
-from cluster.store.jobs import JobStatus
+from cluster.store.jobs import JobEvent, JobStatus
 from cluster.types import Generation, Manifest
 
 IDS = ("job", "run", "replica", "version", "x-model-version", "base", "canary", "from", "owner", "fleet", "weights")
@@ -203,6 +204,33 @@ def _last_words(job: Job) -> str:
     if job.status is JobStatus.SUCCEEDED:
         return str(job.made.get("version", ""))
     return job.message[:120] if job.status.ended else ""
+
+
+def events(console: Console, happened: Sequence[JobEvent]) -> None:
+    table = _table("when", "what", "")
+    for event in happened:
+        table.add_row(clock(event.at_s), event.kind, escape(_happened(event)))
+    console.print(table if happened else "Nothing is known of what happened to it: it has not begun, or ended long ago.")
+
+
+def _happened(event: JobEvent) -> str:
+    """Its words and its data.
+
+    >>> _happened(JobEvent(at_s=0, kind="progress", data={"step": 3, "steps": 9, "loss": 1.5}))
+    'step 3, steps 9, loss 1.5'
+    """
+    known = [f"{key} {_short(value)}" for key, value in event.data.items() if value not in (None, "", {}, [])]
+    return ", ".join([*([event.words] if event.words else []), *known])
+
+
+def _short(value: Any) -> str:
+    """
+    >>> _short(1.2345678), _short({"epochs": 3})
+    ('1.235', '{"epochs": 3}')
+    """
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def fleets(console: Console, listed: Sequence[dict[str, Any]]) -> None:

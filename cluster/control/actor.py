@@ -215,6 +215,10 @@ class Control:
         """One job, by its id. Raises `JobNotFound`."""
         return self.job_service.get(id)
 
+    def job_events(self, id: str, limit: int = 100) -> list[dict[str, Any]]:
+        """See `JobService.events`."""
+        return self.job_service.events(id, limit)
+
     @ray.method(concurrency_group=WAITING)
     def submit(self, verb: str, options: dict[str, Any], author: str) -> str:
         """See `JobService.submit`."""

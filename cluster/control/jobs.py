@@ -73,6 +73,13 @@ class JobService:
             record = self.jobs.record(id)
         return document(record, True if live else None, live)
 
+    def events(self, id: str, limit: int = 100) -> list[dict[str, Any]]:
+        """The newest of what happened to a job, oldest first: ``[{"at_s", "kind", "words", "data"}, …]``. None for one of the older jobs that have
+        ended (`cluster.control.job_census`). Raises `JobNotFound`."""
+        self.jobs.record(id, events=False)
+        events = self.jobs.events(id, min(limit, 1000))
+        return [event.model_dump(mode="json", exclude={"schema_version"}) for event in events]
+
     def submit(self, verb: str, options: dict[str, Any], author: str) -> str:
         """Start a job that came over HTTP, and return its id. Raises `BadRequest` or `ModelNotFound` for what can be known now."""
         asked = jobspec.parse(verb, options)

@@ -23,6 +23,8 @@ from cluster.types import check_name
 
 REMEMBERED = 4096
 """Documents that one `JobStore` keeps in memory: a few megabytes."""
+LOOKED_AT = 1000
+"""Objects that are read at most for a job's events."""
 
 
 class JobStatus(StrEnum):
@@ -234,16 +236,19 @@ class JobStore:
         stems = [name.removesuffix(".json") for name in self.store.children(f"jobs/{id}/events")]
         return sorted(int(stem) for stem in stems if stem.isdigit())
 
-    def events(self, id: str) -> list[JobEvents]:
-        """All of them that can be read, oldest first."""
-        found: list[JobEvents] = []
-        for number in self._numbers(check_id(id)):
+    def events(self, id: str, limit: int = 1000) -> list[JobEvent]:
+        """The newest ``limit`` events that can be read, oldest first; fewer where they are not among the newest `LOOKED_AT` objects. A job that
+        runs for a week writes tens of thousands of objects."""
+        found: list[JobEvent] = []
+        for number in reversed(self._numbers(check_id(id))[-LOOKED_AT:]):
+            if len(found) >= limit:
+                break
             try:
                 batch = self._get(_event(id, number), JobEvents)
             except Damaged:
                 continue
-            found += [batch] if batch else []
-        return found
+            found = [*(batch.events if batch else ()), *found]
+        return found[max(0, len(found) - limit) :]
 
     def record(self, id: str, events: bool = True) -> JobRecord:
         """Everything that can be read of a job. ``events``: whether to look for the newest. Raises `JobNotFound` where there is no such job."""

@@ -135,6 +135,7 @@ def operations(control: Control, uploads: Uploads) -> tuple[Operation, ...]:
         Operation(
             "GET", "/admin/jobs/{name}/logs", lambda request: control("logs", request.name, whole(request.query, "offset", 0))
         ),
+        Operation("GET", "/admin/jobs/{name}/events", lambda request: as_list("events", events(control, request))),
         Operation("PUT", "/admin/uploads", lambda request: uploads.take(request.chunks)),
     )
 
@@ -153,6 +154,10 @@ def rollback(control: Control, order: Rollback) -> Awaitable[Any]:
 
 async def submit(control: Control, order: Submit) -> dict[str, str]:
     return {"id": await control("submit", order.verb, order.options, order.claimed_author)}
+
+
+def events(control: Control, request: Request) -> Awaitable[Any]:
+    return control("job_events", request.name, whole(request.query, "limit", 100))
 
 
 def add_fleet(control: Control, order: AddFleet) -> Awaitable[Any]:

@@ -20,7 +20,7 @@ from cluster.store.objects import Store
 from jobs.training import grants as granting
 from jobs.training.checkpoints import Checkpoints
 from jobs.training.driver import Ended, fit
-from jobs.training.progress import Progress
+from jobs.training.progress import Committed, Progress
 from tests.waiting import when
 from tests.workers import Small
 
@@ -64,6 +64,7 @@ class Fit:
     def __init__(self, config: Config, name: str, epochs: float) -> None:
         self.notes: list[str] = []
         self.seen: list[Progress] = []
+        self.kept: list[Committed] = []
         self.ended: Ended | None = None
         self.error: BaseException | None = None
 
@@ -71,7 +72,7 @@ class Fit:
 
         def run() -> None:
             try:
-                self.ended = fit(config, Paced, {"epochs": epochs}, name, 0, self.watch, self.note)
+                self.ended = fit(config, Paced, {"epochs": epochs}, name, 0, self.watch, self.note, self.kept.append)
             except (Cancelled, JobFailed) as error:
                 self.error = error
 
@@ -169,6 +170,7 @@ def test_a_run_follows_its_grant_and_outlives_its_workers(grants: Any, config: C
     when(holds(0, 0), 20)
     kept = Checkpoints(Store(config.store), "small-1").newest()
     assert kept is not None and slots_free() == 3
+    assert run.kept[-1].step == kept.step and run.kept[-1].size_bytes > 0, "its record says where it can go on"
     again = grown()
     ray.get(grants.give.remote(3))
     when(again, 30)
@@ -186,6 +188,7 @@ def test_a_run_follows_its_grant_and_outlives_its_workers(grants: Any, config: C
     run.thread.join(30)
     kept = Checkpoints(Store(config.store), "small-1").newest()
     assert isinstance(run.error, Cancelled) and kept is not None and kept.step >= run.seen[-1].step
+    assert run.kept[-1].step == kept.step and sorted(set(run.kept)) == run.kept
     when(lambda: slots_free() == 3 and not workers(), 10)
 
 

@@ -97,9 +97,11 @@ def test_a_normal_end(asked: Asked) -> None:
     assert one["result"]["made"]["version"] == "recorded@1" and one["owner"] == client.author() and one["verb"] == "finetune"
     assert one["progress"]["step"] == one["progress"]["steps"] > 0 and one["facts"]["base"] == "seedling@1"
     assert one["options"]["workers"] == "1-2"
-    batches = asked.records.events(id)
-    print(f"{len(batches)} objects of events in {took_s:.0f} s")
-    assert 1 <= len(batches) <= took_s / 3 + 2
+    objects = asked.store.children(f"jobs/{id}/events")
+    print(f"{len(objects)} objects of events in {took_s:.0f} s")
+    assert 1 <= len(objects) <= took_s / 3 + 2
+    happened = asked.client.events(id)
+    assert happened == asked.records.events(id) and [event.at_s for event in happened] == sorted(event.at_s for event in happened)
     lineage = asked.pool.registry.versions("recorded")[0].lineage
     assert lineage.job == id and lineage.dataset_sha256 == hashlib.sha256(TIDE.read_bytes()).hexdigest()
     assert asked.store.children(f"runs/{id}") == []

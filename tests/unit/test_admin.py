@@ -141,7 +141,19 @@ def test_every_operation_calls_a_method_that_control_has(admin: Admin) -> None:
         body = read_order(one.body, told) if one.body else None
         for name in ("m", "m@1"):
             asyncio.run(one.call(Request(name, {}, body, None)))  # type: ignore[arg-type]
-    assert called >= {"status", "models", "version", "publish", "order", "rollback", "jobs", "submit", "logs", "add_fleet"}
+    assert called >= {
+        "status",
+        "models",
+        "version",
+        "publish",
+        "order",
+        "rollback",
+        "jobs",
+        "submit",
+        "logs",
+        "job_events",
+        "add_fleet",
+    }
 
 
 @pytest.mark.parametrize(

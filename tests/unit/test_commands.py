@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from cluster.endpoint import Endpoint
 from cluster.errors import BadRequest, JobFailed, PoolUnavailable
 from cluster.jobspec import Parser
 from cluster.pool import local
+from cluster.store.jobs import JobEvent
 
 RUN = "finetune-0123456789ab"
 WHY = "slots: it needs 2 slots; serving has 3 and jobs before it the rest"
@@ -132,6 +134,34 @@ def test_a_job_that_is_followed_ends_in_what_it_made_or_in_its_own_words() -> No
     assert commands.jobs.drawn(lambda: next(looks), "Fine-tuning", looked_every_s=0) == {"version": "m@2"}
     with pytest.raises(JobFailed, match=f"{RUN} is lost: its driver was killed"):
         commands.jobs.drawn(lambda: job(status="lost", message="its driver was killed."), "Fine-tuning")
+
+
+def test_what_happened_to_a_job_is_a_table_or_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = [
+        JobEvent(at_s=0, kind="waiting", words="waiting for slots: [serving] has 3"),
+        JobEvent(at_s=60, kind="checkpoint", words="the state after step 40 is kept", data={"step": 40, "seconds": 1.25}),
+        JobEvent(at_s=61, kind="progress", data={"step": 41, "loss": 1.23456, "workers": 2}),
+    ]
+
+    class Pool:
+        def events(self, id: str, limit: int) -> list[JobEvent]:
+            assert id == RUN
+            return happened[-limit:]
+
+    monkeypatch.setattr(commands.jobs, "client", Pool)
+    file = io.StringIO()
+    monkeypatch.setattr(commands.jobs, "console", Console(file=file, width=160))
+    assert CliRunner().invoke(commands.app, ["events", RUN]).exit_code == 0
+    for words in (
+        "waiting for slots: [serving] has 3",
+        "step 40 is kept, step 40, seconds 1.25",
+        "step 41, loss 1.235, workers 2",
+    ):
+        assert words in file.getvalue()
+    listed = json.loads(CliRunner().invoke(commands.app, ["events", RUN, "--json", "--limit", "2"]).output)
+    assert [JobEvent.model_validate(event) for event in listed] == happened[1:]
+    render.events(Console(file=file, width=160), [])
+    assert "Nothing is known" in file.getvalue()
 
 
 # status

@@ -16,7 +16,7 @@ from cluster.control.jobs import JobService
 from cluster.errors import PoolUnavailable, StoreUnavailable
 from cluster.pool.submit import JobServer
 from cluster.store import jobs as records
-from cluster.store.jobs import JobEvents, JobResult, JobSnapshot, JobSpec, JobStatus, JobStore
+from cluster.store.jobs import JobEvent, JobEvents, JobResult, JobSnapshot, JobSpec, JobStatus, JobStore
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from tests.stores import Counting
@@ -33,7 +33,7 @@ def job(jobs: JobStore, n: int, ended: bool = False, **options: Any) -> str:
     """The ``n``th job; a higher number is younger."""
     id = f"finetune-{n:08x}0000"
     jobs.create(JobSpec(id=id, verb="finetune", options=options, owner="ann", created_s=n))
-    jobs.append(id, JobEvents(n=1, snapshot=JobSnapshot(at_s=1)))
+    jobs.append(id, JobEvents(n=1, snapshot=JobSnapshot(at_s=1), events=(JobEvent(at_s=1, kind="message"),)))
     if ended:
         jobs.finish(id, DONE)
     return id

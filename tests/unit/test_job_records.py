@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import JobNotFound
 from cluster.jobspec import new_id
+from cluster.store import jobs as records
 from cluster.store.jobs import (
     JobEvent,
     JobEvents,
@@ -86,7 +87,27 @@ def test_a_batch_whose_answer_was_lost_is_not_written_twice(jobs: JobStore) -> N
     assert jobs.append(SPEC.id, RUNNING) == 1
     assert jobs.append(SPEC.id, RUNNING) == 1, "the same once more"
     assert jobs.append(SPEC.id, RUNNING.model_copy(update={"events": (JobEvent(at_s=1, kind="message"),)})) == 2
-    assert [batch.n for batch in jobs.events(SPEC.id)] == [1, 2]
+    assert len(jobs.store.children(f"jobs/{SPEC.id}/events")) == 2
+
+
+def test_the_newest_events_are_read_and_no_more(jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that runs for a week has tens of thousands of objects."""
+    for n in range(1, 31):
+        events = tuple(JobEvent(at_s=n, kind="message", words=f"{n}.{part}") for part in range(n % 3))
+        jobs.append(SPEC.id, RUNNING.model_copy(update={"n": n, "events": events}))
+    path = jobs.store.local_root
+    assert path
+    (path / f"jobs/{SPEC.id}/events/00000028.json").write_text("{")
+    all_of_them = [f"{n}.{part}" for n in range(1, 31) if n != 28 for part in range(n % 3)]
+
+    def words(limit: int) -> list[str]:
+        return [event.words for event in again(jobs).events(SPEC.id, limit)]
+
+    assert words(1000) == all_of_them
+    for limit in range(8):
+        assert words(limit) == all_of_them[len(all_of_them) - limit :]
+    monkeypatch.setattr(records, "LOOKED_AT", 5)
+    assert words(1000) == ["26.0", "26.1", "29.0", "29.1"]
 
 
 def test_the_newest_events_cost_one_object_however_long_the_job_ran(jobs: JobStore, monkeypatch: Any) -> None:

@@ -13,7 +13,7 @@ from cluster.control.lost_jobs import SILENT_S, STALE_S, JobFacts, how_it_ended
 from cluster.errors import BadRequest, JobNotFound, ModelNotFound, PoolUnavailable, received
 from cluster.jobspec import new_id
 from cluster.pool.submit import JobServer, RayJob
-from cluster.store.jobs import Damaged, JobEvents, JobRecord, JobResult, JobSnapshot, JobSpec, JobStatus
+from cluster.store.jobs import Damaged, JobEvent, JobEvents, JobRecord, JobResult, JobSnapshot, JobSpec, JobStatus
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from jobs.training import runs
@@ -172,6 +172,18 @@ def test_a_listing_of_jobs_that_have_ended_reads_each_record_once(service: JobSe
         real = getattr(service.store, method)
         monkeypatch.setattr(service.store, method, lambda path, real=real: asked.append(path) or real(path))
     assert len(service.listed()) == 20 and asked == ["jobs"]
+
+
+def test_what_happened_to_a_job_is_told_and_of_an_old_one_nothing(service: JobService) -> None:
+    id = job(service, result=JobResult(status=JobStatus.SUCCEEDED, ended_s=1))
+    event = JobEvent(at_s=2, kind="checkpoint", words="kept", data={"step": 40})
+    service.jobs.append(id, JobEvents(n=2, snapshot=LAST, events=(event, event)))
+    assert service.events(id, 1) == [{"at_s": 2.0, "kind": "checkpoint", "words": "kept", "data": {"step": 40}}]
+    assert len(service.events(id)) == 2
+    service.jobs.forget_events(id)
+    assert service.events(id) == [] and service.get(id)["status"] == "succeeded"
+    with pytest.raises(JobNotFound):
+        service.events("nobody")
 
 
 def test_what_a_driver_told_is_newer_than_its_record(service: JobService) -> None:
