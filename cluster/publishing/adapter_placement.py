@@ -41,8 +41,8 @@ def assign(adapters: Sequence[str], replicas: Sequence[ReplicaState], places: in
     if len(adapters) <= places:
         return AdapterPlacement({one.id: tuple(adapters) for one in replicas}, {})
     copies = max(1, len(replicas) * places // len(adapters))
-    holders = _kept(adapters, replicas, copies, places)
-    _fill(holders, replicas, copies, places)
+    holders, used = _kept(adapters, replicas, copies, places)
+    _fill([some for some in holders.values() if len(some) < copies], used, copies, places)
     assigned: dict[str, list[str]] = {one.id: [] for one in replicas}
     for id, some in holders.items():
         for replica in some:
@@ -50,31 +50,28 @@ def assign(adapters: Sequence[str], replicas: Sequence[ReplicaState], places: in
     return AdapterPlacement({id: tuple(ids) for id, ids in assigned.items()}, {id: len(some) for id, some in holders.items()})
 
 
-def _kept(adapters: Sequence[str], replicas: Sequence[ReplicaState], copies: int, places: int) -> dict[str, list[str]]:
-    """Adapter → the replicas that hold it already and keep it: of several the ones that keep the fewest."""
-    there: dict[str, list[str]] = {id: [] for id in adapters}
+def _kept(
+    adapters: Sequence[str], replicas: Sequence[ReplicaState], copies: int, places: int
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """Adapter → the replicas that hold it already and keep it, of several the ones that keep the fewest; and how many each keeps."""
+    holders: dict[str, list[str]] = {id: [] for id in adapters}
     for replica in replicas:
-        for id in replica.held:
-            if id in there:
-                there[id].append(replica.id)
-    kept = dict.fromkeys((one.id for one in replicas), 0)
-    for id, some in there.items():
-        chosen = sorted((one for one in some if kept[one] < places), key=lambda one: (kept[one], one))[:copies]
-        there[id] = chosen
-        for one in chosen:
-            kept[one] += 1
-    return there
-
-
-def _fill(holders: dict[str, list[str]], replicas: Sequence[ReplicaState], copies: int, places: int) -> None:
-    """Give every adapter its copies, those with the fewest first, on the replicas with the most room."""
+        for id in replica.held.keys() & holders.keys():
+            holders[id].append(replica.id)
     used = dict.fromkeys((one.id for one in replicas), 0)
-    for some in holders.values():
-        for replica in some:
-            used[replica] += 1
+    for id, some in holders.items():
+        chosen = some if len(some) <= copies else sorted(some, key=lambda one: (used[one], one))[:copies]
+        holders[id] = [one for one in chosen if used[one] < places]
+        for one in holders[id]:
+            used[one] += 1
+    return holders, used
+
+
+def _fill(lacking: Sequence[list[str]], used: dict[str, int], copies: int, places: int) -> None:
+    """Give adapters the copies that they lack, those with the fewest first, on the replicas with the most room."""
     room = [(count, id) for id, count in used.items() if count < places]
     heapq.heapify(room)
-    for some in sorted(holders.values(), key=len):
+    for some in sorted(lacking, key=len):
         passed: list[tuple[int, str]] = []
         while len(some) < copies and room:
             count, replica = heapq.heappop(room)
