@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cluster.config import Config, load
+from cluster.config import Config, Fleet, load
 from cluster.errors import ConfigError, VersionRefused
 from cluster.jobspec import Finetune, command_line, with_workers
 from cluster.publishing.rollout import Rollout
+from cluster.store.fleets import FleetRecords
 from cluster.store.jobs import JobProgress
 from cluster.store.registry import Registry, registry_of
 from cluster.types import Lineage, Manifest, check_name
@@ -96,7 +97,7 @@ def prepare(config: Config, registry: Registry, options: Finetune) -> Plan:
     """Check the whole request, cheapest first. Raises a `SpringtideError` that says what is wrong."""
     fetch, base_name = sources.of(config), options.base or config.default_model
     chosen = recipe.load("full" if options.full else options.recipe, options.set, options.epochs, fetch)
-    check_fits(chosen, config, base_name)
+    check_fits(chosen, config, registry, base_name)
     check_name(options.name or "unnamed")
     dataset = data.read(options.data, fetch)
     held_out = data.read(options.eval_data, fetch).examples if options.eval_data else None
@@ -106,16 +107,33 @@ def prepare(config: Config, registry: Registry, options: Finetune) -> Plan:
     return tokenized(config, registry, base, chosen, dataset, held_out)
 
 
-def check_fits(chosen: recipe.Recipe, config: Config, base: str) -> None:
+def check_fits(chosen: recipe.Recipe, config: Config, registry: Registry, base: str) -> None:
     """Raises `ConfigError` now, where the engine would refuse the adapter after the training."""
-    hosting = (fleet for fleet in config.fleets.values() if fleet.model == base.partition("@")[0])
-    limit = next(hosting, config.fleet).max_lora_rank
-    if chosen.lora and chosen.lora.rank > limit:
+    if chosen.lora is None:
+        return
+    name, fleet = hosting_fleet(config, registry, base)
+    if chosen.lora.rank > fleet.max_lora_rank:
+        whose = f"the fleet {name}" if name else "every fleet"
         raise ConfigError(
-            f"lora.rank {chosen.lora.rank} is above fleet.max_lora_rank {limit}: the engine could not load the adapter.",
-            f"Use --set lora.rank={limit}, or start the pool with a larger fleet.max_lora_rank.",
+            f"lora.rank {chosen.lora.rank} is above max_lora_rank {fleet.max_lora_rank} of {whose}: the engine could not load the adapter.",
+            f"Use --set lora.rank={fleet.max_lora_rank}, or host {base} with a larger max_lora_rank.",
             param="lora.rank",
         )
+
+
+def hosting_fleet(config: Config, registry: Registry, base: str) -> tuple[str, Fleet]:
+    """The fleet that would serve an adapter on ``base``, with its name: of the configuration, or one that was added since. Where none hosts
+    ``base`` yet, what every fleet has, without a name."""
+    fleets = FleetRecords(registry.store).with_declared(config)
+    for name, fleet in fleets.items():
+        if fleet.model == base.partition("@")[0]:
+            return name, fleet
+    weights = registry.resolve(base).weights
+    for name, fleet in fleets.items():
+        live = registry.alias(fleet.model)
+        if live is not None and registry.manifest(live.stable).weights == weights:
+            return name, fleet
+    return "", config.fleet
 
 
 def resolve(registry: Registry, base: str) -> Manifest:

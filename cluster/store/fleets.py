@@ -3,11 +3,13 @@
 A fleet of the configuration has no record here. After a restart of the pool control reads these and hosts the same fleets again.
 """
 
+import contextlib
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from cluster.config import renamed
+from cluster.config import Config, Fleet, renamed
+from cluster.errors import SpringtideError
 from cluster.store.journal import Journal
 from cluster.store.objects import Store
 from cluster.types import Record, check_name
@@ -44,6 +46,17 @@ class FleetRecords:
 
     def newest(self, name: str) -> FleetRecord | None:
         return self._journal.newest(f"fleets/{check_name(name)}")
+
+    def with_declared(self, config: Config) -> dict[str, Fleet]:
+        """Every fleet that there should be, by its name: those that the configuration declares, and those that were added since. A record that
+        cannot be read, or is not valid any more, costs its own fleet."""
+        fleets = config.fleets
+        for name in self.names():
+            with contextlib.suppress(SpringtideError, ValueError):
+                newest = self.newest(name)
+                if newest is not None and not newest.ended and name not in config.fleets:
+                    fleets[name] = config.fleet_with(name, newest.overrides)
+        return fleets
 
     def append(self, record: FleetRecord) -> FleetRecord:
         """Raises `Conflict` where somebody else was faster."""

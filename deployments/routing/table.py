@@ -178,6 +178,6 @@ def unhosted(model: str, version: VersionId) -> ModelNotFound:
     """The error for an alias whose base nobody hosts."""
     return ModelNotFound(
         f"The model {model[:80]!r} exists, but no fleet hosts {version} or the weights under it.",
-        "Add one with `springtide fleets add`.",
+        f"`springtide models {version}` names them; host them with `springtide fleets add`.",
         param="model",
     )

@@ -188,7 +188,7 @@ def test_bad_recipes(pool: Running) -> None:
 
 
 def test_rank_above_the_engines(pool: Running) -> None:
-    assert "above fleet.max_lora_rank 16" in refused(pool, "--data", TIDE, "--set", "lora.rank=32")
+    assert "above max_lora_rank 16 of the fleet seedling" in refused(pool, "--data", TIDE, "--set", "lora.rank=32")
 
 
 def test_nothing_fits(pool: Running) -> None:

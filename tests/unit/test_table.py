@@ -43,7 +43,7 @@ def test_a_version_that_no_replica_holds_and_no_fleet_lists_does_not_exist(repli
 def test_an_alias_whose_base_nobody_hosts_is_said_to_be_so_at_once() -> None:
     """It waited 30 s for a replica that nobody would start."""
     made = table(replica("a", V1), live=VersionId("unhosted", 1))
-    with pytest.raises(ModelNotFound, match=r"no fleet hosts unhosted@1.*springtide fleets add"):
+    with pytest.raises(ModelNotFound, match=r"no fleet hosts unhosted@1.*springtide models unhosted@1.*springtide fleets add"):
         made.resolve("m")
     assert not made.askable("unhosted@1")
 
