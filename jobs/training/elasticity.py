@@ -1,17 +1,17 @@
-"""What an elastic run does next: a total, pure state machine.
+"""Decides what an elastic run does next. Pure.
 
-`next_actions` gets what the run remembers (`Run`), what the driver sees (`RunFacts`) and the limits, and answers with what to remember and what to do
-(`Actions`). It reads no clock, calls no Ray and does no I/O: the driver (`jobs.training.driver`) looks, decides and carries out, ten times a
-second. A worker lives like this::
+`next_actions` takes the run's memory (`Run`), what the driver sees now (`RunFacts`) and the limits. It returns the new memory and what to do
+(`Actions`). It answers every input, reads no clock, calls no Ray and does no I/O. The driver (`jobs.training.driver`) calls it ten times a
+second and carries out the actions. A worker goes through these phases::
 
     LOADING ──loaded──▶ IDLE ──form──▶ ACTIVE ──the process group ends──▶ IDLE ──retire──▶ a spare ──place──▶ IDLE
        └──────────────────┴──────────────┴──────────────end──────────────┴──────────────────┴──▶ gone
 
-- The grant rises: the run reserves slots and starts workers. They load beside the training. When they are loaded, the process group stops after
-  the step under way, and the next one contains them.
-- The grant falls: the process group stops after the step under way, some workers leave, and the rest form the next group. Where all leave, one
-  of them writes the newest state to the store first. A group that does not stop within the yield deadline is ended.
-- A worker dies or hangs: the run ends it, stops the group, goes on with the others and starts a replacement.
+- The grant rises: the run reserves slots and starts workers. They load while the training goes on. When they are loaded, the process group
+  stops after the current step, and the next group includes them.
+- The grant falls: the process group stops after the current step, some workers leave, and the others form the next group. If all leave, one
+  of them writes the newest state to the store first. The driver ends a group that does not stop within the yield deadline.
+- A worker dies or hangs: the driver ends it and stops its group. The other workers go on, and the run starts a replacement.
 
 Example: two workers train and the grant falls to one.
 
@@ -35,28 +35,27 @@ from cluster.capacity.allocator import Grant
 from jobs.training.grants import Failure, Heard, hear, no_control
 
 HUNG_S = 30
-"""A worker that has not answered for this long is taken for hung."""
+"""A worker hangs if it has not answered for this long."""
 NOTICE_S = 10
-"""How long workers may take to notice that a worker of their process group is gone."""
+"""How long workers may take to notice that their process group has lost a worker."""
 KEEP_S = 5
-"""How long the driver may try to keep the state before it ends workers that fail."""
-STUCK_S = 45
-"""A process group of whose workers none ends its step for this long, or for `STUCK_TIMES` the longest step so far, hangs, though they answer."""
-STUCK_TIMES = 10
+"""How long the driver tries to write the state to the store before it ends workers that fail."""
+STUCK_S, STUCK_TIMES = 45, 10
+"""A process group is stuck if no worker completes a step for `STUCK_S` and for `STUCK_TIMES` the longest step so far, even if all answer."""
 LOAD_S = 900
-"""How long a worker may take to load. A large model from a remote store takes its time."""
+"""How long a worker may take to load. A large model from a remote store takes minutes."""
 JOIN_S = 30
-"""How long loaded workers wait for a loading one before the group stops to take them in."""
+"""How long loaded workers wait for a loading one. Then the group stops and takes them in without it."""
 MOST_FAILURES = 3
-"""Failures without a step between them."""
+"""More failures than this without a step between them end the run."""
 
 
 class Phase(Enum):
     LOADING = "loading"
     IDLE = "idle"
-    """Loaded, and out of the process group or never in one."""
+    """Loaded, and in no process group."""
     ACTIVE = "active"
-    """Trains in the newest process group."""
+    """Training in the newest process group."""
 
 
 NEXT_PHASES: dict[Phase, tuple[Phase, ...]] = {
@@ -75,27 +74,27 @@ class WorkerFacts(NamedTuple):
     since_s: float = 0.0
     """When it was started."""
     heard_s: float = 0.0
-    """When it was last asked a question, having answered the one before."""
+    """When the driver asked its newest question. It asks only after the answer to the one before, so this stays old if the worker hangs."""
     group: int = 0
-    """The newest process group that it joined."""
+    """The newest process group that the worker joined."""
     trained: int = 0
-    """The newest process group in which it did a step, as far as is known."""
+    """The newest process group in which it completed a step, as far as the driver knows."""
     step: int = -1
-    """Steps that it has done or taken over; -1 before it knows any state."""
+    """Steps that it has done, or taken over from another worker; -1 before it has a state."""
     first: int = -1
-    """The step with which its newest process group began; -1 until that is known."""
+    """The step at which its newest process group began; -1 until that is known."""
     stepping: bool = False
-    """Whether a step is under way. False while it measures or saves the result."""
+    """Whether a step is under way. False while the worker measures or saves the result."""
     broken: str = ""
-    """Why its newest process group ended too early, where it did."""
+    """Why its newest process group broke; empty if it did not."""
     gone: str = ""
-    """Why it does not exist any more, or cannot be used."""
+    """Why the worker is dead or unusable; empty if it is neither."""
     finished: bool = False
     """Whether it has saved the run's result."""
 
 
 class SpareFacts(NamedTuple):
-    """A loaded process without a slot. It continues as a worker when the job gets a slot on its machine again."""
+    """A loaded process without a slot. It becomes a worker again when the job gets a slot on its machine."""
 
     id: int
     machine: str
@@ -106,68 +105,68 @@ class SpareFacts(NamedTuple):
 
 
 class ReservationFacts(NamedTuple):
-    """Slots that the run has asked Ray for."""
+    """Slots that the run has requested from Ray."""
 
     id: int
     since_s: float
     machine: str = ""
-    """Where they are; empty until Ray has found them."""
+    """The machine that has the slots; empty until Ray has found one."""
 
 
 class RunFacts(NamedTuple):
-    """What the driver sees now. Workers and reservations are in order of arrival: those that came first stay longest."""
+    """What the driver sees now. Workers and reservations are in the order of their arrival. The first to come are the last to leave."""
 
     now_s: float
     grant: Grant | None
-    """What control last answered; None where it never did."""
+    """Control's newest answer; None if it has never answered."""
     silent_s: float = 0.0
-    """Seconds since control last answered, or since the driver began."""
+    """Seconds since control last answered; before its first answer, since the driver started."""
     workers: tuple[WorkerFacts, ...] = ()
     reservations: tuple[ReservationFacts, ...] = ()
     spares: tuple[SpareFacts, ...] = ()
 
 
 class Limits(NamedTuple):
-    """What does not change during a run."""
+    """A run's settings. They never change."""
 
     min_workers: int
     yield_deadline_s: float
     slots_per_worker: int = 1
     spare_s: float = 300.0
-    """How long a spare stays."""
+    """How long a spare may wait for a slot."""
 
 
 class Run(NamedTuple):
-    """What the run remembers between two decisions."""
+    """The run's memory between two decisions."""
 
     group: int = 0
     """The newest process group. Groups are numbered from 1."""
     began: int = 0
-    """The newest group of which the first step is known."""
+    """The newest group whose first step is known."""
     stopped: int = 0
     """The newest group that was told to stop."""
     failed: int = 0
     """The newest group that failed."""
     kept: int = 0
-    """The newest group whose state was kept because it did not stop."""
+    """The newest group whose state was written to the store because the group did not stop."""
     broken_s: float | None = None
-    """Since when the present group is broken: a worker of it failed, and the others may not have noticed."""
+    """When the present group broke: it lost a worker, and the others may not have noticed. None while it is whole."""
     yielding_s: float | None = None
-    """Since when the run holds more workers than its grant."""
+    """Since when the run has had more workers than its grant allows; None if it has not."""
     step: int = 0
     """The most steps that any worker has ever done."""
     state_step: int = 0
-    """The step of the newest state that is known. Below ``step`` while a group repeats steps from a checkpoint."""
+    """The step of the newest known state. It is below ``step`` while a group repeats steps after a checkpoint."""
     moved_s: float = 0.0
-    """When a step was last seen to be done, or a group was formed."""
+    """When the run last made progress: a step was done, or a group was formed."""
     longest_s: float = 0.0
-    """The longest that one step took so far."""
+    """How long the longest step so far took."""
     failures: int = 0
     """Failures since the last step."""
     lost: int = 0
     """Steps that were done twice."""
     heard: Heard = Heard()
-    """What was last said about the grant."""
+    """What the log last said about the grant."""
     over: bool = False
 
 
@@ -179,7 +178,7 @@ class Began(NamedTuple):
 
 
 class WorkerPlacement(NamedTuple):
-    """A reservation whose slots are there, and the spare that takes them; None for a new worker."""
+    """A reservation that has its slots, and the spare that takes them. The spare is None where a new worker takes them."""
 
     reservation: int
     spare: int | None
@@ -189,29 +188,29 @@ class Actions(NamedTuple):
     """What the driver does now, in the order of these fields."""
 
     notes: tuple[str, ...] = ()
-    """Words for the log."""
+    """Messages for the log."""
     began: Began | None = None
     keep_s: float | None = None
-    """Have the newest state written to the store, within this time, before any worker leaves."""
+    """Write the newest state to the store within this many seconds, before any worker leaves."""
     end: tuple[int, ...] = ()
-    """Workers and spares whose processes end, and whose slots go back."""
+    """Workers and spares to kill. Their slots become free."""
     cancel: tuple[int, ...] = ()
-    """Reservations."""
+    """Reservations to cancel."""
     retire: tuple[int, ...] = ()
-    """Workers that give their slots back in order. They become spares where the driver keeps spares."""
+    """Workers that give their slots back. They become spares where the driver keeps spares."""
     place: tuple[WorkerPlacement, ...] = ()
     reserve: int = 0
-    """Workers for which slots shall be reserved."""
+    """How many workers to reserve slots for."""
     stop: int | None = None
-    """The process group that ends after the step under way."""
+    """The process group to stop after the current step."""
     form: tuple[int, ...] = ()
-    """Workers of the next process group, `Run.group`, in the order of their ranks."""
+    """The workers of the next process group, `Run.group`, by rank."""
     finish: bool = False
-    """The result is saved."""
+    """Whether the result is saved, so that the run is over."""
     fail: Failure | None = None
 
     def __repr__(self) -> str:
-        """Only what there is to do."""
+        """Only the fields that say to do something."""
         fields = zip(self._fields, self, self._field_defaults.values(), strict=True)
         return f"Actions({', '.join(f'{name}={value!r}' for name, value, default in fields if value != default)})"
 
@@ -222,7 +221,7 @@ class Decision(NamedTuple):
 
 
 def next_actions(run: Run, facts: RunFacts, limits: Limits) -> Decision:
-    """What to do now. Every combination of facts has an answer, and a run that is over does nothing."""
+    """What to do now. A run that is over does nothing."""
     if run.over:
         return Decision(run, Actions())
     run, began = _observe(run, facts)
@@ -251,17 +250,17 @@ def next_actions(run: Run, facts: RunFacts, limits: Limits) -> Decision:
 
 
 def group_workers(run: Run, workers: Iterable[WorkerFacts]) -> list[WorkerFacts]:
-    """The workers of the present process group; none once all of them are out of it."""
+    """The workers of the present process group; none once all of them have left it."""
     joined = [worker for worker in workers if worker.group == run.group]
     return joined if any(worker.phase is Phase.ACTIVE for worker in joined) else []
 
 
 def _observe(run: Run, facts: RunFacts) -> tuple[Run, Began | None]:
-    """Take note of steps that were done, and of where the newest process group began."""
+    """Note which steps were done since the last call, and where the newest process group began."""
     began = None
     joined = [worker for worker in facts.workers if worker.group == run.group]
     if run.began < run.group and (known := [worker.first for worker in joined if worker.first >= 0]):
-        # A group that goes on from an older state than the newest does the steps between them again.
+        # A group that goes on from an older state repeats the steps between that state and the newest one.
         lost = run.lost + max(0, run.state_step - known[0])
         run, began = run._replace(began=run.group, lost=lost, state_step=known[0]), Began(len(joined), known[0])
     step = max((worker.step for worker in facts.workers), default=-1)
@@ -273,7 +272,7 @@ def _observe(run: Run, facts: RunFacts) -> tuple[Run, Began | None]:
 
 
 def _wanted(facts: RunFacts, limits: Limits) -> int:
-    """Workers that the run may have. Before control's first answer: those that it has."""
+    """How many workers the run may have. Before control's first answer it keeps those that it has."""
     if facts.grant is None:
         return len(facts.workers) + len(facts.reservations)
     return facts.grant.slots // limits.slots_per_worker
@@ -287,7 +286,7 @@ def _since(before_s: float | None, holds: bool, now_s: float) -> float | None:
 
 
 class _Loss(NamedTuple):
-    """Workers to end for one reason. ``keep_s``: how long to try and keep the state first. Without workers the state is kept, and all go on."""
+    """Workers to end, and the reason. ``keep_s``: how long to try to write the state first. Without workers, only the state is written."""
 
     workers: tuple[WorkerFacts, ...]
     why: str = ""
@@ -297,8 +296,8 @@ class _Loss(NamedTuple):
 def _find_losses(run: Run, facts: RunFacts, limits: Limits, wanted: int) -> list[_Loss]:
     losses = [_Loss((worker,), worker.gone) for worker in facts.workers if worker.gone]
     alive = [worker for worker in facts.workers if not worker.gone]
-    # One reason at a time: to end what hangs may be all that the others need.
-    return [*losses, *filter(None, [_find_hung(alive, facts.now_s) or _find_cut(run, alive, facts.now_s, limits, wanted)])]
+    # One reason at a time: ending a worker that hangs may be all that the others need.
+    return [*losses, *filter(None, [_find_hung(alive, facts.now_s) or _find_stuck(run, alive, facts.now_s, limits, wanted)])]
 
 
 def _find_hung(alive: Sequence[WorkerFacts], now_s: float) -> _Loss | None:
@@ -310,21 +309,21 @@ def _find_hung(alive: Sequence[WorkerFacts], now_s: float) -> _Loss | None:
     return None
 
 
-def _find_cut(run: Run, alive: Sequence[WorkerFacts], now_s: float, limits: Limits, wanted: int) -> _Loss | None:
-    """A process group that does not end by itself. A worker that is out of it has its state and stays."""
+def _find_stuck(run: Run, alive: Sequence[WorkerFacts], now_s: float, limits: Limits, wanted: int) -> _Loss | None:
+    """The workers of a process group that does not end by itself. A worker that has left the group has its state, and stays."""
     group = group_workers(run, alive)
     active = tuple(worker for worker in group if worker.phase is Phase.ACTIVE)
     if not active:
         return None
     if run.broken_s is not None and now_s - run.broken_s > NOTICE_S:
-        return _Loss(active, "they did not notice that another was gone", KEEP_S)
-    # Before the first step nothing says how long one takes: the first may compile kernels.
+        return _Loss(active, "they did not notice that their group had lost a worker", KEEP_S)
+    # No step has been timed before the first one, and the first one may compile kernels.
     patience_s = max(STUCK_S, STUCK_TIMES * run.longest_s) if run.longest_s else LOAD_S
     if now_s - run.moved_s > patience_s and all(worker.stepping for worker in active):
         return _Loss(active, f"no step was done for {now_s - run.moved_s:.0f} s", KEEP_S)
     if len(group) <= wanted or run.yielding_s is None:
         return None
-    # Half of the deadline is for the step under way, half to keep the state while the group trains on.
+    # The current step gets the first half of the deadline. In the second half the state is written while the group trains on.
     if (since_s := now_s - run.yielding_s) > limits.yield_deadline_s:
         return _Loss(active, f"they did not give their slots back within {limits.yield_deadline_s:.0f} s")
     return (
@@ -333,22 +332,23 @@ def _find_cut(run: Run, alive: Sequence[WorkerFacts], now_s: float, limits: Limi
 
 
 def _count_failures(run: Run, facts: RunFacts, losses: Sequence[_Loss]) -> tuple[Run, Failure | None]:
-    """One failure a turn at most, and one for each process group, however many of its workers are lost or say that it is broken: a machine that
-    is lost takes several workers with it."""
+    """Count at most one failure a turn, and one for each process group: a lost machine takes several workers with it, and is one failure."""
     group = {worker.id for worker in group_workers(run, facts.workers)}
-    whys = [worker.broken for worker in facts.workers if worker.group == run.group and worker.broken]
-    whys += [loss.why for loss in losses if not group.isdisjoint(_ids(loss.workers))]
+    reasons = [worker.broken for worker in facts.workers if worker.group == run.group and worker.broken]
+    reasons += [loss.why for loss in losses if not group.isdisjoint(_ids(loss.workers))]
     outside = [loss.why for loss in losses if loss.workers and group.isdisjoint(_ids(loss.workers))]
-    counts = (whys and run.failed < run.group) or (outside and run.broken_s is None)
+    counts = (reasons and run.failed < run.group) or (outside and run.broken_s is None)
     run = run._replace(failures=run.failures + bool(counts))
-    if whys:
+    if reasons:
         run = run._replace(failed=run.group, broken_s=_since(run.broken_s, bool(group), facts.now_s))
     if not counts or run.failures <= MOST_FAILURES:
         return run, None
-    return run, Failure(f"The training failed {run.failures} times at step {run.step}: {[*whys, *outside][0]}")
+    return run, Failure(f"The training failed {run.failures} times at step {run.step}: {[*reasons, *outside][0]}")
 
 
 def _ended_spares(facts: RunFacts, limits: Limits) -> tuple[int, ...]:
+    """The spares to end: those that are dead, hang, or have waited too long."""
+
     def useless(spare: SpareFacts) -> bool:
         hung = spare.loaded and facts.now_s - spare.heard_s > HUNG_S
         return bool(spare.gone) or hung or facts.now_s - spare.since_s > limits.spare_s
@@ -357,6 +357,7 @@ def _ended_spares(facts: RunFacts, limits: Limits) -> tuple[int, ...]:
 
 
 def _without(facts: RunFacts, ended: tuple[int, ...]) -> RunFacts:
+    """The facts without the workers and spares that end."""
     workers = tuple(worker for worker in facts.workers if worker.id not in ended)
     return facts._replace(workers=workers, spares=tuple(spare for spare in facts.spares if spare.id not in ended))
 
@@ -365,7 +366,7 @@ def _without(facts: RunFacts, ended: tuple[int, ...]) -> RunFacts:
 
 
 class Counts(NamedTuple):
-    """Workers, counted."""
+    """Numbers of workers."""
 
     wanted: int
     active: int
@@ -375,20 +376,25 @@ class Counts(NamedTuple):
     loading: int
     """Loading, or waiting for slots."""
     least: int = 1
+    """The fewest that may form a process group."""
     awaited: int | None = None
-    """Of those that load, those that are worth waiting for; all by default."""
+    """The loading workers that are worth waiting for; None means all of them."""
 
 
 class Balance(NamedTuple):
+    """What changes the number of workers."""
+
     reserve: int = 0
+    """Workers to reserve slots for."""
     dismiss: int = 0
-    """Of the workers that are in no process group, and of the reservations."""
+    """Workers outside the process group, and reservations, to give up."""
     stop: bool = False
     form: bool = False
 
 
 def balance(counts: Counts) -> Balance:
-    """
+    """How to come from the present numbers to the wanted one.
+
     >>> balance(Counts(wanted=1, active=2, idle=0, loading=1))
     Balance(reserve=0, dismiss=1, stop=True, form=False)
     >>> balance(Counts(wanted=1, active=0, idle=2, loading=0))
@@ -407,7 +413,7 @@ def balance(counts: Counts) -> Balance:
 
 
 def _resize(run: Run, facts: RunFacts, limits: Limits, wanted: int, actions: Actions) -> Decision:
-    """Add what follows from the number of workers to the ``actions``. ``facts``: without the workers that end."""
+    """Add to the ``actions`` what brings the run to ``wanted`` workers. ``facts`` leaves out the workers that end now."""
     group = group_workers(run, facts.workers)
     loading = [worker for worker in facts.workers if worker.phase is Phase.LOADING]
     idle = [worker for worker in facts.workers if worker.phase is not Phase.LOADING and worker not in group]
@@ -423,7 +429,7 @@ def _resize(run: Run, facts: RunFacts, limits: Limits, wanted: int, actions: Act
     actions = actions._replace(
         cancel=_ids(cancelled), retire=_ids(leaving), place=_place(waiting, facts.spares), reserve=do.reserve
     )
-    # A worker of a machine that Ray has lost may go on for a while, and the others with it: a broken group stops too.
+    # A worker on a machine that Ray has lost may train on for a while, and its group with it. So a broken group is stopped too.
     if group and (do.stop or run.broken_s is not None) and run.stopped < run.group:
         run, actions = run._replace(stopped=run.group), actions._replace(stop=run.group)
     if do.form:
@@ -435,8 +441,8 @@ def _resize(run: Run, facts: RunFacts, limits: Limits, wanted: int, actions: Act
 def _choose_leaving(
     idle: Sequence[WorkerFacts], loading: Sequence[WorkerFacts], all_: Sequence[WorkerFacts], count: int
 ) -> list[WorkerFacts]:
-    """Workers that leave: the loading ones first, the newest before the others; then those whose state is older; then those that are alone on
-    their machine, because a replica may need a whole machine.
+    """The ``count`` workers to let go. Loading ones go first, the newest first. Then come those with an older state. Then come those that are
+    alone on their machine, because a replica may need a whole machine.
 
     >>> old, new = (WorkerFacts(id, Phase.IDLE, trained=trained) for id, trained in ((1, 4), (2, 3)))
     >>> loads = WorkerFacts(3, Phase.LOADING)
@@ -449,14 +455,14 @@ def _choose_leaving(
 
 
 def _takes_the_newest_state(leaving: Sequence[WorkerFacts], workers: Sequence[WorkerFacts]) -> bool:
-    """Whether no worker that stays has what was learnt last."""
+    """Whether every worker that has the newest state leaves."""
     loaded = [worker for worker in workers if worker.phase is not Phase.LOADING]
     newest = max((worker.trained for worker in loaded), default=0)
     return bool(loaded) and all(worker in leaving for worker in loaded if worker.trained == newest)
 
 
 def _place(reservations: Sequence[ReservationFacts], spares: Sequence[SpareFacts]) -> tuple[WorkerPlacement, ...]:
-    """Give slots that are there to a spare of their machine, or to a new worker."""
+    """Assign each reservation that has its slots to a spare on that machine, or to a new worker."""
     left, placed = list(spares), list[WorkerPlacement]()
     for reservation in reservations:
         spare = next((spare for spare in left if spare.machine == reservation.machine), None)
