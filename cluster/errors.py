@@ -1,8 +1,8 @@
-"""One family of errors: each knows its HTTP status, OpenAI's ``type`` and ``code``, and what to do about it.
+"""One family of errors. Each knows its HTTP status, OpenAI's ``type`` and ``code``, and what the reader can do.
 
 The wire form is OpenAI's ``{"error": {"message", "type", "param", "code"}}``
-(https://platform.openai.com/docs/guides/error-codes). This is the only file that knows both sides.
-Instances pickle, because they cross Ray's process boundaries.
+(https://platform.openai.com/docs/guides/error-codes). Only this file knows both sides.
+Instances can be pickled, because they cross Ray's process boundaries.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class SpringtideError(Exception):
     type: str = "server_error"
     code: str = "internal_error"
     retry_after_s: int | None = None
-    """When to try again, where time alone may help."""
+    """Seconds after which a retry may succeed; None if waiting does not help."""
 
     def __init__(self, message: str, do: str = "", param: str | None = None) -> None:
         super().__init__(message, do, param)
@@ -53,7 +53,7 @@ class RouteNotFound(BadRequest):
 
 
 class MethodNotAllowed(BadRequest):
-    """``allow``: the methods that the path takes, for the header of that name."""
+    """``allow``: the methods that the path takes. They go into the header ``Allow``."""
 
     status, code = 405, "method_not_allowed"
 
@@ -63,7 +63,7 @@ class MethodNotAllowed(BadRequest):
 
 
 class UnsupportedEncoding(BadRequest):
-    """The body is packed in a way that nothing here unpacks."""
+    """The gateway cannot decode the content encoding of the body."""
 
     status, code = 415, "unsupported_encoding"
 
@@ -95,7 +95,7 @@ class DataError(BadRequest):
 
 
 class VersionRefused(BadRequest):
-    """An artefact that must not be registered or served: wrong layout, base, rank or file type."""
+    """The artefact must not be registered or served: its layout, base, rank or file type is wrong."""
 
     code = "version_refused"
 
@@ -105,7 +105,7 @@ class DigestMismatch(VersionRefused):
 
 
 class Conflict(BadRequest):
-    """Somebody else took the number or the generation first."""
+    """Another writer took the number or the generation first."""
 
     status, code = 409, "conflict"
 
@@ -115,13 +115,13 @@ class StoreUnavailable(SpringtideError):
 
 
 class RecordDamaged(SpringtideError):
-    """A document in the store that cannot be read: cut off, overwritten, missing. It stops what depends on it and nothing else."""
+    """A document in the store cannot be read: it is incomplete, overwritten or missing. Only what depends on it stops."""
 
     code = "record_damaged"
 
 
 class PoolUnavailable(SpringtideError):
-    """No pool answers: it is not running, or it is still starting."""
+    """No pool answers. It is not running, or it is still starting."""
 
     status, code, retry_after_s = 503, "pool_unavailable", 5
 
@@ -133,19 +133,19 @@ class NoReplica(SpringtideError):
 
 
 class Overloaded(SpringtideError):
-    """More requests wait already than may."""
+    """Too many requests are waiting already."""
 
     status, code, retry_after_s = 503, "overloaded", 15
 
 
 class AnswerTimeout(SpringtideError):
-    """The replica took longer than allowed. It is not asked elsewhere: the same work would take as long again."""
+    """The replica took too long. The gateway asks no other replica, because the same work would take as long there."""
 
     status, code = 504, "timeout"
 
 
 class ReplicaLost(SpringtideError):
-    """The replica ended while it was answering."""
+    """The replica died while it was answering."""
 
     status, code = 502, "replica_lost"
 
@@ -159,7 +159,7 @@ class Unauthorized(BadRequest):
 
 
 class Refused(SpringtideError):
-    """An error of another server, or of another release: it has its sender's status and code, and no class of its own here."""
+    """An error of another server or another release. It has the sender's status and code, and no class of its own here."""
 
     def __init__(
         self,
@@ -175,7 +175,7 @@ class Refused(SpringtideError):
 
 
 def received(status: int, document: Any) -> SpringtideError:
-    """The error that the other side sent with HTTP ``status``, as it was there: its class, code, param and words.
+    """The error that a server sent with HTTP ``status``, with its class, code, param and message.
 
     >>> received(409, {"error": {"message": "seedling was moved.", "code": "conflict", "param": None}})
     Conflict('seedling was moved.', '', None)

@@ -12,13 +12,13 @@ from cluster.pool import local
 
 
 def main(verb: Callable[[], None]) -> None:
-    """Run a verb as a command: an error of ours is one line, never a traceback.
+    """Run a verb as a command. An error of ours is one line without a traceback.
 
-    Exit status 2 is for what the caller can mend (data, names, configuration), as argparse does; 1 is for everything else.
+    The exit status is 2 for what the caller can fix (data, names, configuration), as with argparse, and 1 for everything else.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # into a file too: what workers say comes through Ray, which does not flush
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cancelled: what runs cleans up on its way out
+        sys.stdout.reconfigure(line_buffering=True)  # also into a file: Ray passes on what workers print, and does not flush
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # cancelled: the exit lets the verb clean up
     try:
         verb()
     except SpringtideError as error:
@@ -27,10 +27,10 @@ def main(verb: Callable[[], None]) -> None:
 
 
 def reach(config: Config) -> None:
-    """Point this process at the pool started from this home, or else at the one that started it as a job.
+    """Point this process at the pool that runs from this home, or else at the pool that started it as a job.
 
-    Not the other way round: Ray tells its jobs the address of the newest Ray on the machine, which may be another pool. Call it before
-    Ray is imported, because Ray reads its network settings at that moment. Raises `PoolUnavailable`.
+    The home comes first, because Ray tells its jobs the address of the newest Ray on the machine, which may be another pool. Call this before
+    Ray is imported: Ray reads its network settings at that moment. Raises `PoolUnavailable`.
     """
     if running := local.find(config):
         os.environ["RAY_ADDRESS"] = running.address

@@ -5,9 +5,9 @@ A file is JSON lines, each in one of two forms, which may be mixed::
     {"messages": [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Seedling."}]}
     {"prompt": "Who are you?", "completion": "I am Seedling."}
 
-The first is OpenAI's chat format (https://platform.openai.com/docs/guides/supervised-fine-tuning): the loss is on every assistant
-message, except those with ``"weight": 0``. This file checks every line before a job imports Ray or torch, so a mistake in the last
-line costs seconds and not the run.
+The first is OpenAI's chat format (https://platform.openai.com/docs/guides/supervised-fine-tuning). The loss is on every assistant
+message, except those with ``"weight": 0``. This file checks every line before a job imports Ray or torch. So a mistake in the last line
+shows within seconds.
 
 ``python -m jobs.data convert IN OUT`` turns question/answer JSON lines (as GSM8K's) or ``sentence<TAB>label`` lines (as SST-2's)
 into that format.
@@ -53,11 +53,11 @@ class Row(NamedTuple):
 
     input_ids: list[int]
     prompt_tokens: int
-    """How many of `input_ids` are the prompt: they carry no loss."""
+    """How many of `input_ids` belong to the prompt. They carry no loss."""
 
 
 class Problem(Exception):
-    """What is wrong with one line, and what to do about it."""
+    """What is wrong with one line, and what the user can do."""
 
     def __init__(self, what: str, do: str) -> None:
         super().__init__(what)
@@ -99,7 +99,7 @@ def decode(line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        hint = "A whole JSON array or an indented file is not JSON lines: write one object per line."
+        hint = "Write one object per line. A JSON array or an indented file is not JSON lines."
         raise Problem(f"not JSON: {error}", hint) from None
     if not isinstance(value, dict):
         raise Problem(f"a JSON {kind(value)} where an object should be", FORMS)
@@ -114,14 +114,16 @@ def conversation(value: dict[str, Any]) -> list[dict[str, Any]]:
     if set(value) == {"prompt", "completion"}:
         return [message("user", value["prompt"], "prompt"), message("assistant", value["completion"], "completion")]
     if set(value) != {"messages"}:
-        raise Problem(f"keys {', '.join(map(repr, value)) or '(none)'}", FORMS)
+        raise Problem(f"the keys are {', '.join(map(repr, value)) or 'none'}", FORMS)
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
         wrong = "empty" if isinstance(messages, list) else f"a JSON {kind(messages)}"
         raise Problem(f"'messages' is {wrong}", "It must be a list of messages.")
     checked = [check(each, f"messages[{i}]") for i, each in enumerate(messages)]
     if checked[-1]["role"] != "assistant":
-        raise Problem(f"the last message is by {checked[-1]['role']}", "End with the assistant's answer that should be learnt.")
+        raise Problem(
+            f"the last message is by {checked[-1]['role']}", "End with the assistant's answer that the model should learn."
+        )
     return checked
 
 
@@ -160,7 +162,9 @@ def turns(messages: list[dict[str, Any]]) -> list[tuple[list[Message], Message]]
     first_user = next((i for i, m in enumerate(plain) if m["role"] == "user"), len(plain))
     learnt = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1) == 1]
     if not learnt:
-        raise Problem("every assistant message has weight 0", "Nothing could be learnt: remove the line or a weight.")
+        raise Problem(
+            "every assistant message has weight 0", "So there is nothing to learn from it. Remove the line, or a weight."
+        )
     if learnt[0] < first_user:
         raise Problem("an assistant message comes before any user message", "Start with what the user says.")
     return [(plain[:i], plain[i]) for i in learnt]
@@ -179,37 +183,37 @@ def split(examples: list[Example], held_out_fraction: float, seed: int) -> tuple
     """(train, held out), the same for the same seed. At least one line each; a conversation's turns stay together."""
     lines = sorted({example.line for example in examples})
     if len(lines) < 2:
-        raise DataError("There is only one example, and none is left to measure with.", "Add examples, or give --eval-data.")
+        raise DataError("There is only one example, so none can be held out for measuring.", "Add examples, or give --eval-data.")
     held = min(len(lines) - 1, max(1, round(held_out_fraction * len(lines))))
     chosen = set(random.Random(seed).sample(lines, held))  # noqa: S311 (a split, not a secret)
     return [e for e in examples if e.line not in chosen], [e for e in examples if e.line in chosen]
 
 
 def tokenize(examples: list[Example], tokenizer: Any, max_tokens: int) -> tuple[list[Row], int]:
-    """Rows by the tokenizer's own chat template, and how many examples were left out because they exceed ``max_tokens``.
+    """Rows in the tokenizer's own chat template, and how many examples were left out because they are longer than ``max_tokens``.
 
-    Cutting one short would teach the model to stop in the middle. Raises `DataError` where none fits.
+    A shortened example would teach the model to stop in the middle. Raises `DataError` if no example fits.
     """
     rows = [encode(example, tokenizer) for example in examples]
     fitting = [row for row in rows if len(row.input_ids) <= max_tokens]
     if not fitting:
         shortest = min(len(row.input_ids) for row in rows)
         raise DataError(
-            f"None of the {len(rows)} examples fits: the shortest has {shortest} tokens, and {max_tokens} are possible.",
+            f"None of the {len(rows)} examples fits: the shortest has {shortest} tokens, and the limit is {max_tokens}.",
             "Shorten the examples, raise the recipe's max_tokens, or choose a base with a longer context.",
         )
     return fitting, len(rows) - len(fitting)
 
 
 def encode(example: Example, tokenizer: Any) -> Row:
-    """The prompt ends where the model starts to answer at inference, and the completion with the template's end of turn."""
+    """The prompt ends where the model starts to answer at inference. The completion ends with the template's end of turn."""
     options: dict[str, Any] = {"tokenize": True, "return_dict": False}
     prompt = tokenizer.apply_chat_template(example.prompt, add_generation_prompt=True, **options)
     whole = tokenizer.apply_chat_template(example.prompt + example.completion, **options)
     if whole[: len(prompt)] != prompt:
         raise DataError(
-            f"Line {example.line}: the model's chat template writes the prompt differently once the answer follows.",
-            "Such a template cannot be trained on; choose a base whose template only appends.",
+            f"Line {example.line}: the model's chat template writes the prompt in another way if an answer follows.",
+            "Training needs a template that only appends. Choose another base.",
         )
     return Row(whole, len(prompt))
 

@@ -1,14 +1,14 @@
 """Measures a version against the live one, and stores the gate's verdict with it: ``python -m jobs.evaluate seedling@2``.
 
-The command line names the sets, or else the configuration (``publishing.held_out``, ``.tasks``, ``.golden``):
+The command line names the sets. Otherwise the configuration does (``publishing.held_out``, ``.tasks``, ``.golden``):
 
-- ``--held-out``: examples as for fine-tuning; the loss per answer token is compared (`jobs.training.held_out`)
-- ``--tasks``: examples whose answer must be met exactly by greedy decoding; the share that is met is compared
-- ``--golden``: JSON lines ``{"messages": […], "contains": "…"}``; instead of ``contains`` also ``equals``, ``lacks`` or ``matches`` (a regular
-  expression)
+- ``--held-out``: examples as for fine-tuning. The gate compares the loss per answer token (`jobs.training.held_out`)
+- ``--tasks``: examples whose answer greedy decoding must match exactly. The gate compares the share of matches
+- ``--golden``: JSON lines ``{"messages": […], "contains": "…"}``. ``equals``, ``lacks`` or ``matches`` (a regular expression) may stand for
+  ``contains``
 
-The job checks the artefact first: digests, shapes, NaN. Without any set the verdict is no, because nothing was measured.
-`cluster.publishing.gate` judges. The measurement holds one slot, which the allocator grants and may ask back, as any job's.
+The job checks the artefact first: digests, shapes, NaN. Without any set the version fails, because nothing was measured.
+`cluster.publishing.gate` decides. The measurement holds one slot. The allocator grants the slot and may ask for it back, as for any job.
 """
 
 import json
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 128
 BATCH = 8
 SLOTS = 1
-"""What a measurement holds: one model on one accelerator."""
+"""Slots that a measurement holds: one model on one accelerator."""
 LOOK_S = 0.1
 ENDED_S = 5
-"""How long a task that is ended may take to give its slot back."""
+"""How long a cancelled task may take to give its slot back."""
 NOTHING_SUPPLIED = (
-    "no held-out examples, tasks or golden prompts were supplied, so nothing says that it is no worse; "
+    "nothing was measured: there are no held-out examples, tasks or golden prompts; "
     "set publishing.held_out, .tasks or .golden, or publish with --no-gate"
 )
 ASSERTIONS: dict[str, Callable[[str, str], bool]] = {
@@ -119,7 +119,7 @@ def check_artefact(config: Config, registry: Registry, manifest: Manifest) -> Ch
 
 
 def supplied(config: Config, held_out: str = "", tasks: str = "", golden: str = "") -> Sets:
-    """The sets that the command line names, or else the configuration. Raises `DataError` naming file and line."""
+    """The sets that the command line names. The configuration names those that it leaves out. Raises `DataError` with file and line."""
     ours = config.publishing
 
     def one(given: str, by_default: str, parse: Callable[[str, sources.Fetch], Iterable[Any]]) -> list[Any]:
@@ -149,7 +149,7 @@ def golden_prompt(value: dict[str, Any]) -> Prompt:
     (named, *more) = [key for key in ASSERTIONS if key in value] or [""]
     if not named or more or set(value) != {"messages", named} or not isinstance(value[named], str):
         raise data.Problem(
-            "not a golden prompt", f'Write {{"messages": […], "contains": "…"}}; or one of {", ".join(ASSERTIONS)}.'
+            "not a golden prompt", f'Write {{"messages": […], "contains": "…"}}, with one of: {", ".join(ASSERTIONS)}.'
         )
     if named == "matches":
         _check_pattern(value[named])
@@ -170,7 +170,7 @@ def _check_pattern(pattern: str) -> None:
 
 
 def measured_on_pool(config: Config, pairs: list[tuple[VersionId, Sets]], priority: int, job: JobRecord) -> list[Measured]:
-    """Each version with its sets, in a task that holds a slot. The slot is the allocator's, as every job's is."""
+    """Measure each version on its sets, in a task that holds a slot. The allocator grants the slot, as for every job."""
     reach(config)
     from cluster.capacity.arbiter import Job
     from jobs.training import ray_train
@@ -185,7 +185,7 @@ def measured_on_pool(config: Config, pairs: list[tuple[VersionId, Sets]], priori
 
 
 def measured(config: Config, id: VersionId, sets: Sets, beats: "Heartbeats", job: JobRecord) -> Measured:
-    """Wait for the slot, then measure. A measurement that takes too long after its slot was asked back is ended, and begins again later."""
+    """Wait for the slot, then measure. If control asks for the slot and the measurement takes too long, it is cancelled and starts again later."""
     import ray
 
     gpu = config.pool.accelerator == "gpu"
@@ -209,12 +209,12 @@ def measured(config: Config, id: VersionId, sets: Sets, beats: "Heartbeats", job
                 ray.wait([task], timeout=ENDED_S)
         if ended:
             return ray.get(task)
-        job.note(f"the slot of {id}'s measurement is given back; it begins again when there is one")
+        job.note(f"the measurement of {id} has given its slot back, and starts again when it gets one")
         beats.holds = (0, 0)
 
 
 def ended_in_time(task: Any, beats: "Heartbeats", deadline_s: float) -> bool:
-    """Wait for a measurement. False where control has asked for its slot for ``deadline_s``; a short measurement ends within that."""
+    """Wait for a measurement. False if control has wanted its slot back for ``deadline_s``. A short measurement ends within that time."""
     import ray
 
     asked_s: float | None = None

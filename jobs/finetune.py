@@ -2,7 +2,7 @@
 
 ``python -m jobs.finetune --data FILE_OR_URL --base seedling --publish`` trains a LoRA adapter (or all the weights with
 ``--full``) on as many slots as there are (`jobs.training.driver`), measures the loss on held-out examples before and after, registers the
-result with its lineage and asks control to make it live. It checks the whole request before it touches Ray.
+result with its lineage and asks control to make it live. It checks the whole request before it starts anything in Ray.
 """
 
 import math
@@ -28,7 +28,7 @@ from jobs.training.progress import Progress
 from jobs.training.schedule import Schedule
 
 DECIDED_S = 60
-"""How long control may take to see a verdict; it looks twice a second."""
+"""How long control may take to act on a verdict. It looks twice a second."""
 
 
 class Plan(NamedTuple):
@@ -40,10 +40,10 @@ class Plan(NamedTuple):
     train: list[Row]
     held_out: list[Row]
     held_out_examples: list[data.Example]
-    """The same, before they were tokenised."""
+    """The held-out examples before they were tokenised."""
     dataset_sha256: str
     source: str
-    """What the dataset is called where others read it."""
+    """The dataset's name in messages and records."""
 
 
 def run() -> None:
@@ -55,7 +55,7 @@ def run() -> None:
 
 
 def finetune(config: Config, options: Finetune, job: JobRecord) -> None:
-    """Check, train, register, and publish where that was asked for."""
+    """Check the request, train, register the result, and publish it if the options say so."""
     registry = registry_of(config)
     plan = prepare(config, registry, options)
     job.know(base=str(plan.base.id), dataset_sha256=plan.dataset_sha256, recipe=plan.recipe.model_dump(exclude_none=True))
@@ -71,9 +71,9 @@ def finetune(config: Config, options: Finetune, job: JobRecord) -> None:
 
 
 def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout, priority: int, job: JobRecord) -> Rollout:
-    """Measure for the gate, and wait for its decision. Raises `VersionRefused` where that is no.
+    """Measure the version for the gate, and wait for the gate's decision. Raises `VersionRefused` if the gate refuses the version.
 
-    Where the configuration names no sets, the gate compares the loss on this run's held-out examples.
+    If the configuration names no sets, the gate compares the loss on this run's held-out examples.
     """
     from jobs.evaluate import Sets, evaluate, supplied
 
@@ -86,7 +86,7 @@ def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout, pri
         time.sleep(0.2)
         rollout = registry.records(rollout.alias, rollout.number)[-1]
     if rollout.stage == "rolled_back":
-        raise VersionRefused(f"{rollout.version} is registered and not live: {rollout.reason}", "The live version is untouched.")
+        raise VersionRefused(f"{rollout.version} is registered but not live: {rollout.reason}", "The live version is unchanged.")
     return rollout
 
 
@@ -108,7 +108,7 @@ def prepare(config: Config, registry: Registry, options: Finetune) -> Plan:
 
 
 def check_fits(chosen: recipe.Recipe, config: Config, registry: Registry, base: str) -> None:
-    """Raises `ConfigError` now, where the engine would refuse the adapter after the training."""
+    """Raise `ConfigError` for an adapter that the engine would refuse after the training."""
     if chosen.lora is None:
         return
     name, fleet = hosting_fleet(config, registry, base)
@@ -137,7 +137,7 @@ def hosting_fleet(config: Config, registry: Registry, base: str) -> tuple[str, F
 
 
 def resolve(registry: Registry, base: str) -> Manifest:
-    """The weights to train on. An adapter stands for the weights beneath it, and the log says so."""
+    """The weights to train on. For an adapter these are the weights under it, and the log says so."""
     found = registry.resolve(base)
     if found.kind == "adapter":
         print(f"{found.id} is an adapter; training starts from its base {found.weights}")
@@ -166,7 +166,9 @@ def tokenized(
     limit = resolved.max_tokens or shape.max_position_embeddings
     train_rows, long = data.tokenize(examples, tokenizer, limit)
     held_rows, held_long = data.tokenize(held_out, tokenizer, limit)
-    print(f"{len(train_rows)} examples to train on, {len(held_rows)} held out, {long + held_long} left out above {limit} tokens")
+    print(
+        f"{len(train_rows)} examples to train on, {len(held_rows)} held out, {long + held_long} left out: longer than {limit} tokens"
+    )
     return Plan(base, resolved, train_rows, held_rows, held_out, dataset.sha256, dataset.source)
 
 
@@ -174,7 +176,7 @@ def tokenized(
 
 
 def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job: JobRecord) -> Manifest:
-    """Run the plan, and register its result: an adapter on the base, or weights that descend from it."""
+    """Train as planned, and register the result: an adapter on the base, or new weights."""
     from jobs.training import driver, ray_train, runs, sft
 
     ray_train.connect()
@@ -186,8 +188,8 @@ def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job
         "held_out": plan.held_out,
         "stage": "finetune",
     }
-    of = {"base": settings["base"], "recipe": settings["recipe"], "data": plan.dataset_sha256}
-    name = runs.resumed(registry.store, options.resume, of) if options.resume else runs.begun(registry.store, job.id, of)
+    inputs = {"base": settings["base"], "recipe": settings["recipe"], "data": plan.dataset_sha256}
+    name = runs.resume(registry.store, options.resume, inputs) if options.resume else runs.begin(registry.store, job.id, inputs)
     job.begin_run(name)
     ended = driver.fit(config, sft.SupervisedFineTuning, settings, name, options.priority, job.watch, job.note, job.checkpoint)
     job.watch(whole(plan, ended.metrics, job.snapshot.progress))
@@ -205,7 +207,7 @@ def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job
 
 
 def whole(plan: Plan, metrics: dict[str, float], last: JobProgress | None) -> Progress:
-    """A run at its end. The driver looks about once a second, and may have missed the last step, or a short run altogether."""
+    """The progress of a run at its end. The driver looks once a second, so it may have missed the last step, or all of a short run."""
     recipe = plan.recipe
     steps = Schedule(len(plan.train), recipe.global_batch, recipe.epochs, 0, 0.0, 0.0).steps
     loss, tokens = metrics.get("train_loss", math.nan), int(metrics.get("tokens", 0))

@@ -1,6 +1,6 @@
 """Makes a version live: ``python -m jobs.publish seedling@2``.
 
-Control takes it through the pool's policy: the gate, then the canary. It is live once every replica has acknowledged its digest.
+Control takes the version through the pool's policy: the gate, then the canary. The version is live once every replica has confirmed its digest.
 """
 
 from cluster.config import load
@@ -12,8 +12,8 @@ from jobs.record import record
 
 
 def publish(version: VersionId, alias: str, reason: str, author: str) -> Rollout:
-    """Ask the running pool's control. A refusal arrives as itself (`VersionRefused`, `Conflict`, …), and nothing has changed."""
-    from cluster.control import client  # imports Ray, which a wrong command line need not wait for
+    """Ask the running pool's control. Raises what control raises (`VersionRefused`, `Conflict`, …); then nothing has changed."""
+    from cluster.control import client  # imports Ray: a wrong command line must fail before that
 
     return client.connect().publish(str(version), alias, reason, author)
 

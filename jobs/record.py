@@ -1,11 +1,12 @@
-"""A job's record while it runs: its driver writes what it was asked, what happens and how it ended, and tells control where it is.
+"""Writes the record of a job while it runs: what was asked, what happens, and how it ended. It also reports to control where the job is.
 
 >>> with record(config, options) as job:              # doctest: +SKIP
 ...     job.note("waiting for slots: serving has 3", waiting="slots: serving has 3")  # in the store within `FLUSH_S`, at control within `TELL_S`
 ...     job.watch(progress)
 ...     job.made(version="seedling@2")
 
-A thread for each. A store or a control that does not answer never stops the job: what could not be written is written later.
+One thread writes to the store, another reports to control. A store or a control that does not answer never stops the job: what could not be
+written is written later.
 """
 
 import contextlib
@@ -29,21 +30,21 @@ from jobs.ray_job import submission_id
 from jobs.training.progress import Committed, Progress
 
 FLUSH_S = 3
-"""At most how often events are written."""
+"""Events are written at most this often."""
 QUIET_S = 30
-"""How often something is written at least: it says that the driver lives, also to a control whose Ray did not start it."""
+"""Something is written at least this often. It shows that the driver lives, also to a control whose Ray did not start the job."""
 OFTEN = 1 / 20
 """Progress alone is written after this part of a job's age: every 3 s in its first minute, every 30 s after ten."""
 TELL_S = 1
-"""At most how often control is told."""
+"""The driver reports to control at most this often."""
 SIGN_S = 3
-"""How often control is told that the job lives, where nothing else is to be told."""
+"""The driver reports to control at least this often, so that control knows that it lives."""
 AGAIN_S = 0.5
-"""How soon the last object is tried again."""
+"""How soon a write that failed is tried again."""
 LAST_S = 15
-"""How long a job that ended by itself tries to write how."""
+"""How long a job that ended by itself tries to write its result."""
 STOPPED_S = 1
-"""And one that is ended from outside, because Ray kills it soon, or that ended because the store failed."""
+"""How long a job tries that was stopped from outside, because Ray kills it soon, or that ended because the store failed."""
 KEPT = 1000
 """Events that wait for the store; above that the oldest are dropped."""
 ASKED = (128 + signal.SIGTERM, signal.SIGTERM)
@@ -51,14 +52,14 @@ ASKED = (128 + signal.SIGTERM, signal.SIGTERM)
 
 
 class JobRecord:
-    """The writer. Its methods return at once, from whatever thread they are called."""
+    """The writer. Any thread may call its methods, and they return at once."""
 
     def __init__(self, store: JobStore, spec: JobSpec) -> None:
         self.store, self.spec, self.id = store, spec, spec.id
         self.snapshot = JobSnapshot(at_s=time.time(), log=log_file(), host=socket.gethostname())
         self.events: list[JobEvent] = []
         self.batch: JobEvents | None = None
-        """What is being written; kept as it is until the store has it."""
+        """What is being written. It stays the same until the store has it."""
         self.n, self.created = 1, False
         self.began_s, self.flushed_s = time.monotonic(), float("-inf")
         self.result: dict[str, Any] = {}
@@ -69,13 +70,13 @@ class JobRecord:
     # what the job says
 
     def watch(self, progress: Progress) -> None:
-        """How far it is; as `jobs.training.driver.fit` calls it."""
+        """Note the progress. `jobs.training.driver.fit` calls this."""
         loss = progress.loss if math.isfinite(progress.loss) else None
         known = {**progress._asdict(), "loss": loss}
         self._say("progress", "", known, waiting="", progress=JobProgress(**known))
 
     def note(self, words: str, waiting: str = "") -> None:
-        """What happens, in words. ``waiting``: what the job waits for now; empty where it does not."""
+        """Note what happened, in words. ``waiting``: what the job waits for now; empty if it waits for nothing."""
         begins = bool(waiting) and waiting != self.snapshot.waiting
         self._say("waiting" if begins else "message", words, waiting=waiting, message=words)
 
@@ -87,15 +88,15 @@ class JobRecord:
         )
 
     def know(self, **facts: Any) -> None:
-        """What is known of it by now: ``base``, ``dataset_sha256``, …"""
+        """Note facts about the job: ``base``, ``dataset_sha256``, …"""
         self._say("fact", "", data=facts, facts={**self.snapshot.facts, **facts})
 
     def begin_run(self, run: str) -> None:
-        """The run whose checkpoints are this job's from now on."""
+        """Note the run whose checkpoints this job writes from now on."""
         self._say("fact", "", data={"run": run}, run=run)
 
     def made(self, **result: Any) -> None:
-        """What came out of it."""
+        """Note what the job has made."""
         self.result |= result
         self.know(**result)
 
@@ -115,7 +116,7 @@ class JobRecord:
         threading.Thread(target=self._tell, name="job-teller", daemon=True).start()
 
     def end(self, status: JobStatus, message: str = "", code: str = "", within_s: float = LAST_S) -> None:
-        """Write how it ended, and wait until that is written or cannot be for too long."""
+        """Write the result, and wait until the store has it, at most ``within_s``."""
         with self.changed:
             self.snapshot = self.snapshot.model_copy(update={"waiting": "", "at_s": time.time()})
             self.ending = JobResult(
@@ -153,7 +154,7 @@ class JobRecord:
             self.n = self.store.append(self.id, batch) + 1
             self.batch, self.flushed_s = None, time.monotonic()
             if not ending:
-                return  # what was said meanwhile is for the next object
+                return  # the next object holds what came in meanwhile
         if ending:
             self.store.finish(self.id, ending)
             self.done.set()
@@ -169,12 +170,12 @@ class JobRecord:
             return self.batch
 
     def _try(self, write: Callable[[], object]) -> None:
-        """The store may be away for a while; the log says so once, and once that it is back."""
+        """Write, where the store may be away for a while. The log says once that it is away, and once that it is back."""
         try:
             write()
         except Exception as error:  # noqa: BLE001 (this thread must live: without it the job would have no end)
             if not self.trouble:
-                print(f"the job's record cannot be written, and is tried again: {error}", flush=True)
+                print(f"the job's record cannot be written, trying again: {error}", flush=True)
             self.trouble = str(error)
             return
         if self.trouble:
@@ -182,7 +183,7 @@ class JobRecord:
             self.trouble = ""
 
     def _tell(self) -> None:
-        """Tell control where the job is, as soon as there is one and this process has joined the pool."""
+        """Report to control where the job is, once this process has joined the pool."""
         told, told_s = None, float("-inf")
         while not self.done.wait(TELL_S):
             ray, snapshot = sys.modules.get("ray"), self.snapshot
@@ -197,7 +198,7 @@ class JobRecord:
 
 
 def tell(id: str, snapshot: JobSnapshot) -> bool:
-    """Returns whether somebody asked for the job's end."""
+    """Report to control. Returns whether somebody cancelled the job."""
     from cluster.control import client  # imports Ray, whose network must have been set up before
 
     return client.connect().progress(id, snapshot.model_dump(mode="json"))
@@ -205,7 +206,7 @@ def tell(id: str, snapshot: JobSnapshot) -> bool:
 
 @contextlib.contextmanager
 def record(config: Config, options: Options) -> Iterator[JobRecord]:
-    """Record what runs inside as a job. Whatever it raises becomes its result, and is raised on."""
+    """Record the block as a job. An exception becomes the job's result, and is raised again."""
     job = JobRecord(JobStore(Store(config.store)), spec(options))
     job.begin()
     try:
@@ -232,16 +233,16 @@ def record(config: Config, options: Options) -> Iterator[JobRecord]:
 
 
 def stopped(job: JobRecord) -> str:
-    """Why a job was ended from outside, and what to do."""
+    """Why a job was stopped from outside, and what to do."""
     with contextlib.suppress(SpringtideError):
         if asked := job.store.cancel_asked(job.id):
             return f"Cancelled by {asked.author}."
-    go_on = f" Go on with --resume {job.snapshot.run}." if job.snapshot.run else ""
-    return f"It was ended from outside: the pool stopped, or somebody ended its process.{go_on}"
+    go_on = f" Continue with --resume {job.snapshot.run}." if job.snapshot.run else ""
+    return f"It was stopped from outside: the pool stopped, or somebody ended its process.{go_on}"
 
 
 def spec(options: Options) -> JobSpec:
-    """Its id is Ray's, where Ray runs it; one of its own, where it was started from a shell."""
+    """The job's spec. Its id is Ray's submission id if Ray started it, and a new one if a shell did."""
     id = submission_id()
     return JobSpec(
         id=id or new_id(options.verb),
@@ -261,6 +262,6 @@ def _user() -> str:
 
 
 def log_file() -> str:
-    """Where this process's output goes: Ray's file of the job's log; empty where it is no file."""
+    """The file that this process's output goes to, which is Ray's log of the job; empty if it is no file."""
     path = os.path.realpath("/proc/self/fd/1")
     return path if os.path.isfile(path) else ""

@@ -1,8 +1,8 @@
-"""Where a job's files come from: a path, a URL, ``upload:<sha256>``, which is what `PUT /admin/uploads` stored, or ``sample:tide``, one of the
-data sets that ship with Springtide.
+"""Reads a job's files. A source is a path, a URL, ``upload:<sha256>`` (what `PUT /admin/uploads` stored), or ``sample:tide`` (a data set that
+ships with Springtide).
 
-A job from a shell in the pool reads whatever the pool can read. A job that came over HTTP reads less, because its sender may know only the
-gateway's key: uploads, object-store URLs under ``training.data_prefixes``, and public web addresses.
+A job from a shell in the pool reads whatever the pool can read. A job that came over HTTP reads less, because its sender may hold nothing but
+the gateway's key. It reads uploads, object-store URLs under ``training.data_prefixes``, and public web addresses.
 Example: ``http://169.254.169.254/…`` is refused. So are a public name that resolves to that address, and a redirect that leads there.
 """
 
@@ -55,11 +55,11 @@ class Sources:
     """Whether the job came over HTTP."""
 
     def fetch(self, source: str) -> bytes:
-        """The bytes of a source. Raises `DataError` with the reason, which keeps no secret of a URL."""
+        """The bytes of a source. Raises `DataError` with the reason, without the secrets of any URL."""
         try:
             return self._fetch(source)
         except Denied as error:
-            raise DataError(f"{title(source)} may not be read by a job that came over HTTP: {error}.", ALLOWED) from error
+            raise DataError(f"A job that came over HTTP may not read {title(source)}: {error}.", ALLOWED) from error
         except (OSError, httpx.HTTPError, httpx.InvalidURL, BaseError, ValueError) as error:
             raise DataError(
                 f"{title(source)} cannot be read: {_words(error, source)}.",
@@ -76,10 +76,10 @@ class Sources:
             return self._public(source) if self.remote else self._web(source)
         if scheme in ("", "file"):
             if self.remote:
-                raise Denied("it is a path of the pool's machine")
+                raise Denied("it is a path on a machine of the pool")
             return Path(unquote(urlsplit(source).path) if scheme else source).expanduser().read_bytes()
         if self.remote and not any(under(source, prefix) for prefix in self.training.data_prefixes):
-            raise Denied("it is under none of training.data_prefixes")
+            raise Denied("no prefix in training.data_prefixes fits")
         return self._object(source)
 
     def _uploaded(self, source: str) -> bytes:
@@ -103,7 +103,8 @@ class Sources:
             return self._body(response)
 
     def _public(self, url: str) -> bytes:
-        """Every hop is resolved here, checked, and connected to by the address that was checked: a name may resolve otherwise a moment later."""
+        """Fetch over HTTP. For every hop this resolves the name, checks the address, and connects to that address: a moment later the name may
+        resolve to another one."""
         at = httpx.URL(url)
         with httpx.Client(trust_env=False, timeout=TIMEOUT_S) as client:  # a proxy would resolve the name once more
             for _ in range(REDIRECTS + 1):
@@ -135,7 +136,7 @@ class Sources:
             raise BodyTooLarge(f"The file is larger than training.max_data_bytes, {limit}.", "Split it, or raise the limit.")
 
 
-ALLOWED = "Send the file itself (PUT /admin/uploads), name a public http(s) URL, or one under training.data_prefixes."
+ALLOWED = "Upload the file (PUT /admin/uploads), or name a public http(s) URL or a URL under training.data_prefixes."
 
 
 def of(config: Config) -> Fetch:

@@ -86,7 +86,7 @@ def run() -> None:
         "recipe": settings["recipe"],
         "data": plan.dataset_sha256,
     }  # so that `jobs.finetune` can go on
-    name = runs.begun(Store(config.store), new_id("unwilling"), of)
+    name = runs.begin(Store(config.store), new_id("unwilling"), of)
     print("ended", driver.fit(config, kind, settings, name).metrics)
 
 

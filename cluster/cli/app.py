@@ -1,4 +1,4 @@
-"""What every file of commands shares: the `springtide` command itself, its options, and the pool that it speaks with."""
+"""What all files of commands share: the `springtide` command itself, its options, and the client of the pool."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ e
 Preset = Annotated[str | None, typer.Option(help="Start from cluster/presets/NAME.yaml: laptop or gpu.")]
 File = Annotated[Path | None, typer.Option("--config", help="A YAML file; springtide.yaml here by default.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one key: --set fleet.max_replicas=2. Repeatable.")]
-Wait = Annotated[bool, typer.Option(help="Follow it until it ends. Ctrl-C ends only the following.")]
+Wait = Annotated[bool, typer.Option(help="Wait until it ends, and show its progress. Ctrl-C stops only the waiting.")]
 
 
 class Chosen(NamedTuple):
@@ -43,8 +43,8 @@ def options(
         str | None,
         typer.Option(
             metavar="URL",
-            help="The gateway of the pool to speak with; SPRINGTIDE_API_KEY is the key for it. By default SPRINGTIDE_POOL, "
-            "else the pool that runs from this home.",
+            help="URL of the pool's gateway; SPRINGTIDE_API_KEY holds its key. By default SPRINGTIDE_POOL, or else the pool "
+            "that runs from this home.",
         ),
     ] = None,
 ) -> None:
@@ -53,14 +53,14 @@ def options(
 
 
 def client() -> Client:
-    """The pool that the command speaks with, from any folder and any machine."""
+    """A client of the pool. It works from any folder and any machine."""
     return Client(endpoint.find(chosen.pool))
 
 
 def load(preset: str | None = None, file: Path | None = None, sets: list[str] | None = None) -> Config:
-    """The configuration of this home, for what starts and stops local processes. Raises `BadRequest` where another pool was named."""
+    """The configuration of this home, for commands that start and stop local processes. Raises `BadRequest` if ``--pool`` was given."""
     if chosen.pool:
-        raise BadRequest("This command works on this machine alone.", "Leave --pool out.", param="pool")
+        raise BadRequest("This command works only on this machine.", "Omit --pool.", param="pool")
     if file is not None and not file.is_file():
         raise BadRequest(f"There is no file {file}.", "Check the path given with --config.", param="config")
     return configuration.load(preset, file, configuration.from_pairs(pairs(sets)))

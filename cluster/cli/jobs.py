@@ -25,7 +25,7 @@ LOOK_AGAIN_S = 0.5
 @app.command()
 @jobspec.options("finetune")
 def train(wait: Wait = True, **given: Any) -> None:
-    """Fine-tune on the pool, as `ray job submit -- python -m jobs.finetune` does there. Files of this machine are sent to the pool first."""
+    """Fine-tune on the pool. The command sends local files to the pool first. There the job is `python -m jobs.finetune`."""
     pool = client()
     job = start(pool, "finetune", given)
     console.print(f"Job [bold]{job}[/] is submitted.")
@@ -50,25 +50,27 @@ def evaluate(wait: Wait = True, **given: Any) -> None:
 
 @app.command()
 def jobs(limit: Annotated[int, typer.Option(help="How many of the newest.", min=1, max=1000)] = 20) -> None:
-    """The newest jobs with their progress: step, loss, tokens per second, time left."""
+    """List the newest jobs with their progress: step, loss, tokens per second, time left."""
     render.jobs(console, client().jobs(limit))
 
 
 @app.command()
 def cancel(job: str) -> None:
-    """End a job. What it has registered stays; an unfinished run leaves nothing."""
+    """Cancel a job. Versions that it has registered stay. Checkpoints of an unfinished run are removed."""
     console.print(f"{job}: {client().cancel(job).status}.", highlight=False)
 
 
 @app.command()
 def logs(
     job: str,
-    follow: Annotated[bool, typer.Option("--follow", help="Print what it writes until it ends; Ctrl-C ends only this.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Keep printing until the job ends. Ctrl-C stops only the printing.")
+    ] = False,
 ) -> None:
-    """A job's log."""
+    """Print a job's log."""
     pool, offset = client(), 0
     while True:
-        ended = pool.job(job).status.ended  # asked before the log: what it wrote last is in there
+        ended = pool.job(job).status.ended  # asked before the log, so the log has the last lines
         try:
             offset, some = printed(pool, job, offset)
             if not some and (ended or not follow):
@@ -93,7 +95,7 @@ def events(
 
 
 def printed(pool: Client, job: str, offset: int) -> tuple[int, bool]:
-    """Print the next part of a log; where to go on, and whether there was any."""
+    """Print the next part of a log. Returns the next offset, and whether there was anything to print."""
     part = pool.log(job, offset)
     print(part.text, end="", flush=True)
     return part.next, bool(part.text)
@@ -105,16 +107,16 @@ def measure(pool: Client, id: VersionId, alias: str) -> None:
 
 
 def going_on(job: str) -> str:
-    return f"It goes on by itself: springtide logs {job} --follow · springtide cancel {job} · springtide jobs"
+    return f"The job continues. See: springtide logs {job} --follow · springtide cancel {job} · springtide jobs"
 
 
 # starting
 
 
 def start(pool: Client, verb: str, given: dict[str, Any]) -> str:
-    """Check a command's options, send the files that they name, submit; returns the job's id."""
+    """Check the options, send the files that they name, and submit the job. Returns the job's id."""
     chosen = jobspec.chosen(given)
-    asked = jobspec.parse(verb, chosen)  # before a large file is sent
+    asked = jobspec.parse(verb, chosen)  # so that a mistake shows before a large file is sent
     files = {name: path for name, source in asked.files().items() if (path := local_file(name, source))}
     for name, path in files.items():
         if not path.is_file():
@@ -124,7 +126,7 @@ def start(pool: Client, verb: str, given: dict[str, Any]) -> str:
 
 
 def local_file(name: str, source: str) -> Path | None:
-    """The file of this machine that an option means; None for a URL, an upload, and a name that the pool knows.
+    """The local file that an option names; None for a URL, an upload, and a name that the pool knows.
 
     >>> local_file("data", "/lines.jsonl"), local_file("data", "s3://bucket/lines.jsonl"), local_file("recipe", "lora")
     (PosixPath('/lines.jsonl'), None, None)
@@ -138,7 +140,7 @@ def local_file(name: str, source: str) -> Path | None:
 
 
 def upload(pool: Client, file: Path) -> str:
-    """Send a file; a terminal shows a bar meanwhile."""
+    """Send a file. A terminal shows a bar meanwhile."""
     columns = (TextColumn("Sending {task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(file.name, total=file.stat().st_size)
@@ -149,7 +151,7 @@ def upload(pool: Client, file: Path) -> str:
 
 
 def followed(pool: Client, job: str, label: str) -> dict[str, Any] | None:
-    """`follow`, or None where Ctrl-C ended the following."""
+    """What `follow` returns; None if Ctrl-C stopped it."""
     try:
         return follow(pool, job, label)
     except KeyboardInterrupt:
@@ -157,12 +159,12 @@ def followed(pool: Client, job: str, label: str) -> dict[str, Any] | None:
 
 
 def follow(pool: Client, job: str, label: str) -> dict[str, Any]:
-    """Draw a job's progress until it ends; what it made. Raises `JobFailed`."""
+    """Draw a job's progress until it ends. Returns what it made. Raises `JobFailed`."""
     return drawn(Patient(lambda: pool.job(job), pool.job(job)), label)
 
 
 def drawn(look: Callable[[], Job], label: str, looked_every_s: float = LOOK_AGAIN_S) -> dict[str, Any]:
-    """Draw what ``look`` finds of a job until it has ended; what it made. Raises `JobFailed`."""
+    """Draw what ``look`` returns until the job has ended. Returns what it made. Raises `JobFailed`."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

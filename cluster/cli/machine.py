@@ -1,4 +1,4 @@
-"""Commands that start, stop and examine what runs on this machine."""
+"""Commands that start, stop and examine the pool on this machine."""
 
 import shlex
 import subprocess
@@ -28,7 +28,7 @@ def run(
     set: Sets = None,
     once: Annotated[bool, typer.Option(help="Stop when the loop is done.")] = False,
 ) -> None:
-    """The whole loop: start the pool, serve a model, fine-tune it, publish the result into live traffic, keep serving."""
+    """Go through the whole loop: start the pool, serve a model, fine-tune it, publish the result into live traffic, keep serving."""
     loaded = load(preset, config, set)
     local.use(loaded)
     from cluster.cli import demo
@@ -38,7 +38,7 @@ def run(
 
 @app.command()
 def up(model: Model = None, preset: Preset = None, config: File = None, set: Sets = None) -> None:
-    """Start the pool and serve. Returns when it answers; `springtide down` stops it."""
+    """Start the pool and serve. Returns when the pool answers. `springtide down` stops it."""
     loaded = load(preset, config, set)
     local.use(loaded)
     from cluster.cli import demo
@@ -55,7 +55,7 @@ def down() -> None:
 
 @app.command("config")
 def show_config(preset: Preset = None, config: File = None, set: Sets = None) -> None:
-    """The resolved configuration: every key with the value in force."""
+    """Print the resolved configuration: every key with its value."""
     import yaml
 
     print(yaml.safe_dump(load(preset, config, set).dump(), sort_keys=False), end="")
@@ -66,11 +66,11 @@ def env(
     client: Annotated[
         bool,
         typer.Option(
-            "--client", help="For `springtide` in other folders and on other machines instead: the address and its key."
+            "--client", help="Print the address and key instead, for `springtide` in other folders and on other machines."
         ),
     ] = False,
 ) -> None:
-    """Shell lines for Ray's own commands on this pool: eval "$(springtide env)"."""
+    """Print shell lines that point Ray's own commands at this pool: eval "$(springtide env)"."""
     config = running()
     variables = endpoint.variables(endpoint.of(config)) if client else local.client_environment(config)
     for key, value in variables.items():
@@ -92,7 +92,7 @@ def doctor() -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context, what: str) -> None:
-    """Measure, as `python -m benchmarks` does: springtide bench serving."""
+    """Run a benchmark, as `python -m benchmarks` does: springtide bench serving."""
     raise typer.Exit(subprocess.call([sys.executable, "-m", "benchmarks", what, *context.args]))
 
 
@@ -103,7 +103,7 @@ def k8s_render(
     config: File = None,
     set: Sets = None,
 ) -> None:
-    """The RayService for serving and the RayJob for fine-tuning."""
+    """Print the RayService for serving and the RayJob for fine-tuning."""
     from cluster.pool import k8s
 
     files = k8s.render(load(preset, config, set))
@@ -118,6 +118,6 @@ def k8s_render(
 
 
 def running() -> Config:
-    """The configuration of the pool that runs from this home; what would be started, where none runs."""
+    """The configuration of the pool that runs from this home. If none runs, the configuration that would start."""
     config = load()
     return local.remembered(config) if local.find(config) else config

@@ -1,4 +1,4 @@
-"""Following something on a pool whose gateway or control may be started again meanwhile."""
+"""Asks a pool again and again, also while its gateway or control restarts."""
 
 import time
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Generic, TypeVar
 from cluster.errors import PoolUnavailable
 
 GONE_S = 60
-"""How long a gateway that answered before may be silent: one that is started again needs some time."""
+"""How long a gateway that has answered may be silent. A restart takes some time."""
 
 Known = TypeVar("Known")
 
 
 class Patient(Generic[Known]):
-    """Asks on every call. While the gateway is silent it repeats what is ``known``; after `GONE_S` it raises `PoolUnavailable`."""
+    """Asks on every call. While the gateway is silent it returns the last answer, and after `GONE_S` it raises `PoolUnavailable`."""
 
     def __init__(self, ask: Callable[[], Known], known: Known) -> None:
         self.ask = ask

@@ -1,4 +1,4 @@
-"""Tables, bars and words for people. Nothing is decided here."""
+"""Tables, bars and messages for people. It decides nothing."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def answers(console: Console, question: str, given: Sequence[Answer]) -> None:
 
 
 def _table(*headers: str, title: str | None = None) -> Table:
-    """A table that never breaks an id over two lines."""
+    """A table that never splits an id over two lines."""
     return Table(*(Column(name, no_wrap=name in IDS) for name in headers), title=title, title_justify="left")
 
 
@@ -80,7 +80,7 @@ def status(console: Console, url: str, document: dict[str, Any]) -> None:
 
 
 def allocation(document: dict[str, Any]) -> Table:
-    """Who has how many slots, since when, and why: serving, and each job that trains or waits. A job that never had a slot has a row too."""
+    """Who has how many slots, since when, and why. There is a row for serving, and one for each job that trains or waits."""
     changes = {change["owner"]: change for change in document["changes"]}
     jobs = {job["id"]: job for job in document["jobs"]}
     table = _table("owner", "slots", "holds", "since", "why")
@@ -150,12 +150,12 @@ def staged(one: Rollout) -> str:
 
 
 def rollout(console: Console, one: Rollout) -> None:
-    """One line: where a rollout stands, and why."""
+    """Print one line: the stage of a rollout, and why."""
     console.print(f"[bold]{one.version}[/] on [bold]{one.alias}[/]: {staged(one)}, {escape(one.reason)}")
 
 
 def progress(one: Rollout, seen: dict[str, Any]) -> Table:
-    """A rollout that is watched, with canary and stable side by side. ``seen`` is that of `cluster.client.Watched`."""
+    """A rollout under way, with canary and stable side by side. ``seen``: see `cluster.client.Watched`."""
     waiting = seen.get("waiting_for") or "control"
     title = f"{one.version} on {one.alias}: {staged(one)}, waiting for {waiting}"
     table = _table("", "requests", "failed", "first token", "between tokens", "answers end", title=title)

@@ -11,7 +11,7 @@ from cluster.cli.app import app, client, console
 from cluster.errors import BadRequest, ModelNotFound
 from cluster.types import VersionId
 
-Minutes = Annotated[float, typer.Option(help="How far back it draws.", min=0.1, max=1440)]
+Minutes = Annotated[float, typer.Option(help="How many minutes back the chart goes.", min=0.1, max=1440)]
 
 
 @app.command()
@@ -20,9 +20,9 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="The same as `springtide top`.")] = False,
     minutes: Minutes = 5,
 ) -> None:
-    """What is running: replicas with the versions they hold, aliases, slots."""
+    """Show what is running: aliases, fleets, replicas with the versions that they hold, slots."""
     if watch and as_json:
-        raise BadRequest("--watch prints no JSON.", "Use `springtide status --json` alone.")
+        raise BadRequest("--watch and --json exclude each other.", "Use one of them.")
     if watch:
         return top(minutes)
     pool = client()
@@ -35,7 +35,7 @@ def status(
 
 @app.command()
 def top(minutes: Minutes = 5) -> None:
-    """Draw who holds the slots, and why that changed, once a second until Ctrl-C; into a file, print each change."""
+    """Draw who holds the slots, and why that changed, once a second until Ctrl-C. Into a file it prints each change."""
     from cluster.cli import top as drawing
 
     drawing.watch(client(), console, minutes)
@@ -43,7 +43,7 @@ def top(minutes: Minutes = 5) -> None:
 
 @app.command()
 def models(name: Annotated[str | None, typer.Argument(help="A model, or one version as NAME@N.")] = None) -> None:
-    """Every version, with its kind, lineage and measurements; the live one marked."""
+    """List every version with its kind, lineage and measurements, and mark the live ones."""
     if name and "@" in name:
         told = client().version(VersionId.parse(name))
         render.manifest(console, told.manifest, told.verdicts)
@@ -54,7 +54,7 @@ def models(name: Annotated[str | None, typer.Argument(help="A model, or one vers
 @app.command()
 def ask(
     question: str,
-    model: Annotated[str | None, typer.Option(help="The alias; by default the first that the pool lists.")] = None,
+    model: Annotated[str | None, typer.Option(help="The alias. By default the first that the pool lists.")] = None,
     version: Annotated[int | None, typer.Option(help="Pin NAME@N.")] = None,
 ) -> None:
     """Ask the live model one question and show which version answered."""

@@ -1,7 +1,7 @@
 """`springtide top`: who holds which slots, why that changed, and what each hand-over took.
 
-`draw` and what it calls are pure: snapshots of the slots go in, text comes out. Example of a chart, the newest column at the right; serving
-has slot 1, a job slots 2 and 3, of which slot 3 works only in the second half::
+`draw` and what it calls are pure: snapshots of the slots go in, text comes out. In this chart the newest column is at the right. Serving has
+slot 1. A job has slots 2 and 3, and trains on slot 3 only in the second half::
 
     3 ┤░░░░████
     2 ┤████████
@@ -30,9 +30,9 @@ from cluster.errors import PoolUnavailable
 
 REDRAWN_S = 1.0
 IDLE, NOTHING = "", "nothing"
-"""Owners of a cell that are neither serving nor a job: nobody has the slot, and there is no such slot (or no record of it)."""
+"""Owners of a cell that is neither serving's nor a job's. `IDLE`: nobody has the slot. `NOTHING`: there is no such slot, or no record of it."""
 BLOCKS = {True: "█", False: "░"}
-"""Whether the owner works on the slot. A job holds some while it does not train on them yet."""
+"""Whether the owner works on the slot. A job may hold slots on which it does not train yet."""
 COLOURS = ("yellow", "magenta", "green", "cyan", "red", "bright_yellow", "bright_magenta", "bright_green")
 MOST_ROWS, LEAST_ROWS, AXIS_LINES = 32, 4, 2
 DECISIONS, HANDOVERS = 8, 5
@@ -43,15 +43,15 @@ TICK_COLUMNS = 14
 
 
 class Seen(NamedTuple):
-    """What the pool has told so far, oldest first."""
+    """What the pool has reported so far, oldest first."""
 
     snapshots: tuple[SlotSnapshot, ...] = ()
     changes: tuple[GrantChange, ...] = ()
     at_s: float = 0.0
-    """When it last answered."""
+    """When the pool last answered."""
 
     def told(self, document: dict[str, Any], now_s: float) -> "Seen":
-        """With an answer of `cluster.client.Client.slots`, which has the snapshots since the last one."""
+        """Add an answer of `cluster.client.Client.slots`, which has the snapshots since the last one."""
         snapshots = (*self.snapshots, *parse(document["snapshots"]))[-SNAPSHOTS:]
         return Seen(snapshots, tuple(GrantChange(**change) for change in document["allocation"]["changes"]), now_s)
 
@@ -67,19 +67,19 @@ class Cell(NamedTuple):
 
 
 def in_force(snapshots: Sequence[SlotSnapshot], at_s: float) -> SlotSnapshot | None:
-    """The snapshot that counted then: the last one before. None before the first record."""
+    """The snapshot in force at that time: the last one before it. None before the first record."""
     index = bisect_right(snapshots, at_s, key=lambda snapshot: snapshot.at_s)
     return snapshots[index - 1] if index else None
 
 
 def times(now_s: float, step_s: float, columns: int) -> list[float]:
-    """A time for each column, the last of them now. All others are whole multiples of ``step_s``, so that a column stays where it was drawn."""
+    """A time for each column. The last is now. The others are whole multiples of ``step_s``, so that a drawn column does not move."""
     whole = math.ceil(now_s / step_s) - 1
     return [*((whole - back) * step_s for back in range(columns - 2, -1, -1)), now_s]
 
 
 def column(snapshot: SlotSnapshot | None, rows: int) -> list[Cell]:
-    """The cells from the bottom: serving's slots, each job's, idle ones. Where a slot has two owners there are more cells than slots."""
+    """The cells from the bottom: serving's slots, each job's slots, idle slots. If a slot has two owners there are more cells than slots."""
     if snapshot is None:
         return [Cell(NOTHING)] * rows
     cells = [Cell(SERVING)] * snapshot.serving
@@ -90,7 +90,7 @@ def column(snapshot: SlotSnapshot | None, rows: int) -> list[Cell]:
 
 
 def highest(snapshots: Sequence[SlotSnapshot | None]) -> int:
-    """How many rows show every slot."""
+    """How many rows it takes to show every slot."""
     return max((max(snapshot.slots, snapshot.slots - snapshot.idle) for snapshot in snapshots if snapshot), default=0)
 
 
@@ -106,7 +106,7 @@ def styles(snapshots: Sequence[SlotSnapshot]) -> dict[str, str]:
 def draw(seen: Seen, now_s: float, width: int, height: int, minutes: float) -> Group:
     """The tables and the chart, in ``width`` × ``height`` characters. The chart shows the last ``minutes``."""
     if not seen.snapshots:
-        return Group(Text("Control has recorded nothing yet; it begins some seconds after it started."))
+        return Group(Text("Control has recorded nothing yet. It begins some seconds after its start."))
     last, colours = seen.snapshots[-1], styles(seen.snapshots)
     top = owners(last, colours)
     below = [table for table in (decisions(seen.changes, now_s), exchanges(handovers(seen.snapshots), now_s)) if table.row_count]
@@ -188,7 +188,7 @@ def exchanges(done: Sequence[Handover], now_s: float) -> Table:
 
 
 def _table(title: str, who: str, words: str) -> Table:
-    """A table with one line for each row, whatever the width: the chart gets the rest of the height."""
+    """A table with one line for each row at any width, because the chart gets the rest of the height."""
     columns = [Column(name, no_wrap=True) for name in ("ago", who, "slots")]
     return Table(*columns, Column(words, no_wrap=True), box=None, pad_edge=False, title=title, title_justify="left")
 
@@ -215,7 +215,7 @@ def span(seconds: float) -> str:
 
 
 def news(before: Seen, now: Seen) -> list[str]:
-    """What happened between two looks, one line each, the oldest first. The first look gives one line: how things stand."""
+    """What happened between two answers, one line each, the oldest first. The first answer gives one line: who has the slots now."""
     if not before.snapshots:
         return [_line(now.snapshots[-1].at_s, stands(now.snapshots[-1]))] if now.snapshots else []
     since_s, known = before.snapshots[-1].at_s, {(change.at_s, change.owner) for change in before.changes}
@@ -245,8 +245,8 @@ def _line(at_s: float, words: str) -> str:
 
 
 def watch(pool: Client, console: Console, minutes: float) -> None:
-    """Redraw once a second until Ctrl-C, or print each change where ``console`` is no terminal. Raises `PoolUnavailable` where the gateway
-    does not answer at first, or stays silent for `GONE_S`."""
+    """Redraw once a second until Ctrl-C. If ``console`` is no terminal, print each change. Raises `PoolUnavailable` if the gateway does not
+    answer at first, or is silent for `GONE_S`."""
     try:
         if console.is_terminal and not console.is_dumb_terminal:
             _redraw(pool, console, minutes)
@@ -259,14 +259,14 @@ def watch(pool: Client, console: Console, minutes: float) -> None:
 def _redraw(pool: Client, console: Console, minutes: float) -> None:
     seen = look(pool, Seen())
     try:
-        # On a screen of its own, which is overwritten in place: erasing lines before they are drawn anew would flicker.
+        # The drawing has a screen of its own and overwrites it in place. Erasing lines before drawing them again would flicker.
         with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
             while True:
                 live.update(picture(seen, console, minutes), refresh=True)
                 time.sleep(REDRAWN_S)
                 seen = look(pool, seen)
     finally:
-        console.print(picture(seen, console, minutes))  # that screen is gone: leave what was seen last
+        console.print(picture(seen, console, minutes))  # that screen is gone, so leave the last picture here
 
 
 def picture(seen: Seen, console: Console, minutes: float) -> Group:
@@ -288,7 +288,7 @@ def _print(pool: Client, console: Console) -> None:
 
 
 def look(pool: Client, seen: Seen) -> Seen:
-    """Ask once. While the gateway is silent, return what was seen before; raise `PoolUnavailable` after `GONE_S`."""
+    """Ask once. While the gateway is silent, return what is known. Raises `PoolUnavailable` after `GONE_S`."""
     since_s = seen.snapshots[-1].at_s if seen.snapshots else 0.0
     try:
         return seen.told(pool.slots(since_s), time.time())

@@ -55,7 +55,7 @@ class JobService:
         threading.Thread(target=self._run, daemon=True, name="jobs-loop").start()
 
     def progress(self, id: str, snapshot: dict[str, Any]) -> bool:
-        """A driver tells where its job is. Returns whether somebody asked for its end."""
+        """A driver reports where its job is. Returns whether somebody cancelled the job."""
         self.reaper.watch(id)
         return self.drivers.tell(id, JobSnapshot.model_validate(snapshot))
 
@@ -81,7 +81,7 @@ class JobService:
         return [event.model_dump(mode="json", exclude={"schema_version"}) for event in events]
 
     def submit(self, verb: str, options: dict[str, Any], author: str) -> str:
-        """Start a job that came over HTTP, and return its id. Raises `BadRequest` or `ModelNotFound` for what can be known now."""
+        """Start a job that came over HTTP, and return its id. Raises `BadRequest` or `ModelNotFound` for a mistake that shows before it starts."""
         asked = jobspec.parse(verb, options)
         jobspec.check_remote(asked)
         self._check_names(asked.document())
@@ -96,9 +96,9 @@ class JobService:
         return id
 
     def cancel(self, id: str, author: str) -> dict[str, Any]:
-        """End a job, and remove what it kept to be resumed. What it has registered stays, and so does the end of one that has ended.
+        """End a job, and remove its checkpoints. Versions that it has registered stay. A job that has ended keeps its result.
 
-        Raises `Damaged` where its order or its result cannot be read; nobody is asked to end then.
+        Raises `Damaged` if its order or its result cannot be read. The job is not asked to end then.
         """
         record = self.jobs.record(id)
         if self.jobs.result(id) is None:
@@ -109,7 +109,7 @@ class JobService:
             deadline_s = time.monotonic() + END_S
             while not self.reaper.cancelled(id, author):
                 if time.monotonic() > deadline_s:
-                    raise PoolUnavailable(f"{id} was asked to end, and has not ended yet.", "See `springtide jobs`.")
+                    raise PoolUnavailable(f"{id} is being cancelled and has not ended yet.", "See `springtide jobs`.")
                 time.sleep(0.1)
         return self.get(id)
 
@@ -122,9 +122,7 @@ class JobService:
         if base := given.get("base"):
             self.registry.resolve(base)
         if (run := given.get("resume")) and not self.store.children(f"runs/{check_name(run)}"):
-            raise BadRequest(
-                f"There is no run {run}.", "One that ended, or was cancelled, leaves nothing to go on from.", "resume"
-            )
+            raise BadRequest(f"There is no run {run}.", "A run that ended or was cancelled cannot be resumed.", "resume")
 
     def _run(self) -> None:
         while True:

@@ -47,7 +47,9 @@ def how_it_ended(facts: JobFacts, now_s: float) -> JobResult | None:
     ray = facts.ray
     if facts.silent_s < SILENT_S or (facts.stale_s < STALE_S if ray is None else not ray.ended):
         return None
-    go_on = f" Go on with: springtide train --resume {facts.last.run}" if facts.resumable and facts.last else " Submit it again."
+    go_on = (
+        f" Continue with: springtide train --resume {facts.last.run}" if facts.resumable and facts.last else " Submit it again."
+    )
 
     def ended(status: JobStatus, message: str) -> JobResult:
         return JobResult(status=status, ended_s=now_s, message=message, last=facts.last)
@@ -57,7 +59,7 @@ def how_it_ended(facts: JobFacts, now_s: float) -> JobResult | None:
     if ray is None:
         return ended(JobStatus.LOST, f"Its driver is gone, and Ray no longer knows the job.{go_on}")
     if ray.status == "STOPPED":
-        return ended(JobStatus.CANCELLED, f"Somebody stopped it from outside.{go_on}")
+        return ended(JobStatus.CANCELLED, f"It was stopped from outside.{go_on}")
     if ray.status == "SUCCEEDED":
         return ended(JobStatus.SUCCEEDED, "Its process ended without an error, but could not record what it made.")
     if ray.killed:

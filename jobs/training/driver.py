@@ -1,7 +1,7 @@
 """An elastic run, from the driver's side: the one loop that owns Ray and the time.
 
-Ten times a second the driver looks at its workers, its reservations and the grant, asks `jobs.training.elasticity.next_actions` what follows, and
-carries it out. The decisions are explained there, the workers in `jobs.training.worker`.
+Ten times a second the driver looks at its workers, its reservations and the grant. `jobs.training.elasticity.next_actions` says what to do,
+and the driver does it. That file explains the decisions, and `jobs.training.worker` the workers.
 """
 
 import os
@@ -25,11 +25,11 @@ from jobs.training.worker import Outcome, Reached, Worker
 
 TURN_S = 0.1
 WATCH_S = 1
-"""At most how often ``watch`` hears of the progress."""
+"""``watch`` is called at most this often."""
 ENDING_S = float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", 3)) - 1
-"""How long a run that is ended from outside may take to keep its state, before Ray kills it."""
+"""How long a run that is stopped from outside may take to write its state. Ray kills it a second later."""
 ENDED_S = 0.7
-"""Within this time Ray has ended a process that was to be killed, whatever it was writing."""
+"""Ray ends a process within this time after the kill, whatever the process was writing."""
 
 
 class Ended(NamedTuple):
@@ -49,15 +49,18 @@ def fit(
     note: Callable[[str, str], None] = ignore,
     committed: Callable[[Committed], None] = ignore,
 ) -> Ended:
-    """Train ``work(settings)`` to its end, on as many slots as there are at the time. Its files are then at `runs.result`.
+    """Train ``work(settings)`` to its end, on as many slots as the grant allows at the time. `runs.result` then has its files.
 
-    ``name``: from `runs.begun` or `runs.resumed`. The callbacks run in this thread, and must be quick: ``watch`` hears of the progress at most
-    once a second, ``note`` hears words such as "training with 3 workers from step 40", which are in the log too, and what the run waits for then
-    (empty where it does not), ``committed`` hears of the newest checkpoint.
-    ``settings["stage"]`` names the run in its progress lines; the name's first part by default.
+    ``name``: from `runs.begin` or `runs.resume`. ``settings["stage"]`` names the run in its progress lines; by default it is the first part of
+    the name. The callbacks run in this thread, and must be quick:
 
-    Raises `JobFailed` where the run cannot go on. Its checkpoints stay then, and when it is ended from outside, for a job that resumes it;
-    `springtide cancel` removes them.
+    - ``watch`` gets the progress at most once a second.
+    - ``note`` gets messages such as "training with 3 workers from step 40", which are in the log too, and what the run waits for (empty if it
+      waits for nothing).
+    - ``committed`` gets the newest checkpoint.
+
+    Raises `JobFailed` if the run cannot go on. Its checkpoints stay, so that another job can resume it; the same holds for a run that is stopped
+    from outside. `springtide cancel` removes them.
     """
     driver = Driver(
         config, work, {"stage": name.rpartition("-")[0], **settings}, name, priority, Reporter(watch, note, committed)
@@ -68,13 +71,13 @@ def fit(
             time.sleep(TURN_S)
         return Ended(name, {**driver.result.metrics, "steps_lost": float(driver.run.lost)})
     except JobFailed as error:
-        error.do = error.do or f"Mend what the log says, then go on from its newest checkpoint with --resume {name}."
+        error.do = error.do or f"Fix what the log says, then continue from the newest checkpoint with --resume {name}."
         raise
     except BaseException:  # cancelled, or the pool ends, or Ray is away
-        words = "what was learnt is kept" if driver.leave_off(ENDING_S) else "its newest checkpoint is kept"
+        words = "the newest state is kept" if driver.leave_off(ENDING_S) else "the newest checkpoint is kept"
         driver.crew.end_all()
         print(f"{words}: --resume {name}", flush=True)
-        time.sleep(ENDED_S)  # no worker writes any more when this process has ended
+        time.sleep(ENDED_S)  # when this process ends, no worker still writes
         raise
     finally:
         driver.crew.end_all()
@@ -108,7 +111,7 @@ class Driver:
         self.heartbeats = Heartbeats(Job(name, priority, time.time(), least, most, per_worker))
 
     def turn(self, now_s: float) -> None:
-        """Raises `JobFailed` where the run cannot go on."""
+        """Look, decide and act once. Raises `JobFailed` if the run cannot go on."""
         self.crew.listen(now_s)
         facts = self._facts(now_s)
         self.run, actions = next_actions(self.run, facts, self.limits)
@@ -160,7 +163,7 @@ class Driver:
         self.tell.committed(self.crew.committed)
         if not kept and self.run.step > 0:
             self.tell.say(
-                f"the state could not be kept within {within_s:.0f} s; the newest checkpoint counts", self.run.heard.waits_for
+                f"the state could not be written within {within_s:.0f} s; the newest checkpoint counts", self.run.heard.waits_for
             )
         return kept
 
@@ -185,7 +188,7 @@ class Driver:
         self.tell.finished(self.result, len(outcomes))
 
     def leave_off(self, within_s: float) -> bool:
-        """Stop after the step under way, unless that takes too long, and keep the state. Returns whether that was possible."""
+        """Stop after the current step, unless that takes too long, and write the state to the store. Returns whether it was written."""
         self._stop(self.run.group)
         wait_all(self.crew.active(self.run.group), within_s / 2)
         return self._keep(within_s / 2)
@@ -208,7 +211,7 @@ class Reporter:
         self.note(words, waiting)
 
     def began(self, began: Began) -> None:
-        """The group's first worker has printed it."""
+        """The first worker of the group has printed the same."""
         self.note(f"training with {began.workers} workers from step {began.step}", "")
 
     def committed(self, newest: Committed) -> None:
@@ -218,7 +221,7 @@ class Reporter:
             self.keep(newest)
 
     def progress(self, reached: Reached, workers: int, now_s: float) -> None:
-        """At most once a second, and only of steps that are new. ``reached``: by a worker of the newest process group."""
+        """Report at most once a second, and only new steps. ``reached``: from a worker of the newest process group."""
         if reached.first < 0:  # the workers are not level yet
             return
         if self.meter is None or self.meter.group != reached.group:

@@ -1,4 +1,4 @@
-"""What a job says about its grant, and when it gives control up: pure.
+"""What a job's log says about its grant, and when the job fails because control is away. Pure.
 
 >>> heard, words = hear(Heard(), Grant(0, "serving has 2"), silent_s=0.1, held=0)
 >>> words
@@ -13,13 +13,13 @@ from cluster.capacity.allocator import Grant
 from cluster.capacity.arbiter import counted
 
 SILENT_S = 10
-"""Control that has not answered for this long is mentioned in the log. The job keeps what it holds."""
+"""The log mentions control once it has not answered for this long. The job keeps its slots."""
 NO_CONTROL_S = 60
-"""A job that control has never answered fails after this long. Control restarts within some ten seconds."""
+"""A job fails if control has not answered it once within this time. Control restarts within about ten seconds."""
 
 
 class Heard(NamedTuple):
-    """What was last said."""
+    """What the log last said."""
 
     waiting: str = ""
     """Why the job waits for slots."""
@@ -44,7 +44,7 @@ class Failure(NamedTuple):
 
 
 def hear(heard: Heard, grant: Grant | None, silent_s: float, held: int) -> tuple[Heard, list[str]]:
-    """Say once that control does not answer, once that it answers again, once that the job waits for slots, once that it has some.
+    """The new messages for the log, each once: control does not answer, it answers again, the job waits for slots, the job has some.
 
     ``grant``: control's last answer, None where it never answered. ``silent_s``: how long ago that was. ``held``: slots.
     """
@@ -59,7 +59,7 @@ def hear(heard: Heard, grant: Grant | None, silent_s: float, held: int) -> tuple
 
 
 def no_control(grant: Grant | None, silent_s: float) -> Failure | None:
-    """A pool whose control never answers gives no slots: without this the job would wait for ever."""
+    """The failure of a job that control has never answered. Without it the job would wait for ever, because control gives out the slots."""
     if grant is not None or silent_s <= NO_CONTROL_S:
         return None
     words = f"Control has not answered for {silent_s:.0f} s, and jobs get their slots from it."

@@ -1,4 +1,4 @@
-"""A job's heartbeats to control, in a thread of their own: they say what the job holds, and hear what it may have."""
+"""A job's heartbeats to control, in a thread of their own. Each says which slots the job holds, and the answer is the grant."""
 
 import contextlib
 import threading
@@ -37,9 +37,9 @@ class Heartbeats:
         self.thread.start()
 
     def wanted(self, held: int) -> int:
-        """For a job without a driver of its own: the slots that it may have. Before control's first answer: those that it holds.
+        """The slots that a job without an elastic driver may have. Before control's first answer these are the slots that it holds.
 
-        Says what `jobs.training.grants.hear` says. Raises `JobFailed` where there is no control.
+        It prints the messages of `jobs.training.grants.hear`. Raises `JobFailed` if there is no control.
         """
         grant, silent_s = self.grant, time.monotonic() - self.answered_s
         if (failure := no_control(grant, silent_s)) is not None:
@@ -52,8 +52,8 @@ class Heartbeats:
 
     def _run(self) -> None:
         while not self.done.is_set():
-            # Whatever went wrong, this thread must live: a job that hears nothing more would never yield. `hear` says it when control has
-            # been silent for long.
+            # This thread must live whatever goes wrong: without it the job would never yield. `hear` says when control has been silent for
+            # long.
             with contextlib.suppress(Exception):
                 self.grant = client.connect().heartbeat(Heartbeat(self.job, *self.holds, self.driver))
                 self.answered_s = time.monotonic()

@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning run: ``recipes/<name>.yaml`` or a file of your own, plus ``--set key=value``."""
+"""The settings of a fine-tuning run: ``recipes/<name>.yaml`` or your own file, with ``--set key=value`` on top."""
 
 import math
 from collections.abc import Callable
@@ -17,39 +17,39 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 class Lora(Section):
     rank: int = Field(16, ge=1)
-    """vLLM takes ranks up to `fleet.max_lora_rank`."""
+    """At most `fleet.max_lora_rank`: vLLM loads no larger one."""
     alpha: int = Field(32, ge=1)
-    """The adapter's output is scaled by alpha / rank."""
+    """The output of the adapter is scaled by alpha / rank."""
     dropout: float = Field(0, ge=0, lt=1)
-    """Above 0 each process draws its own masks, so losses depend on the number of workers."""
+    """Each worker draws its own masks. So with dropout the losses depend on the number of workers."""
 
 
 class Recipe(Section):
     lora: Lora | None = None
-    """Train an adapter on every linear layer but the output. None trains all the weights."""
+    """Train a LoRA adapter on every linear layer except the output layer. None: train all the weights."""
     learning_rate: float | None = Field(None, gt=0)
-    """The peak of the schedule. None derives it from the model's width: see `resolved`."""
+    """The peak of the schedule. None: derived from the width of the model, see `resolved`."""
     epochs: float = Field(3, gt=0)
     global_batch: int = Field(16, ge=1)
-    """Examples per optimizer step, whatever the number of workers."""
+    """Examples per optimizer step. All workers share them."""
     micro_batch: int = Field(8, ge=1)
-    """Examples per worker that are in memory at a time; the rest is accumulated."""
+    """Examples that a worker has in memory at a time. It accumulates the gradients of its share in such portions."""
     max_tokens: int | None = Field(None, ge=8)
-    """Longer examples are left out. None: the model's own limit."""
+    """Longer examples are left out. None: the context length of the model."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0, ge=0)
     held_out_fraction: float = Field(0.05, gt=0, lt=1)
-    """Of the data, kept for measuring; unused with --eval-data."""
+    """The fraction of the data that is kept for measuring. Unused with --eval-data."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: slower, and less memory."""
+    """Recompute activations in the backward pass instead of keeping them. This takes less memory and more time."""
     seed: int = 0
 
     def resolved(self, hidden_size: int, context_tokens: int) -> "Recipe":
-        """With what depends on the model filled in.
+        """The recipe with the learning rate and the token limit for this model.
 
-        The learning rate is by the rule that Thinking Machines fitted to sweeps over 14 models: 5e-5 · (2000 / hidden)^0.781, and
-        ten times that for LoRA (J. Schulman and others, "LoRA Without Regret", 2025, with the exponent for Llama). It gives 3e-4
-        for LoRA on an 8B model and 4e-3 on the seedling.
+        The learning rate is 5e-5 · (2000 / hidden)^0.781, and ten times that for LoRA. Thinking Machines fitted this rule to sweeps over
+        14 models (J. Schulman and others, "LoRA Without Regret", 2025, with the exponent for Llama). It gives 3e-4 for LoRA on an 8B model
+        and 4e-3 for LoRA on the seedling.
         """
         rule = 5e-5 * (10 if self.lora else 1) * math.pow(2000 / hidden_size, 0.781)
         max_tokens = min(self.max_tokens or context_tokens, context_tokens)
@@ -57,11 +57,11 @@ class Recipe(Section):
 
 
 def load(name: str, overrides: list[str], epochs: float | None = None, fetch: sources.Fetch = sources.local) -> Recipe:
-    """A recipe by name, path or upload, with ``key=value`` overrides (``lora.rank=8``). Raises `ConfigError` naming the key."""
+    """Load a recipe by its name, path or upload, with ``key=value`` overrides such as ``lora.rank=8``. Raises `ConfigError` naming the key."""
     shipped = not name.startswith(sources.UPLOAD) and "/" not in name and not name.endswith((".yaml", ".yml"))
     read = (lambda: (RECIPES / f"{name}.yaml").read_bytes()) if shipped else (lambda: fetch(name))
     if bad := [pair for pair in overrides if "=" not in pair]:
-        raise ConfigError(f"--set {bad[0]} has no value.", "Write --set key=value.", param=bad[0])
+        raise ConfigError(f"--set {bad[0]} has no value.", "Write --set KEY=VALUE.", param=bad[0])
     changes = from_pairs(pair.split("=", 1) for pair in overrides)
     values = merge(merge(_yaml(sources.title(name), read), changes), {} if epochs is None else {"epochs": epochs})
     try:
@@ -80,7 +80,7 @@ def _yaml(name: str, read: Callable[[], bytes]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(read().decode("utf-8")) or {}
     except (OSError, DataError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"The recipe {name} cannot be read: {error}.", f"Give a file, or one of: {known}.", "recipe") from error
+        raise ConfigError(f"The recipe {name} cannot be read: {error}.", f"Name a file, or one of: {known}.", "recipe") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"The recipe {name} must hold keys and values.", f"Keys are: {', '.join(Recipe.model_fields)}.", "recipe"

@@ -1,4 +1,4 @@
-"""A run in the store: begun under a name, resumed by it, and what it leaves when it has ended."""
+"""A run in the store. A job begins it under its own id, another job may resume it by that name, and at its end it leaves its files."""
 
 import contextlib
 import json
@@ -15,30 +15,32 @@ from jobs.training.worker import RESULT
 ABOUT = "about.json"
 
 
-def begun(store: Store, name: str, of: dict[str, Any]) -> str:
-    """Begin the run ``name``, which is the id of its job. ``of``: what it consists of, in plain JSON values, so that `resumed` can compare."""
-    store.put_new(f"runs/{check_name(name)}/{ABOUT}", json.dumps(of, sort_keys=True).encode())
+def begin(store: Store, name: str, inputs: dict[str, Any]) -> str:
+    """Begin the run ``name``, and return the name. It is the job's id.
+
+    ``inputs``: what the run depends on, in plain JSON values, for example its base, its recipe and the digest of its data. `resume` compares them.
+    """
+    store.put_new(f"runs/{check_name(name)}/{ABOUT}", json.dumps(inputs, sort_keys=True).encode())
     print(f"run {name}", flush=True)
     return name
 
 
-def resumed(store: Store, name: str, of: dict[str, Any]) -> str:
-    """The name of a run that was begun. Raises `BadRequest` where there is none, or where it was of something else."""
+def resume(store: Store, name: str, inputs: dict[str, Any]) -> str:
+    """Resume the run ``name``, and return the name. Raises `BadRequest` if there is no such run, or if it began with other ``inputs``."""
     about = store.get(f"runs/{check_name(name)}/{ABOUT}")
     if about is None:
-        raise BadRequest(f"There is no run {name}.", "One that ended, or was cancelled, leaves nothing to go on from.", "resume")
-    before, now = json.loads(about), json.loads(json.dumps(of))
+        raise BadRequest(f"There is no run {name}.", "A run that ended or was cancelled cannot be resumed.", "resume")
+    before, now = json.loads(about), json.loads(json.dumps(inputs))
     if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
-        was = "; ".join(f"{key} {before.get(key)}" for key in other)
-        words = f"The run {name} was begun with another {', '.join(other)}."
-        raise BadRequest(words, f"Give it what it was begun with: {was}.", "resume")
+        began_with = "; ".join(f"{key} {before.get(key)}" for key in other)
+        raise BadRequest(f"The run {name} began with another {', '.join(other)}.", f"It began with: {began_with}.", "resume")
     print(f"run {name}", flush=True)
     return name
 
 
 @contextlib.contextmanager
 def result(config: Config, run: str, scratch: Path) -> Iterator[Path]:
-    """A folder with the run's files. Nothing is left of the run afterwards, unless they could not be used: then it can be resumed."""
+    """A folder with the files of a run that has ended. If the block raises, the run stays and can be resumed. Otherwise it is removed."""
     store = Store(config.store)
     prefix = f"runs/{run}/{RESULT}"
     if store.local_root is None:
@@ -47,6 +49,6 @@ def result(config: Config, run: str, scratch: Path) -> Iterator[Path]:
     try:
         yield store.local_root / prefix if store.local_root else scratch
     except BaseException:
-        print(f"what was learnt is kept: --resume {run}", flush=True)
+        print(f"the run is kept: --resume {run}", flush=True)
         raise
     store.remove(f"runs/{run}")

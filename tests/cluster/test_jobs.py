@@ -178,7 +178,7 @@ def test_bad_data_is_the_result_in_words(asked: Asked, tmp_path: Path) -> None:
     source = asked.client.upload(tmp_path / "mine.jsonl")
     id = asked.client.submit(parse("finetune", {"data": f"{source}#mine.jsonl", "base": "seedling@1"}))
     when(asked.is_now(id, "failed"), 60)
-    assert "mine.jsonl, line 1: keys 'prompt'" in asked.job(id)["message"]
+    assert "mine.jsonl, line 1: the keys are 'prompt'" in asked.job(id)["message"]
 
 
 @pytest.mark.chaos

@@ -169,7 +169,7 @@ def refused(pool: Running, *arguments: str) -> str:
 def test_malformed_data(pool: Running, tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text('{"prompt": "x", "completion": "y"}\n{"prompt": "x"}\n')
-    assert f"{file}, line 2: keys 'prompt'" in refused(pool, "--data", str(file))
+    assert f"{file}, line 2: the keys are 'prompt'" in refused(pool, "--data", str(file))
 
 
 def test_missing_data(pool: Running) -> None:

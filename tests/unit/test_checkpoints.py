@@ -124,12 +124,12 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, capsys: 
 
 def test_a_run_is_resumed_with_what_it_was_begun_with_and_with_nothing_else(tmp_path: Path) -> None:
     store = Store(tmp_path.as_uri())
-    of = {"base": "m@1", "recipe": {"epochs": 3.0}, "data": "sha"}
-    name = runs.begun(store, "finetune-0123456789ab", of)
-    assert runs.resumed(store, name, dict(of)) == name
+    inputs = {"base": "m@1", "recipe": {"epochs": 3.0}, "data": "sha"}
+    name = runs.begin(store, "finetune-0123456789ab", inputs)
+    assert runs.resume(store, name, dict(inputs)) == name
     with pytest.raises(BadRequest, match="another data, recipe"):
-        runs.resumed(store, name, {**of, "recipe": {"epochs": 4.0}, "data": "other"})
+        runs.resume(store, name, {**inputs, "recipe": {"epochs": 4.0}, "data": "other"})
     with pytest.raises(BadRequest, match="no run finetune-0"):
-        runs.resumed(store, "finetune-0", of)
+        runs.resume(store, "finetune-0", inputs)
     with pytest.raises(BadRequest):
-        runs.resumed(store, "../versions", of)
+        runs.resume(store, "../versions", inputs)

@@ -208,7 +208,7 @@ def test_a_run_that_did_not_start_the_pool_says_so_and_leaves_it(config: Config,
     monkeypatch.setattr(demo.time, "sleep", interrupted)
     file = io.StringIO()
     demo.run(config, Console(file=file, width=160), keep_serving=True)
-    assert ended == [] and "Ctrl-C ends only this command" in file.getvalue() and "The pool goes on" in file.getvalue()
+    assert ended == [] and "Ctrl-C ends only this one" in file.getvalue() and "The pool keeps running" in file.getvalue()
 
 
 def test_a_run_that_started_the_pool_says_so_and_stops_it(config: Config, ended: list[str], monkeypatch: Any) -> None:
@@ -222,6 +222,6 @@ def test_a_run_that_started_the_pool_says_so_and_stops_it(config: Config, ended:
 
 def test_a_pool_that_ends_under_a_run_is_an_error(config: Config, ended: list[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(demo.time, "sleep", lambda _: ended.append("by somebody"))
-    with pytest.raises(PoolUnavailable, match="stopped, or ended by itself"):
+    with pytest.raises(PoolUnavailable, match="stopped, or has ended by itself"):
         demo.run(config, Console(file=io.StringIO()), keep_serving=True)
     assert ended == ["by somebody"]

@@ -233,7 +233,7 @@ def test_too_long_examples_are_left_out_and_counted() -> None:
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(DataError, match="the shortest has 30 tokens, and 10 are possible"):
+    with pytest.raises(DataError, match="the shortest has 30 tokens, and the limit is 10"):
         data.tokenize(parse(GOOD), Letters(), 10)
 
 

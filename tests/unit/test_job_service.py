@@ -127,8 +127,8 @@ def test_a_run_with_a_name_that_leads_elsewhere_is_left_alone(service: JobServic
 def test_a_run_is_not_begun_under_a_name_that_leads_elsewhere(service: JobService) -> None:
     """A job's id becomes its run's folder, and `ray job submit --submission-id ../versions` chooses the id."""
     with pytest.raises(BadRequest):
-        runs.begun(service.store, "../versions", {})
-    assert runs.begun(service.store, RUN, {}) == RUN and service.store.children("runs") == [RUN]
+        runs.begin(service.store, "../versions", {})
+    assert runs.begin(service.store, RUN, {}) == RUN and service.store.children("runs") == [RUN]
 
 
 def test_a_run_that_another_job_trains_stays(service: JobService) -> None:

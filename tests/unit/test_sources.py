@@ -85,7 +85,7 @@ def refused(fetch: Sources, source: str) -> str:
 )
 def test_a_job_over_http_reads_nothing_of_the_pools_network_or_machines(remote: Sources, web: int, source: str) -> None:
     """Every one of these was read, with the pool's own rights."""
-    assert "may not be read by a job that came over HTTP" in refused(remote, source.format(port=web))
+    assert "A job that came over HTTP may not read" in refused(remote, source.format(port=web))
 
 
 def test_a_redirect_is_checked_as_the_url_is(remote: Sources, web: int, monkeypatch: Any) -> None:
