@@ -66,6 +66,8 @@ def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_train
         wait_until(lambda: len(engines(pool)) <= before, timeout_s=10)
         print(f"it is gone, its slot is free, and its engine has ended after {time.time() - at_s:.1f} s")
         assert ask(pool, "third").headers["x-model-version"] == str(sprout), "its alias belongs to who hosts what it means"
+        with pytest.raises(SpringtideError, match="needs 2 of the pool's 3 slots, and 2 are the least"):  # no machine ever comes
+            operator.add_fleet("third", {"min_replicas": 2, "max_replicas": 2})
         at_s = time.time()
         id = submit.start(pool.config, "finetune", data=str(TIDE), base="sprout", name="sprout", epochs=6, publish=True)
         for _ in submit.follow(pool.config, id):

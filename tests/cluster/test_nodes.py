@@ -166,6 +166,18 @@ def test_rays_autoscaler_adds_a_machine_for_a_replica_and_takes_it_when_its_engi
     print(f"the machine is gone {when(lambda: total(autoscaled) == 1, 120):.1f} s later")
 
 
+def test_rays_autoscaler_adds_a_machine_for_a_fleet_and_takes_it_when_the_fleet_is_removed(autoscaled: Running) -> None:
+    """It used to be refused, since the pool's one slot is taken. Its engine would keep the machine, were it to sleep on."""
+    operator = client.of(autoscaled.config)
+    bounds = {"min_replicas": 1, "max_replicas": 1, "warm_pool_s": 600.0}
+    operator.add_fleet("extra", {"model": "seedling@1", **bounds})
+    print(f"it serves after {when(lambda: replicas(autoscaled) == 2, 150):.1f} s, on {total(autoscaled):g} slots")
+    assert total(autoscaled) == 2
+    operator.remove_fleet("extra", force=False)
+    print(f"the machine is gone {when(lambda: total(autoscaled) == 1, 60):.1f} s after it was removed")
+    assert [fleet["name"] for fleet in operator.fleets()] == ["seedling"]
+
+
 def test_a_pool_that_ends_lets_its_jobs_keep_what_they_learnt(autoscaled: Running) -> None:
     """As by Ctrl-C in the terminal of `springtide run`."""
     options = {"data": str(ROOT / TIDE), "base": "seedling@1", "name": "ebb", "epochs": LONG}
