@@ -13,6 +13,7 @@ from cluster.control.applications import Applications, surge_app
 from cluster.control.desired import Desired
 from cluster.control.hosting import Fleet, Hosting
 from cluster.control.slots import slots
+from cluster.errors import SpringtideError
 from cluster.publishing import placement, rollout
 from cluster.publishing.placement import SurgeFacts
 from cluster.types import HoldOrder, ReplicaState, VersionId
@@ -68,17 +69,29 @@ class FleetReconciler:
     def _host(self, fleet: Fleet) -> None:
         fleet.retrying = time.monotonic() >= fleet.retry_refused_s
         fleet.retry_refused_s = time.monotonic() + RETRY_REFUSED_S if fleet.retrying else fleet.retry_refused_s
-        self._find_surge(fleet)
-        fleet.surge_wanted = self._choose_surge(fleet)
-        targets = self.hosting.targets(fleet, fleet.model)
-        fleet.swap = placement.next_swap(self.hosting.own(fleet), targets, lambda r, id: self._may_take(fleet, r, id), fleet.swap)
+        chosen = self._choose(fleet)
         self.hosting.place_adapters(fleet)
         told = self.announcer.announce()
         self._load(fleet)
         self._cap(fleet)
-        if told:  # not before the gateways know, or requests would arrive at a replica that swaps its weights, or is gone
+        if (
+            told and chosen
+        ):  # not before the gateways know, or requests would arrive at a replica that swaps its weights, or is gone
             self._surge(fleet)
             self._swap(fleet)
+
+    def _choose(self, fleet: Fleet) -> bool:
+        """Choose the fleet's surge and its next swap. False where the rollout of its alias cannot be read: both stay as they were, the
+        gateways still hear of every replica that comes and goes, and the alias's own reconciler says why."""
+        try:
+            self._find_surge(fleet)
+            fleet.surge_wanted = self._choose_surge(fleet)
+            targets = self.hosting.targets(fleet, fleet.model)
+            own = self.hosting.own(fleet)
+            fleet.swap = placement.next_swap(own, targets, lambda r, id: self._may_take(fleet, r, id), fleet.swap)
+        except (SpringtideError, ValueError):
+            return False
+        return True
 
     # the surge
 
