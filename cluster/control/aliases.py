@@ -185,7 +185,7 @@ class AliasReconciler:
         new = [manifest] if manifest.id == weights.id or resident else [weights, manifest]
         asked, placed = self._asked(self.hosting.own(fleet), manifest, fleet), self.hosting.place_adapters(fleet)
         if not placed.copies.get(str(manifest.id), 1):
-            return Warmth(1, 0, self._no_place(fleet))
+            return self._no_place(fleet, len(placed.copies))
         seen = placement.warmth(asked, manifest)
         registry, cache = self.desired.registry, self.hosting.config.home / "cache"
         missing = bool(seen.refused) or not seen.complete
@@ -201,11 +201,16 @@ class AliasReconciler:
         placed = self.hosting.place_adapters(fleet)
         return tuple(one for one in own if placed.asked(one, str(manifest.id)))
 
-    def _no_place(self, fleet: Fleet) -> str:
-        places, replicas = fleet.spec.fleet.max_cpu_loras, len(self.hosting.own(fleet))
-        return (
+    def _no_place(self, fleet: Fleet, adapters: int) -> Warmth:
+        """A refusal, or patience where a replica that the fleet always has is on its way."""
+        places, replicas = fleet.spec.fleet.max_cpu_loras, max(len(self.hosting.own(fleet)), fleet.spec.fleet.min_replicas)
+        if adapters <= places * replicas:
+            return Warmth(replicas, 0, waits="a place on a replica that is being started")
+        return Warmth(
+            1,
+            0,
             f"all {places * replicas} places for adapters of the fleet {fleet.name} are taken by live ones ({places} on each of {replicas} "
-            "replicas); raise fleet.max_cpu_loras or fleet.min_replicas"
+            "replicas); raise fleet.max_cpu_loras or fleet.min_replicas",
         )
 
     def _surge(self, fleet: Fleet) -> tuple[ReplicaState, ...]:

@@ -98,7 +98,7 @@ class Hosting:
         """Called with the key of what work in the background was about, when it has ended."""
         self.background = Background(lambda: None)
         self.fleets: dict[str, Fleet] = {}
-        self._assigned: tuple[int, frozenset[str], dict[str, str | None]] = (-1, frozenset(), {})
+        self._assigned: tuple[tuple[object, ...], dict[str, str | None]] = ((), {})
         self._unreadable_s: dict[VersionId, float] = {}
         """Version whose manifest cannot be read → when to try again."""
         self.watched: Callable[[tuple[tuple[FleetSpec, tuple[str, ...]], ...]], None] = lambda _: None
@@ -158,9 +158,8 @@ class Hosting:
     def place_adapters(self, fleet: Fleet) -> AdapterPlacement:
         """Which of the fleet's replicas, its surge's included, must hold which adapters: those that clients may get, then those of rollouts.
         Worked out again where a move, a rollout, a replica or the fleet's settings have changed."""
-        places, now_s = fleet.spec.fleet.max_cpu_loras, time.monotonic()
-        unreadable = tuple(id for id, until_s in self._unreadable_s.items() if until_s > now_s)
-        known = self.desired.changes, self.replicas.changes, fleet.apps, places, unreadable
+        places, fleets = fleet.spec.fleet.max_cpu_loras, tuple(one.name for one in self.there)
+        known = self.desired.changes, self.replicas.changes, fleets, fleet.apps, places, self._unreadable()
         if fleet.placed_for != known:
             fleet.placement, fleet.placed_for = self._place_adapters(fleet, places), known
         return fleet.placement
@@ -215,16 +214,21 @@ class Hosting:
         return [alias for alias, name in self.assigned().items() if name == fleet.name]
 
     def assigned(self) -> dict[str, str | None]:
-        """Alias → its fleet, of every alias with a move. Worked out again where a move, or the set of fleets, has changed."""
-        changes, before, known = self._assigned
+        """Alias → its fleet, of every alias with a move. Worked out again where a move, the set of fleets, or what can be read has changed."""
         fleets = frozenset(fleet.name for fleet in self.there)
-        if changes == self.desired.changes and before == fleets:
+        before, known = self._assigned
+        if before == (self.desired.changes, fleets, self._unreadable()):
             return known
         hosted, _ = self.hosted()
-        changes = self.desired.changes  # after: reading what fleets host may have been the first reading of an alias
         known = {alias: placement.fleet_of(alias, self.weights(id), hosted) for alias, id in self.desired.live().items()}
-        self._assigned = changes, fleets, known
+        # after: reading what fleets host may have been the first reading of an alias
+        self._assigned = (self.desired.changes, fleets, self._unreadable()), known
         return known
+
+    def _unreadable(self) -> tuple[VersionId, ...]:
+        """The versions whose manifests are not asked for again yet."""
+        now_s = time.monotonic()
+        return tuple(id for id, until_s in self._unreadable_s.items() if until_s > now_s)
 
     def weights(self, id: VersionId) -> VersionId | None:
         """The weights that a version is, or sits on. None where its manifest cannot be read: that costs its alias, and no other."""
