@@ -45,21 +45,23 @@ class RuntimeFleets:
         be."""
         check_name(name)
         values = {**overrides, "model": str(overrides.get("model", name))}
+        first: VersionId | None = None
         if "@" in values["model"]:
-            values["model"] = self._alias_for(name, values["model"], author)
+            first, values["model"] = self._first_version(name, values["model"]), name
         elif self.hosting.desired.registry.alias(values["model"]) is None:
             raise ModelNotFound(
                 f"The store has no model {values['model']}.",
                 "Register one: springtide up --model PATH, or jobs.pretrain.",
                 param="model",
             )
-        self.loop.call(lambda: self._add(name, values, author))
+        self.loop.call(lambda: self._add(name, values, author, first))
 
     def remove(self, name: str, force: bool, author: str) -> None:
         """Let a fleet drain and go. Refused while others need it, unless ``force``."""
         self.loop.call(lambda: self._remove(check_name(name), force, author))
 
-    def _alias_for(self, fleet: str, version: str, author: str) -> str:
+    def _first_version(self, fleet: str, version: str) -> VersionId | None:
+        """The version that the alias of the fleet's name must mean first; None where it means that already."""
         registry = self.hosting.desired.registry
         id = registry.manifest(VersionId.parse(version)).id
         live = registry.alias(fleet)
@@ -67,17 +69,17 @@ class RuntimeFleets:
             raise Conflict(
                 f"{fleet} means {live.stable} already.", f"Add the fleet for it (--model {fleet}), or under another name."
             )
-        if live is None:
-            registry.move(fleet, id, "first version of the fleet", author, after=0)
-        return fleet
+        return id if live is None else None
 
     # in the loop's thread
 
-    def _add(self, name: str, values: dict[str, Any], author: str) -> None:
+    def _add(self, name: str, values: dict[str, Any], author: str, first: VersionId | None) -> None:
         newest = self.records.newest(name)
         self._check_free(name, newest)
         fleet = self._fleet(name, values)
         self._check_room(fleet)
+        if first is not None:  # not before the checks: nothing ends an alias
+            self.hosting.desired.registry.move(name, first, "first version of the fleet", author, after=0)
         self._append(name, newest, author, overrides=values)
 
     def _check_free(self, name: str, newest: FleetRecord | None) -> None:
