@@ -4,6 +4,7 @@ A job's record is in the store (`cluster.store.jobs`). The job's driver writes t
 is. `cluster.control.lost_jobs` writes the result of a job whose driver cannot.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from cluster import jobspec, logs
 from cluster.control.job_census import Census
 from cluster.control.job_logs import JobLogs
 from cluster.control.lost_jobs import Drivers, JobReaper
-from cluster.errors import BadRequest, PoolUnavailable, SpringtideError
+from cluster.errors import BadRequest, JobNotFound, PoolUnavailable, SpringtideError
 from cluster.pool.submit import STOP_S, JobServer
 from cluster.store.jobs import JobResult, JobSnapshot, JobSpec, JobStatus, JobStore, document
 from cluster.store.registry import Registry
@@ -61,7 +62,11 @@ class JobService:
 
     def listed(self, limit: int = 20) -> list[dict[str, Any]]:
         """The newest jobs, the newest first, as `get` describes them."""
-        return [self.get(id) for id in self.jobs.by_age()[: max(0, min(limit, 1000))]]
+        found: list[dict[str, Any]] = []
+        for id in self.jobs.by_age()[: max(0, min(limit, 1000))]:
+            with contextlib.suppress(JobNotFound):  # a name that is no job's, or a record whose specification somebody removed
+                found.append(self.get(id))
+        return found
 
     def get(self, id: str) -> dict[str, Any]:
         """One job; see `cluster.store.jobs.document`. Raises `JobNotFound`."""

@@ -19,7 +19,7 @@ from cluster.publishing.history import History, resident
 from cluster.store.journal import AHEAD, Damages, Journal, encode, highest, keep, path_of
 from cluster.store.objects import Store
 from cluster.store.versions import Versions
-from cluster.types import Generation, Manifest, VersionId, check_name
+from cluster.types import NAME, Generation, Manifest, VersionId, check_name
 
 EVERY = 8
 """Moves from one snapshot to the next."""
@@ -53,7 +53,8 @@ class Aliases:
     # read
 
     def names(self) -> list[str]:
-        return self.store.children("aliases")
+        """What no alias can be called is left out, such as a file that a copy left behind."""
+        return [name for name in self.store.children("aliases") if NAME.fullmatch(name)]
 
     def all(self) -> dict[str, History]:
         """Every alias that has a readable move, with its history."""

@@ -17,7 +17,7 @@ from cluster.errors import Conflict, ModelNotFound, StoreUnavailable, VersionRef
 from cluster.store.journal import AHEAD, Damages, decode, encode, highest
 from cluster.store.layout import check_layout
 from cluster.store.objects import Store, sha256
-from cluster.types import File, Kind, Lineage, Manifest, VersionId, check_name
+from cluster.types import NAME, File, Kind, Lineage, Manifest, VersionId, check_name
 
 NAMED = 20
 """Versions that an error message names, the newest."""
@@ -72,7 +72,8 @@ class Versions:
         return found
 
     def names(self) -> list[str]:
-        return self.store.children("versions")
+        """What no model can be called is left out."""
+        return [name for name in self.store.children("versions") if NAME.fullmatch(name)]
 
     def all(self, name: str) -> list[Manifest]:
         """Every complete version of ``name``, oldest first. Damaged ones are reported and left out."""
