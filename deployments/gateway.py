@@ -78,7 +78,9 @@ class Gateway:
     async def _wake(self, fleet: FleetState) -> None:
         """Make one call through Serve. Serve counts it as a request that waits, and starts a replica for it at once."""
         try:
-            handle: Any = serve.get_app_handle(fleet.app)
-            await asyncio.wait_for(handle.wake.remote(), self.config.gateway.cold_start_timeout_s)
+            async with asyncio.timeout(self.config.gateway.cold_start_timeout_s):
+                # It asks Serve's controller and waits for the answer: in the loop, every stream of every fleet would wait with it.
+                handle: Any = await asyncio.to_thread(serve.get_app_handle, fleet.app)
+                await handle.wake.remote()
         except (TimeoutError, RayError, RayServeException) as error:
             log.warning("no replica of %s was started: %s", fleet.name, error)
