@@ -108,6 +108,39 @@ def test_an_alias_whose_rollout_is_damaged_stands_still_and_the_others_go_on(tmp
     assert [key for key in failures] == [("alias", "bad")] and control.view.aliases["m"].stable == made.id
 
 
+def test_a_fleet_whose_own_rollout_is_damaged_still_announces_its_replicas_and_publishes_to_other_aliases(tmp_path: Path) -> None:
+    """Its replicas used to get no traffic, and in a pool with one fleet no alias went on."""
+    config, registry, machines = two_fleets(tmp_path)
+    registry.record(begin("m", 1, ONE, None, DIRECT, "will be damaged", "test", 0))
+    root = registry.store.local_root
+    assert root is not None
+    (root / "rollouts/m/1/00000001.json").write_text("{")
+    control = Controlled(config, machines)
+    failures = control.reconcilers.loop.queue.failures
+    wait_until(lambda: ("alias", "m") in failures)
+    machines.start("replica-late", "fleet-m", ONE)
+    wait_until(lambda: "replica-late" in {one.id for one in control.view.replicas})
+    assert control.publish(adapter(registry, tmp_path, ONE, 1).id, "poet").stage == "live"
+    assert [key for key in failures] == [("alias", "m")]
+
+
+def test_an_alias_whose_manifest_is_restored_has_its_fleet_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be read once used to have no fleet until somebody moved any alias."""
+    monkeypatch.setattr("cluster.control.hosting.UNREADABLE_S", 0.2)
+    config, registry, machines = two_fleets(tmp_path)
+    made = adapter(registry, tmp_path, ONE, 1, name="poet")
+    registry.move("poet", made.id, "first", "test", after=0)
+    assert registry.store.local_root is not None
+    manifest = registry.store.local_root / "versions/poet/1/manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text("{")
+    control = Controlled(config, machines)
+    wait_until(lambda: control.view.aliases.keys() >= {"m", "n"})
+    assert control.hosting.assigned()["poet"] is None
+    manifest.write_text(whole)
+    wait_until(lambda: str(made.id) in machines.there["replica-m"].held)
+
+
 def test_a_lost_answer_while_a_rollout_begins_leaves_no_conflict_behind(tmp_path: Path) -> None:
     """The record was written and its answer lost: every later publish of the alias used to be a conflict."""
     config, registry, machines = two_fleets(tmp_path)
@@ -232,6 +265,7 @@ def test_a_fleet_is_removed_without_force_only_where_another_answers_for_its_ali
         ("x", {"model": "m"}, BadRequest, "both host the model m"),
         ("x", {"model": "m@7"}, ModelNotFound, "m@7 does not exist"),
         ("free", {"threads": 3}, BadRequest, "there is no such key"),
+        ("guest", {"model": "m@1", "threads": 3}, BadRequest, "there is no such key"),
         ("free", {"min_replicas": 3, "max_replicas": 3}, BadRequest, "It needs 3 of the pool's 4 slots"),
     ],
 )
@@ -243,7 +277,7 @@ def test_a_fleet_that_cannot_be_is_refused_with_the_reason(
     control = Controlled(config, machines)
     with pytest.raises(error, match=words):
         control.fleets.add(name, overrides, "somebody")
-    assert control.fleets.records.names() == []
+    assert control.fleets.records.names() == [] and registry.alias("guest") is None
 
 
 def test_a_fleet_has_room_on_machines_that_the_autoscaler_may_add(tmp_path: Path) -> None:

@@ -156,7 +156,10 @@ def test_the_listing_is_true_while_ray_is_away_and_one_record_is_damaged(service
     service.store.put_new(
         "jobs/raysubmit_abc/spec.json", SPEC.model_copy(update={"id": "raysubmit_abc"}).model_dump_json().encode()
     )
+    service.store.put_new("jobs/finetune-eeeeeeee0000/events/00000001.json", b"{}")  # somebody removed its specification
+    service.store.put_new("jobs/.nfs0001/spec.json", b"{}")
     told = {one["id"]: one["status"] for one in service.listed()}
+    assert told.pop("finetune-eeeeeeee0000", "lost") == "lost"
     assert told == {done: "succeeded", running: "running", "finetune-ffffffff0000": "lost", "raysubmit_abc": "queued"}
     assert len(service.listed(1)) == 1
     with pytest.raises(JobNotFound):

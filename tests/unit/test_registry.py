@@ -263,3 +263,13 @@ def test_a_disk_that_fills_up_in_the_middle_leaves_no_files_and_no_version(regis
 def test_a_manifest_names_no_path_outside_its_folder(path: str) -> None:
     with pytest.raises(ValidationError, match="inside a version"):
         File(path=path, sha256="0" * 64, size_bytes=1)
+
+
+def test_a_name_that_no_alias_can_have_keeps_no_replica_from_starting(registry: Registry, source: Path) -> None:
+    """A file that a copy left behind under ``aliases/`` used to be a `BadRequest` for whoever asked for all aliases."""
+    made = registry.register("m", "weights", None, source, Lineage())
+    registry.move("m", made.id, "first", "test", after=0)
+    registry.store.put_new("aliases/m (copy)/00000001.json", b"{}")
+    registry.store.put_new("versions/.hidden/1/manifest.json", b"{}")
+    assert registry.resident_adapters(made.id, 4) == [] and set(registry.aliases()) == {"m"}
+    assert registry.catalog.names() == ["m"]
