@@ -74,9 +74,8 @@ class FleetReconciler:
         told = self.announcer.announce()
         self._load(fleet)
         self._cap(fleet)
-        if (
-            told and chosen
-        ):  # not before the gateways know, or requests would arrive at a replica that swaps its weights, or is gone
+        # Not before the gateways know, or requests would arrive at a replica that swaps its weights, or is gone.
+        if told and chosen:
             self._surge(fleet)
             self._swap(fleet)
 
@@ -154,7 +153,7 @@ class FleetReconciler:
 
     def _lacking(self, fleet: Fleet, replica: ReplicaState, ids: Iterable[str], digests: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(
-            id for id in ids if replica.held.get(id) != digests.get(id) and (fleet.retrying or id not in replica.refused)
+            id for id in ids if placement.lacks(replica, id, digests.get(id)) and (fleet.retrying or id not in replica.refused)
         )
 
     def _may_take(self, fleet: Fleet, replica: ReplicaState, weights: str) -> bool:

@@ -134,9 +134,9 @@ def holds(replica: ReplicaState, manifest: Manifest) -> bool:
     return replica.held.get(str(manifest.id)) == manifest.digest
 
 
-def lacks(replica: ReplicaState, manifest: Manifest) -> bool:
-    """Whether this replica should hold the version, because it hosts its weights, and does not, by digest."""
-    return replica.base == str(manifest.weights) and not holds(replica, manifest)
+def lacks(replica: ReplicaState, id: str, digest: str | None) -> bool:
+    """Whether the replica does not hold the version with this digest."""
+    return replica.held.get(id) != digest
 
 
 def routable(

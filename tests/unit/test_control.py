@@ -24,6 +24,7 @@ from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, P
 from cluster.publishing.placement import Hosted, SurgeFacts, Swap, fleet_of, next_swap, surge_weights
 from cluster.publishing.rollout import DIRECT, Policy, begin
 from cluster.redact import redact
+from cluster.store.registry import Registry
 from cluster.types import Generation, Lineage, ReplicaState, VersionId
 from tests.controlled import Controlled, adapter, make_base, no_serve, stop_all, two_fleets, wait_until
 
@@ -93,13 +94,17 @@ def test_a_call_that_was_given_up_is_not_carried_out_later() -> None:
     loop.stop()
 
 
+def damage_rollout(registry: Registry, alias: str, version: VersionId) -> None:
+    """Give the alias a first rollout that nobody can read."""
+    registry.record(begin(alias, 1, version, None, DIRECT, "will be damaged", "test", 0))
+    assert registry.store.local_root is not None
+    (registry.store.local_root / f"rollouts/{alias}/1/00000001.json").write_text("{")
+
+
 def test_an_alias_whose_rollout_is_damaged_stands_still_and_the_others_go_on(tmp_path: Path) -> None:
     """Control used to stop for every alias where one record could not be read."""
     config, registry, machines = two_fleets(tmp_path)
-    registry.record(begin("bad", 1, OTHER, None, DIRECT, "will be damaged", "test", 0))
-    root = registry.store.local_root
-    assert root is not None
-    (root / "rollouts/bad/1/00000001.json").write_text("{")
+    damage_rollout(registry, "bad", OTHER)
     control = Controlled(config, machines)
     made = adapter(registry, tmp_path, ONE, 1)
     assert control.publish(made.id, "m").stage == "live"
@@ -111,10 +116,7 @@ def test_an_alias_whose_rollout_is_damaged_stands_still_and_the_others_go_on(tmp
 def test_a_fleet_whose_own_rollout_is_damaged_still_announces_its_replicas_and_publishes_to_other_aliases(tmp_path: Path) -> None:
     """Its replicas used to get no traffic, and in a pool with one fleet no alias went on."""
     config, registry, machines = two_fleets(tmp_path)
-    registry.record(begin("m", 1, ONE, None, DIRECT, "will be damaged", "test", 0))
-    root = registry.store.local_root
-    assert root is not None
-    (root / "rollouts/m/1/00000001.json").write_text("{")
+    damage_rollout(registry, "m", ONE)
     control = Controlled(config, machines)
     failures = control.reconcilers.loop.queue.failures
     wait_until(lambda: ("alias", "m") in failures)

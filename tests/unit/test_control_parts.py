@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 
-from cluster.control.applications import Application
+from cluster.control.applications import Application, Applications
 from cluster.control.describe import public, surge
+from cluster.control.desired import Desired
 from cluster.control.gateways import Gateways
-from cluster.control.hosting import Fleet
+from cluster.control.hosting import Fleet, Hosting
 from cluster.control.replicas import Orders, Replicas
 from cluster.publishing.placement import fleet_state, lacks, routable, target_weights, warmth
 from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId, View
 from cluster.view import delta
-from tests.controlled import two_fleets
+from tests.controlled import adapter as make_adapter
+from tests.controlled import no_serve, two_fleets
 from tests.waiting import when
 
 ONE, TWO = VersionId("m", 1), VersionId("m", 2)
@@ -83,11 +85,23 @@ def test_a_rollback_is_followed_although_both_versions_are_held() -> None:
     assert routable(history, (replica({"m@1": "d", "m@2": "e"}),)).generation == 3
 
 
-def test_a_replica_lacks_a_version_by_digest_and_only_on_its_own_base() -> None:
-    assert lacks(replica({}), ADAPTER)
-    assert lacks(replica({"m@2": "another digest"}), ADAPTER)
-    assert not lacks(replica({"m@2": ADAPTER.digest}), ADAPTER)
-    assert not lacks(replica({}, base="other@1"), ADAPTER)
+def test_a_replica_lacks_a_version_by_digest() -> None:
+    assert lacks(replica({}), "m@2", ADAPTER.digest)
+    assert lacks(replica({"m@2": "another digest"}), "m@2", ADAPTER.digest)
+    assert not lacks(replica({"m@2": ADAPTER.digest}), "m@2", ADAPTER.digest)
+
+
+def test_only_replicas_with_the_weights_under_an_adapter_must_hold_it(tmp_path: Path) -> None:
+    """While weights are swapped, a fleet's replicas host different ones."""
+    config, registry, _ = two_fleets(tmp_path)
+    made = make_adapter(registry, tmp_path, ONE, 1, name="poet")
+    registry.move("poet", made.id, "first", "test", after=0)
+    replicas = Replicas(lambda _: None)
+    hosting = Hosting(config, Desired(registry), replicas, Applications(no_serve), lambda kind, name: None)
+    hosting.desired.load()
+    replicas.report(replica({"m@1": "d"})._replace(app="fleet-m"), replica({}, "m@2")._replace(id="s", app="fleet-m"))
+    placed = hosting.place_adapters(hosting.fleets["m"])
+    assert placed.assigned == {"r": ("poet@1",), "s": ()}
 
 
 def test_load_alone_is_not_worth_telling_the_gateways() -> None:
