@@ -90,8 +90,12 @@ class Census:
             self.ended.update(id for id in some if self._has_ended(id))
             yield
         gone = outdated(self._facts(), time.time())
+        written = self.jobs.store.written("uploads") if gone.uploads else {}
         for name in gone.uploads:
-            self.jobs.store.delete(f"uploads/{name}")
+            if (
+                time.time() - written.get(name, time.time()) > KEEP_UPLOAD_S
+            ):  # or somebody has just sent it again for a job to come
+                self.jobs.store.delete(f"uploads/{name}")
         for some in portions(id for id in gone.events if id not in self.cleaned):
             for id in some:
                 self.jobs.forget_events(id)

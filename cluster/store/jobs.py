@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.errors import BadRequest, Conflict, JobNotFound, RecordDamaged
 from cluster.store.objects import Store
-from cluster.types import check_name
+from cluster.types import NAME, check_name
 
 REMEMBERED = 4096
 """Documents that one `JobStore` keeps in memory: a few megabytes."""
@@ -194,8 +194,8 @@ class JobStore:
     # read
 
     def ids(self) -> list[str]:
-        """Every job's id, the newest last as far as names say so."""
-        return sorted(self.store.children("jobs"), key=born)
+        """Every job's id, the newest last as far as names say so. What no job can be called is left out, such as a copy's temporary file."""
+        return sorted((id for id in self.store.children("jobs") if NAME.fullmatch(id)), key=born)
 
     def by_age(self) -> list[str]:
         """Every job's id, the newest first. Ours say their age; of others the specs are read, once each."""

@@ -87,6 +87,28 @@ def test_an_unfinished_job_is_watched_however_many_are_newer(jobs: JobStore, tmp
     assert service.reaper.watched() == {oldest}
 
 
+def test_a_name_that_no_job_can_have_and_a_job_without_its_specification_stop_no_round(jobs: JobStore) -> None:
+    jobs.store.put_new("jobs/.nfs0001/spec.json", b"{}")
+    jobs.store.put_new("jobs/finetune-eeeeeeee0000/events/00000001.json", b"{}")
+    running, watched = job(jobs, 1), list[str]()
+    upload(jobs, "0a", KEEP_UPLOAD_S + 60)
+    whole_round(Census(jobs, watched.extend))
+    assert running in watched and ".nfs0001" not in watched
+    assert jobs.store.children("uploads") == []
+
+
+def test_an_upload_that_is_sent_again_while_jobs_are_read_stays(jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is its digest, so the new one has the name of the old one."""
+    upload(jobs, "0a", KEEP_UPLOAD_S + 60)
+    assert jobs.store.local_root
+    file, census = jobs.store.local_root / "uploads/0a", Census(jobs, lambda _: None)
+    looked_at = census._facts()
+    os.utime(file)
+    monkeypatch.setattr(census, "_facts", lambda: looked_at)
+    whole_round(census)
+    assert jobs.store.children("uploads") == ["0a"]
+
+
 def test_a_round_asks_for_no_job_that_is_known_to_have_ended(jobs: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "REMEMBERED", 10)
     for n in range(1, 250):
