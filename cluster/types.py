@@ -211,6 +211,18 @@ class HoldOrder(NamedTuple):
     """Adapters that must not be unloaded to make room for those (`cluster.publishing.adapter_placement`)."""
 
 
+class ReplicaBounds(NamedTuple):
+    """How many replicas of a fleet there may be now, beside its own ``min_replicas`` and ``max_replicas``."""
+
+    floor: int = 0
+    """A fleet that is awake needs so many, or some live adapter has no place (`cluster.publishing.adapter_placement`)."""
+    ceiling: int | None = None
+    """Another fleet needs the slots of those beyond it (`cluster.capacity.arbiter`). None: nothing limits it. It goes before the floor."""
+
+
+UNBOUNDED = ReplicaBounds()
+
+
 class FleetPhase(StrEnum):
     """Where a fleet is in its life."""
 

@@ -69,17 +69,20 @@ class LoadPolicy:
         wanted = replicas_for(loads, self.target._replace(running=context.config.target_ongoing_requests))
         silent = context.current_num_replicas - len(loads)  # too busy to say how busy it is, or just started
         if silent > 0:
-            return capped(max(wanted, context.target_num_replicas), metrics), {}
+            return bounded(max(wanted, context.target_num_replicas), metrics), {}
         only_one_on_its_way = context.current_num_replicas == 0 and context.target_num_replicas > 0
-        return capped(max(wanted, 1) if only_one_on_its_way else wanted, metrics), {}
+        return bounded(max(wanted, context.config.min_replicas, only_one_on_its_way), metrics), {}
 
 
-def capped(wanted: int, metrics: Mapping[str, Mapping[Any, float]]) -> int:
-    """At most the fleet's ceiling, which its replicas repeat with their load: another fleet needs the slots more (`cluster.capacity.arbiter`).
-    Serve then ends replicas after the fleet's ``scale_down_after_s``, as for any other reason.
+def bounded(wanted: int, metrics: Mapping[str, Mapping[Any, float]]) -> int:
+    """Within the fleet's bounds, which its replicas repeat with their load (`cluster.types.ReplicaBounds`). Serve then ends replicas after
+    the fleet's ``scale_down_after_s``, as for any other reason. A fleet that wants none may sleep, whatever its floor.
 
-    >>> capped(3, {"ceiling": {"a": 2.0, "b": 2.0}}), capped(3, {})
+    >>> bounded(3, {"ceiling": {"a": 2.0, "b": 2.0}}), bounded(3, {})
     (2, 3)
+    >>> bounded(1, {"floor": {"a": 2.0, "b": 0.0}}), bounded(0, {"floor": {"a": 2.0}})
+    (2, 0)
     """
-    told = metrics.get("ceiling", {}).values()
-    return min(wanted, int(min(told))) if told else wanted
+    floor = max(metrics.get("floor", {}).values(), default=0.0)
+    ceiling = min(metrics.get("ceiling", {}).values(), default=math.inf)
+    return int(min(max(wanted, floor), ceiling)) if wanted else 0

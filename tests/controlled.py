@@ -29,7 +29,7 @@ from cluster.pool.serve_api import ServeApi
 from cluster.publishing.rollout import DIRECT, Rollout
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
-from cluster.types import HoldOrder, Lineage, Manifest, ReplicaState, VersionId, View
+from cluster.types import HoldOrder, Lineage, Manifest, ReplicaBounds, ReplicaState, VersionId, View
 from cluster.view import ViewDelta, apply
 from tests.adapters import make_adapter
 
@@ -57,8 +57,8 @@ class Machines:
         """Application → set when its replicas shall answer orders again."""
         self.places = 16
         """For adapters, on each replica."""
-        self.caps: list[tuple[str, int | None]] = []
-        """(application, most replicas), as its replicas were told."""
+        self.bounds: list[tuple[str, ReplicaBounds]] = []
+        """(application, bounds of its replicas), as its replicas were told."""
         self.served: dict[str, Application] = {}
         """What control has started in Serve. It outlives a control."""
         self.declared: set[str] = set()
@@ -78,8 +78,8 @@ class Machines:
     def tell(self, app: str, method: str, *arguments: Any) -> None:
         if app in self.hung:
             self.hung[app].wait(30)
-        if method == "cap":
-            return self.caps.append((app, arguments[0]))
+        if method == "bound":
+            return self.bounds.append((app, arguments[0]))
         for id, state in list(self.there.items()):
             if state.app == app:
                 self.there[id] = self._hold(state, *arguments) if method == "hold" else self._swap(state, *arguments)
@@ -129,7 +129,7 @@ class Controlled:
         )
         self.ceilings: dict[str, int | None] = {}
         self.room: int | None = 4
-        self.aliases = AliasReconciler(self.hosting, self.gateways)
+        self.aliases = AliasReconciler(self.hosting, self.gateways, lambda: self.room)
         self.reconcilers = Reconcilers(
             self.hosting,
             self.aliases,

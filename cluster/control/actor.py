@@ -72,8 +72,8 @@ class Control:
             self.applications,
             lambda kind, name: self.reconcilers.changed(kind, name),
         )
-        self.aliases = AliasReconciler(self.hosting, self.gateways)
         self.slots = Allocation(self.config.pool.accelerator, self.config.training.budget, self.applications)
+        self.aliases = AliasReconciler(self.hosting, self.gateways, self.slots.room)
         fleets = FleetReconciler(self.hosting, Announcer(self.hosting, self.gateways), self.slots.ceilings)
         self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, self.slots.room)
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)

@@ -5,7 +5,7 @@ store; then the fleet's reconciler tells the gateways, and only of versions that
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cluster import logs
@@ -45,9 +45,11 @@ class Progress(NamedTuple):
 class AliasReconciler:
     """Used by the loop's thread; ``progress`` may be read by any."""
 
-    def __init__(self, hosting: Hosting, gateways: Gateways) -> None:
+    def __init__(self, hosting: Hosting, gateways: Gateways, room: Callable[[], int | None]) -> None:
+        """``room``: the slots that the pool has or may come to have; None where no limit is known."""
         self.hosting = hosting
         self.gateways = gateways
+        self.room = room
         self.orders: dict[str, Order] = {}
         """What operators asked for and no record carries out yet. The only state that dies with control; who asked is told."""
         self.progress: dict[str, Progress] = {}
@@ -185,7 +187,7 @@ class AliasReconciler:
         new = [manifest] if manifest.id == weights.id or resident else [weights, manifest]
         asked, placed = self._asked(self.hosting.own(fleet), manifest, fleet), self.hosting.place_adapters(fleet)
         if not placed.copies.get(str(manifest.id), 1):
-            return self._no_place(fleet, len(placed.copies))
+            return self._no_place(fleet, placed.replicas_needed)
         seen = placement.warmth(asked, manifest)
         registry, cache = self.desired.registry, self.hosting.config.home / "cache"
         missing = bool(seen.refused) or not seen.complete
@@ -201,17 +203,24 @@ class AliasReconciler:
         placed = self.hosting.place_adapters(fleet)
         return tuple(one for one in own if placed.asked(one, str(manifest.id)))
 
-    def _no_place(self, fleet: Fleet, adapters: int) -> Warmth:
-        """A refusal, or patience where a replica that the fleet always has is on its way."""
-        places, replicas = fleet.spec.fleet.max_cpu_loras, max(len(self.hosting.own(fleet)), fleet.spec.fleet.min_replicas)
-        if adapters <= places * replicas:
-            return Warmth(replicas, 0, waits="a place on a replica that is being started")
+    def _no_place(self, fleet: Fleet, needed: int) -> Warmth:
+        """A refusal, or patience where the fleet may have the replicas that it needs: Serve starts them (`FleetReconciler`)."""
+        places, most = fleet.spec.fleet.max_cpu_loras, self._most_replicas(fleet)
+        if needed <= most:
+            return Warmth(needed, 0, waits="a place on a replica that is being started")
+        more = "fleet.max_replicas" if most >= fleet.spec.fleet.max_replicas else "the slots that the fleet can have"
         return Warmth(
             1,
             0,
-            f"all {places * replicas} places for adapters of the fleet {fleet.name} are taken by live ones ({places} on each of {replicas} "
-            "replicas); raise fleet.max_cpu_loras or fleet.min_replicas",
+            f"all {places * most} places for adapters of the fleet {fleet.name} are taken by live ones ({places} on each of {most} "
+            f"replicas); raise fleet.max_cpu_loras or {more}",
         )
+
+    def _most_replicas(self, fleet: Fleet) -> int:
+        """The replicas that the fleet may have by its settings, by the arbiter, and by the slots that there can be."""
+        settings, room = fleet.spec.fleet, self.room()
+        limits = (settings.max_replicas, fleet.bounds.ceiling, None if room is None else room // settings.tensor_parallel_size)
+        return max(len(self.hosting.own(fleet)), min(limit for limit in limits if limit is not None))
 
     def _surge(self, fleet: Fleet) -> tuple[ReplicaState, ...]:
         return self.hosting.replicas.of(fleet.surge_app) if fleet.surge else ()

@@ -13,6 +13,9 @@ from cluster.publishing.canary import Tally
 from cluster.publishing.rollout import Facts
 from cluster.types import FleetPhase, ReplicaState
 
+SHOWN = 3
+"""Adapters that a fleet's words name."""
+
 
 def public(replica: ReplicaState) -> dict[str, Any]:
     return {key: value for key, value in replica._asdict().items() if key != "secret"}
@@ -68,11 +71,12 @@ def fleet(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Ap
         "model": fleet.model,
         "declared": fleet.declared,
         "phase": str(there[0]),
-        "words": there[1],
+        "words": there[1] or without_place(fleet.placement.homeless),
         "replicas": len(own),
         "min_replicas": settings.min_replicas,
         "max_replicas": settings.max_replicas,
-        "ceiling": fleet.capped[0],
+        "floor": fleet.bounds.floor,
+        "ceiling": fleet.bounds.ceiling,
         "priority": settings.priority,
         "slots": len(own) * settings.tensor_parallel_size,
         "slots_per_replica": settings.tensor_parallel_size,
@@ -107,6 +111,16 @@ def failed_fleet(failure: tuple[str, str]) -> dict[str, Any]:
     """A fleet of the store whose record cannot be made true, and why."""
     name, words = failure
     return {"name": name, "model": None, "declared": False, "phase": str(FleetPhase.FAILED), "words": words, "replicas": 0}
+
+
+def without_place(adapters: Sequence[str]) -> str:
+    """Which live adapters no replica answers for, because all places are taken; for a person.
+
+    >>> without_place(["a@1"]), without_place([f"a@{n}" for n in range(1, 6)])
+    ('no place for a@1', 'no place for a@1, a@2, a@3 and 2 more')
+    """
+    more = f" and {len(adapters) - SHOWN} more" if len(adapters) > SHOWN else ""
+    return f"no place for {', '.join(adapters[:SHOWN])}{more}" if adapters else ""
 
 
 def phase(removed: bool, replicas: int, app: Application | None) -> tuple[FleetPhase, str]:

@@ -16,7 +16,7 @@ from cluster.control.slots import slots
 from cluster.errors import SpringtideError
 from cluster.publishing import placement, rollout
 from cluster.publishing.placement import SurgeFacts
-from cluster.types import HoldOrder, ReplicaState, VersionId
+from cluster.types import UNBOUNDED, HoldOrder, ReplicaBounds, ReplicaState, VersionId
 
 TURN_S = 0.5
 RETRY_REFUSED_S = 30
@@ -73,7 +73,7 @@ class FleetReconciler:
         self.hosting.place_adapters(fleet)
         told = self.announcer.announce()
         self._load(fleet)
-        self._cap(fleet)
+        self._bound(fleet)
         # Not before the gateways know, or requests would arrive at a replica that swaps its weights, or is gone.
         if told and chosen:
             self._surge(fleet)
@@ -124,14 +124,16 @@ class FleetReconciler:
 
     # how many there may be
 
-    def _cap(self, fleet: Fleet) -> None:
-        """Tell the fleet's replicas its ceiling when it has changed, or when others have come that have not heard it. They repeat it to
-        Serve's autoscaler with their load (`deployments.autoscaling`), which asks for no more replicas than that."""
-        ceiling = self.ceilings().get(fleet.name)
+    def _bound(self, fleet: Fleet) -> None:
+        """Tell the fleet's replicas its bounds when they have changed, or when others have come that have not heard them. They repeat them
+        to Serve's autoscaler with their load (`deployments.autoscaling`), which asks for no fewer replicas and no more."""
+        needed = self.hosting.place_adapters(fleet).replicas_needed
+        bounds = ReplicaBounds(needed if needed > 1 else 0, self.ceilings().get(fleet.name))
         ids = tuple(sorted(replica.id for replica in self.hosting.own(fleet)))
-        known = (ceiling, ids) if ceiling is not None or fleet.capped[0] is not None else fleet.capped
-        if known != fleet.capped and fleet.orders.cap(ceiling, ids):
-            fleet.capped = known
+        if bounds == fleet.bounds and (bounds == UNBOUNDED or ids == fleet.bounds_told):
+            return
+        if fleet.orders.bound(bounds, ids):
+            fleet.bounds, fleet.bounds_told = bounds, ids
 
     # what replicas hold
 

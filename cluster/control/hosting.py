@@ -20,7 +20,7 @@ from cluster.publishing.adapter_placement import NOTHING, AdapterPlacement
 from cluster.publishing.placement import Hosted, Swap
 from cluster.publishing.rollout import Rollout
 from cluster.store.registry import Registry
-from cluster.types import Generation, Manifest, ReplicaState, VersionId
+from cluster.types import UNBOUNDED, Generation, Manifest, ReplicaBounds, ReplicaState, VersionId
 
 UNREADABLE_S = 5.0
 """How long a manifest that could not be read is not asked for again."""
@@ -53,8 +53,10 @@ class Fleet:
     """Which of its replicas must hold which adapters."""
     placed_for: tuple[object, ...] = ()
     """What `placement` was worked out from."""
-    capped: tuple[int | None, tuple[str, ...]] = (None, ())
-    """The most replicas that it may have, as far as the arbiter limits it, and the replicas that have been told so."""
+    bounds: ReplicaBounds = UNBOUNDED
+    """How few and how many replicas it may have now."""
+    bounds_told: tuple[str, ...] = ()
+    """The replicas that have heard of ``bounds``."""
 
     @property
     def name(self) -> str:
@@ -176,6 +178,7 @@ class Hosting:
         return AdapterPlacement(
             {id: ids for one in divided for id, ids in one.assigned.items()},
             {id: copies for one in divided for id, copies in one.copies.items()},
+            max((one.replicas_needed for one in divided), default=0),
         )
 
     def wanted_of(self, fleet: Fleet) -> list[VersionId]:

@@ -13,7 +13,7 @@ from typing import Any
 from cluster import logs
 from cluster.control.broadcast import broadcast
 from cluster.control.weight_distribution import Carried
-from cluster.types import HoldOrder, ReplicaState
+from cluster.types import HoldOrder, ReplicaBounds, ReplicaState
 
 LOAD_TIMEOUT_S = 600
 """How long a replica may take to load a version, or to swap its weights."""
@@ -114,9 +114,9 @@ class Orders:
         key = ("hold", *sorted({id for one in wanted.values() for id in one.load}))
         return (not missing and key not in self._given) or self._give(key, lambda: ("hold", dict(wanted), carried()))
 
-    def cap(self, ceiling: int | None, replicas: tuple[str, ...]) -> bool:
-        """Tell these replicas how many of the fleet there may be; True once they have heard it."""
-        return self._give(("cap", str(ceiling), *replicas), lambda: ("cap", ceiling))
+    def bound(self, bounds: ReplicaBounds, replicas: tuple[str, ...]) -> bool:
+        """Tell these replicas how few and how many of the fleet there may be; True once they have heard it."""
+        return self._give(("bound", *map(str, bounds), *replicas), lambda: ("bound", bounds))
 
     def swap(self, replica: str, id: str, fingerprint: str, cut_streams: bool) -> bool:
         """Order one replica to swap its weights; True once it has answered. Its state says whether it worked."""

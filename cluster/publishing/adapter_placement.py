@@ -9,6 +9,7 @@ an engine keeps other adapters in the places that are left, and unloads them whe
 
 import heapq
 from collections.abc import Sequence
+from math import ceil
 from typing import NamedTuple
 
 from cluster.types import ReplicaState
@@ -21,10 +22,17 @@ class AdapterPlacement(NamedTuple):
     """Replica id → ids of the adapters that it must hold."""
     copies: dict[str, int]
     """Adapter's id → how many replicas must hold it; only of adapters that not every replica holds. 0: there is no place for it."""
+    replicas_needed: int = 0
+    """The fewest replicas that have a place for every adapter."""
 
     def asked(self, replica: ReplicaState, id: str) -> bool:
         """Whether the replica must hold the adapter."""
         return id not in self.copies or id in self.assigned.get(replica.id, ())
+
+    @property
+    def homeless(self) -> tuple[str, ...]:
+        """The adapters without a place, sorted."""
+        return tuple(sorted(id for id, copies in self.copies.items() if not copies))
 
 
 NOTHING = AdapterPlacement({}, {})
@@ -33,21 +41,24 @@ NOTHING = AdapterPlacement({}, {})
 def assign(adapters: Sequence[str], replicas: Sequence[ReplicaState], places: int) -> AdapterPlacement:
     """Divide the places of ``replicas``, which host the same weights, among ``adapters``; ``places``: adapters per replica.
 
+    Where there are too few places, the first adapters get them: the caller names the live ones before those of rollouts.
+
     Example: two replicas with 2 places each, three adapters. Four places are enough for one copy of each adapter. Replica r holds a and b,
-    replica s holds nothing: r keeps a and b, and s loads c. A fifth adapter finds no place, and its ``copies`` are 0.
+    replica s holds nothing: r keeps a and b, and s loads c. A fifth adapter finds no place, and its ``copies`` are 0; it needs a third
+    replica.
     """
-    if not replicas:
-        return NOTHING
-    if len(adapters) <= places:
-        return AdapterPlacement({one.id: tuple(adapters) for one in replicas}, {})
+    needed = ceil(len(adapters) / places)
+    if not replicas or needed <= 1:
+        return AdapterPlacement({one.id: tuple(adapters) for one in replicas}, {}, needed)
     copies = max(1, len(replicas) * places // len(adapters))
-    holders, used = _kept(adapters, replicas, copies, places)
+    holders, used = _kept(adapters[: len(replicas) * places], replicas, copies, places)
     _fill([some for some in holders.values() if len(some) < copies], used, copies, places)
     assigned: dict[str, list[str]] = {one.id: [] for one in replicas}
     for id, some in holders.items():
         for replica in some:
             assigned[replica].append(id)
-    return AdapterPlacement({id: tuple(ids) for id, ids in assigned.items()}, {id: len(some) for id, some in holders.items()})
+    counted = {id: len(holders.get(id, ())) for id in adapters}
+    return AdapterPlacement({id: tuple(ids) for id, ids in assigned.items()}, counted, needed)
 
 
 def _kept(

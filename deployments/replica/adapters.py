@@ -1,5 +1,8 @@
 """Which versions an engine loads beside its base: loading, staging, making room, and saying why not."""
 
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
 from cluster import logs
 from cluster.config import Fleet
 from cluster.errors import SpringtideError, VersionRefused
@@ -62,24 +65,66 @@ class Adapters:
         self.holdings.staged[str(manifest.id)] = manifest.digest
 
     async def _make_room(self, coming: str) -> None:
-        """Unload the adapter that was idle the longest, where all places are taken. One that must be here or is answering stays, and so does
-        a live one while there is another: where the fleet's adapters do not all fit on each replica, another replica holds it."""
+        """Unload one adapter where all places are taken. Its requests in flight end first; new ones go to another replica."""
         adapters = self.holdings.adapters
         if len(adapters) < self.fleet.max_cpu_loras:
             return
-        live = await self.storage.live()
-        must_stay = self.holdings.assigned or live
-        idle = [id for id in adapters if id not in must_stay and not self.in_flight.answering[id]]
-        if not idle or self.fleet.when_full == "refuse":
+        uses = [Use(id, self.in_flight.answering[id], self.in_flight.used_s.get(id, 0.0)) for id in adapters]
+        leaving = to_unload(uses, self.holdings.assigned, await self.storage.live(), self.fleet.when_full == "evict")
+        if leaving is None:
             raise VersionRefused(
                 f"All {len(adapters)} places for adapters are taken, so {coming} has none.",
                 "Raise fleet.max_cpu_loras, or set fleet.when_full=evict to unload the adapter that was idle the longest.",
                 param="fleet.max_cpu_loras",
             )
-        await self._unload(min(idle, key=lambda id: (id in live, self.in_flight.used_s.get(id, 0.0))))
+        await self._close(leaving, coming)
+        await self._unload(leaving)
+
+    async def _close(self, id: str, coming: str) -> None:
+        """Admit no request for the version any more, and wait for those in flight. Where they last too long it stays, and is open again."""
+        digest, limit_s = self.holdings.held.pop(id), self.fleet.swap_drain_s
+        self.holdings.revision += 1
+        if await self.in_flight.until_answered(id, limit_s):
+            return
+        self.holdings.held[id] = digest
+        raise VersionRefused(
+            f"{self.in_flight.answering[id]} requests for {id}, whose place {coming} needs, still ran after {limit_s} s.",
+            "It is tried again by itself; to wait longer, raise fleet.swap_drain_s.",
+            param="fleet.swap_drain_s",
+        )
 
     async def _unload(self, id: str) -> None:
-        del self.holdings.held[id]  # first: control must not route to what is being unloaded
+        self.holdings.held.pop(id, None)  # first: control must not route to what is being unloaded
         self.in_flight.used_s.pop(id, None)
         await self.vllm.unload_adapter(id)
         log.info("unloaded %s", id)
+
+
+class Use(NamedTuple):
+    """How one adapter is used."""
+
+    id: str
+    answering: int
+    """Its requests in flight."""
+    used_s: float
+    """When it was last asked for."""
+
+
+def to_unload(uses: Sequence[Use], assigned: Collection[str], live: Collection[str], evict: bool) -> str | None:
+    """The adapter that makes room for another; None where all must stay. Pure.
+
+    What control has ``assigned`` to this engine stays; before control has said so, what is ``live`` does. A live adapter that is not
+    assigned here is one that other replicas hold, so it may go. An adapter that is not live goes only where the fleet's ``when_full`` says
+    ``evict``. Of those that may go, the ones without a request in flight come first, then the ones that are not live, then the one that was
+    idle the longest.
+
+    Example: a and b are live and fit on both replicas, so both hold them. c comes, and this replica is assigned b and c: a must go, though
+    it answers.
+
+    >>> busy = [Use("a@1", answering=3, used_s=9.0), Use("b@1", answering=1, used_s=8.0)]
+    >>> to_unload(busy, {"b@1", "c@1"}, {"a@1", "b@1", "c@1"}, evict=True)
+    'a@1'
+    """
+    must_stay = assigned or live
+    may_go = [one for one in uses if one.id not in must_stay and (evict or one.id in live)]
+    return min(may_go, key=lambda one: (one.answering, one.id in live, one.used_s)).id if may_go else None

@@ -41,6 +41,13 @@ class InFlight:
         """Whether no request has been in flight for so long."""
         return not self.running and time.monotonic() - self.busy_until_s > for_s
 
+    async def until_answered(self, version: str, limit_s: float) -> bool:
+        """Wait until no request for the version is in flight. False where some still are after ``limit_s``."""
+        deadline_s = time.monotonic() + limit_s
+        while self.answering[version] and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+        return not self.answering[version]
+
     async def until_quiet(self, quiet_s: float, limit_s: float) -> None:
         """Wait until no request has been in flight for ``quiet_s`` from now on, but not longer than ``limit_s``."""
         began_s = quiet_since_s = time.monotonic()

@@ -19,7 +19,7 @@ from cluster.control import weight_distribution
 from cluster.control.client import Line, tell
 from cluster.errors import ModelNotFound
 from cluster.store.registry import Registry, registry_of
-from cluster.types import HoldOrder, ReplicaState, VersionId
+from cluster.types import UNBOUNDED, HoldOrder, ReplicaBounds, ReplicaState, VersionId
 from deployments.ray_patches import close_internal_port
 from deployments.replica import watchdog
 from deployments.replica.lifecycle import Owner
@@ -42,8 +42,8 @@ class Replica:
     unwatch: Callable[[], None] | None = None
     """Stops watching the engine's process."""
     reporting: asyncio.Task[None] | None = None
-    ceiling: int | None = None
-    """The most replicas that the fleet may have; see `cap`."""
+    bounds = UNBOUNDED
+    """See `bound`."""
 
     async def __init__(self, spec: FleetSpec, weights: VersionId | None = None) -> None:
         """``weights``: what a replica of a surge fleet hosts (`cluster.control.applications`). By default it hosts the weights that are live."""
@@ -90,17 +90,17 @@ class Replica:
         """See `deployments.replica.engine.Engine.swap_weights`. Control asks all replicas, and the one that ``replica`` names obeys."""
         return await self.engine.swap_weights.remote(id, fingerprint, cut_streams) if replica == self.id else None
 
-    async def cap(self, ceiling: int | None) -> None:
-        """The fleet may have no more replicas than this; None lifts it. Serve's autoscaler hears it with the next load."""
-        self.ceiling = ceiling
+    async def bound(self, bounds: ReplicaBounds) -> None:
+        """How few and how many replicas the fleet may have. Serve's autoscaler hears it with the next load."""
+        self.bounds = bounds
 
     async def check_health(self) -> None:
         await self.engine.check.remote()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve's public hook: what `deployments.autoscaling` decides by."""
-        load = await self.engine.stats.remote()
-        return load if self.ceiling is None else {**load, "ceiling": float(self.ceiling)}
+        bounds = {name: float(value) for name, value in self.bounds._asdict().items() if value is not None}
+        return {**await self.engine.stats.remote(), **bounds}
 
     async def __del__(self) -> None:
         """Serve calls this when the replica must end: let the streams finish, then leave the engine asleep, or end it."""

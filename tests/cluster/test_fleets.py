@@ -1,5 +1,6 @@
 """Several base models on one pool: each answers for itself while others come, go, are trained and are published."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,15 @@ def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_train
 
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-def test_two_replicas_serve_twice_as_many_adapters_as_one_has_places_for(
+def test_a_fleet_grows_for_adapters_beyond_one_replicas_places_and_answers_for_all_of_them(
     pool: Running, sprout: VersionId, tmp_path: Path
 ) -> None:
-    """Every live adapter had to be on every replica. Clients ask for all of them while more are published; the last finds no place."""
+    """Every live adapter had to be on every replica. Clients keep the first ones busy while more are published: the third brings a second
+    replica, which must close one that answers; the last finds no place."""
     operator, places = client.of(pool.config), 2
-    operator.add_fleet(
-        "tenants", {"model": str(sprout), "min_replicas": 2, "max_replicas": 2, "max_cpu_loras": places, "max_loras": places}
-    )
-    wait_until(lambda: len(of_fleet(pool, "tenants")) == 2, timeout_s=180)
+    bounds = {"min_replicas": 1, "max_replicas": 2, "scale_down_after_s": 1.0}
+    operator.add_fleet("tenants", {"model": str(sprout), **bounds, "max_cpu_loras": places, "max_loras": places})
+    wait_until(lambda: len(of_fleet(pool, "tenants")) == 1, timeout_s=180)
     base = pool.registry.fetch(pool.registry.manifest(sprout), tmp_path / "cache")
     made = [
         pool.registry.register(
@@ -105,20 +106,24 @@ def test_two_replicas_serve_twice_as_many_adapters_as_one_has_places_for(
         )
         for n in range(2 * places + 1)
     ]
-    with recording(pool.url, "tenants", 4, pause_s=0.05, prefix="tenants") as events:
+    with contextlib.ExitStack() as recordings:
+        events = [recordings.enter_context(recording(pool.url, "tenants", 4, pause_s=0.05, prefix="tenants"))]
         for one in made[:-1]:
             began_s = time.time()
             assert operator.publish(one.id, one.id.name, "one more tenant").stage == "live"
             print(f"{one.id} is live after {time.time() - began_s:.2f} s")
+            events.append(recordings.enter_context(recording(pool.url, one.id.name, 2, pause_s=0.0, prefix=one.id.name)))
         with pytest.raises(SpringtideError, match="all 4 places for adapters of the fleet tenants are taken"):
             operator.publish(made[-1].id, made[-1].id.name, "one too many")
         for one in made[:-1] * 3:
             answer = ask(pool, one.id.name)
             assert (answer.status_code, answer.headers.get("x-model-version")) == (200, str(one.id)), answer.text
+        time.sleep(10)  # Serve may end a replica after a second without need
     held = [{id for id in one["held"] if id.startswith("tenant-")} for one in of_fleet(pool, "tenants")]
-    print(held)
+    print(held, [len(some) for some in events])
     assert [len(some) for some in held] == [places, places] and held[0] | held[1] == {str(one.id) for one in made[:-1]}
-    assert problems(events, expected_of(pool.url, [str(sprout)])) == []
+    expected = expected_of(pool.url, [str(sprout), *(str(one.id) for one in made[:-1])])
+    assert [problems(some, expected) for some in events] == [[]] * len(events)
     operator.remove_fleet("tenants", force=True)
     wait_until(lambda: phases(pool) == {"seedling": "serving"}, timeout_s=60)
 

@@ -1,16 +1,19 @@
 """Which replicas hold which adapters."""
 
+import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from cluster.control import describe
 from cluster.errors import VersionRefused
 from cluster.publishing.adapter_placement import AdapterPlacement, assign
 from cluster.publishing.placement import routable
-from cluster.types import Generation, ReplicaState, VersionId
+from cluster.types import Generation, ReplicaBounds, ReplicaState, VersionId
 from tests.controlled import Controlled, adapter, stop_all, two_fleets, wait_until
 
 NAMES = [f"a@{n}" for n in range(1, 31)]
@@ -39,7 +42,24 @@ def fleets(draw: st.DrawFn) -> tuple[list[str], list[ReplicaState], int]:
 
 def test_while_all_adapters_fit_every_replica_holds_all_of_them() -> None:
     placement = assign(["a@1", "a@2"], [replica("r"), replica("s", "a@2")], places=2)
-    assert placement == AdapterPlacement({"r": ("a@1", "a@2"), "s": ("a@1", "a@2")}, {})
+    assert placement == AdapterPlacement({"r": ("a@1", "a@2"), "s": ("a@1", "a@2")}, {}, 1)
+
+
+def test_a_place_that_a_live_adapter_lacks_is_no_candidates() -> None:
+    """A candidate that was held already kept its place, and a live adapter had none."""
+    placement = assign(["a@1", "a@2", "candidate@1"], [replica("r", "a@1", "candidate@1")], places=2)
+    assert set(placement.assigned["r"]) == {"a@1", "a@2"}
+    assert placement.homeless == ("candidate@1",) and placement.replicas_needed == 2
+
+
+@given(fleets())
+def test_so_many_replicas_as_are_needed_have_a_place_for_every_adapter(fleet: tuple[list[str], list[ReplicaState], int]) -> None:
+    adapters, replicas, places = fleet
+    needed = assign(adapters, replicas, places).replicas_needed
+    more = [*replicas, *(replica(f"new{n}") for n in range(needed))][: max(1, needed)]
+    assert assign(adapters, more, places).homeless == ()
+    if needed > 1:
+        assert assign(adapters, more[: needed - 1], places).homeless
 
 
 @given(fleets())
@@ -109,6 +129,34 @@ def test_a_fleet_serves_more_adapters_than_one_engine_has_places_for(tmp_path: P
         assert control.publish(made[4].id, made[4].id.name).stage == "live"
     finally:
         stop_all()
+
+
+def test_a_fleet_keeps_as_many_replicas_as_its_adapters_need(tmp_path: Path) -> None:
+    """Serve ended a replica when the load fell, and adapters beyond the other's places had no replica."""
+    config, registry, machines = two_fleets(tmp_path, {"max_cpu_loras": 1, "max_loras": 1, "max_replicas": 2})
+    machines.places = 1
+    try:
+        control = Controlled(config, machines)
+        first, second = (adapter(registry, tmp_path, VersionId("m", 1), n, f"tenant-{n}") for n in range(2))
+        assert control.publish(first.id, "tenant-0").stage == "live"
+        asked = threading.Thread(target=control.publish, args=(second.id, "tenant-1"), daemon=True)
+        asked.start()
+        wait_until(lambda: ("fleet-m", ReplicaBounds(2)) in machines.bounds)
+        assert asked.is_alive(), "it waits for the replica that Serve starts"
+        machines.start("replica-m2", "fleet-m", VersionId("m", 1))
+        asked.join(20)
+        wait_until(lambda: control.view.aliases["tenant-1"].stable == second.id)
+        del machines.there["replica-m2"]
+        control.replicas.leave("replica-m2")
+        wait_until(lambda: "no place for tenant-1@1" in {one["words"] for one in listed(control)})
+    finally:
+        stop_all()
+
+
+def listed(control: Controlled) -> list[dict[str, Any]]:
+    """What `springtide fleets` prints."""
+    known, replicas = control.applications.known, control.replicas.states
+    return [describe.fleet(one, replicas, known) for one in list(control.hosting.fleets.values())]
 
 
 def held_of(control: Controlled, id: str) -> set[str]:

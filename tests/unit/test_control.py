@@ -25,7 +25,7 @@ from cluster.publishing.placement import Hosted, SurgeFacts, Swap, fleet_of, nex
 from cluster.publishing.rollout import DIRECT, Policy, begin
 from cluster.redact import redact
 from cluster.store.registry import Registry
-from cluster.types import Generation, Lineage, ReplicaState, VersionId
+from cluster.types import UNBOUNDED, Generation, Lineage, ReplicaBounds, ReplicaState, VersionId
 from tests.controlled import Controlled, adapter, make_base, no_serve, stop_all, two_fleets, wait_until
 
 
@@ -453,15 +453,15 @@ def test_a_control_that_starts_while_every_fleet_sleeps_tells_the_gateways_what_
     wait_until(lambda: control.view.fleets.keys() == {"m", "n"} and control.view.replicas == ())
 
 
-def test_a_fleets_replicas_hear_its_ceiling_when_it_changes_and_when_another_comes(tmp_path: Path) -> None:
+def test_a_fleets_replicas_hear_its_bounds_when_it_changes_and_when_another_comes(tmp_path: Path) -> None:
     config, _, machines = two_fleets(tmp_path)
     control = Controlled(config, machines)
-    control.ceilings = {"m": 2, "n": None}
-    wait_until(lambda: machines.caps == [("fleet-m", 2)])
+    control.ceilings, capped = {"m": 2, "n": None}, ("fleet-m", ReplicaBounds(ceiling=2))
+    wait_until(lambda: machines.bounds == [capped])
     machines.start("another", "fleet-m", ONE)
-    wait_until(lambda: machines.caps == [("fleet-m", 2)] * 2)
+    wait_until(lambda: machines.bounds == [capped] * 2)
     control.ceilings = {"m": None, "n": None}
-    wait_until(lambda: machines.caps == [("fleet-m", 2), ("fleet-m", 2), ("fleet-m", None)])
+    wait_until(lambda: machines.bounds == [capped, capped, ("fleet-m", UNBOUNDED)])
 
 
 def test_calls_that_wait_for_minutes_have_threads_of_their_own() -> None:

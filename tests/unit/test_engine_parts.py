@@ -13,6 +13,7 @@ from cluster.config import Config, Fleet
 from cluster.errors import DigestMismatch, StoreUnavailable
 from cluster.store.files import make_room
 from cluster.types import Lineage, Manifest, VersionId
+from deployments.replica.adapters import Use, to_unload
 from deployments.replica.holdings import Holdings
 from deployments.replica.storage import Storage
 
@@ -82,3 +83,16 @@ def test_our_own_errors_are_quoted_whole() -> None:
 def test_no_address_and_no_folder_of_the_cluster_gets_out(address: object, port: int, text: str) -> None:
     said = redact.reason(OSError(f"{text} http://{address}:{port}/x {address}:{port} /home/ann/store/m.safetensors {text}"))
     assert str(address) not in said and "/home" not in said and "m.safetensors" in said
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(0, 3), st.floats(0, 9)), min_size=1), st.data())
+def test_what_must_be_here_stays_and_what_answers_goes_last(uses: dict[str, tuple[int, float]], data: st.DataObject) -> None:
+    """A busy engine used to refuse the first adapter beyond its places, because nothing was idle."""
+    some = st.frozensets(st.sampled_from("abcdef"))
+    assigned, live, evict = data.draw(some), data.draw(some), data.draw(st.booleans())
+    known = [Use(id, *use) for id, use in uses.items()]
+    leaving = to_unload(known, assigned, live, evict)
+    may_go = {id for id in uses if id not in (assigned or live) and (evict or id in live)}
+    assert leaving is None if not may_go else leaving in may_go
+    if leaving is not None and uses[leaving][0]:
+        assert all(uses[id][0] for id in may_go), "nothing idle could have gone"

@@ -110,3 +110,20 @@ def test_quiet_begins_anew_with_every_request_and_is_not_waited_for_for_ever() -
     assert asyncio.run(waited(5, busy=True)) >= 0.5
     assert 0.2 <= asyncio.run(waited(5, busy=False)) < 0.5
     assert asyncio.run(waited(0.1, busy=True)) < 0.3
+
+
+def test_a_version_that_leaves_waits_for_its_own_requests_only() -> None:
+    async def tried() -> list[bool]:
+        app = Slow()
+        front = InFlight(app, lambda _: True)
+        asking = [asyncio.create_task(ask(front, version=version)) for version in ("a@1", "b@1")]
+        await asyncio.sleep(0)
+        found = [await front.until_answered("a@1", 0.05), await front.until_answered("c@1", 0.05)]
+        waiting = asyncio.create_task(front.until_answered("a@1", 5))
+        asking[0].cancel()
+        found.append(await waiting)
+        app.go.set()
+        await asyncio.gather(*asking, return_exceptions=True)
+        return found
+
+    assert asyncio.run(tried()) == [False, True, True]
