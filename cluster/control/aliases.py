@@ -19,7 +19,7 @@ from cluster.errors import Conflict
 from cluster.publishing import placement, rollout
 from cluster.publishing.canary import Comparison, Tally, looks
 from cluster.publishing.rollout import Facts, Order, Rollout, Warmth
-from cluster.store.registry import Canary
+from cluster.store.aliases import MoveOptions
 from cluster.types import HoldOrder, Manifest, ReplicaState
 
 ACTIVE_S = 0.5
@@ -123,14 +123,14 @@ class AliasReconciler:
         newest = history[-1] if history else None
         if newest is not None and (newest.stable, newest.canary, newest.percent) == wanted:
             return
-        canary: Canary = {
+        options: MoveOptions = {
             "canary": wanted.canary,
             "percent": wanted.percent,
             "shadow_percent": one.policy.shadow_percent if wanted.canary else 0,
             "rollout": one.number,
             "record": one.n,
         }
-        self.desired.append_move(one, wanted.stable, newest.generation if newest else 0, canary)
+        self.desired.append_move(one, wanted.stable, newest.generation if newest else 0, options)
 
     # what `rollout.decide` goes by
 

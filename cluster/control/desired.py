@@ -11,7 +11,8 @@ from cluster.errors import SpringtideError
 from cluster.publishing import rollout
 from cluster.publishing.gate import Verdict, latest
 from cluster.publishing.rollout import Facts, Rollout
-from cluster.store.registry import Canary, Registry
+from cluster.store.aliases import MoveOptions
+from cluster.store.registry import Registry
 from cluster.types import Generation, Manifest, VersionId
 
 KEPT = 32
@@ -130,10 +131,10 @@ class Desired:
         self.changes += 1
         return one
 
-    def append_move(self, one: Rollout, stable: VersionId, after: int, canary: Canary) -> Generation:
+    def append_move(self, one: Rollout, stable: VersionId, after: int, options: MoveOptions) -> Generation:
         """Write the alias's next move, which ``one`` asks for."""
         try:
-            move = self.registry.move(one.alias, stable, one.reason, one.author, after, **canary)
+            move = self.registry.move(one.alias, stable, one.reason, one.author, after, **options)
         except SpringtideError:
             self.moves.pop(one.alias, None)
             raise

@@ -28,8 +28,8 @@ REREAD = 256
 """Moves that are read where there is no snapshot: a store of an older release, or one whose snapshots are damaged."""
 
 
-class Canary(TypedDict, total=False):
-    """What a move says beside the stable version; see `Generation`."""
+class MoveOptions(TypedDict, total=False):
+    """The fields of a `Generation` that a move may leave out."""
 
     canary: VersionId | None
     percent: int
@@ -108,7 +108,9 @@ class Aliases:
 
     # write
 
-    def move(self, alias: str, stable: VersionId, reason: str, author: str, after: int, **canary: Unpack[Canary]) -> Generation:
+    def move(
+        self, alias: str, stable: VersionId, reason: str, author: str, after: int, **options: Unpack[MoveOptions]
+    ) -> Generation:
         """Append the next generation. Raises `Conflict` where somebody moved the alias since generation ``after`` was read.
 
         Where the newest record is damaged, ``after`` is the newest that can be read, and the new generation takes the place of both.
@@ -119,7 +121,7 @@ class Aliases:
             raise Conflict(f"{alias} is not at generation {after} any more.", "See `springtide history`, then decide again.")
         number = before.number + 1
         move = Generation(
-            alias=alias, generation=number, stable=stable, reason=reason, author=author, time_s=time.time(), **canary
+            alias=alias, generation=number, stable=stable, reason=reason, author=author, time_s=time.time(), **options
         )
         made = self.moves.append(_prefix(alias), number, move)
         if number % EVERY == 0:

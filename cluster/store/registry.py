@@ -9,7 +9,7 @@ from cluster.errors import ModelNotFound
 from cluster.publishing.gate import Verdict
 from cluster.publishing.history import History
 from cluster.publishing.rollout import Rollout
-from cluster.store.aliases import Aliases, Canary
+from cluster.store.aliases import Aliases, MoveOptions
 from cluster.store.candidate import Candidate
 from cluster.store.files import Files
 from cluster.store.journal import Damaged, Damages
@@ -89,8 +89,10 @@ class Registry:
         """The newest generations of an alias, oldest first."""
         return self.moves.recent(name, count)
 
-    def move(self, alias: str, stable: VersionId, reason: str, author: str, after: int, **canary: Unpack[Canary]) -> Generation:
-        return self.moves.move(alias, stable, reason, author, after, **canary)
+    def move(
+        self, alias: str, stable: VersionId, reason: str, author: str, after: int, **options: Unpack[MoveOptions]
+    ) -> Generation:
+        return self.moves.move(alias, stable, reason, author, after, **options)
 
     def resident_adapters(self, weights: VersionId, limit: int) -> list[Manifest]:
         return self.moves.resident_adapters(weights, limit)
