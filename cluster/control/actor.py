@@ -39,10 +39,15 @@ from cluster.store.objects import Store
 from cluster.store.registry import Registry, registry_of
 from cluster.types import ColdStart, ReplicaState, View
 
-WAITING, BEATS = "waiting", "beats"
-GROUPS = {WAITING: 64, BEATS: 16}
-"""Threads for calls that wait for minutes (a publish waits for its replicas), and for those that must be heard whatever else goes on:
-heartbeats of jobs and reports of replicas. Everything else has ``max_concurrency``."""
+WAITING, ORDERS, BEATS = "waiting", "orders", "beats"
+GROUPS = {WAITING: 64, ORDERS: 32, BEATS: 16}
+"""Threads by what must not wait for what. Everything else has ``max_concurrency``.
+
+- ``waiting``: calls that wait for minutes and can be asked again, such as a publish, which waits for its replicas.
+- ``orders``: what an operator does to end or undo something. It must get through while publishes hold all of ``waiting``. An abort waits for
+  half a minute at most. A promote and a rollback wait as long as a publish, for replicas that swap weights. They may: an alias has one rollout
+  at a time, and answers later orders for it with a conflict or joins them to the first, so that they come by the alias and not by the load.
+- ``beats``: heartbeats of jobs and reports of replicas. They must be heard whatever else goes on."""
 OPTIONS: dict[str, Any] = {
     "name": ACTOR,
     "namespace": NAMESPACE,
@@ -195,7 +200,7 @@ class Control:
         self.reconcilers.runtime_fleets.add(name, overrides, author)
         return self.fleets()
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=ORDERS)
     def remove_fleet(self, name: str, force: bool, author: str) -> list[dict[str, Any]]:
         """See `RuntimeFleets.remove`. Returns what `fleets` does; the fleet is listed as draining until it has gone."""
         self.reconcilers.runtime_fleets.remove(name, force, author)
@@ -224,7 +229,7 @@ class Control:
         """See `JobService.submit`."""
         return self.job_service.submit(verb, options, author)
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=ORDERS)
     def cancel(self, id: str, author: str) -> dict[str, Any]:
         """See `JobService.cancel`."""
         return self.job_service.cancel(id, author)
@@ -252,12 +257,12 @@ class Control:
         """See `Publishing.publish`."""
         return self.publishing.publish(version, alias, reason, author, policy, after)
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=ORDERS)
     def order(self, alias: str, what: str, reason: str, author: str) -> Rollout:
         """See `Publishing.order`."""
         return self.publishing.order(alias, what, reason, author)
 
-    @ray.method(concurrency_group=WAITING)
+    @ray.method(concurrency_group=ORDERS)
     def rollback(self, alias: str, to: str | None, reason: str, author: str) -> Rollout:
         """See `Publishing.rollback`."""
         return self.publishing.rollback(alias, to, reason, author)

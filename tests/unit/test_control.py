@@ -10,7 +10,7 @@ import pytest
 
 from cluster.capacity.arbiter import FleetDemand
 from cluster.config import parse
-from cluster.control.actor import BEATS, WAITING, Control
+from cluster.control.actor import BEATS, GROUPS, ORDERS, WAITING, Control
 from cluster.control.allocation import demand
 from cluster.control.applications import Application, Applications, surge_app
 from cluster.control.describe import fleet as fleet_described
@@ -466,11 +466,20 @@ def test_a_fleets_replicas_hear_its_bounds_when_it_changes_and_when_another_come
 
 def test_calls_that_wait_for_minutes_have_threads_of_their_own() -> None:
     """Sixty-four publishes that waited for their replicas used to keep heartbeats and views from being heard."""
-    waiting = {"publish", "order", "rollback", "add_fleet", "remove_fleet"}
-    groups = {name: getattr(method, "__ray_concurrency_group__", None) for name, method in vars(Control).items()}
-    assert {name for name, group in groups.items() if group == WAITING} >= waiting
-    assert {name for name, group in groups.items() if group == BEATS} >= {"heartbeat", "report", "leave", "starting", "leaving"}
-    assert groups["view"] is None
+    assert in_group(WAITING) == {"publish", "add_fleet", "submit"}
+    assert in_group(BEATS) >= {"heartbeat", "report", "leave", "starting", "leaving"}
+    assert "view" in in_group(None)
+
+
+def test_what_ends_or_undoes_something_waits_for_no_publish() -> None:
+    """Sixty-four publishes that waited used to keep the abort or the rollback that would have ended them from being heard."""
+    assert in_group(ORDERS) == {"order", "rollback", "cancel", "remove_fleet"}
+    assert GROUPS[ORDERS] > 0
+
+
+def in_group(group: str | None) -> set[str]:
+    """The methods of control that run on a group's threads, as Ray keeps it."""
+    return {name for name, method in vars(Control).items() if getattr(method, "__ray_concurrency_group__", None) == group}
 
 
 def test_another_configuration_brings_its_fleets_and_takes_those_that_it_does_not_name(tmp_path: Path) -> None:
