@@ -1,5 +1,6 @@
-"""Stores to run a test on: a folder, a bucket, one that counts, one whose answers get lost; and aliases with a long past."""
+"""Stores to run a test on: a folder, a bucket, one that counts, one whose answers get lost, one for many readers; aliases with a long past."""
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,22 @@ class Losing(Store):
         if self.lost:
             self.lost -= 1
             raise StoreUnavailable("The answer was lost.")
+
+
+class Together(Store):
+    """A store that gives objects to ``readers`` threads that ask for one at the same time, and to no fewer."""
+
+    def __init__(self, url: str, readers: int) -> None:
+        super().__init__(url)
+        self.barrier = threading.Barrier(readers, timeout=10)
+        self.lock = threading.Lock()
+        self.gets = 0
+
+    def get(self, path: str) -> bytes | None:
+        self.barrier.wait()
+        with self.lock:
+            self.gets += 1
+        return super().get(path)
 
 
 def lived(store: Store, alias: str, count: int, adapters: int = 24) -> None:

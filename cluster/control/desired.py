@@ -5,19 +5,18 @@ newest record, and the ones between it and what is known.
 """
 
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
 
 from cluster.errors import SpringtideError
 from cluster.publishing import rollout
 from cluster.publishing.gate import Verdict, latest
 from cluster.publishing.rollout import Facts, Rollout
 from cluster.store.aliases import MoveOptions
+from cluster.store.readers import read_all
 from cluster.store.registry import Registry
 from cluster.types import Generation, Manifest, VersionId
 
 KEPT = 32
 """Moves of an alias that are kept: gateways may be behind by some, and a rollout finds its own moves among them."""
-READERS = 16
 FORERUNNERS = 32
 """How far back rollouts are looked at for one that a later one has replaced."""
 
@@ -56,8 +55,7 @@ class Desired:
         """Look at every alias for the first time, many at once; the names. One that cannot be read costs itself: it is skipped here, and its
         reconciler says why."""
         names = self.names()
-        with ThreadPoolExecutor(READERS, thread_name_prefix="load") as threads:
-            list(threads.map(self._try_refresh, names))
+        read_all(self._try_refresh, names)
         self.loaded = True
         return names
 

@@ -18,6 +18,7 @@ from cluster.errors import Conflict, ModelNotFound, RecordDamaged, VersionRefuse
 from cluster.publishing.history import History, resident
 from cluster.store.journal import AHEAD, Damages, Journal, encode, highest, keep, path_of
 from cluster.store.objects import Store
+from cluster.store.readers import read_all
 from cluster.store.versions import Versions
 from cluster.types import NAME, Generation, Manifest, VersionId, check_name
 
@@ -39,7 +40,7 @@ class MoveOptions(TypedDict, total=False):
 
 
 class Aliases:
-    """The aliases in one store."""
+    """The aliases in one store. Any thread may call any method."""
 
     def __init__(self, store: Store, versions: Versions, damages: Damages) -> None:
         self.store = store
@@ -57,9 +58,9 @@ class Aliases:
         return [name for name in self.store.children("aliases") if NAME.fullmatch(name)]
 
     def all(self) -> dict[str, History]:
-        """Every alias that has a readable move, with its history."""
-        found = {name: self.history(name) for name in self.names()}
-        return {name: history for name, history in found.items() if history.moves}
+        """Every alias that has a readable move, with its history. An engine's start waits for this, and each of its evictions does."""
+        names = self.names()
+        return {name: history for name, history in zip(names, read_all(self.history, names), strict=True) if history.moves}
 
     def newest(self, alias: str) -> Generation | None:
         return self.history(alias).newest
@@ -103,7 +104,7 @@ class Aliases:
 
     def resident_adapters(self, weights: VersionId, limit: int) -> list[Manifest]:
         """See `resident`. A version that was damaged since must not keep a replica from starting."""
-        found = (self._manifest(id) for id in resident(self.all().values(), weights, limit))
+        found = read_all(self._manifest, resident(self.all().values(), weights, limit))
         return [manifest for manifest in found if manifest is not None]
 
     # write

@@ -16,7 +16,7 @@ from cluster.store.journal import path_of
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import Generation, Lineage, VersionId
-from tests.stores import KINDS, Counting, Losing, lived, opened, write
+from tests.stores import KINDS, Counting, Losing, Together, lived, opened, write
 from tests.unit.test_registry import weights
 
 LENGTHS = (10, 200, 2000)
@@ -41,6 +41,16 @@ def asked(url: str, what: str) -> Counter[str]:
             registry.aliases()
             registry.rollout("m")
     return store.asked
+
+
+def test_many_aliases_are_read_at_once(url: str) -> None:
+    """An engine's start and each of its evictions asked about one alias after another, each at a bucket's pace."""
+    names = [f"m{n}" for n in range(8)]
+    for name in names:
+        lived(Store(url), name, 3)
+    assert list(Registry(Together(url, len(names))).aliases()) == names
+    adapters = Registry(Together(url, len(names))).resident_adapters(VersionId("m1", 1), 16)
+    assert {manifest.id for manifest in adapters} == {VersionId("m1", 2), VersionId("m1", 3), VersionId("m1", 4)}
 
 
 @pytest.fixture(scope="module")
