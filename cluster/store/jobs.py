@@ -222,15 +222,30 @@ class JobStore:
         return self._get(f"jobs/{id}/result.json", JobResult)
 
     def newest(self, id: str) -> JobEvents | None:
-        """The newest events. They are listed once; from then on what comes after the last is asked for by its number."""
+        """The newest events that can be read; a damaged object costs itself only. Raises `Damaged` where there are no others.
+
+        They are listed once; from then on what comes after the last is asked for by its number.
+        """
         n = self._last.get(id) or max(self._numbers(id), default=0)
-        if n == 0:
-            return None
-        newest = self._get(_event(id, n), JobEvents)
-        while (later := self._get(_event(id, n + 1), JobEvents)) is not None:
-            n, newest = n + 1, later
-        self._last[id] = n
-        return newest
+        while n and self._taken(id, n):
+            n += 1
+        self._last[id] = last = max(0, n - 1)
+        damage: Damaged | None = None
+        for number in range(last, max(0, last - LOOKED_AT), -1):
+            try:
+                return self._get(_event(id, number), JobEvents)
+            except Damaged as error:
+                damage = damage or error
+        if damage is not None:
+            raise damage
+        return None
+
+    def _taken(self, id: str, n: int) -> bool:
+        """Whether the number has events: read at once, because they are wanted next."""
+        try:
+            return self._get(_event(id, n), JobEvents) is not None
+        except Damaged:
+            return True
 
     def _numbers(self, id: str) -> list[int]:
         stems = [name.removesuffix(".json") for name in self.store.children(f"jobs/{id}/events")]

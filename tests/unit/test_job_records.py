@@ -124,6 +124,21 @@ def test_the_newest_events_cost_one_object_however_long_the_job_ran(jobs: JobSto
     assert [path[-13:] for path in read] == ["00000039.json", "00000040.json", "00000040.json", "00000041.json"]
 
 
+def test_damaged_events_hide_neither_later_nor_earlier_ones(jobs: JobStore) -> None:
+    """Where the newest was damaged, the job stood still for whoever looked at it, whatever its driver wrote afterwards."""
+    jobs.create(SPEC)
+    jobs.append(SPEC.id, RUNNING)
+    for n in (2, 3):
+        jobs.store.put_new(f"jobs/{SPEC.id}/events/{n:08d}.json", b"{")
+    watching = again(jobs)
+    assert watching.newest(SPEC.id) == RUNNING and watching.record(SPEC.id).damage == ""
+    assert jobs.append(SPEC.id, WAITING) == 4
+    jobs.store.put_new(f"jobs/{SPEC.id}/events/00000005.json", b"")
+    for reader in (watching, again(jobs)):
+        newest = reader.newest(SPEC.id)
+        assert newest and (newest.n, newest.snapshot) == (4, WAITING.snapshot)
+
+
 @given(st.sampled_from(["spec.json", "result.json", "events/00000001.json"]), st.binary(max_size=40))
 def test_a_damaged_record_costs_its_own_job_only(tmp_path_factory: Any, name: str, raw: bytes) -> None:
     jobs = JobStore(Store(tmp_path_factory.mktemp("store").as_uri()))
