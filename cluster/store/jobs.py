@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.errors import BadRequest, Conflict, JobNotFound, RecordDamaged
 from cluster.store.objects import Store
+from cluster.store.readers import READERS, read_all
 from cluster.types import NAME, check_name
 
 REMEMBERED = 4096
@@ -254,16 +255,21 @@ class JobStore:
     def events(self, id: str, limit: int = 1000) -> list[JobEvent]:
         """The newest ``limit`` events that can be read, oldest first; fewer where they are not among the newest `LOOKED_AT` objects. A job that
         runs for a week writes tens of thousands of objects."""
+        numbers = self._numbers(check_id(id))[-LOOKED_AT:]
         found: list[JobEvent] = []
-        for number in reversed(self._numbers(check_id(id))[-LOOKED_AT:]):
-            if len(found) >= limit:
-                break
-            try:
-                batch = self._get(_event(id, number), JobEvents)
-            except Damaged:
-                continue
-            found = [*(batch.events if batch else ()), *found]
+        while numbers and len(found) < limit:
+            numbers, newest = numbers[:-READERS], numbers[-READERS:]
+            batches = read_all(lambda number: self._events_of(id, number), newest)
+            found = [*(event for batch in batches for event in batch), *found]
         return found[max(0, len(found) - limit) :]
+
+    def _events_of(self, id: str, number: int) -> tuple[JobEvent, ...]:
+        """The events in one object, none where it is damaged or missing."""
+        try:
+            batch = self._get(_event(id, number), JobEvents)
+        except Damaged:
+            return ()
+        return batch.events if batch else ()
 
     def record(self, id: str, events: bool = True) -> JobRecord:
         """Everything that can be read of a job. ``events``: whether to look for the newest. Raises `JobNotFound` where there is no such job."""

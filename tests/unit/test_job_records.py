@@ -24,6 +24,8 @@ from cluster.store.jobs import (
     status,
 )
 from cluster.store.objects import Store
+from cluster.store.readers import READERS
+from tests.stores import Together
 
 SPEC = JobSpec(id="finetune-0123456789ab", verb="finetune", options={"data": "x"}, owner="ann", created_s=1.0)
 RUNNING = JobEvents(n=1, snapshot=JobSnapshot(at_s=2.0, progress=JobProgress(step=3, steps=9), run=SPEC.id))
@@ -108,6 +110,18 @@ def test_the_newest_events_are_read_and_no_more(jobs: JobStore, monkeypatch: pyt
         assert words(limit) == all_of_them[len(all_of_them) - limit :]
     monkeypatch.setattr(records, "LOOKED_AT", 5)
     assert words(1000) == ["26.0", "26.1", "29.0", "29.1"]
+
+
+def test_the_events_of_a_job_are_read_many_at_once_and_no_more_of_them_than_asked_for(jobs: JobStore) -> None:
+    """They were read one after another, each at a bucket's pace, and a thousand of them for one page."""
+    for n in range(1, 5 * READERS + 1):
+        event = JobEvent(at_s=n, kind="message", words=str(n))
+        jobs.append(SPEC.id, RUNNING.model_copy(update={"n": n, "events": (event,)}))
+    together = Together(jobs.store.url, READERS)
+    assert [event.words for event in JobStore(together).events(SPEC.id, READERS + 1)] == [
+        str(n) for n in range(4 * READERS, 5 * READERS + 1)
+    ]
+    assert together.gets == 2 * READERS, "the newest first, and whole rounds of them"
 
 
 def test_the_newest_events_cost_one_object_however_long_the_job_ran(jobs: JobStore, monkeypatch: Any) -> None:
