@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster import logs
 from cluster.control.broadcast import broadcast
@@ -22,6 +22,9 @@ SILENT_S = 5
 replica that breaks a connection by themselves."""
 LEAVING_S = 3_600
 """A replica that said that it ends reports nothing any more after this long: Serve waits for its streams for a part of that at most."""
+UNASKED_S = 600
+"""An answer that nobody has asked for this long is forgotten. Who still wants it asks within a minute, also after failures
+(`cluster.control.work_queue`)."""
 THREADS = 8
 
 log = logs.logger(__name__)
@@ -94,6 +97,14 @@ def _what(state: ReplicaState) -> tuple[Any, ...]:
     return state.url, state.base, state.held, state.refused, state.staged, state.revision
 
 
+class Given(NamedTuple):
+    """An order that replicas were given."""
+
+    answer: Future[None]
+    asked_s: float
+    """When its answer was last asked for, on the monotonic clock."""
+
+
 class Orders:
     """What the replicas of one fleet were ordered to do. Loading takes up to minutes, so each order has a thread, and no fleet waits for
     another's. ``apps`` says at any time which Serve applications the fleet consists of."""
@@ -102,7 +113,9 @@ class Orders:
         self.replicas = replicas
         self.apps = apps
         self.changed = changed
-        self._given: dict[OrderKey, Future[None]] = {}
+        self._given: dict[OrderKey, Given] = {}
+        """Those that have no answer yet, or one that nobody has heard. Who learns otherwise that an order was carried out, or that its replica
+        is gone, never asks."""
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="orders")
 
     def hold(self, wanted: Mapping[str, HoldOrder], carried: Callable[[], Carried] = dict, missing: bool = True) -> bool:
@@ -125,33 +138,40 @@ class Orders:
     def swapping(self, replica: str, id: str) -> bool:
         """Whether it was ordered to and has not answered yet."""
         given = self._given.get(("swap_weights", replica, id))
-        return given is not None and not given.done()
+        return given is not None and not given.answer.done()
 
     def forget(self, id: str) -> None:
         """An answer about a version that nobody has looked at is about an earlier rollout of it.
 
         >>> orders = Orders(Replicas(print), tuple, lambda: None)
-        >>> orders._given = {("hold", "m@1"): Future(), ("hold", "m@12"): Future()}
-        >>> for given in orders._given.values(): given.set_result(None)
+        >>> orders._given = {("hold", "m@1"): Given(Future(), 0), ("hold", "m@12"): Given(Future(), 0)}
+        >>> for given in orders._given.values(): given.answer.set_result(None)
         >>> orders.forget("m@1")
         >>> list(orders._given)
         [('hold', 'm@12')]
         """
-        self._given = {key: given for key, given in self._given.items() if not (given.done() and id in key)}
+        self._given = {key: given for key, given in self._given.items() if not (given.answer.done() and id in key)}
 
     def close(self) -> None:
         """The fleet is no more."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _give(self, key: OrderKey, order: Callable[[], tuple[Any, ...]]) -> bool:
-        given = self._given.get(key)
+        given, now_s = self._given.get(key), time.monotonic()
         if given is None:
-            self._given[key] = self._threads.submit(self._carry_out, order)
+            self._forget_unasked(now_s)
+            self._given[key] = Given(self._threads.submit(self._carry_out, order), now_s)
             return False
-        if not given.done():
+        if not given.answer.done():
+            self._given[key] = given._replace(asked_s=now_s)
             return False
         del self._given[key]
-        return given.exception() is None
+        return given.answer.exception() is None
+
+    def _forget_unasked(self, now_s: float) -> None:
+        self._given = {
+            key: given for key, given in self._given.items() if not given.answer.done() or now_s - given.asked_s <= UNASKED_S
+        }
 
     def _carry_out(self, order: Callable[[], tuple[Any, ...]]) -> None:
         try:

@@ -138,6 +138,24 @@ def test_the_orders_of_a_version_are_forgotten_and_not_those_of_one_whose_id_beg
     orders.close()
 
 
+def test_answers_that_nobody_asks_for_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each order to a replica that had gone since stayed in memory for as long as its fleet."""
+    orders = Orders(Replicas(lambda _: None), tuple, lambda: None)
+
+    def give(number: int) -> None:
+        assert not orders.swap(f"r{number}", "m@1", "", False)
+        when(lambda: all(given.answer.done() for given in orders._given.values()), 10)
+
+    give(0)
+    give(1)
+    assert orders.swap("r0", "m@1", "", False), "its answer may still be wanted"
+    monkeypatch.setattr("cluster.control.replicas.UNASKED_S", 0)
+    for number in range(2, 8):
+        give(number)
+    assert len(orders._given) == 1, "the newest alone"
+    orders.close()
+
+
 def test_a_surge_is_listed_as_one_more_fleet_while_it_is_there(tmp_path: Path) -> None:
     config, *_ = two_fleets(tmp_path)
     fleet = Fleet(config.spec("m"), declared=True)
