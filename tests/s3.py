@@ -149,9 +149,9 @@ def tag(body: bytes) -> str:
 
 
 @contextmanager
-def serving() -> Iterator[tuple[Bucket, dict[str, str]]]:
+def serving(bucket: Bucket | None = None) -> Iterator[tuple[Bucket, dict[str, str]]]:
     """The bucket, and the variables with which obstore finds it as ``s3://NAME``."""
-    bucket, loop = Bucket(), asyncio.new_event_loop()
+    bucket, loop = bucket or Bucket(), asyncio.new_event_loop()
     app = web.Application(client_max_size=1 << 30)
     app.router.add_route("*", "/{bucket}/{key:.*}", bucket.handle)
     app.router.add_route("*", "/{bucket}", bucket.handle)

@@ -17,9 +17,9 @@ from uuid import uuid4
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import from_url
 
 from cluster.errors import BodyTooLarge, Conflict, StoreUnavailable
+from cluster.store.connection import DOCUMENTS, FILES, Limits, connect, is_remote
 
 CHUNK_BYTES = 8 << 20
 
@@ -44,10 +44,19 @@ class Store:
 
     @cached_property
     def backend(self) -> Any:
+        """For documents and listings, whatever their size."""
+        return self._connect(DOCUMENTS)
+
+    @cached_property
+    def bulk(self) -> Any:
+        """For what takes longer the more there is of it. Only a remote store has limits to differ in, and one in memory would be another."""
+        return self._connect(FILES) if is_remote(self.url) else self.backend
+
+    def _connect(self, limits: Limits) -> Any:
         try:
             if self.local_root is not None:
                 self.local_root.mkdir(parents=True, exist_ok=True)
-            return from_url(self.url)
+            return connect(self.url, limits)
         except (BaseError, OSError, ValueError) as error:
             raise self._unavailable(error) from error
 
@@ -62,7 +71,7 @@ class Store:
         """Copy a local file to ``path`` in parts, whatever its size. Only for a path that a claim has made this caller's own:
         parts cannot be created conditionally."""
         try:
-            obstore.put(self.backend, path, file)
+            obstore.put(self.bulk, path, file)
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
 
@@ -102,7 +111,7 @@ class Store:
         """
         count = _Count(limit_bytes)
         try:
-            obstore.put(self.backend, path, count.each(parts))
+            obstore.put(self.bulk, path, count.each(parts))
         except (BaseError, OSError) as error:
             raise error if error is count.failure else self._unavailable(error) from error
         return count.size
@@ -111,7 +120,7 @@ class Store:
         """`put_stream` for a body that arrives in an event loop."""
         count = _Count(limit_bytes)
         try:
-            await obstore.put_async(self.backend, path, count.each_async(parts))
+            await obstore.put_async(self.bulk, path, count.each_async(parts))
         except (BaseError, OSError) as error:
             raise error if error is count.failure else self._unavailable(error) from error
         return count.size
@@ -119,7 +128,7 @@ class Store:
     def rename(self, path: str, target: str) -> None:
         """Give the object another name, for content whose name is known at its end only (its digest). Replaces what ``target`` holds."""
         try:
-            obstore.rename(self.backend, path, target)
+            obstore.rename(self.bulk, path, target)
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
 
@@ -157,7 +166,7 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with target.open("wb") as file:
-                for chunk in obstore.get(self.backend, path).stream(min_chunk_size=CHUNK_BYTES):
+                for chunk in obstore.get(self.bulk, path).stream(min_chunk_size=CHUNK_BYTES):
                     file.write(chunk)
         except (BaseError, OSError) as error:
             raise self._unavailable(error) from error
@@ -195,8 +204,8 @@ class Store:
         if self.local_root is not None:
             return shutil.rmtree(self.local_root / prefix, ignore_errors=True)
         with contextlib.suppress(BaseError, OSError):
-            found: Any = obstore.list(self.backend, prefix).collect()  # pyright: ignore[reportUnknownMemberType]
-            obstore.delete(self.backend, [entry["path"] for entry in found])
+            found: Any = obstore.list(self.bulk, prefix).collect()  # pyright: ignore[reportUnknownMemberType]
+            obstore.delete(self.bulk, [entry["path"] for entry in found])
 
     def check_writable(self) -> None:
         """Raise `StoreUnavailable` now rather than after an hour of training."""

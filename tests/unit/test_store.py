@@ -53,6 +53,13 @@ def test_a_store_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
         Store((tmp_path / "file" / "store").as_uri()).check_writable()
 
 
+def test_a_store_in_memory_has_one_memory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    store = Store("memory:///")
+    store.upload("a", tmp_path / "file")
+    assert store.get("a") == b"1"
+
+
 def test_an_unknown_scheme_says_what_to_do() -> None:
     with pytest.raises(StoreUnavailable, match="SPRINGTIDE_STORE"):
         Store("gopher://x").check_writable()
