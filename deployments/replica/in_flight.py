@@ -44,7 +44,9 @@ class InFlight:
     async def until_answered(self, version: str, limit_s: float) -> bool:
         """Wait until no request for the version is in flight. False where some still are after ``limit_s``."""
         deadline_s = time.monotonic() + limit_s
-        while self.answering[version] and time.monotonic() < deadline_s:
+        while time.monotonic() < deadline_s:
+            if not self.answering[version]:
+                return True
             await asyncio.sleep(0.02)
         return not self.answering[version]
 
