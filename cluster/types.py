@@ -200,6 +200,8 @@ class FleetState(NamedTuple):
     """Ids of every version that a replica of the fleet answers for once it runs: its weights, and the adapters that it loads. Sorted."""
     app: str
     """The Serve application of its replicas, as in `ReplicaState.app`."""
+    surge: str = ""
+    """The Serve application of its surge; empty without one."""
 
 
 class HoldOrder(NamedTuple):
@@ -243,6 +245,8 @@ class View(NamedTuple):
     aliases: dict[str, Generation]
     replicas: tuple[ReplicaState, ...]
     fleets: dict[str, FleetState] = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
+    alias_fleets: dict[str, str] = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
+    """Alias → the name of the fleet that it belongs to; empty where no fleet hosts its weights."""
 
 
 EMPTY_VIEW = View(0, {}, ())

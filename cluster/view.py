@@ -25,10 +25,12 @@ class ViewDelta(NamedTuple):
     """Fleets that came or changed."""
     removed: frozenset[str] = frozenset()
     """Names of fleets that are no more."""
+    alias_fleets: dict[str, str] = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
+    """Aliases that are new, or belong to another fleet than before."""
 
     @property
     def empty(self) -> bool:
-        return not (self.moves or self.ended or self.replicas or self.left or self.fleets or self.removed)
+        return not any((self.moves, self.ended, self.replicas, self.left, self.fleets, self.removed, self.alias_fleets))
 
 
 def delta(old: View, new: View) -> ViewDelta:
@@ -39,7 +41,8 @@ def delta(old: View, new: View) -> ViewDelta:
     ended, left = frozenset(known.keys() - new.aliases), frozenset(there.keys() - {replica.id for replica in new.replicas})
     fleets = tuple(fleet for name, fleet in new.fleets.items() if old.fleets.get(name) != fleet)
     removed = frozenset(old.fleets.keys() - new.fleets)
-    return ViewDelta(old.revision, new.revision, moves, ended, replicas, left, fleets, removed)
+    alias_fleets = {name: fleet for name, fleet in new.alias_fleets.items() if old.alias_fleets.get(name) != fleet}
+    return ViewDelta(old.revision, new.revision, moves, ended, replicas, left, fleets, removed, alias_fleets)
 
 
 def apply(view: View, change: ViewDelta) -> View:
@@ -53,7 +56,10 @@ def apply(view: View, change: ViewDelta) -> View:
     replicas |= {replica.id: replica for replica in change.replicas}
     fleets = {name: fleet for name, fleet in view.fleets.items() if name not in change.removed}
     fleets |= {fleet.name: fleet for fleet in change.fleets}
-    return View(change.revision, aliases, tuple(replicas.values()), fleets)
+    alias_fleets = {**view.alias_fleets, **change.alias_fleets}
+    for name in change.ended:
+        alias_fleets.pop(name, None)
+    return View(change.revision, aliases, tuple(replicas.values()), fleets, alias_fleets)
 
 
 def routed(replica: ReplicaState) -> tuple[Any, ...]:

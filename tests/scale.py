@@ -157,9 +157,9 @@ class Days:
     def _route(self) -> None:
         self.world.change()
         self.world.hold(self._timed("place", self.world.place))
-        aliases, replicas = self.world.route()
+        routed = self.world.route()
         told = len(self.gateways.times_s)
-        _, seconds = cost(lambda: self.gateways.announce(aliases, replicas, {}))
+        _, seconds = cost(lambda: self.gateways.announce(*routed))
         self._timed("board", lambda: self.board.news(self.allocator.snapshots, self.allocator.changes))
         if told:  # the first says all; see `_join`
             self.times_s["announce"].append(seconds - sum(self.gateways.times_s[told:]))
@@ -180,8 +180,8 @@ class Days:
 
     def _ask(self, name: str) -> tuple[Any, str]:
         """A request comes, and an older one may end."""
-        version, _ = self.table.resolve(name, "somebody")
-        replica = self.table.choose(version, 0.0)
+        version, _, fleet = self.table.resolve(name, "somebody")
+        replica = self.table.choose(version, 0.0, fleet=fleet)
         self.table.in_flight[replica.id] += 1
         self.flying.append(replica.id)
         if len(self.flying) > len(self.table.view.replicas):

@@ -14,7 +14,7 @@ from random import Random
 from cluster.capacity.allocator import Allocator, Grant, Heartbeat
 from cluster.capacity.arbiter import Job
 from cluster.publishing.adapter_placement import AdapterPlacement, assign
-from cluster.types import Generation, ReplicaState, VersionId
+from cluster.types import FleetState, Generation, ReplicaState, VersionId
 
 SLOTS_PER_NODE = 8
 ADAPTERS_PER_NODE = 10
@@ -22,6 +22,7 @@ NODES_PER_JOB = 10
 PLACES = 10
 """For adapters, on each replica: with half of the slots served, four replicas hold each adapter."""
 BASE = VersionId("seedling", 1)
+FLEET = FleetState("base", BASE.name, (str(BASE),), "fleet-base")
 ENDING_TURNS = 20
 SILENT_TURNS = 60
 """Longer than `cluster.capacity.allocator.SILENT_S`."""
@@ -148,10 +149,10 @@ class World:
 
     # the gateways' side
 
-    def route(self) -> tuple[dict[str, Generation], tuple[ReplicaState, ...]]:
-        """What control finds to tell the gateways now."""
+    def route(self) -> tuple[dict[str, Generation], tuple[ReplicaState, ...], dict[str, FleetState], dict[str, str]]:
+        """What control finds to tell the gateways now: aliases, replicas, fleets, and the fleet of each alias."""
         states = (state._replace(running=self.random.randrange(32)) for state in self.replicas.values())
-        return dict(self.aliases), tuple(states)
+        return dict(self.aliases), tuple(states), {FLEET.name: FLEET}, dict.fromkeys(self.aliases, FLEET.name)
 
     def asks(self, requests: int) -> list[str]:
         """Aliases as clients ask for them: every second request is for the base, the others for few adapters often and for many seldom."""
@@ -163,7 +164,7 @@ class World:
         id, self.born = f"replica-{self.born}", self.born + 1
         url = f"http://10.{self.born >> 16}.{self.born >> 8 & 255}.{self.born & 255}:8000"
         secret = f"{self.random.getrandbits(256):064x}"
-        self.replicas[id] = ReplicaState(id, url, secret, str(BASE), {str(BASE): digest(str(BASE))}, {}, 0)
+        self.replicas[id] = ReplicaState(id, url, secret, str(BASE), {str(BASE): digest(str(BASE))}, {}, 0, app=FLEET.app)
         return id
 
 

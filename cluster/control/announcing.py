@@ -24,9 +24,10 @@ class Announcer:
     def announce(self) -> bool:
         """Tell the gateways what all fleets can answer now. False where a gateway did not answer."""
         open_ = {name: self._open(fleet) for name, fleet in self.hosting.fleets.items()}
-        aliases = {alias: self._routable(alias, name or "", open_) for alias, name in self.hosting.assigned().items()}
+        alias_fleets = {alias: name or "" for alias, name in self.hosting.assigned().items()}
+        aliases = {alias: self._routable(alias, name, open_) for alias, name in alias_fleets.items()}
         replicas = tuple(replica for some in open_.values() for replica in some)
-        return self.gateways.announce(aliases, replicas, self._fleets(), self._asleep())
+        return self.gateways.announce(aliases, replicas, self._fleets(), alias_fleets, self._asleep())
 
     def _asleep(self) -> bool:
         """Whether no replica of any fleet runs: none has reported for long enough, and Serve knows of none. A control that has just started
@@ -43,7 +44,7 @@ class Announcer:
 
     def _open(self, fleet: Fleet) -> tuple[ReplicaState, ...]:
         """The fleet's replicas as gateways should see them: one that swaps its weights answers for nothing until it has."""
-        surge = self.hosting.replicas.of(surge_app(fleet.name, fleet.surge_wanted)) if fleet.surge_wanted else ()
+        surge = self.hosting.replicas.of(app) if (app := answering_surge(fleet)) else ()
         swap = fleet.swap
         own = self.hosting.own(fleet)
         swapping = {one.id for one in own if swap and one.id == swap.replica and one.base != str(swap.weights)}
@@ -60,4 +61,9 @@ class Announcer:
         own = self.hosting.own(fleet)
         fleet.last_held = frozenset(id for one in own for id in one.held) if own else fleet.last_held
         kept = () if own else (id for id in fleet.last_held if str(self.hosting.weights(VersionId.parse(id))) in state.versions)
-        return state._replace(versions=tuple(sorted({*state.versions, *kept})))
+        return state._replace(versions=tuple(sorted({*state.versions, *kept})), surge=answering_surge(fleet))
+
+
+def answering_surge(fleet: Fleet) -> str:
+    """The Serve application of the surge that answers for the fleet; empty where none should. One that is not wanted any more drains."""
+    return surge_app(fleet.name, fleet.surge_wanted) if fleet.surge_wanted else ""

@@ -40,6 +40,7 @@ class Gateways:
         aliases: dict[str, Generation],
         replicas: tuple[ReplicaState, ...],
         fleets: dict[str, FleetState],
+        alias_fleets: dict[str, str],
         asleep: bool = False,
     ) -> bool:
         """Make every gateway route by this. False where a gateway did not answer, and then nothing has changed; try again. ``asleep``: whether
@@ -49,7 +50,7 @@ class Gateways:
         has seen the new generation at one gateway cannot get the old one from another. Should this process die between the phases,
         the gateways go on after a time of their own with what they know.
         """
-        view = View(self._next(), aliases, replicas, fleets)
+        view = View(self._next(), aliases, replicas, fleets, alias_fleets)
         change = delta(self.current, view)
         if change.empty:
             return True

@@ -73,8 +73,8 @@ class Inference:
 
     async def forward(self, asked: Asked, target: Target, send: Send) -> None:
         """Answer the request by the version that was chosen. Raises `NoReplica` where a newer view may help."""
-        version, move = target
-        call = Call(version, self.path, asked.payload, asked.id)
+        version, move, fleet = target
+        call = Call(version, self.path, asked.payload, asked.id, fleet)
         shadowed = self.routing.shadow.chosen(version, move)
         trace = self.routing.recorder.trace(move, keep_text=shadowed)
         try:
@@ -144,7 +144,7 @@ class Waiting:
 
     def _take_place(self, place: ExitStack) -> None:
         """Wake the fleet that is needed, and become one of the requests that wait for it. Raises `Overloaded` where too many do."""
-        self.fleet = self.routing.router.wake(str(self.target.version)) if self.target else None
+        self.fleet = self.routing.router.wake(self.target) if self.target else None
         if self.fleet is None and self.target is not None:
             return  # a replica runs and is about to hold the version
         if self.patience_s < self.inference.limits.cold_start_timeout_s:
@@ -214,7 +214,7 @@ def _count(body: dict[str, Any], key: str, limit: int) -> int:
 
 
 def answer_headers(target: Target) -> Headers:
-    version, move = target
+    version, move, _ = target
     generation = [(MODEL_GENERATION.encode(), str(move.generation).encode())] if move else []
     return [(MODEL_VERSION.encode(), str(version).encode()), *generation]
 

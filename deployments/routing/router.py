@@ -65,9 +65,9 @@ class Router:
             async with asyncio.timeout(timeout_s), self.changed:
                 await self.changed.wait_for(lambda: self.table.view.revision > revision)
 
-    def wake(self, version: str) -> FleetState | None:
+    def wake(self, target: Target) -> FleetState | None:
         """Wake the fleet that answers for the version and has no replica, and return it. None where no fleet need be woken."""
-        fleet = self.table.fleet_to_wake(version)
+        fleet = self.table.fleet_to_wake(str(target.version), target.fleet)
         if fleet is not None and (fleet.name not in self.waking or self.waking[fleet.name].done()):
             self.waking[fleet.name] = asyncio.ensure_future(self._wake(fleet))
         return fleet

@@ -36,7 +36,7 @@ class Shadow:
         """Send what ``call`` asked to the canary, and compare its answer with what ``stable`` saw."""
         if stable.failed or stable.text is None:
             return
-        copy = Call(canary, call.path, call.payload, f"shadow-{call.request_id}")
+        copy = Call(canary, call.path, call.payload, f"shadow-{call.request_id}", call.fleet)
         task = asyncio.create_task(self._compare(copy, move, canary, b"".join(stable.text)))
         self.running.add(task)
         task.add_done_callback(self.running.discard)

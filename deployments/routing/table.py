@@ -26,6 +26,8 @@ class Target(NamedTuple):
     version: VersionId
     move: Generation | None
     """The alias's generation; None where the client named the version itself."""
+    fleet: str = ""
+    """The alias's fleet, whose replicas are asked first; empty where any replica that holds the version is as good."""
 
 
 class Table:
@@ -39,8 +41,11 @@ class Table:
         """The view's, by id."""
         self.holders: dict[str, set[str]] = {}
         """Version id → ids of the replicas that can answer for it."""
-        self.holder_lists: dict[str, list[str]] = {}
-        """The same as lists, because `random.sample` wants one. A list is made when a request asks for the version."""
+        self.holder_lists: dict[str, dict[str, list[str]]] = {}
+        """The same as lists, because `random.sample` wants one: version id → fleet → its replicas, and "" → all. A list is made when a request
+        asks for it."""
+        self.fleet_of_app: dict[str, str] = {}
+        """Serve application → the fleet whose replicas it has, or whose surge it is."""
         self.running: Counter[str] = Counter()
         """Serve application → its replicas."""
         self.listed_by: dict[str, list[str]] = {}
@@ -81,8 +86,10 @@ class Table:
             self.holders.setdefault(id, set()).add(replica)
 
     def _list_fleets(self) -> None:
-        self.listed_by = {}
+        self.listed_by, self.fleet_of_app = {}, {}
+        self.holder_lists.clear()
         for fleet in self.view.fleets.values():
+            self.fleet_of_app |= {app: fleet.name for app in (fleet.app, fleet.surge) if app}
             for id in fleet.versions:
                 self.listed_by.setdefault(id, []).append(fleet.name)
 
@@ -104,7 +111,7 @@ class Table:
             version = move.canary
         if not self.hosts(str(version)):
             raise unhosted(model, version)
-        return Target(version, move)
+        return Target(version, move, self.view.alias_fleets.get(model, ""))
 
     def _pinned(self, model: str) -> VersionId:
         version = VersionId.parse(model) if "@" in model else None
@@ -126,10 +133,13 @@ class Table:
         """Whether a request for the version is answered now, or after a fleet was woken for it."""
         return id in self.holders or self.fleet_to_wake(id) is not None
 
-    def fleet_to_wake(self, id: str) -> FleetState | None:
-        """The fleet to wake for the version: it answers for it and has no replica. None where another fleet that runs answers for it too."""
+    def fleet_to_wake(self, id: str, own: str = "") -> FleetState | None:
+        """The fleet to wake for the version: it answers for it and has no replica; of several the alias's ``own``. None where another fleet
+        that runs answers for it too."""
         fleets = [self.view.fleets[name] for name in self.listed_by.get(id, ())]
-        return fleets[0] if fleets and not any(self.running[fleet.app] for fleet in fleets) else None
+        if not fleets or any(self.running[fleet.app] for fleet in fleets):
+            return None
+        return next((fleet for fleet in fleets if fleet.name == own), fleets[0])
 
     def versions(self) -> Iterable[str]:
         """Ids of all that `askable` is true for."""
@@ -144,16 +154,22 @@ class Table:
 
     # which replica
 
-    def choose(self, version: VersionId, now_s: float, tried: frozenset[str] = frozenset()) -> ReplicaState:
+    def choose(self, version: VersionId, now_s: float, tried: frozenset[str] = frozenset(), fleet: str = "") -> ReplicaState:
         """The least busy replica that holds ``version``, ties broken at random; suspects last. Raises `NoReplica`.
+
+        The replicas of ``fleet`` come first, its surge's included. Another fleet's is taken only where none of them is left. Example: the
+        fleets chat and batch both host m@1. A request for chat's alias goes to a replica of chat, however busy, and to one of batch while
+        chat has none.
 
         Of more than `LOOKED_AT` holders it compares so many, drawn at random. Comparing thousands would take longer than anything else
         that a gateway does for a request, and the choice would hardly be better (Mitzenmacher 2001, the power of two choices).
         Example: of 400 replicas that hold the version, 16 are drawn, and the one with the fewest requests of this gateway is taken.
         """
-        candidates = self._holding(str(version))
+        candidates = self._holding(str(version), fleet)
         if tried:
             candidates = [id for id in candidates if id not in tried]
+        if not candidates and fleet:
+            return self.choose(version, now_s, tried)
         if not candidates:
             raise NoReplica(
                 f"No replica can answer for {version} now.", "Try again in some seconds; `springtide status` shows why."
@@ -162,10 +178,15 @@ class Table:
             candidates = random.sample(candidates, LOOKED_AT)
         return self.replicas[min(candidates, key=lambda id: self._burden(id, now_s))]
 
-    def _holding(self, version: str) -> list[str]:
-        if version not in self.holder_lists and version in self.holders:
-            self.holder_lists[version] = list(self.holders[version])
-        return self.holder_lists.get(version, [])
+    def _holding(self, version: str, fleet: str = "") -> list[str]:
+        """Ids of the fleet's replicas that hold the version; of all replicas where no fleet is named."""
+        lists = self.holder_lists.get(version)
+        if lists is None:
+            lists = self.holder_lists[version] = {}
+        if fleet not in lists:
+            holders = self.holders.get(version, ())
+            lists[fleet] = [id for id in holders if not fleet or self.fleet_of_app.get(self.replicas[id].app) == fleet]
+        return lists[fleet]
 
     def _burden(self, id: str, now_s: float) -> tuple[bool, int, float]:
         return self.suspects.get(id, 0) > now_s, self.in_flight[id], random.random()  # noqa: S311 (a tie-break, not a secret)

@@ -73,6 +73,8 @@ class Call:
     path: str
     payload: Payload
     request_id: str
+    fleet: str = ""
+    """Whose replicas are asked first (`Target.fleet`)."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Upstream:
         tried: set[str] = set()
         while len(tried) < ATTEMPTS:
             try:
-                replica = self.table.choose(call.version, time.monotonic(), frozenset(tried))
+                replica = self.table.choose(call.version, time.monotonic(), frozenset(tried), call.fleet)
             except NoReplica:
                 if not tried:
                     raise

@@ -12,6 +12,7 @@ from cluster.capacity.arbiter import FleetDemand
 from cluster.config import parse
 from cluster.control.actor import BEATS, GROUPS, ORDERS, WAITING, Control
 from cluster.control.allocation import demand
+from cluster.control.announcing import Announcer
 from cluster.control.applications import Application, Applications, surge_app
 from cluster.control.describe import fleet as fleet_described
 from cluster.control.desired import Desired
@@ -79,6 +80,18 @@ def test_a_rollout_under_way_is_loaded_by_the_fleet_that_it_belongs_to(tmp_path:
     hosting = Hosting(config, Desired(registry), Replicas(lambda _: None), Applications(no_serve), lambda kind, name: None)
     hosting.desired.load()
     assert {name: hosting.coming_to(fleet) for name, fleet in hosting.fleets.items()} == {"m": [], "n": [made.id]}
+
+
+def test_the_view_says_which_fleet_an_alias_belongs_to_and_which_surge_answers_for_a_fleet(tmp_path: Path) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    made = adapter(registry, tmp_path, OTHER, 3, name="poet")
+    registry.move("poet", made.id, "first", "test", after=0)
+    control = Controlled(config, machines)
+    wait_until(lambda: control.view.alias_fleets == {"m": "m", "n": "n", "poet": "n"})
+    hosting = Hosting(config, Desired(registry), Replicas(lambda _: None), Applications(no_serve), lambda kind, name: None)
+    hosting.fleets["m"].surge_wanted = TWO
+    fleets = Announcer(hosting, control.gateways)._fleets()
+    assert {name: fleet.surge for name, fleet in fleets.items()} == {"m": surge_app("m", TWO), "n": ""}
 
 
 def test_a_call_that_was_given_up_is_not_carried_out_later() -> None:

@@ -76,7 +76,7 @@ def test_a_control_that_was_just_restarted_takes_no_alias_from_a_gateway(monkeyp
 
     gateways = Gateways()
     monkeypatch.setattr(gateways, "_tell", tell)
-    assert not gateways.announce({"m": move(1, ONE)}, (replica({"m@1": "d"}),), {})
+    assert not gateways.announce({"m": move(1, ONE)}, (replica({"m@1": "d"}),), {}, {})
     assert told == ["prepare"]
 
 

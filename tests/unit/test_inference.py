@@ -114,6 +114,21 @@ def test_each_model_goes_to_its_own_fleet_and_names_its_version() -> None:
     run(test)
 
 
+def test_no_replica_of_another_fleet_is_asked_while_the_models_own_can_answer() -> None:
+    """Two fleets that hosted the same weights shared each other's traffic."""
+
+    async def test(pool: Pool) -> None:
+        await pool.running("m")
+        own = pool.routing.router.table.replicas["r-m"]
+        others = own._replace(id="r-n", url="http://127.0.0.1:1", app="fleet-n")
+        view = pool.routing.router.table.view
+        await pool.routing.router.adopt(view._replace(revision=9, replicas=(own, others), alias_fleets={"m": "m"}))
+        assert [(await pool.ask("m"))[0] for _ in range(12)] == [200] * 12
+        assert pool.routing.router.table.suspects == {}, "the other was asked, and is not there"
+
+    run(test)
+
+
 def test_a_request_wakes_the_fleet_of_its_model_while_another_runs() -> None:
     """A fleet was woken only where no replica ran at all: beside a second one it would have slept for ever."""
 

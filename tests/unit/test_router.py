@@ -11,7 +11,7 @@ from deployments.routing import refresh as refreshing
 from deployments.routing import router as routing
 from deployments.routing.refresh import Refresh
 from deployments.routing.router import Router
-from deployments.routing.table import Table
+from deployments.routing.table import Table, Target
 
 ONE, TWO = VersionId("m", 1), VersionId("m", 2)
 FLEET = FleetState("m", "m", ("m@1", "m@2"), "fleet-m")
@@ -77,14 +77,14 @@ def test_a_fleet_is_woken_once_however_many_ask() -> None:
 
         router = Router(Table(), wake)
         await router.adopt(view(1))
-        assert router.wake("m@1") == FLEET and router.wake("m@2") == FLEET
+        assert router.wake(Target(ONE, None)) == FLEET and router.wake(Target(TWO, None)) == FLEET
         await asyncio.sleep(0.1)
         assert woken == ["m"]
-        router.wake("m@1")
+        router.wake(Target(ONE, None))
         await asyncio.sleep(0)
         assert woken == ["m", "m"], "it did not come: again"
         await router.adopt(view(2, ONE, "m@1"))
-        assert router.wake("m@1") is None
+        assert router.wake(Target(ONE, None)) is None
 
     run(test)
 

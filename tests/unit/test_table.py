@@ -29,7 +29,7 @@ def table(*replicas: ReplicaState, live: VersionId = V1, revision: int = 1) -> T
 
 def test_an_alias_means_its_live_version_and_a_pin_means_itself() -> None:
     assert table(replica("a", V1, V2)).resolve("m")[0] == V1
-    assert table(replica("a", V1, V2)).resolve("m@2") == (V2, None)
+    assert table(replica("a", V1, V2)).resolve("m@2") == (V2, None, "")
 
 
 @pytest.mark.parametrize("replicas", [(), (replica("a", V1),)])
@@ -37,7 +37,7 @@ def test_a_version_that_no_replica_holds_and_no_fleet_lists_does_not_exist(repli
     """Every pin counted as possible while no replica ran: `m@99` woke a fleet that sleeps, and waited for it two minutes."""
     with pytest.raises(ModelNotFound, match="no fleet answers for it"):
         table(*replicas).resolve("m@99")
-    assert table(*replicas).resolve("m@2") == (V2, None), "the fleet lists it: it is about to be loaded, or the fleet sleeps"
+    assert table(*replicas).resolve("m@2")[0] == V2, "the fleet lists it: it is about to be loaded, or the fleet sleeps"
 
 
 def test_an_alias_whose_base_nobody_hosts_is_said_to_be_so_at_once() -> None:
@@ -114,6 +114,59 @@ def test_the_least_busy_replica_is_chosen() -> None:
     made = table(replica("a", V1), replica("b", V1))
     made.in_flight["a"] = 3
     assert made.choose(V1, 0).id == "b"
+
+
+TWINS = {name: FleetState(name, name, ("m@1",), f"fleet-{name}") for name in ("chat", "batch")}
+"""Two fleets that host the same weights."""
+
+
+def twins(*replicas: ReplicaState, **surges: str) -> Table:
+    made, fleets = Table(), {name: fleet._replace(surge=surges.get(name, "")) for name, fleet in TWINS.items()}
+    moves = {name: generation(1, V1).model_copy(update={"alias": name}) for name in ("chat", "batch", "poet", "stray")}
+    made.adopt(View(1, moves, replicas, fleets, {"chat": "chat", "batch": "batch", "poet": "batch", "stray": ""}))
+    return made
+
+
+def in_app(id: str, app: str, *held: VersionId) -> ReplicaState:
+    return replica(id, *held)._replace(app=app)
+
+
+def chosen(made: Table, model: str, tried: frozenset[str] = frozenset()) -> set[str]:
+    version, _, fleet = made.resolve(model)
+    return {made.choose(version, 0, tried, fleet).id for _ in range(40)}
+
+
+def test_fleets_that_host_the_same_weights_do_not_answer_each_others_requests() -> None:
+    """Any replica that held the version was taken, so one fleet's load used the slots of the other."""
+    made = twins(in_app("c", "fleet-chat", V1), in_app("b", "fleet-batch", V1))
+    made.in_flight["c"] = 30
+    assert chosen(made, "chat") == {"c"} and chosen(made, "batch") == {"b"}
+    assert chosen(made, "poet") == {"b"}, "control says where an adapter's alias belongs"
+    made.in_flight["c"] = 0
+    assert chosen(made, "m@1") == chosen(made, "stray") == {"b", "c"}, "whoever names the version gets any holder"
+
+
+def test_a_fleets_surge_answers_for_it() -> None:
+    made = twins(in_app("s", "surge-chat@m-1", V1), in_app("b", "fleet-batch", V1), chat="surge-chat@m-1")
+    assert chosen(made, "chat") == {"s"} and chosen(made, "batch") == {"b"}
+    made.adopt(made.view._replace(revision=2, fleets=TWINS))
+    assert chosen(made, "chat") == {"s", "b"}, "it is no surge of chat's any more"
+
+
+def test_another_fleet_answers_while_the_own_one_has_nobody_left() -> None:
+    made = twins(in_app("c", "fleet-chat", V1), in_app("b", "fleet-batch", V1))
+    assert chosen(made, "chat", tried=frozenset({"c"})) == {"b"}
+    made.adopt(made.view._replace(revision=2, replicas=(in_app("c", "fleet-chat"), in_app("b", "fleet-batch", V1))))
+    assert chosen(made, "chat") == {"b"}, "it swaps its weights"
+    made.adopt(made.view._replace(revision=3, replicas=(in_app("c", "fleet-chat", V1), in_app("b", "fleet-batch", V1))))
+    assert chosen(made, "chat") == {"c"}, "it is back"
+    with pytest.raises(NoReplica):
+        chosen(made, "chat", tried=frozenset("bc"))
+
+
+def test_of_two_fleets_that_sleep_the_alias_wakes_its_own() -> None:
+    made = twins()
+    assert made.fleet_to_wake("m@1", "batch") == TWINS["batch"] and made.fleet_to_wake("m@1") == TWINS["chat"]
 
 
 def test_a_suspect_is_chosen_last_and_forgiven_later() -> None:
