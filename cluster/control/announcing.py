@@ -10,6 +10,7 @@ from cluster.control.gateways import Gateways
 from cluster.control.hosting import Fleet, Hosting
 from cluster.control.replicas import SILENT_S
 from cluster.publishing import placement
+from cluster.publishing.placement import Holders
 from cluster.types import FleetState, Generation, ReplicaState, VersionId
 
 
@@ -25,7 +26,8 @@ class Announcer:
         """Tell the gateways what all fleets can answer now. False where a gateway did not answer."""
         open_ = {name: self._open(fleet) for name, fleet in self.hosting.fleets.items()}
         alias_fleets = {alias: name or "" for alias, name in self.hosting.assigned().items()}
-        aliases = {alias: self._routable(alias, name, open_) for alias, name in alias_fleets.items()}
+        holders = {name: placement.count_holders(some) for name, some in {"": (), **open_}.items()}  # "": aliases without a fleet
+        aliases = {alias: self._routable(alias, name, holders[name]) for alias, name in alias_fleets.items()}
         replicas = tuple(replica for some in open_.values() for replica in some)
         return self.gateways.announce(aliases, replicas, self._fleets(), alias_fleets, self._asleep())
 
@@ -37,10 +39,10 @@ class Announcer:
         known = (self.hosting.applications.known.get(app) for fleet in self.hosting.fleets.values() for app in fleet.apps)
         return not any(app.running or app.starting for app in known if app)
 
-    def _routable(self, alias: str, fleet: str, open_: dict[str, tuple[ReplicaState, ...]]) -> Generation:
+    def _routable(self, alias: str, fleet: str, holders: Holders) -> Generation:
         copies = self.hosting.fleets[fleet].placement.copies if fleet in self.hosting.fleets else {}
         announced = self.gateways.current.aliases.get(alias)
-        return placement.routable(self.hosting.desired.moves[alias], open_.get(fleet, ()), announced, copies)
+        return placement.routable(self.hosting.desired.moves[alias], holders, announced, copies)
 
     def _open(self, fleet: Fleet) -> tuple[ReplicaState, ...]:
         """The fleet's replicas as gateways should see them: one that swaps its weights answers for nothing until it has."""

@@ -4,7 +4,9 @@ A fleet's replicas host one base at a time: weights, and adapters on them. Publi
 them replica by replica; everything here decides the next step of that from what is known now, so it can be decided anew at any time.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from math import ceil
 from typing import NamedTuple
 
@@ -139,13 +141,28 @@ def lacks(replica: ReplicaState, id: str, digest: str | None) -> bool:
     return replica.held.get(id) != digest
 
 
+class Holders(NamedTuple):
+    """What `routable` needs to know of a fleet's replicas. It is counted once for all of the fleet's aliases."""
+
+    answering: int
+    """Replicas that hold anything."""
+    by_version: Mapping[str, int]
+    """Version id → how many replicas hold it."""
+
+
+def count_holders(replicas: Sequence[ReplicaState]) -> Holders:
+    """Example: one replica holds m@1 and a@1, one holds m@1, one swaps its weights: 2 answer, 2 hold m@1, and 1 holds a@1."""
+    held = [replica.held for replica in replicas if replica.held]
+    return Holders(len(held), Counter(chain.from_iterable(held)))
+
+
 def routable(
     history: Sequence[Generation],
-    replicas: Sequence[ReplicaState],
+    holders: Holders,
     announced: Generation | None = None,
     copies: Mapping[str, int] | None = None,
 ) -> Generation:
-    """The generation that gateways should route by: the newest that the ``replicas`` have capacity for, and never one before ``announced``.
+    """The generation that gateways should route by: the newest that the ``holders`` have capacity for, and never one before ``announced``.
 
     It differs from the newest of all where a replica is about to swap its weights, where an alias was moved in the store by other hands,
     or where control was killed between a move and its announcement: until a replica holds the version, the generation before is the answer.
@@ -156,18 +173,17 @@ def routable(
     """
     since = announced.generation if announced else 0
     moves = (move for move in reversed(history) if move.generation >= since)
-    return next((move for move in moves if _has_capacity(move, replicas, copies or {})), history[-1])
+    return next((move for move in moves if _has_capacity(move, holders, copies or {})), history[-1])
 
 
-def _has_capacity(move: Generation, replicas: Sequence[ReplicaState], copies: Mapping[str, int]) -> bool:
+def _has_capacity(move: Generation, holders: Holders, copies: Mapping[str, int]) -> bool:
     """Whether the replicas can carry the alias's traffic so: every version is held, and what all clients get by half of those that should.
 
     Weights are swapped on one replica after another; the first must not get everybody's requests while the others stand idle.
     """
-    answering = [replica for replica in replicas if replica.held]
-    holders = [sum(str(id) in replica.held for replica in answering) for id in move.versions]
-    should = min(len(answering), copies.get(str(move.stable), len(answering)))
-    return all(holders) and (move.canary is not None or 2 * holders[0] >= should)
+    holding = [holders.by_version.get(str(id), 0) for id in move.versions]
+    should = min(holders.answering, copies.get(str(move.stable), holders.answering))
+    return all(holding) and (move.canary is not None or 2 * holding[0] >= should)
 
 
 def fleet_state(name: str, model: str, app: str, moves: Mapping[str, Generation], weights: Weights) -> FleetState:
