@@ -65,7 +65,31 @@ def troubles(failures: Mapping[Key, Failure], now_s: float) -> list[dict[str, An
 def fleet(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Application]) -> dict[str, Any]:
     """One fleet: ``{"name", "model", "phase", "words", "replicas", "min_replicas", …}``."""
     own = [one for one in replicas if one.app == fleet.app]
-    there, settings = phase(fleet.removed, len(own), known.get(fleet.app)), fleet.spec.fleet
+    return _described(fleet, own, phase(fleet.removed, len(own), known.get(fleet.app)))
+
+
+def surge(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Application]) -> dict[str, Any] | None:
+    """The surge of a fleet as one more fleet, with the same keys; None while it has none."""
+    if fleet.surge is None:
+        return None
+    own, app = [one for one in replicas if one.app == fleet.surge_app], known.get(fleet.surge_app)
+    there = phase(app is not None and app.status == "DELETING", len(own), app)
+    return {
+        **_described(fleet, own, there),
+        "name": fleet.surge_app,
+        "model": str(fleet.surge),
+        "declared": False,
+        "words": there[1] or f"answers while {fleet.name} takes {fleet.surge} over",
+        "min_replicas": fleet.surge_size,
+        "max_replicas": fleet.surge_size,
+        "floor": 0,
+        "ceiling": None,
+        "surge": None,
+    }
+
+
+def _described(fleet: Fleet, own: Sequence[ReplicaState], there: tuple[FleetPhase, str]) -> dict[str, Any]:
+    settings = fleet.spec.fleet
     return {
         "name": fleet.name,
         "model": fleet.model,
@@ -82,28 +106,6 @@ def fleet(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Ap
         "slots_per_replica": settings.tensor_parallel_size,
         "weights": sorted({one.base for one in own}),
         "surge": str(fleet.surge) if fleet.surge else None,
-    }
-
-
-def surge(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Application]) -> dict[str, Any] | None:
-    """The surge of a fleet as one more fleet, with the same keys; None while it has none."""
-    if fleet.surge is None:
-        return None
-    own, app = [one for one in replicas if one.app == fleet.surge_app], known.get(fleet.surge_app)
-    there = phase(app is not None and app.status == "DELETING", len(own), app)
-    slots = fleet.spec.fleet.tensor_parallel_size
-    return {
-        "name": fleet.surge_app,
-        "model": str(fleet.surge),
-        "declared": False,
-        "phase": str(there[0]),
-        "words": there[1] or f"answers while {fleet.name} takes {fleet.surge} over",
-        "replicas": len(own),
-        "min_replicas": fleet.surge_size,
-        "max_replicas": fleet.surge_size,
-        "slots": len(own) * slots,
-        "slots_per_replica": slots,
-        "weights": sorted({one.base for one in own}),
     }
 
 

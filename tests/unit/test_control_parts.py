@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.control.applications import Application, Applications
+from cluster.control.describe import fleet as described_fleet
 from cluster.control.describe import public, surge
 from cluster.control.desired import Desired
 from cluster.control.gateways import Gateways
@@ -193,3 +194,5 @@ def test_a_surge_is_listed_as_one_more_fleet_while_it_is_there(tmp_path: Path) -
     serving = surge(fleet, (one, replica({"m@1": "d"})._replace(app="fleet-m")), {})
     assert serving is not None and (serving["phase"], serving["slots"], serving["weights"]) == ("serving", 1, ["m@2"])
     assert serving["words"] == "answers while m takes m@2 over"
+    assert serving.keys() == described_fleet(fleet, (), {}).keys(), "whoever reads fleets reads it too"
+    assert (serving["declared"], serving["ceiling"], serving["surge"]) == (False, None, None)
