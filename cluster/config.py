@@ -117,8 +117,9 @@ class Fleet(Section):
     max_cpu_loras: int = Field(default=16, ge=1)
     """Adapters resident in one replica."""
     when_full: Literal["evict", "refuse"] = "evict"
-    """What a new adapter does where all places are taken: push out the one that was idle the longest, or fail. One
-    that answers, or that control wants there, always stays."""
+    """Whether a version of an adapter that no alias means any more makes room when all places of a replica are taken: ``evict`` unloads it,
+    ``refuse`` keeps it, so that clients can go on pinning it. With ``refuse`` a rollout that needs its place is rolled back. A live adapter
+    that other replicas hold makes room either way; one that control wants there never does."""
     max_lora_rank: Literal[1, 8, 16, 32, 64, 128, 256, 320, 512] = 16
     swap: Literal["wait", "keep"] = "wait"
     """What streams do while weights are swapped in place: they end first, or they stand still and go on with the new weights, under the
