@@ -4,6 +4,7 @@ Stateless: everything that it routes by comes from control, and if control is aw
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from ray import serve
@@ -40,7 +41,7 @@ class Gateway:
         limits = config.gateway
         table, recorder = Table(), Recorder()
         upstream = Upstream(table, Timeouts(limits.first_byte_timeout_s, limits.idle_timeout_s, limits.answer_timeout_s))
-        router = Router(table, self._wake)
+        router = Router(table, lambda fleet: wake(serve.get_app_handle, fleet, limits.cold_start_timeout_s))
         self.routing = Routing(
             router,
             Refresh(router, lambda: ensure(config)),
@@ -75,12 +76,16 @@ class Gateway:
         """Version id → what this gateway saw of it during ``rollout`` of ``alias``."""
         return self.routing.recorder.measured(alias, rollout)
 
-    async def _wake(self, fleet: FleetState) -> None:
-        """Make one call through Serve. Serve counts it as a request that waits, and starts a replica for it at once."""
-        try:
-            async with asyncio.timeout(self.config.gateway.cold_start_timeout_s):
-                # It asks Serve's controller and waits for the answer: in the loop, every stream of every fleet would wait with it.
-                handle: Any = await asyncio.to_thread(serve.get_app_handle, fleet.app)
-                await handle.wake.remote()
-        except (TimeoutError, RayError, RayServeException) as error:
-            log.warning("no replica of %s was started: %s", fleet.name, error)
+
+async def wake(find: Callable[[str], Any], fleet: FleetState, timeout_s: float) -> None:
+    """Make one call through Serve. Serve counts it as a request that waits, and starts a replica for it at once.
+
+    ``find``: Serve application → its handle. It asks Serve's controller and blocks until that has answered, so it is called in a thread: in the
+    event loop, every stream of every fleet would wait with it.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            handle = await asyncio.to_thread(find, fleet.app)
+            await handle.wake.remote()
+    except (TimeoutError, RayError, RayServeException) as error:
+        log.warning("no replica of %s was started: %s", fleet.name, error)

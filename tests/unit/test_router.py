@@ -1,12 +1,14 @@
 """Holds, waits and wakes of one gateway, and the loop that keeps its view new. Control is faked; time is not."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from cluster.types import EMPTY_VIEW, ColdStage, ColdStart, FleetState, Generation, ReplicaState, VersionId, View
+from deployments.gateway import wake
 from deployments.routing import refresh as refreshing
 from deployments.routing import router as routing
 from deployments.routing.refresh import Refresh
@@ -170,6 +172,39 @@ def test_a_control_that_cannot_be_reached_holds_up_no_request(monkeypatch: pytes
         assert longest < 0.25
 
     run(test)
+
+
+def test_looking_a_fleet_up_holds_up_no_stream() -> None:
+    """Serve asks its controller for the handle and waits. In the event loop every stream of every fleet waited with it."""
+
+    async def test() -> None:
+        woken, loop_goes_on = list[str](), threading.Event()
+
+        class Handle:
+            wake = Method(lambda: woken.append("once"))
+
+        def find(app: str) -> Handle:
+            assert app == FLEET.app and loop_goes_on.wait(5)
+            return Handle()
+
+        waking = asyncio.create_task(wake(find, FLEET, 60))
+        await asyncio.sleep(0.02)
+        assert woken == [] and not waking.done()
+        loop_goes_on.set()
+        await waking
+        assert woken == ["once"]
+
+    run(test)
+
+
+def test_a_fleet_that_serve_does_not_find_in_time_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        over = threading.Event()
+        await wake(lambda app: over.wait(5), FLEET, 0.02)
+        over.set()
+
+    run(test)
+    assert [record.message for record in caplog.records] == ["no replica of m was started: "]
 
 
 def test_a_control_that_takes_no_configuration_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
