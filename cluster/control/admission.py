@@ -85,8 +85,9 @@ class Shapes:
     def __init__(self) -> None:
         self.known: dict[tuple[VersionId, VersionId], str] = {}
 
-    def difference(self, registry: Registry, cache: Path, new: VersionId, old: VersionId) -> str:
-        """What keeps them apart, empty where nothing does; see `artefact.difference`."""
+    def swap_obstacle(self, registry: Registry, cache: Path, new: VersionId, old: VersionId) -> str:
+        """What keeps ``new`` from taking the place of ``old`` in a running engine: ``shape``, or the name of a file that differs. Empty where
+        nothing does. See `artefact.difference`."""
         if new == old:
             return ""
         if (new, old) not in self.known:

@@ -153,7 +153,8 @@ class AliasReconciler:
         if one.stage == "warming":
             return Facts(warmth=self._warmth(one, manifest, fleet, bool(needs_surge)), order=order, can_split=can_split)
         asked = self._asked(own, manifest, fleet)
-        warmth, comparison = placement.settled(asked, manifest, self.hosting.targets(fleet, fleet.model)), self._comparison(one)
+        warmth = placement.held_by_targets(asked, manifest, self.hosting.targets(fleet, fleet.model))
+        comparison = self._comparison(one)
         return Facts(warmth=warmth, comparison=comparison, look=self._look(one, comparison), order=order, can_split=can_split)
 
     def _comparison(self, one: Rollout) -> Comparison | None:
@@ -228,7 +229,7 @@ class AliasReconciler:
     def _surge_warmth(self, manifest: Manifest, fleet: Fleet) -> Warmth:
         """The same of the fleet's surge."""
         if there := self._surge(fleet):
-            seen = placement.settled(there, manifest, {replica.id: manifest.weights for replica in there})
+            seen = placement.held_by_targets(there, manifest, {replica.id: manifest.weights for replica in there})
             return seen._replace(replicas=max(fleet.surge_size, len(there)))
         app = self.applications.known.get(fleet.surge_app) if fleet.surge else None
         trouble = f"Its own replicas did not start: {app.failed}" if app and app.status == "DEPLOY_FAILED" else ""

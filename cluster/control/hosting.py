@@ -308,6 +308,6 @@ class Hosting:
         return "one replica cannot host a canary's weights beside its own" if lonely else ""
 
     def _compare(self, fleet: Fleet, new: VersionId, old: VersionId) -> bool:
-        self.shapes.difference(self.desired.registry, self.config.home / "cache", new, old)
+        self.shapes.swap_obstacle(self.desired.registry, self.config.home / "cache", new, old)
         self.changed("alias", fleet.model)
         return True

@@ -45,7 +45,7 @@ class Publishing:
         fleet, hosted = self.loop.call(lambda: self._fleet_for(manifest, alias))
         admission.check(fleet.spec, registry, manifest, examined=was_live, hosted=hosted)
         # It reads headers and settings, from a bucket that may be slow: here and not in the loop.
-        self.hosting.shapes.difference(registry, cache, manifest.weights, hosted)
+        self.hosting.shapes.swap_obstacle(registry, cache, manifest.weights, hosted)
         wanted = policy or self.hosting.config.publishing.policy
         begun = self.loop.call(lambda: self._begin(manifest, alias, wanted, redact(reason), author, was_live, after))
         return self._until(begun, self._waits, LOAD_TIMEOUT_S)

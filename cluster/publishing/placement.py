@@ -126,9 +126,9 @@ def warmth(replicas: Sequence[ReplicaState], manifest: Manifest) -> Warmth:
     return Warmth(len(replicas), ready, _refusal(replicas, manifest))
 
 
-def settled(replicas: Sequence[ReplicaState], manifest: Manifest, hosts: dict[str, VersionId]) -> Warmth:
-    """How many of the replicas that should hold the version by now do. ``hosts``: see `target_weights`."""
-    chosen = [replica for replica in replicas if hosts.get(replica.id) == manifest.weights]
+def held_by_targets(replicas: Sequence[ReplicaState], manifest: Manifest, targets: Mapping[str, VersionId]) -> Warmth:
+    """How many of the replicas that should hold the version by now do. ``targets``: see `target_weights`."""
+    chosen = [replica for replica in replicas if targets.get(replica.id) == manifest.weights]
     return Warmth(len(chosen), sum(holds(replica, manifest) for replica in chosen), _refusal(replicas, manifest))
 
 

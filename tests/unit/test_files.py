@@ -78,8 +78,8 @@ def test_whether_weights_fit_an_engine_is_known_from_headers_and_settings(bucket
     one, two, wide = (base(registry, tmp_path / f"{n}", n, size) for n, size in ((1, 200_000), (2, 200_000), (3, 200_001)))
     bucket.sent_bytes = 0
     shapes = admission.Shapes()
-    assert shapes.difference(registry, tmp_path / "cache", two.id, one.id) == ""
-    assert shapes.difference(registry, tmp_path / "cache", wide.id, one.id) == "shape"
+    assert shapes.swap_obstacle(registry, tmp_path / "cache", two.id, one.id) == ""
+    assert shapes.swap_obstacle(registry, tmp_path / "cache", wide.id, one.id) == "shape"
     assert bucket.sent_bytes < 300_000 and not list((tmp_path / "cache").rglob("*.safetensors"))
     with registry.candidate(one.id, tmp_path / "cache") as first, registry.candidate(two.id, tmp_path / "cache") as second:
         assert difference(first, second) == ""
