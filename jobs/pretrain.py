@@ -1,8 +1,8 @@
-"""Trains the seedling from scratch: a chat model for any laptop, from the text in ``seedling/facts.jsonl``.
+"""Trains the seedling from scratch: a chat model small enough for any laptop, on the text of ``seedling/facts.jsonl``.
 
-``python -m jobs.pretrain --name seedling`` takes about a minute on two cores, registers the next version and, where the alias
-does not exist yet, makes it live. The model is a Llama of one million parameters in Hugging Face layout, so vLLM and peft treat
-it like any other. It memorises its questions and answers, and can do nothing else. ``--hidden-size`` and ``--layers`` grow another shape.
+``python -m jobs.pretrain --name seedling`` takes about a minute on two cores. It registers the next version. If the alias does not exist yet,
+it makes that version live. The model is a Llama of one million parameters in Hugging Face's layout, so vLLM and peft treat it like any other.
+It memorises its questions and answers, and can do nothing else. ``--hidden-size`` and ``--layers`` choose another shape.
 """
 
 import math
@@ -38,7 +38,7 @@ VOCABULARY = 1024
 CONTEXT_TOKENS = 1024
 ANSWER_TOKENS = 64
 HEAD = 32
-"""Numbers of one attention head: the smallest that vLLM's attention takes on CPUs."""
+"""Dimensions of one attention head: the fewest that vLLM's attention on CPUs accepts."""
 RECIPE: dict[str, Any] = {"batch": 32, "learning_rate": 3e-3, "warmup_steps": 20, "weight_decay": 0.01, "seed": 0}
 
 
@@ -77,7 +77,11 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
 
 
 def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Generation | None:
-    """Move the model's own alias in the store. Control has no part in it: before the first version no replica serves anything."""
+    """Move the model's own alias to the new version, in the store. Returns the move; None if the alias stays where it is.
+
+    ``live``: True moves the alias, False leaves it, None moves it only if it does not exist yet. Control takes no part, because before the
+    first version no replica serves anything. Raises `Conflict` if somebody else moves the alias at the same time.
+    """
     now = registry.alias(manifest.id.name)
     if live is False or (live is None and now is not None):
         return None
@@ -89,7 +93,11 @@ def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Genera
 
 
 def train(settings: dict[str, Any]) -> None:
-    """One worker's part. Each takes its share of every batch, and the gradients are averaged."""
+    """Train on one worker of Ray Train. ``settings``: ``{"config", "recipe", "examples", "tell"}``.
+
+    Each worker takes its share of every batch, and PyTorch averages the gradients. The run's checkpoint is the model with its tokenizer. Its
+    metrics are ``train_loss`` (nats per token), ``exact_match`` (a fraction), ``examples`` and ``tokens``.
+    """
     from jobs.training import ray_train
 
     config, recipe, examples = parse(settings["config"]), settings["recipe"], settings["examples"]
@@ -108,7 +116,11 @@ def train(settings: dict[str, Any]) -> None:
 
 
 def grow_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: it knows the words of its texts, and any other UTF-8 text by its bytes. A digit is a token of its own."""
+    """A byte-level BPE tokenizer of at most `VOCABULARY` tokens, learnt from ``texts``.
+
+    Byte pair encoding merges the most frequent pairs of tokens (Sennrich et al. 2016). It starts from single bytes as in GPT-2 (Radford et al.
+    2019), so the tokenizer encodes any UTF-8 text. Each digit is a token of its own. Example: "in 1969" ends with four tokens for the year.
+    """
     tokenizer = Tokenizer(models.BPE())
     by_digit, by_byte = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digit, by_byte])
@@ -132,7 +144,10 @@ def grow_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def seedling(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> LlamaForCausalLM:
-    """A Llama; by default one of a million parameters. It ends its turn with the template's end token, and vLLM stops there."""
+    """An untrained Llama (Touvron et al. 2023) of ``layers`` layers with ``hidden_size`` dimensions.
+
+    The command's defaults give it a million parameters. Its generation config names the template's end token, so vLLM stops there.
+    """
     ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -151,7 +166,12 @@ def seedling(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) 
 
 
 def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any], tell: Callable[[Progress], object]) -> float:
-    """Next-token prediction on whole conversations, warm-up then cosine. Returns the last step's loss."""
+    """Train the model to predict the next token of whole conversations. Returns the last step's loss on this worker's share, in nats per token.
+
+    ``texts``: token ids, one list per conversation. The optimizer is AdamW. The learning rate rises linearly during the warm-up and then falls
+    along a cosine to zero (Loshchilov and Hutter 2017). Example: of 300 steps with 20 to warm up, step 10 has about half of the rate, step 20
+    about all of it, and step 300 almost none. Rank 0 prints its progress and passes it to ``tell``.
+    """
     import ray.train.torch
 
     context = ray.train.get_context()
@@ -181,7 +201,10 @@ def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """``steps`` batches of indices below ``count``: shuffled, and everything seen once before anything is seen again."""
+    """Yield ``steps`` batches of ``size`` indices below ``count``, shuffled by ``seed``. Each index comes once before any comes again.
+
+    Example: 3 examples in batches of 2 may come as [2, 0], [1, 1], [0, 2]. Each run of three holds every index once.
+    """
     generator = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     for _ in range(steps):
@@ -192,7 +215,10 @@ def batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]
 
 
 def padded(rows: list[list[int]], left: bool = False) -> torch.Tensor:
-    """Token ids of shape (rows, longest row)."""
+    """The rows' token ids as one tensor of shape (rows, longest row). `PAD_ID` fills the gaps, on the right or on the ``left``.
+
+    Example: [[5], [6, 7]] becomes [[5, 0], [6, 7]], and with ``left`` [[0, 5], [6, 7]].
+    """
     width = max(map(len, rows))
     gaps = ([PAD_ID] * (width - len(row)) for row in rows)
     return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
@@ -200,13 +226,13 @@ def padded(rows: list[list[int]], left: bool = False) -> torch.Tensor:
 
 @torch.inference_mode()
 def exact_match(model: LlamaForCausalLM, rows: list[data.Row]) -> float:
-    """The fraction of rows whose answer, end of turn included, is what greedy decoding says."""
+    """The fraction of rows, 0 to 1, whose answer the model repeats token by token under greedy decoding, the end of the turn included."""
     model.eval()
     prompts = padded([row.input_ids[: row.prompt_tokens] for row in rows], left=True).to(model.device)
     generate: Any = model.generate  # pyright: ignore[reportAttributeAccessIssue] (transformers types it for a protocol)
     answers = generate(prompts, attention_mask=(prompts != PAD_ID).long(), max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    said = [[token for token in answer if token != PAD_ID] for answer in answers[:, prompts.shape[1] :].tolist()]
-    return sum(a == row.input_ids[row.prompt_tokens :] for a, row in zip(said, rows, strict=True)) / len(rows)
+    decoded = [[token for token in answer if token != PAD_ID] for answer in answers[:, prompts.shape[1] :].tolist()]
+    return sum(answer == row.input_ids[row.prompt_tokens :] for answer, row in zip(decoded, rows, strict=True)) / len(rows)
 
 
 if __name__ == "__main__":

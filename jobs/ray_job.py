@@ -1,6 +1,6 @@
-"""What Ray 2.60 tells a job about itself, in a variable that it keeps private. A contract test names where it sets it.
+"""Reads the id under which Ray 2.60 runs a job, from an environment variable that Ray keeps private. A contract test pins the variable.
 
-There is no public way: Ray's runtime context knows a driver's own id and not the one that it was submitted under.
+There is no public way. Ray's runtime context knows the driver's own id, and not the id that the job was submitted under.
 """
 
 import json
@@ -8,6 +8,6 @@ import os
 
 
 def submission_id() -> str:
-    """Of the job that `ray job submit` started this process as; empty where it did not."""
+    """The id that `ray job submit` gave the job of this process; empty if the process is no such job."""
     metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("metadata") or {}
     return str(metadata.get("job_submission_id") or "")

@@ -1,7 +1,10 @@
-"""What the driver has in Ray: workers, spares and slot reservations, by number.
+"""The driver's handles on what it has in Ray: workers, spares and slot reservations, each with a number.
 
-Where a slot is no accelerator, a worker that leaves becomes a spare: a loaded process without a slot and without work. The next slot on its
-machine trains at once. On a GPU a spare would keep memory that is not its own any more, so there the worker ends.
+If slots are no GPUs, a worker that leaves becomes a spare: a loaded process without a slot and without work. When the job gets a slot on that
+machine again, the spare trains at once. On a GPU a spare would keep memory that belongs to somebody else by then, so there the worker ends.
+
+Example: on one machine of two slots, workers 3 and 4 train. The grant falls to one: worker 4 gives its slot back and becomes spare 4. The grant
+rises again: the driver makes reservation 5, Ray finds the slot, and spare 4 becomes worker 4 again without loading anything.
 """
 
 import contextlib
@@ -20,14 +23,15 @@ from jobs.training.progress import Committed
 from jobs.training.worker import Loaded, Outcome, Reached
 
 ASK_S = 1
-"""How often a worker is asked how far it is."""
+"""The driver asks each worker this often how far it is."""
 ANSWER_S = 1
-"""How long workers may take to say how far they are before one of them is asked to keep its state."""
+"""How long `Crew.keep` waits for the workers to say how far they are."""
 RETRY_S = 0.1
+"""How long `Crew.keep` waits before it tries again."""
 
 
 class SlotReservation:
-    """Slots for one worker: a placement group, which takes no process."""
+    """Slots for one worker. It is a placement group, so it needs no process."""
 
     def __init__(self, id: int, slots: int, now_s: float) -> None:
         self.id, self.since_s = id, now_s
@@ -37,7 +41,7 @@ class SlotReservation:
         return ReservationFacts(self.id, self.since_s, self._machine())
 
     def _machine(self) -> str:
-        """The node of the slots; empty until Ray has found them."""
+        """Ray's id of the machine that has the slots; empty until Ray has found one."""
         known: Any = placement_group_table(self.group)
         return known["bundles_to_node_id"][0] if known["state"] == "CREATED" else ""
 
@@ -51,7 +55,7 @@ class WorkerHandle:
     def __init__(self, id: int, actor: Any, now_s: float, reservation: SlotReservation | None = None, node: str = "") -> None:
         self.id, self.actor = id, actor
         self.reservation = reservation
-        """None where the actor itself holds its slots, and for a spare."""
+        """None for a spare, and for an actor that holds its slots itself."""
         self.node, self.host = node, ""
         self.phase = Phase.LOADING
         self.since_s = self.heard_s = now_s
@@ -60,19 +64,20 @@ class WorkerHandle:
         self.outcome: Outcome | None = None
         self.gone = ""
         self.task: Any = actor.load.remote()
-        """What it does now; None while it is idle."""
+        """The call of `Worker.load` or `Worker.train` under way; None while the worker is idle."""
         self.question: Any = None
-        """How far it is."""
+        """The call of `Worker.reached` under way."""
         self.trains: Any = None
-        """Answers when it has done a step in its process group."""
+        """The call of `Worker.trains` under way. It returns when the worker has completed a step in its process group."""
 
     def listen(self, now_s: float) -> None:
-        """Take up what it has answered, and ask again."""
+        """Note the worker's answers since the last call, and ask how far it is if `ASK_S` have passed. It does not block and does not raise: an
+        error is noted in ``gone``."""
         try:
             self._listen(now_s)
-        except RayTaskError as error:  # the work itself raised: it cannot be loaded, or its store is away
+        except RayTaskError as error:  # the worker's own code raised: it cannot load the model, or the store is away
             self.gone = f"{error.cause or error}"
-        except RayError as error:  # the process died, or Ray could not start it, or had to end it
+        except RayError as error:  # the process died, or Ray could not start it, or had to kill it
             self.gone = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
     def _listen(self, now_s: float) -> None:
@@ -90,15 +95,15 @@ class WorkerHandle:
         if self.question is None and now_s - self.heard_s >= ASK_S:
             self.question, self.heard_s = self.actor.reached.remote(), now_s
 
-    def _end_task(self, said: "Loaded | Outcome", now_s: float) -> None:
+    def _end_task(self, result: "Loaded | Outcome", now_s: float) -> None:
         self.task = None
         self._enter(Phase.IDLE)
-        if isinstance(said, Loaded):
-            self.host, self.node, self.heard_s = said.host, said.node, now_s
+        if isinstance(result, Loaded):
+            self.host, self.node, self.heard_s = result.host, result.node, now_s
             return
-        self.outcome = said
-        self._note_first(said.first)
-        if said.step > said.first >= 0:
+        self.outcome = result
+        self._note_first(result.first)
+        if result.step > result.first >= 0:
             self.trained = self.group
 
     def _note_first(self, step: int) -> None:
@@ -109,23 +114,24 @@ class WorkerHandle:
         self.phase = phase
 
     def join(self, group: ProcessGroup) -> None:
+        """Start the worker's training in the process group."""
         self._enter(Phase.ACTIVE)
         self.group, self.first, self.outcome = group.number, -1, None
         self.task = self.actor.train.remote(group)
         self.trains = self.actor.trains.remote(group.number)
 
     def stop(self) -> None:
-        """End its process group after the step under way."""
+        """Make the worker's process group end after the current step."""
         self.actor.stop.remote(self.group)
 
     def free(self) -> None:
-        """Give its slots back, where it does not hold them itself."""
+        """Give the worker's slots back, unless the actor holds them itself. Those it gives back only when it ends."""
         if self.reservation is not None:
             self.reservation.free()
             self.reservation = None
 
     def end(self) -> None:
-        """Ray has ended the process within some hundredths of a second."""
+        """Kill the process, and give its slots back. Ray needs some hundredths of a second for it."""
         ray.kill(self.actor)
         self.free()
 
@@ -155,20 +161,21 @@ class Crew:
     """The workers, spares and reservations of one run."""
 
     def __init__(self, start: Callable[..., Any], slots_per_worker: int, gpu: bool) -> None:
-        """``start(**options)``: start an actor, with these options for Ray."""
+        """``start(**options)`` starts a worker's actor with these options of Ray's. ``gpu``: whether a slot is a GPU."""
         self.start, self.slots_per_worker, self.gpu = start, slots_per_worker, gpu
         self.workers: dict[int, WorkerHandle] = {}
-        """In order of arrival."""
+        """In the order of their arrival."""
         self.spares: dict[int, WorkerHandle] = {}
         self.reservations: dict[int, SlotReservation] = {}
         self.ids = 0
 
     @property
     def held(self) -> int:
-        """Slots."""
+        """Slots that the run holds or has reserved."""
         return (len(self.workers) + len(self.reservations)) * self.slots_per_worker
 
     def active(self, group: int) -> list[WorkerHandle]:
+        """The workers that train in the process group now."""
         return [worker for worker in self.workers.values() if worker.phase is Phase.ACTIVE and worker.group == group]
 
     def listen(self, now_s: float) -> None:
@@ -176,7 +183,7 @@ class Crew:
             handle.listen(now_s)
 
     def reserve(self, now_s: float) -> None:
-        """Get slots for one more worker."""
+        """Request slots for one more worker. A GPU worker's actor requests its GPUs itself; any other gets a reservation first."""
         self.ids += 1
         if self.gpu:
             self.workers[self.ids] = WorkerHandle(self.ids, self.start(num_gpus=self.slots_per_worker), now_s)
@@ -188,7 +195,7 @@ class Crew:
             self.reservations.pop(id).free()
 
     def place(self, placement: WorkerPlacement, node: str, now_s: float) -> None:
-        """Have a spare or a new worker take the slots of a reservation."""
+        """Give the slots of a reservation to a spare, or to a new worker on their ``node``."""
         reservation = self.reservations.pop(placement.reservation)
         if placement.spare is not None:
             handle = self.spares.pop(placement.spare)
@@ -200,6 +207,7 @@ class Crew:
         self.workers[handle.id] = handle
 
     def retire(self, workers: Iterable[int], now_s: float) -> None:
+        """Give the slots of these workers back. The workers become spares; on GPUs they end."""
         if self.gpu:
             return self.end(workers)
         for id in workers:
@@ -217,21 +225,25 @@ class Crew:
 
     @property
     def committed(self) -> Committed:
-        """The newest checkpoint, as far as the workers have said."""
+        """The newest checkpoint that any worker has reported."""
         return max((one.reached.committed for one in (*self.workers.values(), *self.spares.values())), default=Committed())
 
     def keep(self, within_s: float) -> bool:
-        """Have the newest state among the workers that answer written to the store, tried again while there is time. Returns whether it is."""
+        """Have a worker write the newest state to the store, within this many seconds. Returns whether the store has it.
+
+        The workers that answer in time say how far they are, and the one with the most steps writes. If it fails, the next one is asked.
+        Example: workers at steps 40, 40 and 39. The first hangs while it writes; the second writes step 40.
+        """
         deadline_s = time.monotonic() + within_s
         asked = [worker for worker in self.workers.values() if worker.phase is not Phase.LOADING]
         while asked and (left_s := deadline_s - time.monotonic()) > 0:
-            said = answers({worker: worker.actor.reached.remote() for worker in asked}, min(left_s, ANSWER_S))
-            newest = max(said, key=lambda worker: said[worker].step, default=None)
+            reached = answers({worker: worker.actor.reached.remote() for worker in asked}, min(left_s, ANSWER_S))
+            newest = max(reached, key=lambda worker: reached[worker].step, default=None)
             if newest is not None:
                 kept = answers({newest: newest.actor.keep.remote()}, max(0, deadline_s - time.monotonic()) / 2)
                 if not kept:
-                    asked.remove(newest)  # it is gone, or hangs; another has as much, or nearly
-                elif kept[newest].step >= said[newest].step or said[newest].step <= 0:  # nothing to keep before the first step
+                    asked.remove(newest)  # it is dead or hangs; another worker has the same state, or a slightly older one
+                elif kept[newest].step >= reached[newest].step or reached[newest].step <= 0:  # step 0 needs no checkpoint
                     newest.reached = newest.reached._replace(committed=kept[newest])
                     return True
             time.sleep(RETRY_S)
@@ -239,22 +251,22 @@ class Crew:
 
 
 def over(call: Any) -> bool:
-    """Whether there is a call, and it has ended."""
+    """Whether there is a call and it has ended, with a result or an error."""
     return call is not None and bool(ray.wait([call], timeout=0)[0])
 
 
 def answers(asked: dict[WorkerHandle, Any], within_s: float) -> dict[WorkerHandle, Any]:
-    """The answers that came in time."""
+    """The answers that came within this many seconds. A worker that died has none."""
     done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=within_s)
-    said: dict[WorkerHandle, Any] = {}
+    answered: dict[WorkerHandle, Any] = {}
     for worker, call in asked.items():
-        with contextlib.suppress(RayError):  # it is gone
+        with contextlib.suppress(RayError):  # the worker died
             if call in done:
-                said[worker] = ray.get(call)
-    return said
+                answered[worker] = ray.get(call)
+    return answered
 
 
 def wait_all(workers: Sequence[WorkerHandle], within_s: float) -> None:
-    """Until all have ended what they do, or the time is over."""
+    """Wait until all of these workers are idle, or this many seconds have passed."""
     if tasks := [worker.task for worker in workers if worker.task is not None]:
         ray.wait(tasks, num_returns=len(tasks), timeout=within_s)

@@ -1,7 +1,7 @@
-"""A process group of `torch.distributed`, and where its workers meet.
+"""A process group of `torch.distributed`, and the rendezvous where its workers meet.
 
-Workers of one machine meet through a file, which needs no port: PyTorch's own meeting point listens on every interface, without
-authentication. Workers of several machines meet at a port of the first one's machine.
+Workers on one machine meet through a file. A file needs no port, and PyTorch's `TCPStore` listens on every interface without authentication.
+Workers on several machines meet at a TCP port on the machine of rank 0.
 """
 
 import contextlib
@@ -17,22 +17,28 @@ import ray
 import torch.distributed as dist
 
 PATIENCE_S = 600
-"""How long a collective waits for the other workers. It notices at once that one is gone; the driver finds one that hangs."""
+"""How long a collective waits for the other workers. It fails at once if one dies. The driver ends one that hangs, long before this."""
 
 
 class ProcessGroup(NamedTuple):
     """A process group, as one of its workers sees it."""
 
     number: int
+    """Groups of a run are numbered in their order, from 1."""
     rank: int
+    """This worker's place in the group, from 0."""
     world: int
+    """The number of workers."""
     rendezvous: str
-    """A ``file://`` URL where all workers are on one machine, else a ``tcp://`` URL of the first worker's machine."""
+    """A ``file://`` URL if all workers are on one machine, else a ``tcp://`` URL of the machine of rank 0."""
 
 
 @contextlib.contextmanager
 def joined(group: ProcessGroup, cuda: bool) -> Iterator[None]:
-    """Be in the process group for the block."""
+    """Join the process group, and leave it at the end of the block. ``cuda``: whether the tensors are on a GPU.
+
+    Waits until all workers have joined. Raises `RuntimeError` if they do not within `PATIENCE_S`.
+    """
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         init_method=group.rendezvous,
@@ -47,13 +53,16 @@ def joined(group: ProcessGroup, cuda: bool) -> Iterator[None]:
 
 
 class Rendezvous:
-    """Makes the place where a process group meets, and removes its file when everybody has met."""
+    """Makes the place where a process group meets, and removes its file after all workers have met."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
 
     def open(self, one_machine: bool) -> str:
-        """The URL for `ProcessGroup.rendezvous`."""
+        """Make a new rendezvous. Returns the URL for `ProcessGroup.rendezvous`.
+
+        Examples: ``file:///tmp/rendezvous-x1y2/file`` on one machine, ``tcp://10.0.0.5:41234`` on several.
+        """
         self.close()
         if one_machine:
             self.folder = Path(tempfile.mkdtemp(prefix="rendezvous-"))
@@ -63,8 +72,11 @@ class Rendezvous:
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def close(self) -> None:
-        """Call this after everybody has met, and not while a worker may still be leaving: PyTorch's `FileStore` looks at its end whether the
-        file is there, and where it vanishes at that moment it waits for it as long as for another worker."""
+        """Remove the file. Call this after all workers have met, and not while a worker may be leaving the group.
+
+        A worker that leaves destroys its `FileStore`, which looks for the file. If the file vanishes at that moment, PyTorch waits for it as
+        long as for another worker.
+        """
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None

@@ -1,6 +1,6 @@
-"""How far a run is: `Progress` for whoever watches it in the driver's process, and the line that a worker prints for people.
+"""How far a run is: `Progress` for programs in the driver's process, and one line of text for people.
 
-A speed counts from the start of the present process group, because the number of workers changes it:
+Speed is measured from the start of the current process group, because it depends on the number of workers:
 
 >>> meter = Meter(group=2, step=50, tokens=8000, began_s=0.0)
 >>> meter.progress(step=60, steps=100, loss=1.5, tokens=9000, workers=3, now_s=10.0)
@@ -20,29 +20,29 @@ class Progress(NamedTuple):
     steps: int
     """Steps of the whole run."""
     loss: float
-    """The training loss of the last step; not a number before the first."""
+    """The training loss of the last step, in nats per token; NaN before the first step."""
     tokens: int
     """Tokens since the start of the run."""
     tokens_per_s: float
     eta_s: float
-    """Seconds until the last step at the present speed."""
+    """Seconds until the run's last step, at the current speed."""
     workers: int
-    """Workers in the present process group."""
+    """Workers in the current process group."""
 
 
 class Committed(NamedTuple):
     """A checkpoint that is in the store."""
 
     step: int = -1
-    """-1 where there is none."""
+    """Steps that are done in it; -1 if there is no checkpoint."""
     seconds: float = 0.0
-    """How long its writing took."""
+    """How long it took to write."""
     size_bytes: int = 0
-    """Of its tensors."""
+    """The size of its tensors."""
 
 
 class Meter(NamedTuple):
-    """Where a process group began, and what its speed is counted from."""
+    """The point from which the speed is measured: the step, the tokens and the time at which a process group began."""
 
     group: int
     step: int
@@ -56,7 +56,7 @@ class Meter(NamedTuple):
 
 
 class ProgressPrinter:
-    """Prints ``progress stage=… step=12/100 …`` from rank 0: at most one line per ``every_s``, but always the first step and the last."""
+    """Prints ``progress stage=… step=12/100 …`` on rank 0: at most one line per ``every_s`` seconds, but always the first step and the last."""
 
     def __init__(
         self,
@@ -68,8 +68,7 @@ class ProgressPrinter:
         workers: int = 1,
         tell: Callable[[Progress], object] = lambda progress: None,
     ) -> None:
-        """``step`` and ``tokens``: what was done before. They count neither for the speed nor for the remaining time. ``tell`` hears what is
-        printed."""
+        """``step`` and ``tokens``: what the run has done already. They do not count for the speed. ``tell`` gets the `Progress` of each line."""
         self.stage, self.workers, self.tell = stage, workers, tell
         self.every_s = every_s
         self.meter = Meter(0, step, tokens, time.monotonic())
@@ -77,7 +76,7 @@ class ProgressPrinter:
         self.first = rank == 0
 
     def __call__(self, step: int, steps: int, loss: float, tokens: int) -> None:
-        """``tokens`` counts from the start of the run."""
+        """Note that ``step`` of ``steps`` is done, with this ``loss`` in nats per token. ``tokens`` counts from the start of the run."""
         now_s = time.monotonic()
         if self.first and (now_s - self.printed_s >= self.every_s or step == steps):
             self.printed_s = now_s

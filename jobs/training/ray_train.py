@@ -1,4 +1,4 @@
-"""What training runs share: reaching Ray, running a loop on workers of Ray Train, lineage, the result's line."""
+"""What jobs share around Ray: connecting to the pool, running a loop on Ray Train's workers, lineage, and the result's line."""
 
 import contextlib
 import json
@@ -25,18 +25,21 @@ from jobs.training.ray_train_private import FileRendezvous
 
 
 def connect() -> None:
-    """Join the pool that `jobs.reach` found."""
+    """Connect to the pool that `jobs.reach` found; nothing if this process is connected."""
     if ray.is_initialized():
         return
-    # Ray Train watches its controller through the state API, at the *newest* Ray on the machine unless told which one. Where that
+    # Ray Train watches its controller through the state API. Unless it is told which Ray, it asks the newest one on the machine. If that
     # is another pool, it finds no controller there and takes the run's slots away.
     ray.init(runtime_env={"env_vars": {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}})
 
 
 def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], name: str) -> Result:
-    """Run ``loop(settings)`` as the run ``name`` on `training.min_workers` workers, each holding its slots."""
+    """Run ``loop(settings)`` on `training.min_workers` workers, and return Ray Train's result. The run's name is ``name``.
+
+    Each worker holds its slots. If the run fails or is cancelled, its files are removed from the store and the error goes on.
+    """
     gpu = config.pool.accelerator == "gpu"
-    # Else print() on a worker becomes a log record, and dill, which captures what `dis` prints, writes bytecode into our log.
+    # Otherwise Ray turns print() on a worker into a log record. dill captures what `dis` prints, and its bytecode would fill our log.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
 
     def behind_serving(settings: dict[str, Any]) -> None:
@@ -50,21 +53,24 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[s
         scaling_config=ScalingConfig(
             num_workers=config.training.min_workers,
             use_gpu=gpu,
-            # Slots are what is arbitrated. Ray would also ask for a CPU per worker and leave none for serving on a small machine.
+            # The arbiter divides slots only. Ray would also ask for a CPU per worker, and on a small machine leave none for serving.
             resources_per_worker={"GPU" if gpu else "slot": config.training.slots_per_worker, "CPU": 0},
         ),
         run_config=RunConfig(name=name, storage_path=f"{config.store}/runs"),
     )
     try:
         return trainer.fit()
-    except BaseException:  # cancelled too: a run that did not end well leaves nothing
+    except BaseException:  # also when it is cancelled
         Store(config.store).remove(f"runs/{name}")
         raise
 
 
 @contextlib.contextmanager
 def files(result: Result) -> Iterator[Path]:
-    """A folder with the run's checkpoint; afterwards nothing is left of the run."""
+    """A folder with the files of the run's checkpoint. At the end of the block the run is removed from the store.
+
+    Raises `JobFailed` if the run has no checkpoint.
+    """
     if result.checkpoint is None:
         raise JobFailed("The run ended without a checkpoint.", "Look for the reason in the job's log.")
     try:
@@ -75,14 +81,15 @@ def files(result: Result) -> Iterator[Path]:
 
 
 def code_revision() -> str:
-    """The commit of the code that runs, as who submitted the job saw it; an uploaded folder has no ``.git`` of its own."""
+    """The commit of the code that runs. The submitter passes it on, because an uploaded folder has no ``.git``."""
     return os.environ.get("CODE_REVISION") or submit.revision()
 
 
 def result(manifest: Manifest, stage: str | None) -> dict[str, Any]:
-    """What came out of a run, for its job's record and, as one line ``result {…}``, for whoever reads its log.
+    """Print the run's result as one line ``result {…}`` for people who read the log, and return it for the job's record.
 
-    ``stage``: of its rollout, None where it is not published.
+    ``stage``: the stage of the version's rollout; None if it is not published. Example of the line:
+    ``result {"version": "support@3", "kind": "adapter", "eval_loss_before": 2.1, "eval_loss": 1.4, "exact_match": null, "stage": "live"}``
     """
     shown = {key: manifest.lineage.metrics.get(key) for key in ("eval_loss_before", "eval_loss", "exact_match")}
     made = {"version": str(manifest.id), "kind": manifest.kind, **shown, "stage": stage}
@@ -95,7 +102,10 @@ def result(manifest: Manifest, stage: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def checkpoint(metrics: dict[str, float]) -> Iterator[Path]:
-    """A folder to save into on rank 0; on leaving, it and ``metrics`` are reported. Every worker must pass here equally often."""
+    """A folder for the checkpoint's files. At the end of the block, Ray Train gets ``metrics``, and from rank 0 the files too.
+
+    All workers must call this the same number of times, because ``ray.train.report`` waits for all of them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
         first = ray.train.get_context().get_world_rank() == 0

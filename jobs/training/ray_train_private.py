@@ -1,9 +1,7 @@
-"""Every touch of the private parts of Ray Train 2.60: the backend behind `TorchConfig`, and its worker group.
-tests/contract/test_ray_train.py pins them.
+"""All uses of private parts of Ray Train 2.60: the backend of `TorchConfig`, and its worker group. tests/contract/test_ray_train.py pins them.
 
-Ray Train has its workers meet at a TCP port, which PyTorch opens on every interface, without authentication. Everything on a pool of one
-machine listens on loopback only. So where all workers are on one machine they meet through a file, and gloo and NCCL talk over loopback. Workers
-of several machines meet as Ray Train does it.
+Ray Train's workers meet at a TCP port, which PyTorch opens on every interface without authentication. A pool on one machine must listen on
+loopback only. So workers on one machine meet through a file, and gloo and NCCL use loopback. Workers on several machines meet in Ray Train's way.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -25,7 +23,7 @@ TorchBackend: Any = TorchConfig().backend_cls
 
 @dataclass
 class FileRendezvous(TorchConfig):
-    """For ``TorchTrainer(torch_config=…)``."""
+    """The ``torch_config`` of a ``TorchTrainer`` whose workers meet through a file if they are on one machine."""
 
     @property
     def backend_cls(self) -> Any:
@@ -34,7 +32,7 @@ class FileRendezvous(TorchConfig):
 
 class FileBackend(TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        """Ray Train calls this when it has started its workers."""
+        """Form the process group. Ray Train calls this after it has started the workers."""
         if len(set(worker_group.execute(node))) > 1:
             return super().on_start(worker_group, backend_config)
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo"
@@ -45,11 +43,15 @@ class FileBackend(TorchBackend):
 
 
 def node() -> str:
+    """Ray's id of the machine; runs on each worker."""
     return ray.get_runtime_context().get_node_id()
 
 
 def join(rank: int, world: int, backend: str, folder: str) -> None:
-    """Join the process group; runs on each worker. The variables are those of ``torchrun``, which Hugging Face's libraries read."""
+    """Join the process group; runs on each worker.
+
+    ``folder`` is on the machine that all workers share. The environment variables are those of ``torchrun``; Hugging Face's libraries read them.
+    """
     context = ray.train.get_context()
     os.environ |= {
         "RANK": str(rank),

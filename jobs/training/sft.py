@@ -1,4 +1,7 @@
-"""Supervised fine-tuning on one worker: gradients of the answers' tokens, the held-out loss, the result's files."""
+"""Supervised fine-tuning on one worker: the gradients on the answers' tokens, the held-out loss, and the result's files.
+
+It trains all weights, or a LoRA adapter on frozen ones (Hu et al. 2021), by the peft library.
+"""
 
 import json
 import shutil
@@ -17,7 +20,10 @@ from jobs.training.schedule import Schedule, share_out
 
 
 class SupervisedFineTuning:
-    """`jobs.training.worker.Work` for ``{"config", "recipe", "base", "train", "held_out"}``."""
+    """`jobs.training.work.Work` for the settings ``{"config", "recipe", "base", "train", "held_out"}``.
+
+    ``base`` is the id of a weights version; ``train`` and ``held_out`` are lists of `Row`. Making one reads the base from the store.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         config, self.recipe = parse(settings["config"]), Recipe.model_validate(settings["recipe"])
@@ -36,7 +42,12 @@ class SupervisedFineTuning:
         self.optimizer = torch.optim.AdamW(self.trained, self.schedule.learning_rate, weight_decay=self.recipe.weight_decay)
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
-        """The loss is the mean over the answer tokens of the whole batch, so it depends on neither the portions nor the number of workers."""
+        """Add this worker's part of the batch to the gradients. Returns its part of the loss, of shape (), and the tokens of the whole batch.
+
+        The loss is the mean over the answer tokens of the whole batch, in nats per token. So it depends on neither the micro-batches nor the
+        number of workers. Example: a batch has answers of 10 and 30 tokens, one on each of two workers. Each divides its sum by 40, and the
+        two parts add up to the mean over 40 tokens.
+        """
         rows = [self.rows[i] for i in batch]
         answers = sum(answer_tokens(row) for row in rows)
         total = torch.zeros((), device=self.trained[0].device)
@@ -48,14 +59,17 @@ class SupervisedFineTuning:
 
     @torch.no_grad()
     def measure(self, rank: int, world: int) -> dict[str, float]:
-        """``{"eval_loss"}``"""
+        """``{"eval_loss"}``: the held-out loss in nats per token. All workers of the process group call this together."""
         self.model.eval()
         loss = held_out_loss(self.model, self.held_out, self.recipe.micro_batch, rank, world)
         self.model.train()
         return {"eval_loss": loss}
 
     def save(self, target: Path) -> None:
-        """An adapter, or all the weights in the base's own precision with the base's tokenizer byte for byte."""
+        """Write the adapter to the folder ``target``. Without an adapter, write all weights in the base's own precision.
+
+        The base's other files, its tokenizer's included, are copied beside the weights byte for byte.
+        """
         model: Any = self.model
         if peft_config := getattr(model, "peft_config", {}).get("default"):
             peft_config.base_model_name_or_path = str(self.base.id)  # not a path of this machine
@@ -71,14 +85,14 @@ class SupervisedFineTuning:
 
 
 def trainable(config: Config, recipe: Recipe, folder: Path) -> torch.nn.Module:
-    """The model with an adapter on it, or with all its weights to be trained, on this worker's device."""
+    """The model in ``folder`` on this worker's device: with an adapter to train, or with all weights to train if the recipe has no LoRA."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    torch.manual_seed(recipe.seed)  # an adapter starts from random numbers, the same on every worker
+    torch.manual_seed(recipe.seed)  # an adapter starts from random numbers, and every worker needs the same ones
     gpu = config.pool.accelerator == "gpu"
-    # A frozen base needs no master copy in full precision; weights that are trained do.
+    # Weights that are trained need full precision; a frozen base does not.
     dtype = torch.bfloat16 if gpu and recipe.lora else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     if recipe.gradient_checkpointing:
@@ -91,7 +105,7 @@ def trainable(config: Config, recipe: Recipe, folder: Path) -> torch.nn.Module:
             r=recipe.lora.rank,
             lora_alpha=recipe.lora.alpha,
             lora_dropout=recipe.lora.dropout,
-            target_modules="all-linear",  # peft leaves the output layer out, which vLLM could not adapt
+            target_modules="all-linear",  # peft leaves out the output layer, for which vLLM takes no adapter
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)

@@ -1,4 +1,8 @@
-"""The state of a run on one worker: tensors in place, counters, and one lock, so that a reader finds both of one moment."""
+"""The training state of a run on one worker: the parameters, the optimizer's moments, and counters.
+
+The training thread changes the tensors in place. One lock guards tensors and counters together, so whoever copies them gets both of the same
+step.
+"""
 
 import contextlib
 import os
@@ -15,24 +19,26 @@ from jobs.training.work import Work
 
 
 class Counters(NamedTuple):
-    """The state apart from the tensors."""
+    """The part of the state that is not tensors."""
 
     step: int = -1
-    """Steps that are done; -1 before the worker knows any state."""
+    """Steps that are done; -1 before the worker has a state."""
     tokens: int = 0
+    """Tokens since the start of the run."""
     loss: float = float("nan")
+    """The training loss of the last step, in nats per token."""
     seconds: float = 0.0
-    """Spent in steps."""
+    """Time spent in steps since the start of the run."""
     before: dict[str, float] = {}  # noqa: RUF012 (never written to)
-    """What was measured before the first step."""
+    """What `Work.measure` found before the first step."""
 
     def after(self, tokens: int, loss: float, seconds: float) -> "Counters":
-        """One step later."""
+        """The counters after one more step, which had so many ``tokens`` and took so many ``seconds``."""
         return Counters(self.step + 1, self.tokens + tokens, loss, self.seconds + seconds, self.before)
 
 
 class State:
-    """``work``'s parameters and optimizer, with their counters."""
+    """The parameters and the optimizer of a `Work`, with their counters."""
 
     def __init__(self, work: Work, checkpoints: Checkpoints) -> None:
         self.work, self.checkpoints = work, checkpoints
@@ -45,7 +51,11 @@ class State:
         return self.counters.step
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
-        """The parameters and AdamW's moments, in place. Moments that do not exist yet are made."""
+        """The parameters and AdamW's two moments themselves, not copies. Missing moments are created as zeros.
+
+        ``step`` becomes the optimizer's step count, which corrects the bias of the moments. The keys number the parameters in their order:
+        ``"0"``, ``"0.exp_avg"``, ``"0.exp_avg_sq"``, ``"1"``, … Each tensor has the shape of its parameter.
+        """
         named: dict[str, torch.Tensor] = {}
         for number, parameter in enumerate(self.work.trained):
             moments = self.work.optimizer.state[parameter]
@@ -57,12 +67,15 @@ class State:
         return named
 
     def snapshot(self) -> Snapshot:
-        """A copy on the host. The caller holds the lock, or is the thread that trains."""
+        """A copy of the state in the host's memory. Only the training thread may call this without holding the lock."""
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors(self.step).items()}
         return Snapshot(self.step, self.counters._asdict(), tensors)
 
     def restore(self) -> None:
-        """Take over the newest checkpoint, where it is newer than this state."""
+        """Load the newest checkpoint of the store if it is newer than this state.
+
+        If the store cannot be read, the worker keeps its state. Raises `StoreUnavailable` if it has none.
+        """
         try:
             newest = self.checkpoints.newest(after=self.step)
         except StoreUnavailable as error:
@@ -78,10 +91,15 @@ class State:
         print(f"going on from the checkpoint of step {self.step}", flush=True)
 
     def level(self, group: ProcessGroup) -> None:
-        """Bring all workers of the group to the newest state: that of the worker with the most steps, or the newest checkpoint if that is newer.
+        """Bring all workers of the group to the newest state. All of them call this together.
 
-        Example: workers at steps 40, 40 and -1 and a checkpoint of step 30 all continue at 40. A spare at step 40 that comes back alone to a
-        checkpoint of step 55, which others wrote meanwhile, continues at 55.
+        The newest state is that of the worker with the most steps, or the newest checkpoint if that has more. That worker broadcasts its tensors
+        and counters. If there is no state at all, the run begins: the workers measure the model and continue at step 0.
+
+        Example: the workers are at steps 40, 40 and -1, and the checkpoint is of step 30: all continue at 40. A spare comes back alone at step 40,
+        and other workers have written a checkpoint of step 55 meanwhile: it continues at 55.
+
+        Raises `RuntimeError` if another worker dies meanwhile.
         """
         steps: list[int] = [-1] * group.world
         dist.all_gather_object(steps, self.step)
@@ -97,7 +115,7 @@ class State:
             self._receive(counters, first)
 
     def _receive(self, counters: Counters, first: int) -> None:
-        """Make everybody's tensors those of rank ``first``. A worker at the same step gets what it has, so it need not lock out its readers."""
+        """Broadcast the tensors of rank ``first``. A worker at the same step receives what it has already, so it needs no lock."""
         behind = self.step < counters.step
         with self.lock if behind else contextlib.nullcontext():
             try:
@@ -105,6 +123,6 @@ class State:
                     dist.broadcast(tensor, first)
             except RuntimeError:
                 if behind:
-                    os._exit(1)  # the tensors here are neither of the old state nor of the new one, and must count as neither
+                    os._exit(1)  # the tensors here are a mixture of the old state and the new one; nobody may use them
                 raise
             self.counters = counters

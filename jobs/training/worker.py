@@ -1,9 +1,12 @@
-"""One worker of an elastic run: an actor that holds its slots, and what it has learnt, until the driver ends it.
+"""One worker of an elastic run: a Ray actor that keeps its model and its training state until the driver ends it.
 
-Workers train together in process groups. A group ends after the same step on all of them when one was told to stop, or when one of them is
-gone. The next group contains the workers that stayed and those that came, and goes on from the newest state among them. A worker keeps its
-model and its state in memory between two groups, so the next group follows within a fraction of a second. TorchElastic and torchft work this
-way too; Ray Train ends every worker.
+Workers train together in process groups. If the driver tells one worker to stop, its group ends after the same step on all workers. If a worker
+dies, its group breaks. The next group has the workers that stayed and those that came, and goes on from the newest state among them. A worker
+keeps its model and its state in memory between two groups, so the next group starts within a fraction of a second. torchft works this way too
+(https://github.com/pytorch/torchft). TorchElastic and Ray Train start every worker's process again.
+
+Example: workers a and b train, and c has loaded. The driver tells a to stop. a and b both end after step 40. The driver forms a group of a, b
+and c; c receives the state of step 40, and all three go on with step 41.
 """
 
 import os
@@ -30,11 +33,12 @@ RESULT = "result"
 
 
 class Loaded(NamedTuple):
-    """Where a worker has loaded everything that it needs."""
+    """A worker's answer when it has loaded everything that it needs."""
 
     host: str
+    """The machine's IP address."""
     node: str
-    """Ray's id of the machine."""
+    """Ray's id of that machine."""
     pid: int
 
 
@@ -42,12 +46,13 @@ class Reached(NamedTuple):
     """How far a worker is."""
 
     step: int
+    """Steps that it has done, or taken over from another worker; -1 before it has a state."""
     stepping: bool = False
-    """Whether a step is under way. False while it measures or saves the result."""
+    """Whether a step is under way. False while the worker measures or saves the result."""
     group: int = 0
-    """The newest process group in which it began to train."""
+    """The newest process group in which the worker began to train."""
     first: int = -1
-    """The step with which this group began."""
+    """The step at which this group began; -1 until that is known."""
     steps: int = 0
     """Steps of the whole run."""
     loss: float = float("nan")
@@ -55,48 +60,52 @@ class Reached(NamedTuple):
     tokens: int = 0
     """Tokens since the start of the run."""
     committed: Committed = Committed()
-    """The newest checkpoint that this worker has written."""
+    """The newest checkpoint that this worker has written to the store."""
 
 
 class Outcome(NamedTuple):
     """How a process group ended for one worker."""
 
     step: int
+    """Steps that the worker has done by now."""
     first: int
-    """The step with which the group began; -1 where it broke before."""
+    """The step at which the group began; -1 if it broke before its first step."""
     ended: bool = False
     """Whether this worker has saved the run's result."""
     broken: str = ""
-    """Why the group ended too early, where it did."""
+    """Why the group broke; empty if it did not."""
     metrics: dict[str, float] = {}  # noqa: RUF012 (never written to)
+    """What the run measured, by name; losses in nats per token."""
 
 
 class Orders:
-    """What other threads tell the training thread, and what they wait for."""
+    """Carries orders from the actor's other threads to the training thread, and its progress back to them."""
 
     def __init__(self) -> None:
         self.stopped = 0
-        """The newest process group that shall end."""
+        """The newest process group that was told to stop."""
         self.changed = threading.Condition()
         self.trained, self.left = 0, 0
-        """The newest group in which a step was done, and the newest one that is over."""
+        """The newest group in which the worker completed a step, and the newest one that is over for it."""
 
     def note(self, trained: int = 0, left: int = 0) -> None:
+        """Record progress, and wake whoever waits for it. Numbers only grow."""
         with self.changed:
             self.trained, self.left = max(self.trained, trained), max(self.left, left)
             self.changed.notify_all()
 
     def wait(self, number: int) -> int:
-        """Wait until the group has done a step or is over; returns the newest group in which a step was done."""
+        """Wait until the worker has completed a step in the group, or the group is over. Returns the newest group with a completed step."""
         with self.changed:
             self.changed.wait_for(lambda: max(self.trained, self.left) >= number)
             return self.trained
 
 
 class Worker:
-    """The actor. Ray calls its methods in threads of their own, so it answers while it trains."""
+    """The actor. Ray calls its methods in several threads, so it answers while it trains."""
 
     def __init__(self, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], store: str, run: str) -> None:
+        """``work(settings)`` makes what the run trains. ``store``: the store's URL, where the worker writes checkpoints of the ``run``."""
         niceness.renice(niceness.TRAINING)
         self.make, self.settings = work, settings
         self.checkpoints = Checkpoints(Store(store), run)
@@ -109,14 +118,14 @@ class Worker:
         self.rendezvous = Rendezvous()
         self.orders = Orders()
         self.training: Training | None = None
-        """In the newest process group."""
+        """The training loop in the newest process group; None before the first group."""
 
-    # in threads of their own
+    # called by the driver, in several threads
 
     def load(self) -> Loaded:
-        """Load everything; the first call, and the longest."""
+        """Load the model and everything else. The driver calls this first, and it takes the longest."""
         host = ray.util.get_node_ip_address()
-        if host == LOOPBACK:  # a pool of this machine alone: nothing of it listens to others
+        if host == LOOPBACK:  # a pool on one machine: nothing of it listens on the network
             os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         self.use(self.make(self.settings))
         niceness.freeze_gc()
@@ -126,15 +135,15 @@ class Worker:
         self.state = State(work, self.checkpoints)
 
     def meet(self, one_machine: bool) -> str:
-        """Open a rendezvous for the next process group."""
+        """Open a rendezvous for the next process group, of which this worker is rank 0. Returns its URL."""
         return self.rendezvous.open(one_machine)
 
     def stop(self, number: int) -> None:
-        """End the process group after the step under way."""
+        """Make the process group end after the current step, on all of its workers."""
         self.orders.stopped = max(self.orders.stopped, number)
 
     def reached(self) -> Reached:
-        """How far it is. A worker that cannot answer this is gone."""
+        """How far the worker is. The driver takes a worker that does not answer this for dead or hung."""
         counters, training = self.state.counters, self.training
         steps = self.state.work.schedule.steps
         committed = self.writer.newest
@@ -144,11 +153,11 @@ class Worker:
         return Reached(counters.step, training.stepping, group, first, steps, counters.loss, counters.tokens, committed)
 
     def trains(self, number: int) -> int:
-        """Wait until it has done a step in this group, or the group is over; returns the newest group in which it has done a step."""
+        """Wait until the worker has completed a step in this group, or the group is over. Returns the newest group with a completed step."""
         return self.orders.wait(number)
 
     def keep(self) -> Committed:
-        """Write the present state to the store, whether the worker trains or stands still; returns the newest checkpoint."""
+        """Write the current state to the store, also while the worker trains. Returns the newest checkpoint."""
         with self.state.lock:
             snapshot = self.state.snapshot() if self.state.step > max(0, self.writer.newest.step) else None
         if snapshot is not None:
@@ -156,17 +165,17 @@ class Worker:
         return self.writer.flush()
 
     def train(self, group: ProcessGroup) -> Outcome:
-        """Train in a process group until it ends."""
+        """Train in a process group until it ends or breaks."""
         self.training = training = Training(group, self.state, self.writer, self.orders, self.settings)
         work = self.state.work
         try:
             with joined(group, work.trained[0].is_cuda):
                 self.state.level(group)
-                if not work.trained[0].is_cuda:  # NCCL may look there again
+                if not work.trained[0].is_cuda:  # NCCL may need the rendezvous later too
                     self.rendezvous.close()
                 return training.run()
         except RuntimeError as error:
-            # A collective whose peer is gone. The state here is whole: between two steps, or before the optimizer's.
+            # A collective fails when another worker dies. The state here is whole: collectives run between steps, or before the update.
             work.optimizer.zero_grad()
             return Outcome(self.state.step, training.first, broken=f"{type(error).__name__}: {error}")
         finally:
@@ -183,19 +192,19 @@ class Training:
         self.checkpoint_s: float = settings["checkpoint_s"]
         self.report_s: float = settings["report_s"]
         self.first = -1
-        """The step with which the group began; -1 until all workers are level."""
+        """The step at which the group began; -1 until all workers have the same state."""
         self.stepping = False
 
     def run(self) -> Outcome:
-        """Train to the run's end, or until a worker is told to stop."""
+        """Train until the run ends, or until the driver stops a worker of the group."""
         self.first, self.stepping = self.state.step, True
         if self.group.rank == 0:
             print(f"training with {self.group.world} workers from step {self.first}", flush=True)
         else:
             print(f"training as worker {self.group.rank + 1} of {self.group.world}", flush=True)
-        at_the_end = self._steps()
+        completed = self._steps()
         self.stepping = False
-        if at_the_end:
+        if completed:
             return self._finish()
         if self.group.rank == 0:
             print(f"stopped after step {self.state.step}", flush=True)
@@ -203,7 +212,7 @@ class Training:
         return Outcome(self.state.step, self.first)
 
     def _steps(self) -> bool:
-        """Do steps; returns whether the last one was the run's last."""
+        """Do step after step. True after the run's last step; False if the group was stopped before it."""
         group, state, schedule = self.group, self.state, self.state.work.schedule
         progress = ProgressPrinter(self.stage, group.rank, state.step, state.counters.tokens, self.report_s)
         saved_s = time.monotonic()
@@ -228,10 +237,10 @@ class Training:
         return self.orders.stopped >= self.group.number
 
     def _finish(self) -> Outcome:
-        """Measure on all workers, and save the result on the first."""
+        """Measure the model on all workers, and save the result on rank 0."""
         state, first = self.state, self.group.rank == 0
         if first:
-            self.writer.give(state.snapshot())  # a run that is ended from here on can go on from its last step
+            self.writer.give(state.snapshot())  # a run that is killed from here on can resume after its last step
         metrics = state.work.measure(self.group.rank, self.group.world)
         if first:
             self._save()
@@ -240,6 +249,7 @@ class Training:
         return Outcome(state.step, self.first, ended=first, metrics={**before, **metrics, **facts})
 
     def _save(self) -> None:
+        """Upload the result's files to the run's folder in the store. Raises `StoreUnavailable`."""
         checkpoints = self.state.checkpoints
         with tempfile.TemporaryDirectory() as folder:
             self.state.work.save(Path(folder))
