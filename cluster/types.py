@@ -161,6 +161,18 @@ class Generation(Record):
         return (self.stable,) if self.canary is None else (self.stable, self.canary)
 
 
+class ReplicaBounds(NamedTuple):
+    """How many replicas of a fleet there may be now, beside its own ``min_replicas`` and ``max_replicas``."""
+
+    floor: int = 0
+    """A fleet that is awake needs so many, or some adapter has no place (`cluster.publishing.adapter_placement`)."""
+    ceiling: int | None = None
+    """Another fleet needs the slots of those beyond it (`cluster.capacity.arbiter`). None: nothing limits it. It goes before the floor."""
+
+
+UNBOUNDED = ReplicaBounds()
+
+
 class ReplicaState(NamedTuple):
     """What one replica says of itself. ``secret`` opens its internal port; it travels over Ray's authenticated RPC only."""
 
@@ -185,6 +197,8 @@ class ReplicaState(NamedTuple):
     """The Serve application that it belongs to: the fleet, or a second one while another shape takes over (`cluster.control.applications`)."""
     pid: int = 0
     """The engine's process, on the machine that ``url`` names."""
+    bounds: ReplicaBounds = UNBOUNDED
+    """What it has heard from control of its fleet."""
 
     def __repr__(self) -> str:
         return f"ReplicaState({self.id}, {self.url}, {self.base})"  # never the secret, which a log line would keep
@@ -211,18 +225,6 @@ class HoldOrder(NamedTuple):
     """To load now, or to stage where they sit on other weights."""
     keep: tuple[str, ...] = ()
     """Adapters that must not be unloaded to make room for those (`cluster.publishing.adapter_placement`)."""
-
-
-class ReplicaBounds(NamedTuple):
-    """How many replicas of a fleet there may be now, beside its own ``min_replicas`` and ``max_replicas``."""
-
-    floor: int = 0
-    """A fleet that is awake needs so many, or some live adapter has no place (`cluster.publishing.adapter_placement`)."""
-    ceiling: int | None = None
-    """Another fleet needs the slots of those beyond it (`cluster.capacity.arbiter`). None: nothing limits it. It goes before the floor."""
-
-
-UNBOUNDED = ReplicaBounds()
 
 
 class FleetPhase(StrEnum):

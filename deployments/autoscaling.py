@@ -71,18 +71,21 @@ class LoadPolicy:
         if silent > 0:
             return bounded(max(wanted, context.target_num_replicas), metrics), {}
         only_one_on_its_way = context.current_num_replicas == 0 and context.target_num_replicas > 0
-        return bounded(max(wanted, context.config.min_replicas, only_one_on_its_way), metrics), {}
+        return bounded(max(wanted, only_one_on_its_way), metrics), {}
 
 
 def bounded(wanted: int, metrics: Mapping[str, Mapping[Any, float]]) -> int:
     """Within the fleet's bounds, which its replicas repeat with their load (`cluster.types.ReplicaBounds`). Serve then ends replicas after
-    the fleet's ``scale_down_after_s``, as for any other reason. A fleet that wants none may sleep, whatever its floor.
+    the fleet's ``scale_down_after_s``, as for any other reason.
+
+    A fleet with a floor does not sleep: Serve would go from three replicas to one first, and for minutes some adapters would have none. Their
+    requests could not say so, because they reach no engine.
 
     >>> bounded(3, {"ceiling": {"a": 2.0, "b": 2.0}}), bounded(3, {})
     (2, 3)
-    >>> bounded(1, {"floor": {"a": 2.0, "b": 0.0}}), bounded(0, {"floor": {"a": 2.0}})
-    (2, 0)
+    >>> bounded(0, {"floor": {"a": 2.0, "b": 0.0}})
+    2
     """
     floor = max(metrics.get("floor", {}).values(), default=0.0)
     ceiling = min(metrics.get("ceiling", {}).values(), default=math.inf)
-    return int(min(max(wanted, floor), ceiling)) if wanted else 0
+    return int(min(max(wanted, floor), ceiling))

@@ -57,8 +57,8 @@ class Machines:
         """Application → set when its replicas shall answer orders again."""
         self.places = 16
         """For adapters, on each replica."""
-        self.bounds: list[tuple[str, ReplicaBounds]] = []
-        """(application, bounds of its replicas), as its replicas were told."""
+        self.deaf = 0
+        """So many orders to come reach no replica, and nobody says so."""
         self.served: dict[str, Application] = {}
         """What control has started in Serve. It outlives a control."""
         self.declared: set[str] = set()
@@ -78,12 +78,17 @@ class Machines:
     def tell(self, app: str, method: str, *arguments: Any) -> None:
         if app in self.hung:
             self.hung[app].wait(30)
-        if method == "bound":
-            return self.bounds.append((app, arguments[0]))
+        if self.deaf:
+            self.deaf -= 1
+            return
+        does = {"hold": self._hold, "bound": self._bound}.get(method, self._swap)
         for id, state in list(self.there.items()):
             if state.app == app:
-                self.there[id] = self._hold(state, *arguments) if method == "hold" else self._swap(state, *arguments)
+                self.there[id] = does(state, *arguments)
         self.report()
+
+    def _bound(self, state: ReplicaState, bounds: ReplicaBounds) -> ReplicaState:
+        return state._replace(bounds=bounds)
 
     def _hold(self, state: ReplicaState, orders: dict[str, HoldOrder], _carried: Any) -> ReplicaState:
         order = orders.get(state.id, HoldOrder(()))

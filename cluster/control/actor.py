@@ -45,8 +45,7 @@ GROUPS = {WAITING: 64, ORDERS: 32, BEATS: 16}
 
 - ``waiting``: calls that wait for minutes and can be asked again, such as a publish, which waits for its replicas.
 - ``orders``: what an operator does to end or undo something. It must get through while publishes hold all of ``waiting``. An abort waits for
-  half a minute at most. A promote and a rollback wait as long as a publish, for replicas that swap weights. They may: an alias has one rollout
-  at a time, and answers later orders for it with a conflict or joins them to the first, so that they come by the alias and not by the load.
+  half a minute at most. A rollback may wait as long as a publish, for replicas that swap weights; so many at once keep an abort waiting.
 - ``beats``: heartbeats of jobs and reports of replicas. They must be heard whatever else goes on."""
 OPTIONS: dict[str, Any] = {
     "name": ACTOR,
@@ -257,10 +256,15 @@ class Control:
         """See `Publishing.publish`."""
         return self.publishing.publish(version, alias, reason, author, policy, after)
 
-    @ray.method(concurrency_group=ORDERS)
-    def order(self, alias: str, what: str, reason: str, author: str) -> Rollout:
+    @ray.method(concurrency_group=WAITING)
+    def promote(self, alias: str, reason: str, author: str) -> Rollout:
         """See `Publishing.order`."""
-        return self.publishing.order(alias, what, reason, author)
+        return self.publishing.order(alias, "promote", reason, author)
+
+    @ray.method(concurrency_group=ORDERS)
+    def abort(self, alias: str, reason: str, author: str) -> Rollout:
+        """See `Publishing.order`."""
+        return self.publishing.order(alias, "abort", reason, author)
 
     @ray.method(concurrency_group=ORDERS)
     def rollback(self, alias: str, to: str | None, reason: str, author: str) -> Rollout:

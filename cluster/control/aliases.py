@@ -188,7 +188,7 @@ class AliasReconciler:
         new = [manifest] if manifest.id == weights.id or resident else [weights, manifest]
         asked, placed = self._asked(self.hosting.own(fleet), manifest, fleet), self.hosting.place_adapters(fleet)
         if not placed.copies.get(str(manifest.id), 1):
-            return self._no_place(fleet, placed.replicas_needed)
+            return self._no_place(fleet, manifest)
         seen = placement.warmth(asked, manifest)
         registry, cache = self.desired.registry, self.hosting.config.home / "cache"
         missing = bool(seen.refused) or not seen.complete
@@ -204,17 +204,20 @@ class AliasReconciler:
         placed = self.hosting.place_adapters(fleet)
         return tuple(one for one in own if placed.asked(one, str(manifest.id)))
 
-    def _no_place(self, fleet: Fleet, needed: int) -> Warmth:
+    def _no_place(self, fleet: Fleet, manifest: Manifest) -> Warmth:
         """A refusal, or patience where the fleet may have the replicas that it needs: Serve starts them (`FleetReconciler`)."""
         places, most = fleet.spec.fleet.max_cpu_loras, self._most_replicas(fleet)
+        needed = self.hosting.adapters_of(fleet)[str(manifest.weights)].replicas_for(str(manifest.id), places)
         if needed <= most:
-            return Warmth(needed, 0, waits="a place on a replica that is being started")
-        more = "fleet.max_replicas" if most >= fleet.spec.fleet.max_replicas else "the slots that the fleet can have"
+            return Warmth(
+                needed, 0, waits=f"a place for adapters: {needed} replicas have one, and {len(self.hosting.own(fleet))} run"
+            )
+        more = "raise fleet.max_replicas" if most >= fleet.spec.fleet.max_replicas else "add slots to the pool"
         return Warmth(
             1,
             0,
-            f"all {places * most} places for adapters of the fleet {fleet.name} are taken by live ones ({places} on each of {most} "
-            f"replicas); raise fleet.max_cpu_loras or {more}",
+            f"all {places * most} places for adapters of the fleet {fleet.name} are taken ({places} on each of {most} replicas); raise "
+            f"fleet.max_cpu_loras, or {more}",
         )
 
     def _most_replicas(self, fleet: Fleet) -> int:

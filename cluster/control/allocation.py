@@ -15,12 +15,9 @@ from cluster.config import FleetSpec
 from cluster.control import metrics
 from cluster.control.applications import Applications
 from cluster.control.lease import Lease
-from cluster.control.slots import Served, resource, served, slots, together
+from cluster.control.slots import Served, Serving, resource, served, slots, together
 
 TURN_S = 0.3
-
-Serving = tuple[tuple[FleetSpec, tuple[str, ...]], ...]
-"""Every fleet with the Serve applications that it consists of."""
 
 log = logs.logger(__name__)
 
@@ -34,7 +31,7 @@ class Allocation:
         self.allocator = Allocator(budget, time.time())
         self.lease = Lease(resource(accelerator))
         self.board = metrics.Board()
-        self.serving: Serving = ()
+        self.serving: tuple[Serving, ...] = ()
         self.ceiling: int | None = None
         """The most slots that Ray's autoscaler gives, as far as the last turn knew; see `Lease.ceiling`."""
         self._lock = threading.Lock()
@@ -49,7 +46,7 @@ class Allocation:
                 self.accelerator, self.lease = accelerator, Lease(resource(accelerator))
             self.allocator.budget = budget
 
-    def watch(self, serving: Serving) -> None:
+    def watch(self, serving: tuple[Serving, ...]) -> None:
         """Count these fleets from now on."""
         self.serving = serving
 
@@ -105,8 +102,8 @@ class Allocation:
         self.applications.refresh()
         there, lease = self.slots(), self.lease
         total, free = int(there["total"]), int(there["free"])
-        of_fleets = {spec.name: self._served(spec, apps) for spec, apps in self.serving}
-        demands = [demand(spec, of_fleets[spec.name]) for spec, _ in self.serving]
+        of_fleets = {one.spec.name: self._served(one) for one in self.serving}
+        demands = [demand(one.spec, of_fleets[one.spec.name], one.floor) for one in self.serving]
         self.ceiling = ceiling = lease.ceiling(total)
         with self._lock:
             held = together(of_fleets.values()).held(total - free, self.allocator.held_by_jobs)
@@ -115,14 +112,17 @@ class Allocation:
         metrics.publish(self.board, self.allocator.snapshots, self.allocator.changes, self.allocator.decision.fleets)
         lease.hold(kept + requested, ceiling)
 
-    def _served(self, spec: FleetSpec, apps: tuple[str, ...]) -> Served:
-        return together(served(self.applications.known.get(app), spec.fleet.tensor_parallel_size) for app in apps)
+    def _served(self, one: Serving) -> Served:
+        return together(served(self.applications.known.get(app), one.spec.fleet.tensor_parallel_size) for app in one.apps)
 
 
-def demand(spec: FleetSpec, now: Served) -> FleetDemand:
+def demand(spec: FleetSpec, now: Served, adapters_floor: int = 0) -> FleetDemand:
     """What a fleet asks for. Its load policy runs in Serve, so what Serve has and starts is what the load asks for.
 
-    Serve keeps ``min_replicas`` by itself, so a floor above what it wants is one that is not in force yet, or any more.
+    Its floor is ``min_replicas``, or the replicas that its adapters need where these are more (``adapters_floor``): no other fleet's load may
+    leave an adapter without a replica. Serve keeps both by itself, so a floor above what it wants is one that is not in force yet, or any
+    more.
     """
     slots = spec.fleet.tensor_parallel_size
-    return FleetDemand(spec.name, spec.fleet.priority, now.wanted, min(now.wanted, spec.fleet.min_replicas * slots), slots)
+    floor = max(spec.fleet.min_replicas, adapters_floor) * slots
+    return FleetDemand(spec.name, spec.fleet.priority, now.wanted, min(now.wanted, floor), slots)

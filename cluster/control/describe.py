@@ -18,7 +18,8 @@ SHOWN = 3
 
 
 def public(replica: ReplicaState) -> dict[str, Any]:
-    return {key: value for key, value in replica._asdict().items() if key != "secret"}
+    """Its bounds are its fleet's, and stand there."""
+    return {key: value for key, value in replica._asdict().items() if key not in ("secret", "bounds")}
 
 
 def rollout_of(progress: Progress, now_s: float) -> dict[str, Any]:

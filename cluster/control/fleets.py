@@ -16,7 +16,7 @@ from cluster.control.slots import slots
 from cluster.errors import SpringtideError
 from cluster.publishing import placement, rollout
 from cluster.publishing.placement import SurgeFacts
-from cluster.types import UNBOUNDED, HoldOrder, ReplicaBounds, ReplicaState, VersionId
+from cluster.types import HoldOrder, ReplicaBounds, ReplicaState, VersionId
 
 TURN_S = 0.5
 RETRY_REFUSED_S = 30
@@ -125,15 +125,12 @@ class FleetReconciler:
     # how many there may be
 
     def _bound(self, fleet: Fleet) -> None:
-        """Tell the fleet's replicas its bounds when they have changed, or when others have come that have not heard them. They repeat them
-        to Serve's autoscaler with their load (`deployments.autoscaling`), which asks for no fewer replicas and no more."""
+        """Tell the fleet's bounds to those of its replicas that say others. They repeat them to Serve's autoscaler with their load
+        (`deployments.autoscaling`), which asks for no fewer replicas and no more."""
         needed = self.hosting.place_adapters(fleet).replicas_needed
-        bounds = ReplicaBounds(needed if needed > 1 else 0, self.ceilings().get(fleet.name))
-        ids = tuple(sorted(replica.id for replica in self.hosting.own(fleet)))
-        if bounds == fleet.bounds and (bounds == UNBOUNDED or ids == fleet.bounds_told):
-            return
-        if fleet.orders.bound(bounds, ids):
-            fleet.bounds, fleet.bounds_told = bounds, ids
+        fleet.bounds = ReplicaBounds(needed if needed > 1 else 0, self.ceilings().get(fleet.name))
+        if stale := tuple(one.id for one in self.hosting.own(fleet) if one.bounds != fleet.bounds):
+            fleet.orders.bound(fleet.bounds, stale)
 
     # what replicas hold
 

@@ -13,10 +13,11 @@ from cluster.control.applications import Applications, surge_app
 from cluster.control.background import Background
 from cluster.control.desired import Desired
 from cluster.control.replicas import Orders, Replicas
+from cluster.control.slots import Serving
 from cluster.errors import NoReplica, SpringtideError, VersionRefused
 from cluster.pool import graph
 from cluster.publishing import adapter_placement, placement
-from cluster.publishing.adapter_placement import NOTHING, AdapterPlacement
+from cluster.publishing.adapter_placement import NOTHING, AdapterPlacement, Adapters
 from cluster.publishing.placement import Hosted, Swap
 from cluster.publishing.rollout import Rollout
 from cluster.store.registry import Registry
@@ -55,8 +56,6 @@ class Fleet:
     """What `placement` was worked out from."""
     bounds: ReplicaBounds = UNBOUNDED
     """How few and how many replicas it may have now."""
-    bounds_told: tuple[str, ...] = ()
-    """The replicas that have heard of ``bounds``."""
 
     @property
     def name(self) -> str:
@@ -103,8 +102,8 @@ class Hosting:
         self._assigned: tuple[tuple[object, ...], dict[str, str | None]] = ((), {})
         self._unreadable_s: dict[VersionId, float] = {}
         """Version whose manifest cannot be read → when to try again."""
-        self.watched: Callable[[tuple[tuple[FleetSpec, tuple[str, ...]], ...]], None] = lambda _: None
-        """Hears which fleets there are and of which Serve applications each consists."""
+        self.watched: Callable[[tuple[Serving, ...]], None] = lambda _: None
+        """Hears which fleets there are."""
         for name in config.fleets:
             self.add(config.spec(name), declared=True)
 
@@ -139,7 +138,7 @@ class Hosting:
 
     def count(self) -> None:
         """Tell who counts slots which applications there are."""
-        self.watched(tuple((fleet.spec, fleet.apps) for fleet in self.fleets.values()))
+        self.watched(tuple(Serving(fleet.spec, fleet.apps, fleet.bounds.floor) for fleet in self.fleets.values()))
 
     # replicas
 
@@ -167,25 +166,34 @@ class Hosting:
         return fleet.placement
 
     def _place_adapters(self, fleet: Fleet, places: int) -> AdapterPlacement:
-        adapters: dict[str, list[str]] = {}
-        for id in self.wanted_of(fleet):
-            if (weights := self.desired.weights(id)) != id:
-                adapters.setdefault(str(weights), []).append(str(id))
-        alike: dict[tuple[str, str], list[ReplicaState]] = {}
+        adapters, alike = self.adapters_of(fleet), dict[tuple[str, str], list[ReplicaState]]()
         for replica in self.all_of(fleet):
             alike.setdefault((replica.app, replica.base), []).append(replica)
-        divided = [adapter_placement.assign(adapters.get(base, ()), some, places) for (_, base), some in alike.items()]
-        return AdapterPlacement(
-            {id: ids for one in divided for id, ids in one.assigned.items()},
-            {id: copies for one in divided for id, copies in one.copies.items()},
-            max((one.replicas_needed for one in divided), default=0),
-        )
+        groups = ((adapters.get(base, Adapters()), some) for (_, base), some in alike.items())
+        return adapter_placement.together([adapter_placement.assign(own, some, places) for own, some in groups])
+
+    def adapters_of(self, fleet: Fleet) -> dict[str, Adapters]:
+        """Weights → the adapters on them that the fleet's replicas should hold."""
+        live = dict.fromkeys(self._live_of(fleet))
+        found, coming = self._by_weights(live), self._by_weights(id for id in self.coming_to(fleet) if id not in live)
+        return {base: Adapters(tuple(found.get(base, ())), tuple(coming.get(base, ()))) for base in found.keys() | coming.keys()}
+
+    def _by_weights(self, ids: Iterable[VersionId]) -> dict[str, list[str]]:
+        """Weights → those of the versions that are adapters on them."""
+        found: dict[str, list[str]] = {}
+        for id in ids:
+            if (weights := self.desired.weights(id)) != id:
+                found.setdefault(str(weights), []).append(str(id))
+        return found
 
     def wanted_of(self, fleet: Fleet) -> list[VersionId]:
         """The versions that the fleet's clients may get, then those of rollouts that its replicas should hold already."""
+        return list(dict.fromkeys([*self._live_of(fleet), *self.coming_to(fleet)]))
+
+    def _live_of(self, fleet: Fleet) -> list[VersionId]:
+        """The versions that the fleet's clients may get."""
         moves = self.readable_moves(self.aliases_of(fleet)).values()
-        live = [id for move in moves for id in move.versions]
-        return list(dict.fromkeys([*live, *self.coming_to(fleet)]))
+        return list(dict.fromkeys(id for move in moves for id in move.versions))
 
     # aliases
 

@@ -94,7 +94,7 @@ class Replicas:
 
 def _what(state: ReplicaState) -> tuple[Any, ...]:
     """The part of a replica's state that control decides by."""
-    return state.url, state.base, state.held, state.refused, state.staged, state.revision
+    return state.url, state.base, state.held, state.refused, state.staged, state.bounds, state.revision
 
 
 class Given(NamedTuple):
@@ -128,7 +128,7 @@ class Orders:
         return (not missing and key not in self._given) or self._give(key, lambda: ("hold", dict(wanted), carried()))
 
     def bound(self, bounds: ReplicaBounds, replicas: tuple[str, ...]) -> bool:
-        """Tell these replicas how few and how many of the fleet there may be; True once they have heard it."""
+        """Tell these replicas how few and how many of the fleet there may be; their states say when they have heard it."""
         return self._give(("bound", *map(str, bounds), *replicas), lambda: ("bound", bounds))
 
     def swap(self, replica: str, id: str, fingerprint: str, cut_streams: bool) -> bool:

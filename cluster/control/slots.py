@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import ray
 
+from cluster.config import FleetSpec
 from cluster.control.applications import Application
 
 
@@ -20,6 +21,16 @@ def slots(accelerator: str) -> dict[str, float]:
 def resource(accelerator: str) -> str:
     """What a slot is to Ray."""
     return "GPU" if accelerator == "gpu" else "slot"
+
+
+class Serving(NamedTuple):
+    """A fleet whose slots are counted."""
+
+    spec: FleetSpec
+    apps: tuple[str, ...]
+    """The Serve applications that it consists of."""
+    floor: int = 0
+    """The replicas that its adapters need; see `cluster.types.ReplicaBounds`."""
 
 
 class Served(NamedTuple):

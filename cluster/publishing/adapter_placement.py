@@ -24,41 +24,82 @@ class AdapterPlacement(NamedTuple):
     """Adapter's id → how many replicas must hold it; only of adapters that not every replica holds. 0: there is no place for it."""
     replicas_needed: int = 0
     """The fewest replicas that have a place for every adapter."""
+    homeless: tuple[str, ...] = ()
+    """The live adapters without a place, sorted."""
 
     def asked(self, replica: ReplicaState, id: str) -> bool:
         """Whether the replica must hold the adapter."""
         return id not in self.copies or id in self.assigned.get(replica.id, ())
 
-    @property
-    def homeless(self) -> tuple[str, ...]:
-        """The adapters without a place, sorted."""
-        return tuple(sorted(id for id, copies in self.copies.items() if not copies))
-
 
 NOTHING = AdapterPlacement({}, {})
 
 
-def assign(adapters: Sequence[str], replicas: Sequence[ReplicaState], places: int) -> AdapterPlacement:
+class Adapters(NamedTuple):
+    """Ids of the adapters of one fleet on the same weights."""
+
+    live: tuple[str, ...] = ()
+    """What clients may get."""
+    coming: tuple[str, ...] = ()
+    """Of rollouts under way. Those that are live already are not in here."""
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (*self.live, *self.coming)
+
+    def replicas_for(self, id: str, places: int) -> int:
+        """The fewest replicas that have a place for this adapter beside those that go before it."""
+        before = self.all.index(id) if id in self.all else len(self.all)
+        return ceil((before + 1) / places)
+
+
+def assign(adapters: Adapters, replicas: Sequence[ReplicaState], places: int) -> AdapterPlacement:
     """Divide the places of ``replicas``, which host the same weights, among ``adapters``; ``places``: adapters per replica.
 
-    Where there are too few places, the first adapters get them: the caller names the live ones before those of rollouts.
+    Where there are too few places, live adapters go before those of rollouts, and of the live ones those go first that a replica holds.
 
     Example: two replicas with 2 places each, three adapters. Four places are enough for one copy of each adapter. Replica r holds a and b,
     replica s holds nothing: r keeps a and b, and s loads c. A fifth adapter finds no place, and its ``copies`` are 0; it needs a third
-    replica.
+    replica. Now r is lost: s keeps c and loads one of the others, and two have no place until r is back.
     """
-    needed = ceil(len(adapters) / places)
+    every, needed = adapters.all, ceil(len(adapters.all) / places)
     if not replicas or needed <= 1:
-        return AdapterPlacement({one.id: tuple(adapters) for one in replicas}, {}, needed)
-    copies = max(1, len(replicas) * places // len(adapters))
-    holders, used = _kept(adapters[: len(replicas) * places], replicas, copies, places)
+        return AdapterPlacement({one.id: every for one in replicas}, {}, needed)
+    copies = max(1, len(replicas) * places // len(every))
+    holders, used = _kept(_first(adapters, replicas, len(replicas) * places), replicas, copies, places)
     _fill([some for some in holders.values() if len(some) < copies], used, copies, places)
     assigned: dict[str, list[str]] = {one.id: [] for one in replicas}
     for id, some in holders.items():
         for replica in some:
             assigned[replica].append(id)
-    counted = {id: len(holders.get(id, ())) for id in adapters}
-    return AdapterPlacement({id: tuple(ids) for id, ids in assigned.items()}, counted, needed)
+    counted = {id: len(holders.get(id, ())) for id in every}
+    homeless = tuple(sorted(id for id in adapters.live if not counted[id]))
+    return AdapterPlacement({id: tuple(ids) for id, ids in assigned.items()}, counted, needed, homeless)
+
+
+def _first(adapters: Adapters, replicas: Sequence[ReplicaState], count: int) -> Sequence[str]:
+    """The ``count`` adapters that get a place."""
+    if len(adapters.all) <= count:
+        return adapters.all
+    held = {id for replica in replicas for id in replica.held}
+    return [*sorted(adapters.live, key=lambda id: id not in held), *adapters.coming][:count]
+
+
+def together(groups: Sequence[AdapterPlacement]) -> AdapterPlacement:
+    """The placements of several groups of replicas as one.
+
+    Example: the fleet has two replicas and one copy of a. Its surge has one replica, which holds all: a has 2 copies.
+    """
+    if len(groups) == 1:
+        return groups[0]
+    counted = [one.copies or dict.fromkeys(next(iter(one.assigned.values()), ()), len(one.assigned)) for one in groups]
+    copies = {id: sum(some.get(id, 0) for some in counted) for one in groups for id in one.copies}
+    return AdapterPlacement(
+        {id: ids for one in groups for id, ids in one.assigned.items()},
+        copies,
+        max((one.replicas_needed for one in groups), default=0),
+        tuple(sorted({id for one in groups for id in one.homeless if not copies[id]})),
+    )
 
 
 def _kept(

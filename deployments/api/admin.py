@@ -145,7 +145,7 @@ def publish(control: Control, order: Publish) -> Awaitable[Any]:
 
 
 def step(control: Control, what: str, order: Step) -> Awaitable[Any]:
-    return control("order", order.alias, what, order.reason, order.claimed_author)
+    return control(what, order.alias, order.reason, order.claimed_author)
 
 
 def rollback(control: Control, order: Rollback) -> Awaitable[Any]:

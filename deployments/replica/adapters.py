@@ -12,6 +12,9 @@ from deployments.replica.in_flight import InFlight
 from deployments.replica.storage import Storage
 from deployments.replica.vllm_engine import VllmEngine
 
+CLOSE_S = 5.0
+"""How long an order waits for the requests of an adapter that makes room."""
+
 log = logs.logger(__name__)
 
 
@@ -53,10 +56,11 @@ class Adapters:
             await self._unload(id)
 
     async def _load(self, manifest: Manifest) -> None:
+        """Nothing where room could not be made yet: control orders it again."""
         folder = await self.storage.fetch(manifest)
-        await self._make_room(str(manifest.id))
-        await self.vllm.load_adapter(str(manifest.id), folder)
-        self.holdings.held[str(manifest.id)] = manifest.digest
+        if await self._make_room(str(manifest.id)):
+            await self.vllm.load_adapter(str(manifest.id), folder)
+            self.holdings.held[str(manifest.id)] = manifest.digest
 
     async def _stage(self, manifest: Manifest) -> None:
         """Bring every byte of the version and of its weights to this machine, so that a swap waits for no store."""
@@ -64,11 +68,12 @@ class Adapters:
             await self.storage.fetch(await self.storage.manifest(id))
         self.holdings.staged[str(manifest.id)] = manifest.digest
 
-    async def _make_room(self, coming: str) -> None:
-        """Unload one adapter where all places are taken. Its requests in flight end first; new ones go to another replica."""
+    async def _make_room(self, coming: str) -> bool:
+        """Unload one adapter where all places are taken. Its requests in flight end first; new ones go to another replica. False where they
+        have not ended yet."""
         adapters = self.holdings.adapters
         if len(adapters) < self.fleet.max_cpu_loras:
-            return
+            return True
         uses = [Use(id, self.in_flight.answering[id], self.in_flight.used_s.get(id, 0.0)) for id in adapters]
         leaving = to_unload(uses, self.holdings.assigned, await self.storage.live(), self.fleet.when_full == "evict")
         if leaving is None:
@@ -77,21 +82,23 @@ class Adapters:
                 "Raise fleet.max_cpu_loras, or set fleet.when_full=evict to unload the adapter that was idle the longest.",
                 param="fleet.max_cpu_loras",
             )
-        await self._close(leaving, coming)
+        if not await self._close(leaving):
+            log.info("%s waits for the place of %s, which still answers", coming, leaving)
+            return False
         await self._unload(leaving)
+        return True
 
-    async def _close(self, id: str, coming: str) -> None:
-        """Admit no request for the version any more, and wait for those in flight. Where they last too long it stays, and is open again."""
-        digest, limit_s = self.holdings.held.pop(id), self.fleet.swap_drain_s
+    async def _close(self, id: str) -> bool:
+        """Admit no request for the version, and wait for those in flight. False, and it is open again, where they last longer than `CLOSE_S`:
+        other orders wait for this one."""
+        digest, answered = self.holdings.held.pop(id), False
         self.holdings.revision += 1
-        if await self.in_flight.until_answered(id, limit_s):
-            return
-        self.holdings.held[id] = digest
-        raise VersionRefused(
-            f"{self.in_flight.answering[id]} requests for {id}, whose place {coming} needs, still ran after {limit_s} s.",
-            "It is tried again by itself; to wait longer, raise fleet.swap_drain_s.",
-            param="fleet.swap_drain_s",
-        )
+        try:
+            answered = await self.in_flight.until_answered(id, CLOSE_S)
+        finally:
+            if not answered:
+                self.holdings.held[id] = digest
+        return answered
 
     async def _unload(self, id: str) -> None:
         self.holdings.held.pop(id, None)  # first: control must not route to what is being unloaded
@@ -114,9 +121,9 @@ def to_unload(uses: Sequence[Use], assigned: Collection[str], live: Collection[s
     """The adapter that makes room for another; None where all must stay. Pure.
 
     What control has ``assigned`` to this engine stays; before control has said so, what is ``live`` does. A live adapter that is not
-    assigned here is one that other replicas hold, so it may go. An adapter that is not live goes only where the fleet's ``when_full`` says
-    ``evict``. Of those that may go, the ones without a request in flight come first, then the ones that are not live, then the one that was
-    idle the longest.
+    assigned here may go: another replica is to hold it, or there is no place for it. An adapter that is not live goes only where the fleet's
+    ``when_full`` says ``evict``. Of those that may go, the ones without a request in flight come first, then the ones that are not live,
+    then the one that was idle the longest.
 
     Example: a and b are live and fit on both replicas, so both hold them. c comes, and this replica is assigned b and c: a must go, though
     it answers.

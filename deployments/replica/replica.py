@@ -64,7 +64,7 @@ class Replica:
         line, told, told_s = Line(), None, float("-inf")
         while True:
             with contextlib.suppress(RayError):  # the engine has ended: `_end` is called
-                state: ReplicaState = await self.engine.describe.remote()
+                state = self._of(await self.engine.describe.remote())
                 if state._replace(running=0) != told or time.monotonic() - told_s >= REPORT_S:
                     told_s = time.monotonic()
                     told = state._replace(running=0) if await line.tell("report", state) else None
@@ -84,15 +84,20 @@ class Replica:
     async def hold(self, orders: dict[str, HoldOrder], carried: weight_distribution.Carried) -> ReplicaState | None:
         """See `deployments.replica.engine.Engine.hold`; None until it serves. Control asks all replicas, and those that ``orders`` names
         obey."""
-        return await self.engine.hold.remote(orders[self.id], carried) if self.engine and self.id in orders else None
+        return self._of(await self.engine.hold.remote(orders[self.id], carried)) if self.engine and self.id in orders else None
 
     async def swap_weights(self, replica: str, id: str, fingerprint: str, cut_streams: bool = False) -> ReplicaState | None:
         """See `deployments.replica.engine.Engine.swap_weights`. Control asks all replicas, and the one that ``replica`` names obeys."""
-        return await self.engine.swap_weights.remote(id, fingerprint, cut_streams) if replica == self.id else None
+        return self._of(await self.engine.swap_weights.remote(id, fingerprint, cut_streams)) if replica == self.id else None
 
-    async def bound(self, bounds: ReplicaBounds) -> None:
+    async def bound(self, bounds: ReplicaBounds) -> ReplicaState | None:
         """How few and how many replicas the fleet may have. Serve's autoscaler hears it with the next load."""
         self.bounds = bounds
+        return self._of(await self.engine.describe.remote()) if self.engine else None
+
+    def _of(self, state: ReplicaState) -> ReplicaState:
+        """The engine's state with what this replica adds."""
+        return state._replace(bounds=self.bounds)
 
     async def check_health(self) -> None:
         await self.engine.check.remote()

@@ -48,7 +48,10 @@ class Router:
     # asked by requests
 
     async def resolve(self, model: str, session: str) -> Target:
-        """What ``model`` means, after a move of it that control has announced. Raises as `Table.resolve` does."""
+        """What ``model`` means, after a move of it that control has announced. Raises as `Table.resolve` does.
+
+        Where the alias's own fleet sleeps it wakes, though another fleet with the same weights may answer meanwhile.
+        """
         if awaited := self.moving.get(model):
             try:
                 async with asyncio.timeout(HOLD_TIMEOUT_S), self.changed:
@@ -56,7 +59,10 @@ class Router:
             except TimeoutError:
                 if self.moving.get(model) == awaited:  # a newer move has its own time
                     self.moving.pop(model)
-        return self.table.resolve(model, session)
+        target = self.table.resolve(model, session)
+        if (own := self.table.asleep(target.fleet)) is not None:
+            self._start(own)
+        return target
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when a newer view than the one in force has come, or after ``timeout_s``."""
@@ -68,6 +74,10 @@ class Router:
     def wake(self, target: Target) -> FleetState | None:
         """Wake the fleet that answers for the version and has no replica, and return it. None where no fleet need be woken."""
         fleet = self.table.fleet_to_wake(str(target.version), target.fleet)
-        if fleet is not None and (fleet.name not in self.waking or self.waking[fleet.name].done()):
-            self.waking[fleet.name] = asyncio.ensure_future(self._wake(fleet))
+        if fleet is not None:
+            self._start(fleet)
         return fleet
+
+    def _start(self, fleet: FleetState) -> None:
+        if fleet.name not in self.waking or self.waking[fleet.name].done():
+            self.waking[fleet.name] = asyncio.ensure_future(self._wake(fleet))

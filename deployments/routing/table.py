@@ -133,6 +133,11 @@ class Table:
         """Whether a request for the version is answered now, or after a fleet was woken for it."""
         return id in self.holders or self.fleet_to_wake(id) is not None
 
+    def asleep(self, fleet: str) -> FleetState | None:
+        """The fleet, where it has no replica."""
+        state = self.view.fleets.get(fleet)
+        return state if state is not None and not self.running[state.app] else None
+
     def fleet_to_wake(self, id: str, own: str = "") -> FleetState | None:
         """The fleet to wake for the version: it answers for it and has no replica; of several the alias's ``own``. None where another fleet
         that runs answers for it too."""
@@ -157,9 +162,9 @@ class Table:
     def choose(self, version: VersionId, now_s: float, tried: frozenset[str] = frozenset(), fleet: str = "") -> ReplicaState:
         """The least busy replica that holds ``version``, ties broken at random; suspects last. Raises `NoReplica`.
 
-        The replicas of ``fleet`` come first, its surge's included. Another fleet's is taken only where none of them is left. Example: the
-        fleets chat and batch both host m@1. A request for chat's alias goes to a replica of chat, however busy, and to one of batch while
-        chat has none.
+        The replicas of ``fleet`` come first, its surge's included. Another fleet's is taken only where none of them is left, or all are
+        suspects. Example: the fleets chat and batch both host m@1. A request for chat's alias goes to a replica of chat, however busy, and
+        to one of batch while chat has none.
 
         Of more than `LOOKED_AT` holders it compares so many, drawn at random. Comparing thousands would take longer than anything else
         that a gateway does for a request, and the choice would hardly be better (Mitzenmacher 2001, the power of two choices).
@@ -168,7 +173,7 @@ class Table:
         candidates = self._holding(str(version), fleet)
         if tried:
             candidates = [id for id in candidates if id not in tried]
-        if not candidates and fleet:
+        if fleet and all(self.suspects.get(id, 0) > now_s for id in candidates):
             return self.choose(version, now_s, tried)
         if not candidates:
             raise NoReplica(

@@ -11,12 +11,16 @@ from hypothesis import given
 
 from cluster.control import describe
 from cluster.errors import VersionRefused
-from cluster.publishing.adapter_placement import AdapterPlacement, assign
+from cluster.publishing.adapter_placement import AdapterPlacement, Adapters, assign, together
 from cluster.publishing.placement import count_holders, routable
 from cluster.types import Generation, ReplicaBounds, ReplicaState, VersionId
 from tests.controlled import Controlled, adapter, stop_all, two_fleets, wait_until
 
 NAMES = [f"a@{n}" for n in range(1, 31)]
+
+
+def live(*adapters: str) -> Adapters:
+    return Adapters(adapters)
 
 
 def replica(id: str, *held: str) -> ReplicaState:
@@ -41,25 +45,44 @@ def fleets(draw: st.DrawFn) -> tuple[list[str], list[ReplicaState], int]:
 
 
 def test_while_all_adapters_fit_every_replica_holds_all_of_them() -> None:
-    placement = assign(["a@1", "a@2"], [replica("r"), replica("s", "a@2")], places=2)
+    placement = assign(live("a@1", "a@2"), [replica("r"), replica("s", "a@2")], places=2)
     assert placement == AdapterPlacement({"r": ("a@1", "a@2"), "s": ("a@1", "a@2")}, {}, 1)
 
 
 def test_a_place_that_a_live_adapter_lacks_is_no_candidates() -> None:
     """A candidate that was held already kept its place, and a live adapter had none."""
-    placement = assign(["a@1", "a@2", "candidate@1"], [replica("r", "a@1", "candidate@1")], places=2)
+    placement = assign(Adapters(("a@1", "a@2"), ("candidate@1",)), [replica("r", "a@1", "candidate@1")], places=2)
     assert set(placement.assigned["r"]) == {"a@1", "a@2"}
-    assert placement.homeless == ("candidate@1",) and placement.replicas_needed == 2
+    assert placement.copies["candidate@1"] == 0 and placement.replicas_needed == 2
+    assert placement.homeless == (), "it is not live yet"
+
+
+def test_a_replica_that_is_left_alone_keeps_the_live_adapters_that_it_answers_for() -> None:
+    """The first adapters by name took their places: what answered was unloaded, for what did not."""
+    placement = assign(live("a@1", "b@1"), [replica("r", "b@1")], places=1)
+    assert placement.assigned["r"] == ("b@1",) and placement.homeless == ("a@1",)
+
+
+def test_the_placements_of_a_fleet_and_its_surge_are_one() -> None:
+    """What the surge had no place for had none at all."""
+    fleet = assign(live("a@1", "a@2", "a@3"), [replica("r"), replica("s")], places=2)
+    surge = assign(live("a@1", "a@2", "a@3"), [replica("t")], places=2)
+    whole = assign(live("a@1", "a@2", "a@3"), [replica("u")], places=3)
+    both = together([fleet, surge])
+    assert surge.homeless and both.homeless == () and all(both.copies[id] >= 1 for id in ("a@1", "a@2", "a@3"))
+    assert both.replicas_needed == 2 and both.assigned.keys() == {"r", "s", "t"}
+    assert together([surge, whole]).copies == {id: count + 1 for id, count in surge.copies.items()}
+    assert together([]) == AdapterPlacement({}, {})
 
 
 @given(fleets())
 def test_so_many_replicas_as_are_needed_have_a_place_for_every_adapter(fleet: tuple[list[str], list[ReplicaState], int]) -> None:
     adapters, replicas, places = fleet
-    needed = assign(adapters, replicas, places).replicas_needed
+    needed = assign(live(*adapters), replicas, places).replicas_needed
     more = [*replicas, *(replica(f"new{n}") for n in range(needed))][: max(1, needed)]
-    assert assign(adapters, more, places).homeless == ()
+    assert assign(live(*adapters), more, places).homeless == ()
     if needed > 1:
-        assert assign(adapters, more[: needed - 1], places).homeless
+        assert assign(live(*adapters), more[: needed - 1], places).homeless
 
 
 @given(fleets())
@@ -67,7 +90,7 @@ def test_no_replica_has_more_than_its_places_and_no_adapter_is_left_out_while_th
     fleet: tuple[list[str], list[ReplicaState], int],
 ) -> None:
     adapters, replicas, places = fleet
-    placement = assign(adapters, replicas, places)
+    placement = assign(live(*adapters), replicas, places)
     assert all(len(set(ids)) == len(ids) <= places for ids in placement.assigned.values())
     found = copies(placement)
     assert sum(id in found for id in adapters) == min(len(adapters), len(replicas) * places)
@@ -77,8 +100,8 @@ def test_no_replica_has_more_than_its_places_and_no_adapter_is_left_out_while_th
 @given(fleets())
 def test_replicas_that_hold_what_they_must_are_asked_for_nothing_else(fleet: tuple[list[str], list[ReplicaState], int]) -> None:
     adapters, replicas, places = fleet
-    placement = assign(adapters, replicas, places)
-    again = assign(adapters, follow(replicas, placement), places)
+    placement = assign(live(*adapters), replicas, places)
+    again = assign(live(*adapters), follow(replicas, placement), places)
     assert {id: set(ids) for id, ids in again.assigned.items()} == {id: set(ids) for id, ids in placement.assigned.items()}
 
 
@@ -87,10 +110,10 @@ def test_a_replica_that_goes_moves_only_what_it_held(
     fleet: tuple[list[str], list[ReplicaState], int], data: st.DataObject
 ) -> None:
     adapters, replicas, places = fleet
-    before = assign(adapters, replicas, places)
+    before = assign(live(*adapters), replicas, places)
     gone = data.draw(st.sampled_from(replicas)).id
     left = [one for one in follow(replicas, before) if one.id != gone]
-    after = assign(adapters, left, places)
+    after = assign(live(*adapters), left, places)
     for one in left:
         new = set(after.assigned[one.id]) - set(before.assigned[one.id])
         assert all(id in before.assigned[gone] or not before.copies.get(id, 1) for id in new) or len(adapters) <= places
@@ -141,14 +164,15 @@ def test_a_fleet_keeps_as_many_replicas_as_its_adapters_need(tmp_path: Path) -> 
         assert control.publish(first.id, "tenant-0").stage == "live"
         asked = threading.Thread(target=control.publish, args=(second.id, "tenant-1"), daemon=True)
         asked.start()
-        wait_until(lambda: ("fleet-m", ReplicaBounds(2)) in machines.bounds)
+        wait_until(lambda: machines.there["replica-m"].bounds == ReplicaBounds(2))
         assert asked.is_alive(), "it waits for the replica that Serve starts"
         machines.start("replica-m2", "fleet-m", VersionId("m", 1))
         asked.join(20)
         wait_until(lambda: control.view.aliases["tenant-1"].stable == second.id)
-        del machines.there["replica-m2"]
-        control.replicas.leave("replica-m2")
-        wait_until(lambda: "no place for tenant-1@1" in {one["words"] for one in listed(control)})
+        del machines.there["replica-m"]
+        control.replicas.leave("replica-m")
+        wait_until(lambda: "no place for tenant-0@1" in {one["words"] for one in listed(control)})
+        assert held_of(control, "replica-m2") == {"tenant-1@1"}, "it goes on with what it answered for"
     finally:
         stop_all()
 

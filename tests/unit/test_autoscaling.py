@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from deployments.autoscaling import Load, LoadPolicy, Target, replicas_for
 from deployments.replica.load import WINDOW_S, EngineLoad, Step
 
-CONFIG = SimpleNamespace(target_ongoing_requests=32, min_replicas=0)
+CONFIG = SimpleNamespace(target_ongoing_requests=32)
 LOADS = st.lists(
     st.builds(Load, *(st.floats(0, 200) for _ in range(2)), st.floats(0, 1), st.floats(0, 5)), min_size=1, max_size=8
 )
@@ -63,15 +63,13 @@ def test_a_fleet_asks_for_no_more_than_its_ceiling() -> None:
     assert LoadPolicy(0.8, 1.0)(context) == (1, {}), "one that is too busy to say anything is no reason to keep more"
 
 
-def test_a_fleet_keeps_as_many_replicas_as_its_adapters_need_and_sleeps_as_a_whole() -> None:
+def test_a_fleet_keeps_as_many_replicas_as_its_adapters_need() -> None:
     """Scaled down, the adapters beyond one replica's places had no replica to answer for them."""
     metrics = {"running": {"a": 0.0, "b": 1.0}, "floor": {"a": 3.0, "b": 0.0}}
     context = SimpleNamespace(config=CONFIG, aggregated_metrics=metrics, current_num_replicas=2, target_num_replicas=2)
     assert LoadPolicy(0.8, 1.0)(context) == (3, {}), "one that has just started has not heard it yet"
     metrics["running"]["b"] = 0.0
-    assert LoadPolicy(0.8, 1.0)(context) == (0, {})
-    context.config = SimpleNamespace(target_ongoing_requests=32, min_replicas=1)
-    assert LoadPolicy(0.8, 1.0)(context) == (3, {}), "it never sleeps"
+    assert LoadPolicy(0.8, 1.0)(context) == (3, {}), "Serve would keep one for minutes before it lets all sleep"
     metrics["ceiling"] = {"a": 1.0}
     assert LoadPolicy(0.8, 1.0)(context) == (1, {}), "another fleet needs the slots more"
 

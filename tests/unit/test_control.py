@@ -466,27 +466,32 @@ def test_a_control_that_starts_while_every_fleet_sleeps_tells_the_gateways_what_
     wait_until(lambda: control.view.fleets.keys() == {"m", "n"} and control.view.replicas == ())
 
 
-def test_a_fleets_replicas_hear_its_bounds_when_it_changes_and_when_another_comes(tmp_path: Path) -> None:
+def test_a_fleets_replicas_hear_its_bounds_until_each_of_them_says_so(tmp_path: Path) -> None:
+    """An order that reached nobody counted as heard."""
+
+    def heard() -> dict[str, ReplicaBounds]:
+        return {id: state.bounds for id, state in machines.there.items() if state.app == "fleet-m"}
+
     config, _, machines = two_fleets(tmp_path)
-    control = Controlled(config, machines)
-    control.ceilings, capped = {"m": 2, "n": None}, ("fleet-m", ReplicaBounds(ceiling=2))
-    wait_until(lambda: machines.bounds == [capped])
+    control, capped = Controlled(config, machines), ReplicaBounds(ceiling=2)
+    machines.deaf, control.ceilings = 1, {"m": 2, "n": None}
+    wait_until(lambda: heard() == {"replica-m": capped} and machines.deaf == 0)
     machines.start("another", "fleet-m", ONE)
-    wait_until(lambda: machines.bounds == [capped] * 2)
+    wait_until(lambda: heard() == {"replica-m": capped, "another": capped})
     control.ceilings = {"m": None, "n": None}
-    wait_until(lambda: machines.bounds == [capped, capped, ("fleet-m", UNBOUNDED)])
+    wait_until(lambda: heard() == {"replica-m": UNBOUNDED, "another": UNBOUNDED})
 
 
 def test_calls_that_wait_for_minutes_have_threads_of_their_own() -> None:
     """Sixty-four publishes that waited for their replicas used to keep heartbeats and views from being heard."""
-    assert in_group(WAITING) == {"publish", "add_fleet", "submit"}
+    assert in_group(WAITING) == {"publish", "promote", "add_fleet", "submit"}
     assert in_group(BEATS) >= {"heartbeat", "report", "leave", "starting", "leaving"}
     assert "view" in in_group(None)
 
 
 def test_what_ends_or_undoes_something_waits_for_no_publish() -> None:
     """Sixty-four publishes that waited used to keep the abort or the rollback that would have ended them from being heard."""
-    assert in_group(ORDERS) == {"order", "rollback", "cancel", "remove_fleet"}
+    assert in_group(ORDERS) == {"abort", "rollback", "cancel", "remove_fleet"}
     assert GROUPS[ORDERS] > 0
 
 
@@ -515,6 +520,7 @@ def test_a_fleet_that_sleeps_keeps_no_slot() -> None:
     spec = config.spec(config.default_fleet)
     assert demand(spec, Served()) == FleetDemand("seedling", 3, 0, 0, 2)
     assert demand(spec, Served(running=6, wanted=6)) == FleetDemand("seedling", 3, 6, 4, 2)
+    assert demand(spec, Served(running=6, wanted=6), adapters_floor=3) == FleetDemand("seedling", 3, 6, 6, 2)
 
 
 def test_an_alias_belongs_to_the_fleet_that_hosts_what_it_means() -> None:

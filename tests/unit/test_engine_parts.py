@@ -96,3 +96,13 @@ def test_what_must_be_here_stays_and_what_answers_goes_last(uses: dict[str, tupl
     assert leaving is None if not may_go else leaving in may_go
     if leaving is not None and uses[leaving][0]:
         assert all(uses[id][0] for id in may_go), "nothing idle could have gone"
+
+
+def test_of_several_that_may_go_the_idle_ones_go_first_then_those_that_are_not_live_then_the_longest_idle() -> None:
+    a, b, c = Use("a@1", 0, 5.0), Use("b@1", 0, 3.0), Use("c@1", 2, 1.0)
+    assert to_unload([a, b, c], {"x@1"}, {"b@1", "c@1"}, evict=True) == "a@1", "not live"
+    assert to_unload([a, b, c], {"x@1"}, {"a@1", "b@1", "c@1"}, evict=True) == "b@1", "idle for longer"
+    assert to_unload([a, b, c], {"a@1", "b@1"}, {"a@1", "b@1", "c@1"}, evict=True) == "c@1", "though it answers"
+    assert to_unload([a, b, c], {"b@1"}, {"b@1"}, evict=False) is None, "pinned versions stay under when_full: refuse"
+    assert to_unload([a, b, c], {"b@1"}, {"b@1", "c@1"}, evict=False) == "c@1"
+    assert to_unload([a, b], (), {"a@1", "b@1"}, evict=True) is None, "control has not said yet what must be here"

@@ -69,6 +69,29 @@ def test_a_move_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     run(test)
 
 
+def test_an_alias_wakes_its_own_fleet_while_another_answers() -> None:
+    """A fleet that slept stayed asleep for as long as another with the same weights ran."""
+
+    async def test() -> None:
+        woken: list[str] = []
+
+        async def wake(fleet: FleetState) -> None:
+            woken.append(fleet.name)
+
+        router = Router(Table(), wake)
+        twin = FLEET._replace(name="twin", app="fleet-twin")
+        await router.adopt(view(1, ONE, "m@1")._replace(fleets={"m": FLEET, "twin": twin}, alias_fleets={"m": "twin"}))
+        assert (await router.resolve("m", "")).version == ONE
+        await asyncio.sleep(0)
+        assert woken == ["twin"]
+        await router.adopt(view(2, ONE, "m@1")._replace(fleets={"m": FLEET, "twin": twin}, alias_fleets={"m": "m"}))
+        await router.resolve("m", "")
+        await asyncio.sleep(0)
+        assert woken == ["twin"]
+
+    run(test)
+
+
 def test_a_fleet_is_woken_once_however_many_ask() -> None:
     async def test() -> None:
         woken: list[str] = []

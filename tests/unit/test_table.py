@@ -164,9 +164,23 @@ def test_another_fleet_answers_while_the_own_one_has_nobody_left() -> None:
         chosen(made, "chat", tried=frozenset("bc"))
 
 
+def test_a_fleet_of_suspects_leaves_its_requests_to_another() -> None:
+    """Both attempts of each request went to the two dead replicas of its own fleet."""
+    made = twins(in_app("c", "fleet-chat", V1), in_app("d", "fleet-chat", V1), in_app("b", "fleet-batch", V1))
+    made.suspect("c", 0)
+    assert chosen(made, "chat") == {"d"}
+    made.suspect("d", 0)
+    assert chosen(made, "chat") == {"b"}
+
+
 def test_of_two_fleets_that_sleep_the_alias_wakes_its_own() -> None:
     made = twins()
     assert made.fleet_to_wake("m@1", "batch") == TWINS["batch"] and made.fleet_to_wake("m@1") == TWINS["chat"]
+
+
+def test_a_fleet_is_asleep_while_it_has_no_replica_whoever_else_answers() -> None:
+    made = twins(in_app("c", "fleet-chat", V1))
+    assert made.asleep("batch") == TWINS["batch"] and made.asleep("chat") is None and made.asleep("") is None
 
 
 def test_a_suspect_is_chosen_last_and_forgiven_later() -> None:
