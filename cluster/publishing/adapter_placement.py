@@ -108,8 +108,9 @@ def _kept(
     """Adapter → the replicas that hold it already and keep it, of several the ones that keep the fewest; and how many each keeps."""
     holders: dict[str, list[str]] = {id: [] for id in adapters}
     for replica in replicas:
-        for id in replica.held.keys() & holders.keys():
-            holders[id].append(replica.id)
+        for id in replica.held:
+            if id in holders:
+                holders[id].append(replica.id)
     used = dict.fromkeys((one.id for one in replicas), 0)
     for id, some in holders.items():
         chosen = some if len(some) <= copies else sorted(some, key=lambda one: (used[one], one))[:copies]
