@@ -85,7 +85,8 @@ class Fleet(Section):
     priority: int = 0
     """Which fleet gets slots first where there are too few for all: the higher number."""
     min_replicas: int = Field(default=1, ge=0)
-    """With 0 the fleet sleeps while nobody asks, and the first request waits until an engine has started."""
+    """With 0 the fleet sleeps while nobody asks, and the first request waits until an engine has started. A fleet whose adapters need more
+    than one replica does not sleep."""
     max_replicas: int = Field(default=1, ge=1)
     target_running: int = Field(default=32, ge=1)
     """Requests per replica that autoscaling aims at, those that wait in the engine included."""

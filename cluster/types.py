@@ -165,7 +165,8 @@ class ReplicaBounds(NamedTuple):
     """How many replicas of a fleet there may be now, beside its own ``min_replicas`` and ``max_replicas``."""
 
     floor: int = 0
-    """A fleet that is awake needs so many, or some adapter has no place (`cluster.publishing.adapter_placement`)."""
+    """With fewer some adapter has no place (`cluster.publishing.adapter_placement`), so a fleet with a floor does not sleep. 0: one replica has a
+    place for every adapter."""
     ceiling: int | None = None
     """Another fleet needs the slots of those beyond it (`cluster.capacity.arbiter`). None: nothing limits it. It goes before the floor."""
 
@@ -197,6 +198,8 @@ class ReplicaState(NamedTuple):
     """The Serve application that it belongs to: the fleet, or a second one while another shape takes over (`cluster.control.applications`)."""
     pid: int = 0
     """The engine's process, on the machine that ``url`` names."""
+    waiting: dict[str, str] = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
+    """Version id → what it waits for before it can be loaded."""
     bounds: ReplicaBounds = UNBOUNDED
     """What it has heard from control of its fleet."""
 

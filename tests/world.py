@@ -13,7 +13,7 @@ from random import Random
 
 from cluster.capacity.allocator import Allocator, Grant, Heartbeat
 from cluster.capacity.arbiter import Job
-from cluster.publishing.adapter_placement import AdapterPlacement, Adapters, assign
+from cluster.publishing.adapter_placement import AdapterPlacement, WantedAdapters, assign
 from cluster.types import FleetState, Generation, ReplicaState, VersionId
 
 SLOTS_PER_NODE = 8
@@ -134,7 +134,7 @@ class World:
 
     def place(self) -> AdapterPlacement:
         """Where control wants the live adapters."""
-        live = Adapters(tuple(str(self.aliases[name].stable) for name in self.adapters))
+        live = WantedAdapters(tuple(str(self.aliases[name].stable) for name in self.adapters))
         return assign(live, list(self.replicas.values()), PLACES)
 
     def hold(self, placement: AdapterPlacement) -> None:

@@ -82,7 +82,7 @@ class FleetDemand(NamedTuple):
     wanted_slots: int
     """For all replicas that its load asks for, those that run included. Before its ceiling where that is known, see `_hidden`."""
     floor_slots: int = 0
-    """For its ``min_replicas``."""
+    """For its ``min_replicas``, or for the replicas that its adapters need."""
     slots_per_replica: int = 1
 
 

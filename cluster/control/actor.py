@@ -45,8 +45,9 @@ GROUPS = {WAITING: 64, ORDERS: 32, BEATS: 16}
 
 - ``waiting``: calls that wait for minutes and can be asked again, such as a publish, which waits for its replicas.
 - ``orders``: what an operator does to end or undo something. It must get through while publishes hold all of ``waiting``. An abort waits for
-  half a minute at most. A rollback may wait as long as a publish, for replicas that swap weights; so many at once keep an abort waiting.
-- ``beats``: heartbeats of jobs and reports of replicas. They must be heard whatever else goes on."""
+  half a minute at most. A rollback may wait as long as a publish, for replicas that swap weights: 32 rollbacks at once make an abort wait.
+- ``beats``: heartbeats of jobs, reports of replicas, and what gateways ask. They read memory only, and must be heard while a store that does
+  not answer holds everything else."""
 OPTIONS: dict[str, Any] = {
     "name": ACTOR,
     "namespace": NAMESPACE,
@@ -114,10 +115,12 @@ class Control:
 
     # for gateways
 
+    @ray.method(concurrency_group=BEATS)
     def view(self, known: int = 0) -> View | None:
         """The newest view, None where it is the ``known`` one or before it."""
         return self.gateways.newer(known)
 
+    @ray.method(concurrency_group=BEATS)
     def stage(self, fleet: str = "") -> ColdStart:
         """How far the first replica of a fleet is; of any where none is named."""
         now_s, known = time.time(), self.applications.known

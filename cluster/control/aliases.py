@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cluster import logs
-from cluster.control import weight_distribution
+from cluster.control import adapters, weight_distribution
 from cluster.control.applications import Applications
 from cluster.control.desired import Desired
 from cluster.control.gateways import Gateways
@@ -186,7 +186,7 @@ class AliasReconciler:
         weights = self.desired.manifest(manifest.weights)
         resident = one.incumbent is not None and self.desired.weights(one.incumbent) == weights.id
         new = [manifest] if manifest.id == weights.id or resident else [weights, manifest]
-        asked, placed = self._asked(self.hosting.own(fleet), manifest, fleet), self.hosting.place_adapters(fleet)
+        asked, placed = self._asked(self.hosting.own(fleet), manifest, fleet), adapters.place(self.hosting, fleet)
         if not placed.copies.get(str(manifest.id), 1):
             return self._no_place(fleet, manifest)
         seen = placement.warmth(asked, manifest)
@@ -201,17 +201,16 @@ class AliasReconciler:
 
     def _asked(self, own: Sequence[ReplicaState], manifest: Manifest, fleet: Fleet) -> tuple[ReplicaState, ...]:
         """Those of the fleet's own replicas that must hold the version."""
-        placed = self.hosting.place_adapters(fleet)
+        placed = adapters.place(self.hosting, fleet)
         return tuple(one for one in own if placed.asked(one, str(manifest.id)))
 
     def _no_place(self, fleet: Fleet, manifest: Manifest) -> Warmth:
         """A refusal, or patience where the fleet may have the replicas that it needs: Serve starts them (`FleetReconciler`)."""
         places, most = fleet.spec.fleet.max_cpu_loras, self._most_replicas(fleet)
-        needed = self.hosting.adapters_of(fleet)[str(manifest.weights)].replicas_for(str(manifest.id), places)
+        needed = adapters.wanted(self.hosting, fleet)[str(manifest.weights)].replicas_for(str(manifest.id), places)
         if needed <= most:
-            return Warmth(
-                needed, 0, waits=f"a place for adapters: {needed} replicas have one, and {len(self.hosting.own(fleet))} run"
-            )
+            running = len(self.hosting.own(fleet))
+            return Warmth(1, 0, waits=f"a replica with a free place: the adapters need {needed} replicas, and {running} run")
         more = "raise fleet.max_replicas" if most >= fleet.spec.fleet.max_replicas else "add slots to the pool"
         return Warmth(
             1,
@@ -221,10 +220,10 @@ class AliasReconciler:
         )
 
     def _most_replicas(self, fleet: Fleet) -> int:
-        """The replicas that the fleet may have by its settings, by the arbiter, and by the slots that there can be."""
+        """The replicas that the fleet may have by its settings and by the slots that there can be. The arbiter may allow fewer just now."""
         settings, room = fleet.spec.fleet, self.room()
-        limits = (settings.max_replicas, fleet.bounds.ceiling, None if room is None else room // settings.tensor_parallel_size)
-        return max(len(self.hosting.own(fleet)), min(limit for limit in limits if limit is not None))
+        most = settings.max_replicas if room is None else min(settings.max_replicas, room // settings.tensor_parallel_size)
+        return max(len(self.hosting.own(fleet)), most)
 
     def _surge(self, fleet: Fleet) -> tuple[ReplicaState, ...]:
         return self.hosting.replicas.of(fleet.surge_app) if fleet.surge else ()

@@ -15,7 +15,7 @@ from cluster.config import FleetSpec
 from cluster.control import metrics
 from cluster.control.applications import Applications
 from cluster.control.lease import Lease
-from cluster.control.slots import Served, Serving, resource, served, slots, together
+from cluster.control.slots import Served, ServingFleet, resource, served, slots, together
 
 TURN_S = 0.3
 
@@ -31,7 +31,7 @@ class Allocation:
         self.allocator = Allocator(budget, time.time())
         self.lease = Lease(resource(accelerator))
         self.board = metrics.Board()
-        self.serving: tuple[Serving, ...] = ()
+        self.serving: tuple[ServingFleet, ...] = ()
         self.ceiling: int | None = None
         """The most slots that Ray's autoscaler gives, as far as the last turn knew; see `Lease.ceiling`."""
         self._lock = threading.Lock()
@@ -46,7 +46,7 @@ class Allocation:
                 self.accelerator, self.lease = accelerator, Lease(resource(accelerator))
             self.allocator.budget = budget
 
-    def watch(self, serving: tuple[Serving, ...]) -> None:
+    def watch(self, serving: tuple[ServingFleet, ...]) -> None:
         """Count these fleets from now on."""
         self.serving = serving
 
@@ -112,7 +112,7 @@ class Allocation:
         metrics.publish(self.board, self.allocator.snapshots, self.allocator.changes, self.allocator.decision.fleets)
         lease.hold(kept + requested, ceiling)
 
-    def _served(self, one: Serving) -> Served:
+    def _served(self, one: ServingFleet) -> Served:
         return together(served(self.applications.known.get(app), one.spec.fleet.tensor_parallel_size) for app in one.apps)
 
 
@@ -120,9 +120,9 @@ def demand(spec: FleetSpec, now: Served, adapters_floor: int = 0) -> FleetDemand
     """What a fleet asks for. Its load policy runs in Serve, so what Serve has and starts is what the load asks for.
 
     Its floor is ``min_replicas``, or the replicas that its adapters need where these are more (``adapters_floor``): no other fleet's load may
-    leave an adapter without a replica. Serve keeps both by itself, so a floor above what it wants is one that is not in force yet, or any
-    more.
+    leave an adapter without a replica. Serve keeps ``min_replicas`` by itself, so where it wants fewer they are not in force yet, or any
+    more. The adapters' floor it hears of together with the ceiling, which may hold it down: that floor counts while the fleet is awake.
     """
     slots = spec.fleet.tensor_parallel_size
-    floor = max(spec.fleet.min_replicas, adapters_floor) * slots
-    return FleetDemand(spec.name, spec.fleet.priority, now.wanted, min(now.wanted, floor), slots)
+    floor = max(min(now.wanted, spec.fleet.min_replicas * slots), adapters_floor * slots if now.wanted else 0)
+    return FleetDemand(spec.name, spec.fleet.priority, now.wanted, floor, slots)

@@ -96,7 +96,7 @@ def _described(fleet: Fleet, own: Sequence[ReplicaState], there: tuple[FleetPhas
         "model": fleet.model,
         "declared": fleet.declared,
         "phase": str(there[0]),
-        "words": there[1] or without_place(fleet.placement.homeless),
+        "words": there[1] or without_place(fleet.placement.unplaced),
         "replicas": len(own),
         "min_replicas": settings.min_replicas,
         "max_replicas": settings.max_replicas,

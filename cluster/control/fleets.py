@@ -8,6 +8,7 @@ its replicas report), and the smallest step towards it is taken. A step that tak
 import time
 from collections.abc import Callable, Iterable, Mapping
 
+from cluster.control import adapters
 from cluster.control.announcing import Announcer
 from cluster.control.applications import Applications, surge_app
 from cluster.control.desired import Desired
@@ -70,7 +71,7 @@ class FleetReconciler:
         fleet.retrying = time.monotonic() >= fleet.retry_refused_s
         fleet.retry_refused_s = time.monotonic() + RETRY_REFUSED_S if fleet.retrying else fleet.retry_refused_s
         chosen = self._choose(fleet)
-        self.hosting.place_adapters(fleet)
+        adapters.place(self.hosting, fleet)
         told = self.announcer.announce()
         self._load(fleet)
         self._bound(fleet)
@@ -127,7 +128,7 @@ class FleetReconciler:
     def _bound(self, fleet: Fleet) -> None:
         """Tell the fleet's bounds to those of its replicas that say others. They repeat them to Serve's autoscaler with their load
         (`deployments.autoscaling`), which asks for no fewer replicas and no more."""
-        needed = self.hosting.place_adapters(fleet).replicas_needed
+        needed = min(adapters.place(self.hosting, fleet).replicas_needed, fleet.spec.fleet.max_replicas)
         fleet.bounds = ReplicaBounds(needed if needed > 1 else 0, self.ceilings().get(fleet.name))
         if stale := tuple(one.id for one in self.hosting.own(fleet) if one.bounds != fleet.bounds):
             fleet.orders.bound(fleet.bounds, stale)
@@ -141,7 +142,7 @@ class FleetReconciler:
         What was live before stays where it is held, and is not ordered again where it had to make room.
         """
         digests = {str(id): self.desired.manifest(id).digest for id in self.hosting.wanted_of(fleet)}
-        assigned = self.hosting.place_adapters(fleet).assigned
+        assigned = adapters.place(self.hosting, fleet).assigned
         missing = {
             one.id: HoldOrder(lacking, assigned[one.id])
             for one in self.hosting.all_of(fleet)

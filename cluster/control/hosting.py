@@ -13,11 +13,11 @@ from cluster.control.applications import Applications, surge_app
 from cluster.control.background import Background
 from cluster.control.desired import Desired
 from cluster.control.replicas import Orders, Replicas
-from cluster.control.slots import Serving
+from cluster.control.slots import ServingFleet
 from cluster.errors import NoReplica, SpringtideError, VersionRefused
 from cluster.pool import graph
-from cluster.publishing import adapter_placement, placement
-from cluster.publishing.adapter_placement import NOTHING, AdapterPlacement, Adapters
+from cluster.publishing import placement
+from cluster.publishing.adapter_placement import NOTHING, AdapterPlacement
 from cluster.publishing.placement import Hosted, Swap
 from cluster.publishing.rollout import Rollout
 from cluster.store.registry import Registry
@@ -99,10 +99,12 @@ class Hosting:
         """Called with the key of what work in the background was about, when it has ended."""
         self.background = Background(lambda: None)
         self.fleets: dict[str, Fleet] = {}
+        self.ended_s: dict[str, float] = {}
+        """Fleet that was removed → when, in seconds since the epoch."""
         self._assigned: tuple[tuple[object, ...], dict[str, str | None]] = ((), {})
         self._unreadable_s: dict[VersionId, float] = {}
         """Version whose manifest cannot be read → when to try again."""
-        self.watched: Callable[[tuple[Serving, ...]], None] = lambda _: None
+        self.watched: Callable[[tuple[ServingFleet, ...]], None] = lambda _: None
         """Hears which fleets there are."""
         for name in config.fleets:
             self.add(config.spec(name), declared=True)
@@ -138,7 +140,7 @@ class Hosting:
 
     def count(self) -> None:
         """Tell who counts slots which applications there are."""
-        self.watched(tuple(Serving(fleet.spec, fleet.apps, fleet.bounds.floor) for fleet in self.fleets.values()))
+        self.watched(tuple(ServingFleet(fleet.spec, fleet.apps, fleet.bounds.floor) for fleet in self.fleets.values()))
 
     # replicas
 
@@ -154,43 +156,11 @@ class Hosting:
         move = self.desired.move(alias)
         return placement.target_weights(self.own(fleet), move, self.desired.weights, fleet.surge_wanted) if move else {}
 
-    # adapters
-
-    def place_adapters(self, fleet: Fleet) -> AdapterPlacement:
-        """Which of the fleet's replicas, its surge's included, must hold which adapters: those that clients may get, then those of rollouts.
-        Worked out again where a move, a rollout, a replica or the fleet's settings have changed."""
-        places, fleets = fleet.spec.fleet.max_cpu_loras, tuple(one.name for one in self.there)
-        known = self.desired.changes, self.replicas.changes, fleets, fleet.apps, places, self._unreadable()
-        if fleet.placed_for != known:
-            fleet.placement, fleet.placed_for = self._place_adapters(fleet, places), known
-        return fleet.placement
-
-    def _place_adapters(self, fleet: Fleet, places: int) -> AdapterPlacement:
-        adapters, alike = self.adapters_of(fleet), dict[tuple[str, str], list[ReplicaState]]()
-        for replica in self.all_of(fleet):
-            alike.setdefault((replica.app, replica.base), []).append(replica)
-        groups = ((adapters.get(base, Adapters()), some) for (_, base), some in alike.items())
-        return adapter_placement.together([adapter_placement.assign(own, some, places) for own, some in groups])
-
-    def adapters_of(self, fleet: Fleet) -> dict[str, Adapters]:
-        """Weights → the adapters on them that the fleet's replicas should hold."""
-        live = dict.fromkeys(self._live_of(fleet))
-        found, coming = self._by_weights(live), self._by_weights(id for id in self.coming_to(fleet) if id not in live)
-        return {base: Adapters(tuple(found.get(base, ())), tuple(coming.get(base, ()))) for base in found.keys() | coming.keys()}
-
-    def _by_weights(self, ids: Iterable[VersionId]) -> dict[str, list[str]]:
-        """Weights → those of the versions that are adapters on them."""
-        found: dict[str, list[str]] = {}
-        for id in ids:
-            if (weights := self.desired.weights(id)) != id:
-                found.setdefault(str(weights), []).append(str(id))
-        return found
-
     def wanted_of(self, fleet: Fleet) -> list[VersionId]:
         """The versions that the fleet's clients may get, then those of rollouts that its replicas should hold already."""
-        return list(dict.fromkeys([*self._live_of(fleet), *self.coming_to(fleet)]))
+        return list(dict.fromkeys([*self.live_of(fleet), *self.coming_to(fleet)]))
 
-    def _live_of(self, fleet: Fleet) -> list[VersionId]:
+    def live_of(self, fleet: Fleet) -> list[VersionId]:
         """The versions that the fleet's clients may get."""
         moves = self.readable_moves(self.aliases_of(fleet)).values()
         return list(dict.fromkeys(id for move in moves for id in move.versions))
@@ -228,15 +198,15 @@ class Hosting:
         """Alias → its fleet, of every alias with a move. Worked out again where a move, the set of fleets, or what can be read has changed."""
         fleets = frozenset(fleet.name for fleet in self.there)
         before, known = self._assigned
-        if before == (self.desired.changes, fleets, self._unreadable()):
+        if before == (self.desired.changes, fleets, self.unreadable()):
             return known
         hosted, _ = self.hosted()
         known = {alias: placement.fleet_of(alias, self.weights(id), hosted) for alias, id in self.desired.live().items()}
         # after: reading what fleets host may have been the first reading of an alias
-        self._assigned = (self.desired.changes, fleets, self._unreadable()), known
+        self._assigned = (self.desired.changes, fleets, self.unreadable()), known
         return known
 
-    def _unreadable(self) -> tuple[VersionId, ...]:
+    def unreadable(self) -> tuple[VersionId, ...]:
         """The versions whose manifests are not asked for again yet."""
         now_s = time.monotonic()
         return tuple(id for id, until_s in self._unreadable_s.items() if until_s > now_s)
@@ -272,6 +242,18 @@ class Hosting:
         move = self.desired.move(alias)
         weights = self.weights(move.stable) if move else None
         return placement.fleet_of(alias, weights, [one for one in hosted if one.fleet != fleet.name]) is not None
+
+    def holds_back(self, alias: str) -> bool:
+        """Whether the weights under what the alias means must stay where they are. The alias of a removed fleet is answered for as long as they
+        do by chance, unless somebody moved it since.
+
+        Example: the fleet guest is added for seedling@1, and removed. Other weights may then take the place of seedling@1 in the fleet
+        seedling, and guest is a 404.
+        """
+        fleet, move = self.fleets.get(alias), self.desired.move(alias)
+        if fleet is not None and not fleet.removed:
+            return True
+        return alias not in self.ended_s or move is None or move.time_s > self.ended_s[alias]
 
     def for_publish(self, alias: str, manifest: Manifest) -> tuple[Fleet, VersionId]:
         """The fleet that a version would go live on, and the weights that it hosts now. Raises `VersionRefused` where no fleet hosts what the

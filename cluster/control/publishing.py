@@ -77,7 +77,8 @@ class Publishing:
         fleet, hosted = self.hosting.for_publish(alias, manifest)
         desired = self.hosting.desired
         coming = {other: one.version for other, one in desired.under_way().items()}
-        needed = {other: self.hosting.weights(id) for other, id in {**desired.live(), **coming}.items()}
+        meant = {**{alias: id for alias, id in desired.live().items() if self.hosting.holds_back(alias)}, **coming}
+        needed = {other: self.hosting.weights(id) for other, id in meant.items()}
         leaving = self.hosting.weights(coming[fleet.model]) if fleet.model in coming else None
         admission.check_replaces(fleet.model, manifest, alias, hosted, needed, leaving)
         return fleet, hosted
@@ -113,6 +114,8 @@ class Publishing:
             raise Conflict(f"No rollout of {alias} is under way.", "See `springtide history`.")
         if what == "promote" and now.stage != "canary":
             raise Conflict(f"The rollout of {now.version} is still {now.stage}.", "Promote it when it is a canary.")
+        if what == "promote" and alias in self.aliases.orders:
+            raise Conflict(f"An order for the rollout of {now.version} is being carried out.", "See `springtide history`.")
         self.aliases.orders[alias] = Order(what, author, reason)
         self.loop.retry(("alias", alias))
         return now

@@ -175,6 +175,9 @@ class RuntimeFleets:
 
     def _apply(self, record: FleetRecord) -> None:
         fleet = self.hosting.fleets.get(record.name)
+        self.hosting.ended_s.pop(record.name, None)
+        if record.ended:
+            self.hosting.ended_s[record.name] = record.time_s
         if fleet is not None and fleet.declared:
             return  # the configuration has it now, and says what it is
         if record.ended and fleet is not None:

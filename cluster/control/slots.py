@@ -23,7 +23,7 @@ def resource(accelerator: str) -> str:
     return "GPU" if accelerator == "gpu" else "slot"
 
 
-class Serving(NamedTuple):
+class ServingFleet(NamedTuple):
     """A fleet whose slots are counted."""
 
     spec: FleetSpec

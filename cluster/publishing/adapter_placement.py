@@ -24,7 +24,7 @@ class AdapterPlacement(NamedTuple):
     """Adapter's id → how many replicas must hold it; only of adapters that not every replica holds. 0: there is no place for it."""
     replicas_needed: int = 0
     """The fewest replicas that have a place for every adapter."""
-    homeless: tuple[str, ...] = ()
+    unplaced: tuple[str, ...] = ()
     """The live adapters without a place, sorted."""
 
     def asked(self, replica: ReplicaState, id: str) -> bool:
@@ -35,7 +35,7 @@ class AdapterPlacement(NamedTuple):
 NOTHING = AdapterPlacement({}, {})
 
 
-class Adapters(NamedTuple):
+class WantedAdapters(NamedTuple):
     """Ids of the adapters of one fleet on the same weights."""
 
     live: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Adapters(NamedTuple):
         return ceil((before + 1) / places)
 
 
-def assign(adapters: Adapters, replicas: Sequence[ReplicaState], places: int) -> AdapterPlacement:
+def assign(adapters: WantedAdapters, replicas: Sequence[ReplicaState], places: int) -> AdapterPlacement:
     """Divide the places of ``replicas``, which host the same weights, among ``adapters``; ``places``: adapters per replica.
 
     Where there are too few places, live adapters go before those of rollouts, and of the live ones those go first that a replica holds.
@@ -73,11 +73,11 @@ def assign(adapters: Adapters, replicas: Sequence[ReplicaState], places: int) ->
         for replica in some:
             assigned[replica].append(id)
     counted = {id: len(holders.get(id, ())) for id in every}
-    homeless = tuple(sorted(id for id in adapters.live if not counted[id]))
-    return AdapterPlacement({id: tuple(ids) for id, ids in assigned.items()}, counted, needed, homeless)
+    unplaced = tuple(sorted(id for id in adapters.live if not counted[id]))
+    return AdapterPlacement({id: tuple(ids) for id, ids in assigned.items()}, counted, needed, unplaced)
 
 
-def _first(adapters: Adapters, replicas: Sequence[ReplicaState], count: int) -> Sequence[str]:
+def _first(adapters: WantedAdapters, replicas: Sequence[ReplicaState], count: int) -> Sequence[str]:
     """The ``count`` adapters that get a place."""
     if len(adapters.all) <= count:
         return adapters.all
@@ -85,7 +85,7 @@ def _first(adapters: Adapters, replicas: Sequence[ReplicaState], count: int) -> 
     return [*sorted(adapters.live, key=lambda id: id not in held), *adapters.coming][:count]
 
 
-def together(groups: Sequence[AdapterPlacement]) -> AdapterPlacement:
+def combine(groups: Sequence[AdapterPlacement]) -> AdapterPlacement:
     """The placements of several groups of replicas as one.
 
     Example: the fleet has two replicas and one copy of a. Its surge has one replica, which holds all: a has 2 copies.
@@ -98,7 +98,7 @@ def together(groups: Sequence[AdapterPlacement]) -> AdapterPlacement:
         {id: ids for one in groups for id, ids in one.assigned.items()},
         copies,
         max((one.replicas_needed for one in groups), default=0),
-        tuple(sorted({id for one in groups for id in one.homeless if not copies[id]})),
+        tuple(sorted({id for one in groups for id in one.unplaced if not copies[id]})),
     )
 
 

@@ -123,7 +123,8 @@ def surge_weights(facts: SurgeFacts, weights: Weights) -> VersionId | None:
 def warmth(replicas: Sequence[ReplicaState], manifest: Manifest) -> Warmth:
     """How many replicas are ready for the version: holding it, or able to take its weights over within a moment."""
     ready = sum(holds(replica, manifest) or replica.staged.get(str(manifest.id)) == manifest.digest for replica in replicas)
-    return Warmth(len(replicas), ready, _refusal(replicas, manifest))
+    waits = (f"{words} on {replica.id}" for replica in replicas if (words := replica.waiting.get(str(manifest.id))))
+    return Warmth(len(replicas), ready, _refusal(replicas, manifest), next(waits, ""))
 
 
 def held_by_targets(replicas: Sequence[ReplicaState], manifest: Manifest, targets: Mapping[str, VersionId]) -> Warmth:

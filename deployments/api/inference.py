@@ -145,7 +145,7 @@ class Waiting:
     def _take_place(self, place: ExitStack) -> None:
         """Wake the fleet that is needed, and become one of the requests that wait for it. Raises `Overloaded` where too many do."""
         self.fleet = self.routing.router.wake(self.target) if self.target else None
-        if self.fleet is None and self.target is not None:
+        if self.fleet is None and self.target is not None and not self.routing.router.table.unplaced(self.target):
             return  # a replica runs and is about to hold the version
         if self.patience_s < self.inference.limits.cold_start_timeout_s:
             self.patience_s = self.inference.limits.cold_start_timeout_s

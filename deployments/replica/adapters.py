@@ -12,8 +12,8 @@ from deployments.replica.in_flight import InFlight
 from deployments.replica.storage import Storage
 from deployments.replica.vllm_engine import VllmEngine
 
-CLOSE_S = 5.0
-"""How long an order waits for the requests of an adapter that makes room."""
+CLOSE_S = 1.0
+"""How long an order waits for the requests of an adapter that makes room. Other orders wait for this one, and control orders it again."""
 
 log = logs.logger(__name__)
 
@@ -33,6 +33,8 @@ class Adapters:
 
         Example: on seedling@1, ``tuned@3`` (an adapter on seedling@1) is loaded, and ``seedling@2`` is fetched and checked.
         """
+        if id in self.holdings.closing:
+            self.holdings.reopen(id)
         known = id in self.holdings.held or id in self.holdings.staged
         if known and not self.holdings.refused:
             return
@@ -57,10 +59,12 @@ class Adapters:
 
     async def _load(self, manifest: Manifest) -> None:
         """Nothing where room could not be made yet: control orders it again."""
-        folder = await self.storage.fetch(manifest)
-        if await self._make_room(str(manifest.id)):
-            await self.vllm.load_adapter(str(manifest.id), folder)
-            self.holdings.held[str(manifest.id)] = manifest.digest
+        id, folder = str(manifest.id), await self.storage.fetch(manifest)
+        waits = await self._make_room(id)
+        self.holdings.wait(id, waits)
+        if not waits:
+            await self.vllm.load_adapter(id, folder)
+            self.holdings.held[id] = manifest.digest
 
     async def _stage(self, manifest: Manifest) -> None:
         """Bring every byte of the version and of its weights to this machine, so that a swap waits for no store."""
@@ -68,40 +72,32 @@ class Adapters:
             await self.storage.fetch(await self.storage.manifest(id))
         self.holdings.staged[str(manifest.id)] = manifest.digest
 
-    async def _make_room(self, coming: str) -> bool:
-        """Unload one adapter where all places are taken. Its requests in flight end first; new ones go to another replica. False where they
-        have not ended yet."""
-        adapters = self.holdings.adapters
-        if len(adapters) < self.fleet.max_cpu_loras:
-            return True
-        uses = [Use(id, self.in_flight.answering[id], self.in_flight.used_s.get(id, 0.0)) for id in adapters]
-        leaving = to_unload(uses, self.holdings.assigned, await self.storage.live(), self.fleet.when_full == "evict")
+    async def _make_room(self, coming: str) -> str:
+        """Unload one adapter where all places are taken. It takes no new request from now on, and its requests in flight end first; words for
+        what is still waited for, or nothing."""
+        if len(self.holdings.adapters) < self.fleet.max_cpu_loras:
+            return ""
+        leaving = next((id for id in self.holdings.closing if id not in self.holdings.assigned), None) or await self._choose()
         if leaving is None:
             raise VersionRefused(
-                f"All {len(adapters)} places for adapters are taken, so {coming} has none.",
+                f"All {len(self.holdings.adapters)} places for adapters are taken, so {coming} has none.",
                 "Raise fleet.max_cpu_loras, or set fleet.when_full=evict to unload the adapter that was idle the longest.",
                 param="fleet.max_cpu_loras",
             )
-        if not await self._close(leaving):
-            log.info("%s waits for the place of %s, which still answers", coming, leaving)
-            return False
+        if leaving not in self.holdings.closing:
+            self.holdings.close(leaving)
+        if not await self.in_flight.until_answered(leaving, CLOSE_S):
+            return f"the place of {leaving}, which {self.in_flight.answering[leaving]} requests still use"
         await self._unload(leaving)
-        return True
+        return ""
 
-    async def _close(self, id: str) -> bool:
-        """Admit no request for the version, and wait for those in flight. False, and it is open again, where they last longer than `CLOSE_S`:
-        other orders wait for this one."""
-        digest, answered = self.holdings.held.pop(id), False
-        self.holdings.revision += 1
-        try:
-            answered = await self.in_flight.until_answered(id, CLOSE_S)
-        finally:
-            if not answered:
-                self.holdings.held[id] = digest
-        return answered
+    async def _choose(self) -> str | None:
+        """The adapter that makes room; see `to_unload`."""
+        uses = [Use(id, self.in_flight.answering[id], self.in_flight.used_s.get(id, 0.0)) for id in self.holdings.adapters]
+        return to_unload(uses, self.holdings.assigned, await self.storage.live(), self.fleet.when_full == "evict")
 
     async def _unload(self, id: str) -> None:
-        self.holdings.held.pop(id, None)  # first: control must not route to what is being unloaded
+        self.holdings.forget(id)  # first: control must not route to what is being unloaded
         self.in_flight.used_s.pop(id, None)
         await self.vllm.unload_adapter(id)
         log.info("unloaded %s", id)

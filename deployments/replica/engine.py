@@ -150,6 +150,7 @@ class Engine:
             base=holdings.base,
             held=dict(holdings.held),
             refused=dict(holdings.refused),
+            waiting=dict(holdings.waiting),
             running=self.hosting.in_flight.running,
             staged=dict(holdings.staged),
             revision=holdings.revision,

@@ -19,6 +19,10 @@ class Holdings:
     """Version id → digest, the base included."""
     assigned: frozenset[str] = frozenset()
     """Adapters that control wants here whatever else comes. Empty until control has said so."""
+    closing: dict[str, str] = field(default_factory=dict[str, str])
+    """Version id → digest of adapters that are loaded and make room: they take no new requests, and are unloaded when their last has ended."""
+    waiting: dict[str, str] = field(default_factory=dict[str, str])
+    """Version id → what it waits for before it can be loaded."""
     staged: dict[str, str] = field(default_factory=dict[str, str])
     """Version id → digest of what lies ready on this machine and needs other weights."""
     refused: dict[str, str] = field(default_factory=dict[str, str])
@@ -30,19 +34,40 @@ class Holdings:
 
     @property
     def adapters(self) -> list[str]:
-        return [id for id in self.held if id != self.base]
+        """Those that take a place, whether they take requests or not."""
+        return [id for id in (*self.held, *self.closing) if id != self.base]
 
     @property
     def used(self) -> set[str]:
         """The versions whose files must stay on this machine."""
-        return {*self.held, *self.staged}
+        return {*self.held, *self.closing, *self.staged}
+
+    def close(self, id: str) -> None:
+        """Let the adapter take no new request. Control must not route to it any more."""
+        self.closing[id] = self.held.pop(id)
+        self.revision += 1
+
+    def reopen(self, id: str) -> None:
+        self.held[id] = self.closing.pop(id)
+        self.revision += 1
+
+    def forget(self, id: str) -> None:
+        """The adapter is unloaded."""
+        self.held.pop(id, None)
+        self.closing.pop(id, None)
+
+    def wait(self, id: str, words: str) -> None:
+        """Say what the version waits for; nothing where ``words`` is empty."""
+        if words != self.waiting.get(id, ""):
+            self.revision += 1
+        self.waiting = {**self.waiting, id: words} if words else {one: why for one, why in self.waiting.items() if one != id}
 
     def host(self, manifest: Manifest, folder: Path, fingerprint: str) -> None:
         """Other weights are in memory, and nothing that followed from the old ones."""
         self.base, self.folder, self.fingerprint = str(manifest.id), folder, fingerprint
         self.held = {self.base: manifest.digest}
         self.assigned = frozenset()
-        self.staged = {}
+        self.closing, self.waiting, self.staged = {}, {}, {}
 
     def refuse(self, id: str, why: str) -> None:
         """``why`` becomes a rollout's reason for good, and may quote a store's error with a presigned URL in it."""

@@ -138,6 +138,13 @@ class Table:
         state = self.view.fleets.get(fleet)
         return state if state is not None and not self.running[state.app] else None
 
+    def unplaced(self, target: Target) -> bool:
+        """Whether the fleet's replicas answer and none of them holds the version: it waits for a replica with a place for it, which may have to
+        start first."""
+        return str(target.version) not in self.holders and any(
+            replica.held and self.fleet_of_app.get(replica.app, "") == target.fleet for replica in self.replicas.values()
+        )
+
     def fleet_to_wake(self, id: str, own: str = "") -> FleetState | None:
         """The fleet to wake for the version: it answers for it and has no replica; of several the alias's ``own``. None where another fleet
         that runs answers for it too."""

@@ -11,7 +11,7 @@ from hypothesis import given
 
 from cluster.control import describe
 from cluster.errors import VersionRefused
-from cluster.publishing.adapter_placement import AdapterPlacement, Adapters, assign, together
+from cluster.publishing.adapter_placement import AdapterPlacement, WantedAdapters, assign, combine
 from cluster.publishing.placement import count_holders, routable
 from cluster.types import Generation, ReplicaBounds, ReplicaState, VersionId
 from tests.controlled import Controlled, adapter, stop_all, two_fleets, wait_until
@@ -19,8 +19,8 @@ from tests.controlled import Controlled, adapter, stop_all, two_fleets, wait_unt
 NAMES = [f"a@{n}" for n in range(1, 31)]
 
 
-def live(*adapters: str) -> Adapters:
-    return Adapters(adapters)
+def live(*adapters: str) -> WantedAdapters:
+    return WantedAdapters(adapters)
 
 
 def replica(id: str, *held: str) -> ReplicaState:
@@ -51,16 +51,16 @@ def test_while_all_adapters_fit_every_replica_holds_all_of_them() -> None:
 
 def test_a_place_that_a_live_adapter_lacks_is_no_candidates() -> None:
     """A candidate that was held already kept its place, and a live adapter had none."""
-    placement = assign(Adapters(("a@1", "a@2"), ("candidate@1",)), [replica("r", "a@1", "candidate@1")], places=2)
+    placement = assign(WantedAdapters(("a@1", "a@2"), ("candidate@1",)), [replica("r", "a@1", "candidate@1")], places=2)
     assert set(placement.assigned["r"]) == {"a@1", "a@2"}
     assert placement.copies["candidate@1"] == 0 and placement.replicas_needed == 2
-    assert placement.homeless == (), "it is not live yet"
+    assert placement.unplaced == (), "it is not live yet"
 
 
 def test_a_replica_that_is_left_alone_keeps_the_live_adapters_that_it_answers_for() -> None:
     """The first adapters by name took their places: what answered was unloaded, for what did not."""
     placement = assign(live("a@1", "b@1"), [replica("r", "b@1")], places=1)
-    assert placement.assigned["r"] == ("b@1",) and placement.homeless == ("a@1",)
+    assert placement.assigned["r"] == ("b@1",) and placement.unplaced == ("a@1",)
 
 
 def test_the_placements_of_a_fleet_and_its_surge_are_one() -> None:
@@ -68,11 +68,11 @@ def test_the_placements_of_a_fleet_and_its_surge_are_one() -> None:
     fleet = assign(live("a@1", "a@2", "a@3"), [replica("r"), replica("s")], places=2)
     surge = assign(live("a@1", "a@2", "a@3"), [replica("t")], places=2)
     whole = assign(live("a@1", "a@2", "a@3"), [replica("u")], places=3)
-    both = together([fleet, surge])
-    assert surge.homeless and both.homeless == () and all(both.copies[id] >= 1 for id in ("a@1", "a@2", "a@3"))
+    both = combine([fleet, surge])
+    assert surge.unplaced and both.unplaced == () and all(both.copies[id] >= 1 for id in ("a@1", "a@2", "a@3"))
     assert both.replicas_needed == 2 and both.assigned.keys() == {"r", "s", "t"}
-    assert together([surge, whole]).copies == {id: count + 1 for id, count in surge.copies.items()}
-    assert together([]) == AdapterPlacement({}, {})
+    assert combine([surge, whole]).copies == {id: count + 1 for id, count in surge.copies.items()}
+    assert combine([]) == AdapterPlacement({}, {})
 
 
 @given(fleets())
@@ -80,9 +80,9 @@ def test_so_many_replicas_as_are_needed_have_a_place_for_every_adapter(fleet: tu
     adapters, replicas, places = fleet
     needed = assign(live(*adapters), replicas, places).replicas_needed
     more = [*replicas, *(replica(f"new{n}") for n in range(needed))][: max(1, needed)]
-    assert assign(live(*adapters), more, places).homeless == ()
+    assert assign(live(*adapters), more, places).unplaced == ()
     if needed > 1:
-        assert assign(live(*adapters), more[: needed - 1], places).homeless
+        assert assign(live(*adapters), more[: needed - 1], places).unplaced
 
 
 @given(fleets())

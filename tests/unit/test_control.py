@@ -254,6 +254,24 @@ def test_a_fleet_that_is_added_is_recorded_hosted_and_found_again_and_goes_when_
     assert newest.overrides == {"model": "extra", "min_replicas": 0}, "whoever ends it for good must know what it was"
 
 
+def test_the_alias_of_a_removed_fleet_holds_no_other_fleets_weights_back(tmp_path: Path) -> None:
+    """Whoever tried a second fleet on the same weights could never publish others to the first: nothing ends an alias."""
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    control.fleets.add("guest", {"model": str(ONE), "min_replicas": 0}, "somebody")
+    made = registry.register("m", "weights", None, make_base(tmp_path / "made", 6), Lineage())
+    with pytest.raises(VersionRefused, match="the fleet hosts m@1 for guest"):
+        control.publish(made.id, "m")
+    control.fleets.remove("guest", False, "somebody")
+    for control_ in (control, Controlled(config, machines)):
+        wait_until(lambda: "guest" in control_.hosting.ended_s)  # noqa: B023 (called at once)
+        assert not control_.hosting.holds_back("guest") and control_.hosting.holds_back("n")
+    registry.move("guest", ONE, "somebody wants it again", "somebody", after=1)
+    control_.hosting.desired.refresh("guest")
+    with pytest.raises(VersionRefused, match="the fleet hosts m@1 for guest"):
+        control_.publish(made.id, "m")
+
+
 def test_a_fleet_is_removed_without_force_only_where_another_answers_for_its_alias(tmp_path: Path) -> None:
     """Its own alias used to go with it: who asked for it had an answer before, and 404 after."""
     config, registry, machines = two_fleets(tmp_path)
@@ -485,8 +503,8 @@ def test_a_fleets_replicas_hear_its_bounds_until_each_of_them_says_so(tmp_path: 
 def test_calls_that_wait_for_minutes_have_threads_of_their_own() -> None:
     """Sixty-four publishes that waited for their replicas used to keep heartbeats and views from being heard."""
     assert in_group(WAITING) == {"publish", "promote", "add_fleet", "submit"}
-    assert in_group(BEATS) >= {"heartbeat", "report", "leave", "starting", "leaving"}
-    assert "view" in in_group(None)
+    assert in_group(BEATS) >= {"heartbeat", "report", "leave", "starting", "leaving", "view", "stage"}
+    assert "models" in in_group(None), "it reads the store"
 
 
 def test_what_ends_or_undoes_something_waits_for_no_publish() -> None:
@@ -521,6 +539,9 @@ def test_a_fleet_that_sleeps_keeps_no_slot() -> None:
     assert demand(spec, Served()) == FleetDemand("seedling", 3, 0, 0, 2)
     assert demand(spec, Served(running=6, wanted=6)) == FleetDemand("seedling", 3, 6, 4, 2)
     assert demand(spec, Served(running=6, wanted=6), adapters_floor=3) == FleetDemand("seedling", 3, 6, 6, 2)
+    held_down = demand(spec, Served(running=2, wanted=2), adapters_floor=3)
+    assert held_down == FleetDemand("seedling", 3, 2, 6, 2), "a ceiling may keep Serve from wanting what its adapters need"
+    assert demand(spec, Served(), adapters_floor=3).floor_slots == 0, "asleep"
 
 
 def test_an_alias_belongs_to_the_fleet_that_hosts_what_it_means() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.control import adapters
 from cluster.control.applications import Application, Applications
 from cluster.control.describe import fleet as described_fleet
 from cluster.control.describe import public, surge
@@ -127,7 +128,7 @@ def test_only_replicas_with_the_weights_under_an_adapter_must_hold_it(tmp_path: 
     hosting = Hosting(config, Desired(registry), replicas, Applications(no_serve), lambda kind, name: None)
     hosting.desired.load()
     replicas.report(replica({"m@1": "d"})._replace(app="fleet-m"), replica({}, "m@2")._replace(id="s", app="fleet-m"))
-    placed = hosting.place_adapters(hosting.fleets["m"])
+    placed = adapters.place(hosting, hosting.fleets["m"])
     assert placed.assigned == {"r": ("poet@1",), "s": ()}
 
 

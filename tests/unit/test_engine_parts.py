@@ -106,3 +106,21 @@ def test_of_several_that_may_go_the_idle_ones_go_first_then_those_that_are_not_l
     assert to_unload([a, b, c], {"b@1"}, {"b@1"}, evict=False) is None, "pinned versions stay under when_full: refuse"
     assert to_unload([a, b, c], {"b@1"}, {"b@1", "c@1"}, evict=False) == "c@1"
     assert to_unload([a, b], (), {"a@1", "b@1"}, evict=True) is None, "control has not said yet what must be here"
+
+
+def test_an_adapter_that_makes_room_keeps_its_place_and_takes_no_request_until_it_is_gone_or_wanted_again() -> None:
+    holdings = Holdings("m@1", Path("/1"), held={"m@1": "d", "a@1": "e", "b@1": "f"})
+    holdings.close("a@1")
+    assert list(holdings.held) == ["m@1", "b@1"] and holdings.adapters == ["b@1", "a@1"] and "a@1" in holdings.used
+    holdings.reopen("a@1")
+    assert holdings.held["a@1"] == "e" and not holdings.closing
+    holdings.close("a@1")
+    holdings.forget("a@1")
+    assert holdings.adapters == ["b@1"] and holdings.revision == 3
+
+
+def test_control_hears_what_a_version_waits_for_once() -> None:
+    holdings = Holdings("m@1", Path("/1"))
+    for words in ("the place of a@1", "the place of a@1", ""):
+        holdings.wait("b@1", words)
+    assert holdings.waiting == {} and holdings.revision == 2

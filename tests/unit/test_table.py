@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import BadRequest, ModelNotFound, NoReplica
 from cluster.types import FleetState, Generation, ReplicaState, VersionId, View
-from deployments.routing.table import SUSPECT_S, Table
+from deployments.routing.table import SUSPECT_S, Table, Target
 
 V1, V2 = VersionId("m", 1), VersionId("m", 2)
 FLEET = FleetState("m", "m", ("a@1", "m@1", "m@2"), "fleet-m")
@@ -171,6 +171,15 @@ def test_a_fleet_of_suspects_leaves_its_requests_to_another() -> None:
     assert chosen(made, "chat") == {"d"}
     made.suspect("d", 0)
     assert chosen(made, "chat") == {"b"}
+
+
+def test_a_version_that_no_replica_of_a_running_fleet_holds_waits_for_a_place() -> None:
+    """Its requests gave up after seconds, while the replica with a place for it started."""
+    made = twins(in_app("c", "fleet-chat", V2))
+    assert made.unplaced(Target(V1, None, "chat")) and not made.unplaced(Target(V2, None, "chat"))
+    assert not made.unplaced(Target(V1, None, "batch")), "it has no replica, and is woken"
+    made = twins(in_app("c", "fleet-chat"))
+    assert not made.unplaced(Target(V1, None, "chat")), "it swaps its weights, for a moment"
 
 
 def test_of_two_fleets_that_sleep_the_alias_wakes_its_own() -> None:
