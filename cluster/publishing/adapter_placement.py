@@ -9,6 +9,7 @@ an engine keeps other adapters in the places that are left, and unloads them whe
 
 import heapq
 from collections.abc import Sequence
+from itertools import chain
 from math import ceil
 from typing import NamedTuple
 
@@ -62,27 +63,61 @@ def assign(adapters: WantedAdapters, replicas: Sequence[ReplicaState], places: i
     replica s holds nothing: r keeps a and b, and s loads c. A fifth adapter finds no place, and its ``copies`` are 0; it needs a third
     replica. Now r is lost: s keeps c and loads one of the others, and two have no place until r is back.
     """
-    every, needed = adapters.all, ceil(len(adapters.all) / places)
+    every = adapters.all
+    needed, room = ceil(len(every) / places), len(replicas) * places
     if not replicas or needed <= 1:
         return AdapterPlacement({one.id: every for one in replicas}, {}, needed)
-    copies = max(1, len(replicas) * places // len(every))
-    holders, used = _kept(_first(adapters, replicas, len(replicas) * places), replicas, copies, places)
-    _fill([some for some in holders.values() if len(some) < copies], used, copies, places)
-    assigned: dict[str, list[str]] = {one.id: [] for one in replicas}
-    for id, some in holders.items():
-        for replica in some:
-            assigned[replica].append(id)
-    counted = {id: len(holders.get(id, ())) for id in every}
-    unplaced = tuple(sorted(id for id in adapters.live if not counted[id]))
-    return AdapterPlacement({id: tuple(ids) for id, ids in assigned.items()}, counted, needed, unplaced)
+    counts = dict.fromkeys(every if len(every) <= room else _first(adapters, replicas, room), 0)
+    copies = max(1, room // len(every))
+    assigned = {one.id: [id for id in one.held if id in counts][:places] for one in replicas}
+    for id in chain.from_iterable(assigned.values()):
+        counts[id] += 1
+    if sum(copies - count for count in counts.values() if count < copies) > room - sum(map(len, assigned.values())):
+        _drop(assigned, counts, copies)
+    _fill(assigned, counts, copies, places)
+    unplaced = tuple(sorted(id for id in adapters.live if id not in counts)) if len(every) > room else ()
+    return AdapterPlacement(
+        {replica: tuple(ids) for replica, ids in assigned.items()},
+        counts if len(every) <= room else {id: counts.get(id, 0) for id in every},
+        needed,
+        unplaced,
+    )
 
 
-def _first(adapters: WantedAdapters, replicas: Sequence[ReplicaState], count: int) -> Sequence[str]:
-    """The ``count`` adapters that get a place."""
-    if len(adapters.all) <= count:
-        return adapters.all
+def _first(adapters: WantedAdapters, replicas: Sequence[ReplicaState], room: int) -> Sequence[str]:
+    """The adapters that get the ``room`` places."""
     held = {id for replica in replicas for id in replica.held}
-    return [*sorted(adapters.live, key=lambda id: id not in held), *adapters.coming][:count]
+    return [*sorted(adapters.live, key=lambda id: id not in held), *adapters.coming][:room]
+
+
+def _drop(assigned: dict[str, list[str]], counts: dict[str, int], copies: int) -> None:
+    """Take the copies beyond ``copies`` from the replicas that hold the most: other adapters lack some, and there is no room."""
+    over = {id for id, count in counts.items() if count > copies}
+    for replica in sorted(assigned, key=lambda one: (-len(assigned[one]), one)) if over else ():
+        for id in over.intersection(assigned[replica]):
+            assigned[replica].remove(id)
+            counts[id] -= 1
+            if counts[id] == copies:
+                over.remove(id)
+
+
+def _fill(assigned: dict[str, list[str]], counts: dict[str, int], copies: int, places: int) -> None:
+    """Give adapters the copies that they lack, those with the fewest first, on the replicas with the most room."""
+    room = [(len(ids), replica) for replica, ids in assigned.items() if len(ids) < places]
+    heapq.heapify(room)
+    for id in sorted((id for id, count in counts.items() if count < copies), key=counts.__getitem__):
+        passed: list[tuple[int, str]] = []
+        while counts[id] < copies and room:
+            count, replica = heapq.heappop(room)
+            if id in assigned[replica]:
+                passed.append((count, replica))
+                continue
+            assigned[replica].append(id)
+            counts[id] += 1
+            if count + 1 < places:
+                passed.append((count + 1, replica))
+        for entry in passed:
+            heapq.heappush(room, entry)
 
 
 def combine(groups: Sequence[AdapterPlacement]) -> AdapterPlacement:
@@ -100,39 +135,3 @@ def combine(groups: Sequence[AdapterPlacement]) -> AdapterPlacement:
         max((one.replicas_needed for one in groups), default=0),
         tuple(sorted({id for one in groups for id in one.unplaced if not copies[id]})),
     )
-
-
-def _kept(
-    adapters: Sequence[str], replicas: Sequence[ReplicaState], copies: int, places: int
-) -> tuple[dict[str, list[str]], dict[str, int]]:
-    """Adapter → the replicas that hold it already and keep it, of several the ones that keep the fewest; and how many each keeps."""
-    holders: dict[str, list[str]] = {id: [] for id in adapters}
-    for replica in replicas:
-        for id in replica.held:
-            if id in holders:
-                holders[id].append(replica.id)
-    used = dict.fromkeys((one.id for one in replicas), 0)
-    for id, some in holders.items():
-        chosen = some if len(some) <= copies else sorted(some, key=lambda one: (used[one], one))[:copies]
-        holders[id] = [one for one in chosen if used[one] < places]
-        for one in holders[id]:
-            used[one] += 1
-    return holders, used
-
-
-def _fill(lacking: Sequence[list[str]], used: dict[str, int], copies: int, places: int) -> None:
-    """Give adapters the copies that they lack, those with the fewest first, on the replicas with the most room."""
-    room = [(count, id) for id, count in used.items() if count < places]
-    heapq.heapify(room)
-    for some in sorted(lacking, key=len):
-        passed: list[tuple[int, str]] = []
-        while len(some) < copies and room:
-            count, replica = heapq.heappop(room)
-            if replica in some:
-                passed.append((count, replica))
-                continue
-            some.append(replica)
-            if count + 1 < places:
-                passed.append((count + 1, replica))
-        for entry in passed:
-            heapq.heappush(room, entry)
