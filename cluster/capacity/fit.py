@@ -1,0 +1,274 @@
+"""Does a model fit on a slot? What its weights, its adapters and its KV cache need, and the longest context for which there is room.
+
+Computed as vLLM 0.29 computes it (``vllm/v1/core/kv_cache_utils.py``, ``kv_cache_interface.py``), from the configuration and the tensors'
+headers alone: before anything starts, and within milliseconds. A contract test compares the two.
+
+Example: SmolLM2-135M on a laptop whose KV cache has 128 MiB. One token takes 45 KiB, so a context of 2,688 tokens fits and not the 8,192
+that the model was made for.
+
+>>> smollm = {"model_type": "llama", "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
+>>> laptop = Slot("slot", dtype="float32", kv_cache_bytes=128 << 20)
+>>> found = fit(Model({**smollm, "max_position_embeddings": 8192}, {}), laptop)
+>>> found.fits, found.token_bytes, found.longest_tokens, found.changes[0]
+(False, 46080, 2688, {'max_model_len': 2688})
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from math import prod
+from typing import Any, Literal, NamedTuple, Protocol
+
+from cluster.capacity.attention import Attention, attention
+
+GIB = 1 << 30
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of stored tensors that an engine turns into its own dtype. Others, quantized weights for example, stay as they are stored."""
+OTHER_BYTES: dict[str, int] = {"slot": 2 * GIB, "gpu": 3 * GIB}
+"""Accelerator → allowance for what an engine needs beside weights, adapters and KV cache: activations, graphs, libraries. On two cores an
+engine with a small model took 2.3 GB with its KV cache. On GPUs it is an estimate."""
+BLOCK_TOKENS: dict[str, int] = {"slot": 128, "gpu": 16}
+"""Accelerator → tokens of one block of the KV cache. vLLM takes 16 on CPUs too where the attention is latent."""
+BATCH_TOKENS: dict[str, int] = {"slot": 2048, "gpu": 2 * 8192}
+"""Accelerator → tokens in flight: a sliding window keeps them beside its own. One batch on CPUs and two on GPUs; 8192 is what vLLM takes on
+GPUs of 70 to 160 GiB."""
+PARALLEL, MOST_UTILIZATION, LEAST_TOKENS = (1, 2, 4, 8), 0.95, 16
+"""What is proposed of `tensor_parallel_size`, of `gpu_memory_utilization` at most, and of `max_model_len` at least."""
+
+
+class Tensor(Protocol):
+    """A tensor as its file's header describes it (`cluster.store.headers.Tensor`)."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def begin(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+
+
+class Model(NamedTuple):
+    config: dict[str, Any]
+    """The raw config.json."""
+    tensors: Mapping[str, Tensor]
+
+
+class Slot(NamedTuple):
+    """Where the model shall run, and what a fleet's configuration says of its engine. The names are the configuration's."""
+
+    accelerator: Literal["slot", "gpu"]
+    memory_bytes: int | None = None
+    """Of one device, or of the machine where there is no GPU. None: not known."""
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_loras: int = 4
+    max_lora_rank: int = 16
+
+    @property
+    def element_bytes(self) -> int:
+        """With ``auto`` vLLM takes two bytes, for models that were saved with four as well."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def engine_bytes(self) -> int | None:
+        """What vLLM takes of a device at most. With a KV cache of a given size it does not look at the share."""
+        share = self.gpu_memory_utilization if self.kv_cache_bytes is None else 1
+        return None if self.memory_bytes is None else int(self.memory_bytes * share)
+
+
+class Cache(NamedTuple):
+    """vLLM's KV cache on one device. Blocks of all groups of layers come from one pool, so they have one size."""
+
+    kept: Attention
+    layer_token_bytes: int
+    """Bytes of one token in one layer."""
+    block_tokens: int
+    batch_tokens: int
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """How many groups the full and the sliding layers are divided into. Each group has about as many layers as there are of the rarer
+        kind, and tables of blocks of its own."""
+        few, many = sorted((self.kept.full_layers, self.kept.sliding_layers))
+        layers = few if few and many >= 1.5 * few else max(1, many)
+        return -(-self.kept.full_layers // layers), -(-self.kept.sliding_layers // layers)
+
+    @property
+    def block_bytes(self) -> int:
+        counts = zip((self.kept.full_layers, self.kept.sliding_layers), self.groups, strict=True)
+        layers = max(-(-layers // max(1, groups)) for layers, groups in counts)
+        return layers * self.block_tokens * self.layer_token_bytes
+
+    def blocks(self, tokens: int) -> int:
+        """The blocks that one request of ``tokens`` takes at most. A window may begin in the middle of a block."""
+        within = min(self.kept.window_tokens - 1 + self.batch_tokens, tokens)
+        full, sliding = -(-tokens // self.block_tokens), -(-within // self.block_tokens) + 1
+        return self.groups[0] * full + self.groups[1] * sliding
+
+    def request_bytes(self, tokens: int) -> int:
+        return self.blocks(tokens) * self.block_bytes
+
+
+class Fit(NamedTuple):
+    """What a model needs on one device of a slot, and whether that is there."""
+
+    attention: Attention
+    weights_bytes: int
+    adapters_bytes: int
+    other_bytes: int
+    engine_bytes: int | None
+    """What there is for all of it. None: not known."""
+    context_tokens: int
+    token_bytes: int
+    """The KV cache of one more token in the layers that keep every token."""
+    sliding_token_bytes: int
+    """The KV cache of one token in the layers that slide."""
+    request_bytes: int
+    """The KV cache of one request of ``context_tokens``."""
+    kv_budget_bytes: int | None
+    """What there is for the KV cache. None: not known."""
+    longest_tokens: int | None
+    """The longest context for which there is room, at most the model's own. 0: none."""
+    requests: int | None
+    """How many requests of ``context_tokens`` there is room for at once."""
+    problem: str = ""
+    """Why it does not fit."""
+    changes: tuple[dict[str, Any], ...] = ()
+    """Key of the fleet → a value. With any one of these it would fit."""
+
+    @property
+    def fits(self) -> bool | None:
+        """None: it cannot be told."""
+        if self.problem:
+            return False
+        return None if self.attention.unknown or self.kv_budget_bytes is None else True
+
+
+def fit(model: Model, slot: Slot) -> Fit:
+    """Raises `VersionRefused` where the configuration holds something else than what belongs there."""
+    measured = measure(model, slot)
+    return measured._replace(changes=_changes(model, slot, measured)) if measured.problem else measured
+
+
+def measure(model: Model, slot: Slot) -> Fit:
+    """`fit`, without what to change."""
+    kept = attention(model.config)
+    cache = cache_of(kept, slot)
+    weights, adapters = weights_bytes(model, slot), adapters_bytes(model, slot) if kept.layers or kept.unknown else 0
+    other, room = OTHER_BYTES[slot.accelerator], slot.engine_bytes
+    budget = slot.kv_cache_bytes
+    if budget is None and room is not None:
+        budget = max(0, room - weights - adapters - other)
+    context = slot.max_model_len or kept.default_tokens
+    found = Fit(
+        attention=kept,
+        weights_bytes=weights,
+        adapters_bytes=adapters,
+        other_bytes=other,
+        engine_bytes=room,
+        context_tokens=context,
+        token_bytes=kept.full_layers * cache.layer_token_bytes,
+        sliding_token_bytes=kept.sliding_layers * cache.layer_token_bytes,
+        request_bytes=cache.request_bytes(context),
+        kv_budget_bytes=budget,
+        longest_tokens=None if budget is None or kept.unknown else longest_tokens(cache, budget),
+        requests=None if budget is None or not kept.layers else requests(cache, budget, context),
+    )
+    return found._replace(problem=_problem(found, slot))
+
+
+def cache_of(kept: Attention, slot: Slot) -> Cache:
+    """The KV cache on one device. Tensor parallelism divides the heads; a latent vector has none to divide."""
+    heads = 1 if kept.latent else max(1, kept.kv_heads // slot.tensor_parallel_size)
+    layer_token_bytes = heads * kept.head_size * (1 if kept.latent else 2) * slot.element_bytes
+    block_tokens = 16 if kept.latent else BLOCK_TOKENS[slot.accelerator]
+    return Cache(kept, layer_token_bytes, block_tokens, BATCH_TOKENS[slot.accelerator])
+
+
+def longest_tokens(cache: Cache, budget_bytes: int) -> int:
+    """The longest context of one request that ``budget_bytes`` hold; 0 where they hold none. vLLM never gives one of the blocks away."""
+    room = budget_bytes - cache.block_bytes
+    return bisect_right(range(1, cache.kept.max_tokens + 1), room, key=cache.request_bytes)
+
+
+def requests(cache: Cache, budget_bytes: int, tokens: int) -> int:
+    """How many requests of ``tokens`` there is room for at once."""
+    return max(0, budget_bytes // cache.block_bytes - 1) // cache.blocks(tokens)
+
+
+def weights_bytes(model: Model, slot: Slot) -> int:
+    """Of one device, as the engine holds them: in its own dtype. An output layer that is tied to the embedding is the same tensor."""
+    tied = model.config.get("tie_word_embeddings") is True
+    held = [tensor for name, tensor in model.tensors.items() if not (tied and name == "lm_head.weight")]
+    total = sum(
+        prod(tensor.shape) * slot.element_bytes if tensor.dtype in FLOATS else tensor.end - tensor.begin for tensor in held
+    )
+    return -(-total // slot.tensor_parallel_size)
+
+
+def adapters_bytes(model: Model, slot: Slot) -> int:
+    """vLLM reserves a pair of matrices for each matrix of the model and each place of an adapter. Of the pair, tensor parallelism divides one."""
+    sides = 0
+    for tensor in model.tensors.values():
+        if len(tensor.shape) in (2, 3):  # three: the experts of one layer
+            *experts, outer, inner = tensor.shape
+            sides += prod(experts) * (inner + -(-outer // slot.tensor_parallel_size))
+    return slot.max_loras * slot.max_lora_rank * sides * slot.element_bytes
+
+
+def _problem(found: Fit, slot: Slot) -> str:
+    if found.attention.heads % slot.tensor_parallel_size:
+        return f"tensor_parallel_size {slot.tensor_parallel_size} does not divide the model's {found.attention.heads} attention heads"
+    held = found.weights_bytes + found.adapters_bytes + found.other_bytes + (slot.kv_cache_bytes or 0)
+    if found.engine_bytes is not None and held > found.engine_bytes:
+        parts = "weights, adapters and the engine itself" + (" with its KV cache" if slot.kv_cache_bytes else "")
+        return f"{parts} need {size_words(held)}, and there are {size_words(found.engine_bytes)}"
+    if found.context_tokens > found.attention.max_tokens:
+        return f"max_model_len is {found.context_tokens}, and the model was made for {found.attention.max_tokens} tokens"
+    if found.longest_tokens is not None and found.longest_tokens < found.context_tokens:
+        there = size_words(found.kv_budget_bytes or 0)
+        return f"one request of {found.context_tokens} tokens needs {size_words(found.request_bytes)} of KV cache, and there are {there}"
+    return ""
+
+
+def _changes(model: Model, slot: Slot, found: Fit) -> tuple[dict[str, Any], ...]:
+    """Of what may help, what does: one key, and only where none is enough, one key with a shorter context."""
+    candidates = _candidates(slot, found)
+    if alone := _enough(model, slot, candidates):
+        return alone
+    longest = [measure(model, slot._replace(**change)).longest_tokens or 0 for change in candidates]
+    shorter = [change | {"max_model_len": tokens} for change, tokens in zip(candidates, longest, strict=True)]
+    return _enough(model, slot, [change for change in shorter if change["max_model_len"] >= LEAST_TOKENS])
+
+
+def _candidates(slot: Slot, found: Fit) -> list[dict[str, Any]]:
+    longest, block_bytes = found.longest_tokens, cache_of(found.attention, slot).block_bytes
+    values: list[tuple[str, Any]] = [
+        ("max_model_len", found.attention.max_tokens if longest is None else longest if longest >= LEAST_TOKENS else None),
+        ("kv_cache_bytes", found.request_bytes + block_bytes if slot.kv_cache_bytes else None),
+        ("dtype", "bfloat16" if slot.dtype == "float32" else None),
+        ("gpu_memory_utilization", MOST_UTILIZATION if slot.gpu_memory_utilization < MOST_UTILIZATION else None),
+        *(("tensor_parallel_size", size) for size in PARALLEL if slot.accelerator == "gpu"),
+    ]
+    return [{key: value} for key, value in values if value]
+
+
+def _enough(model: Model, slot: Slot, changes: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Those with which the model fits. Of several values of one key the first is enough."""
+    fitting = [change for change in changes if not measure(model, slot._replace(**change)).problem]
+    return tuple({next(iter(change)): change for change in reversed(fitting)}.values())[::-1]
+
+
+def size_words(count: int) -> str:
+    """
+    >>> size_words(46080), size_words(128 << 20), size_words(16_060_522_496)
+    ('45.0 KiB', '128.0 MiB', '15.0 GiB')
+    """
+    for unit, bytes_ in (("GiB", GIB), ("MiB", 1 << 20)):
+        if count >= bytes_:
+            return f"{count / bytes_:.1f} {unit}"
+    return f"{count / 1024:.1f} KiB"
