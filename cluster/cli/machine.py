@@ -90,6 +90,37 @@ def doctor() -> None:
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="A folder in Hugging Face layout, or a name or version in the store.")],
+    memory_gib: Annotated[
+        float | None, typer.Option(help="Memory of one GPU. Without GPUs, of the machine; this one's by default.", min=0.1)
+    ] = None,
+    preset: Preset = None,
+    config: File = None,
+    set: Sets = None,
+) -> None:
+    """Say whether a model fits on one slot: what its weights, its KV cache and its context need. Nothing is started.
+
+    The exit status is 1 where it does not fit. Try another setting with --set, for example --set fleet.max_model_len=4096.
+    """
+    import psutil
+
+    from cluster.capacity import fit as capacity
+    from cluster.cli import fit
+
+    loaded = load(preset, config, set)
+    name, read = fit.read(model, loaded)
+    memory = int(memory_gib * 2**30) if memory_gib else None
+    if memory is None and loaded.pool.accelerator == "slot":
+        memory = psutil.virtual_memory().total
+    slot = fit.slot_of(loaded, fit.fleet_of(loaded, model), memory)
+    found = capacity.fit(read, slot)
+    render.fit(console, name, slot, found)
+    console.print(fit.verdict(found), highlight=False)
+    raise typer.Exit(1 if found.fits is False else 0)
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context, what: str) -> None:
     """Run a benchmark, as `python -m benchmarks` does: springtide bench serving."""

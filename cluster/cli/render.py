@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from cluster.capacity.fit import Fit, Slot, size_words
 from cluster.client import Answer, Job
 from cluster.config import Config
 from cluster.publishing.gate import Verdict
@@ -240,6 +241,38 @@ def fleets(console: Console, listed: Sequence[dict[str, Any]]) -> None:
         weights = ", ".join(one.get("weights", []))
         slots = str(one.get("slots", ""))
         table.add_row(one["name"], one["model"] or "", one["phase"], bounds, slots, weights, escape(one["words"]))
+    console.print(table)
+
+
+def fit(console: Console, name: str, slot: Slot, found: Fit) -> None:
+    """What a model needs on one device, and what there is."""
+    kept = found.attention
+    over = f" over {slot.tensor_parallel_size} devices" if slot.tensor_parallel_size > 1 else ""
+    table = _table("", "bytes", "", title=f"{name}, on each device of one slot")
+    table.add_row("weights", size_words(found.weights_bytes), f"dtype {slot.dtype}{over}")
+    table.add_row("adapters", size_words(found.adapters_bytes), f"{slot.max_loras} places of rank {slot.max_lora_rank}")
+    table.add_row("the engine itself", size_words(found.other_bytes), "an allowance for activations, graphs, libraries")
+    for layers, count, tokens in (
+        (kept.full_layers, found.token_bytes, "each token"),
+        (kept.sliding_layers, found.sliding_token_bytes, f"each of the last {kept.window_tokens} tokens"),
+    ):
+        if layers:
+            heads = "a latent vector" if kept.latent else f"keys and values of {kept.kv_heads} heads"
+            table.add_row("KV cache of a token", size_words(count), f"{tokens}: {layers} layers, {heads} of {kept.head_size}")
+    if not kept.unknown:
+        words = f"{found.context_tokens} tokens" if kept.layers else "an encoder keeps nothing"
+        table.add_row("KV cache of a request", size_words(found.request_bytes), words)
+    if found.kv_budget_bytes is not None:
+        source = "what the rest leaves" if slot.kv_cache_bytes is None else "fleet.kv_cache_bytes"
+        table.add_row("room for the KV cache", size_words(found.kv_budget_bytes), source)
+    if slot.memory_bytes is not None:
+        share = f"fleet.gpu_memory_utilization {slot.gpu_memory_utilization:g} of " if slot.kv_cache_bytes is None else ""
+        table.add_row(
+            "room for everything", size_words(found.engine_bytes or 0), f"{share}{size_words(slot.memory_bytes)} of memory"
+        )
+    if found.longest_tokens is not None:
+        longest = f"{found.longest_tokens} tokens, of {kept.max_tokens} that the model was made for"
+        table.add_row("longest context", "", longest)
     console.print(table)
 
 

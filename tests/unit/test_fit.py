@@ -1,0 +1,389 @@
+"""What a model needs on a slot, computed from its configuration and its headers alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from cluster.capacity.attention import CONTEXT, HEADS, HIDDEN, KV_HEADS, LAYERS, UNKNOWN, attention
+from cluster.capacity.fit import Model, Slot, cache_of, fit, longest_tokens, requests
+from cluster.cli import commands
+from cluster.errors import ModelNotFound, SpringtideError, VersionRefused
+from cluster.store.headers import Tensor
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
+from cluster.types import Lineage
+from tests.support.architectures import ARCHITECTURES
+
+GIB = 1 << 30
+LLAMA = ARCHITECTURES["Meta-Llama-3-8B"]
+SMOLLM = ARCHITECTURES["SmolLM2-135M"]
+GPU = Slot("gpu", memory_bytes=80 * GIB)
+LAPTOP = Slot("slot", memory_bytes=16 * GIB, kv_cache_bytes=128 << 20, dtype="float32")
+
+
+def tensors(*shapes: tuple[int, ...], dtype: str = "BF16") -> dict[str, Tensor]:
+    sizes = {"BF16": 2, "F32": 4, "I8": 1}
+    return {f"w{n}": Tensor(dtype, shape, 0, int(np.prod(shape)) * sizes[dtype]) for n, shape in enumerate(shapes)}
+
+
+def llama_weights() -> dict[str, Tensor]:
+    """8.03 billion parameters in one matrix."""
+    return tensors((8_030_261_248 // 4096, 4096))
+
+
+# what an engine keeps of a token
+
+
+@pytest.mark.parametrize(
+    ("name", "full", "sliding", "tokens"),
+    [
+        ("gpt2", 12 * 12 * 64 * 2 * 2, 0, 1024),
+        ("Meta-Llama-3-8B", 131_072, 0, 8192),
+        ("SmolLM2-135M", 23_040, 0, 8192),
+        ("Qwen2.5-7B", 57_344, 0, 131_072),
+        ("Qwen3-0.6B", 114_688, 0, 40_960),
+        ("Mistral-7B-v0.1", 0, 131_072, 32_768),
+        ("gemma-3-4b-it", 5 * 4096, 29 * 4096, 131_072),
+        ("gpt-oss-20b", 12 * 2048, 12 * 2048, 131_072),
+        ("falcon-7b", 8192, 0, 2048),
+        ("Mixtral-8x7B-v0.1", 131_072, 0, 32_768),
+        ("DeepSeek-V2-Lite", 27 * (512 + 64) * 2, 0, 163_840),
+        ("all-MiniLM-L6-v2", 0, 0, 512),
+    ],
+)
+def test_bytes_of_one_token_in_bfloat16(name: str, full: int, sliding: int, tokens: int) -> None:
+    found = fit(Model(ARCHITECTURES[name], {}), GPU)
+    assert (found.token_bytes, found.sliding_token_bytes) == (full, sliding)
+    assert found.attention.max_tokens == tokens == found.context_tokens
+    assert found.attention.unknown == ""
+
+
+def test_tensor_parallelism_divides_heads_down_to_one_and_no_latent_vector() -> None:
+    def token_bytes(name: str, devices: int) -> int:
+        return fit(Model(ARCHITECTURES[name], {}), GPU._replace(tensor_parallel_size=devices)).token_bytes
+
+    assert [token_bytes("Meta-Llama-3-8B", devices) for devices in (1, 2, 8, 16)] == [131_072, 65_536, 16_384, 16_384]
+    assert token_bytes("DeepSeek-V2-Lite", 4) == token_bytes("DeepSeek-V2-Lite", 1)
+
+
+def test_layers_that_borrow_another_layers_cache_keep_nothing() -> None:
+    """Gemma-3n-E4B: 35 layers of which the last 15 keep nothing, and every fifth sees all tokens."""
+    kinds = (["sliding_attention"] * 4 + ["full_attention"]) * 7
+    gemma = {"num_hidden_layers": 35, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256}
+    text = {"model_type": "gemma3n_text", **gemma, "layer_types": kinds, "sliding_window": 512, "num_kv_shared_layers": 15}
+    kept = attention({"model_type": "gemma3n", "text_config": text})
+    assert (kept.full_layers, kept.sliding_layers, kept.window_tokens) == (4, 16, 512)
+
+
+def test_a_window_begins_at_the_layer_that_the_configuration_names() -> None:
+    qwen = {**ARCHITECTURES["Qwen2.5-7B"], "use_sliding_window": True, "sliding_window": 4096}
+    assert attention({**qwen, "max_window_layers": 20})[:3] == (20, 8, 4096)
+    assert attention({**qwen, "max_window_layers": 0})[:3] == (0, 28, 4096)
+
+
+def test_chunked_layers_count_as_full_because_vllm_keeps_all_of_them() -> None:
+    llama4 = {"num_hidden_layers": 48, "num_attention_heads": 40, "attention_chunk_size": 8192, "max_position_embeddings": 262144}
+    kept = attention({"model_type": "llama4", "text_config": {"model_type": "llama4_text", **llama4}})
+    assert (kept.full_layers, kept.sliding_layers, kept.kv_heads, kept.head_size) == (48, 0, 8, 128)
+
+
+def test_scaled_positions_make_the_context_longer() -> None:
+    def tokens(**scaling: Any) -> tuple[int, int]:
+        kept = attention({**LLAMA, "original_max_position_embeddings": 4096, "rope_scaling": scaling})
+        return kept.max_tokens, kept.default_tokens
+
+    assert tokens(type="linear", factor=4.0) == (32768, 32768)
+    assert tokens(rope_type="yarn", factor=4, original_max_position_embeddings=8192) == (32768, 32768)
+    assert tokens(rope_type="llama3", factor=8.0) == (8192, 8192)
+    assert tokens(rope_type="longrope") == (8192, 4096)
+
+
+UNKNOWABLE = {
+    "mamba": {"model_type": "mamba", "state_size": 16, "num_hidden_layers": 24, "hidden_size": 768},
+    "Jamba": {**LLAMA, "model_type": "jamba", "attn_layer_period": 8},
+    "Qwen3-Next": {**LLAMA, "model_type": "qwen3_next", "layer_types": ["linear_attention"] * 3 + ["full_attention"]},
+    "LFM2": {**LLAMA, "model_type": "lfm2", "conv_L_cache": 3},
+    "DeepSeek-V4": {**ARCHITECTURES["DeepSeek-V2-Lite"], "compress_ratios": [4, 128]},
+    "DeepSeek-V3.2": {**ARCHITECTURES["DeepSeek-V2-Lite"], "model_type": "deepseek_v32", "index_topk": 2048},
+    "Nemotron-NAS": {**LLAMA, "model_type": "nemotron-nas", "block_configs": [{}]},
+    "T5": {"model_type": "t5", "is_encoder_decoder": True, "num_layers": 6, "num_heads": 8, "d_model": 512},
+    "MiniCPM3": {**ARCHITECTURES["DeepSeek-V2-Lite"], "model_type": "minicpm3"},
+    "an empty object": {},
+    "a model without heads": {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8},
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWABLE)
+def test_what_cannot_be_told_is_unknown_and_says_why(name: str) -> None:
+    found = fit(Model(UNKNOWABLE[name], {}), GPU)
+    assert found.attention.unknown and found.fits is None and found.longest_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", "thirty"),
+        ("num_hidden_layers", 30.5),
+        ("num_hidden_layers", -1),
+        ("num_hidden_layers", 10**15),
+        ("num_key_value_heads", [8]),
+        ("num_attention_heads", True),
+        ("hidden_size", {}),
+        ("hidden_size", 8),
+        ("max_position_embeddings", float("nan")),
+        ("max_position_embeddings", float("inf")),
+        ("model_type", 7),
+        ("text_config", ["llama"]),
+        ("layer_types", "full_attention"),
+        ("layer_types", [1]),
+        ("rope_scaling", "linear"),
+        ("rope_scaling", {"type": "linear", "factor": "four"}),
+        ("num_kv_shared_layers", 30),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_its_key(key: str, value: Any) -> None:
+    with pytest.raises(VersionRefused, match=r"config\.json") as refused:
+        fit(Model({**SMOLLM, key: value}, {}), GPU)
+    assert refused.value.param in (key, "factor") and refused.value.do
+
+
+KEYS = [*LAYERS, *HEADS, *KV_HEADS, *HIDDEN, *CONTEXT, *UNKNOWN]
+KEYS += [
+    "model_type",
+    "text_config",
+    "layer_types",
+    "sliding_window",
+    "sliding_window_pattern",
+    "rope_scaling",
+    "rope_parameters",
+]
+KEYS += [
+    "attn_config",
+    "kv_lora_rank",
+    "qk_rope_head_dim",
+    "head_dim",
+    "num_kv_shared_layers",
+    "attention_chunk_size",
+    "multi_query",
+]
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 200)
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["llama", "gemma3", "yarn", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "factor", "type"]), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300)
+@given(base=st.sampled_from(list(ARCHITECTURES.values())), changed=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=5))
+def test_whatever_the_file_holds_the_answer_is_a_fit_or_an_error_of_ours(base: dict[str, Any], changed: dict[str, Any]) -> None:
+    try:
+        found = fit(Model({**base, **changed}, {}), LAPTOP)
+    except SpringtideError as error:
+        assert error.do
+    else:
+        assert found.fits in (True, False, None)
+
+
+# what there is room for
+
+
+@st.composite
+def models(draw: st.DrawFn) -> dict[str, Any]:
+    kv_heads = draw(st.integers(1, 16))
+    return {
+        "model_type": "llama",
+        "num_hidden_layers": draw(st.integers(1, 100)),
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * draw(st.integers(1, 8)),
+        "head_dim": draw(st.sampled_from([32, 64, 80, 128, 256])),
+        "max_position_embeddings": draw(st.integers(16, 300_000)),
+        "sliding_window": draw(st.none() | st.integers(1, 9000)),
+        "sliding_window_pattern": draw(st.none() | st.integers(1, 8)),
+    }
+
+
+SLOTS = st.sampled_from([Slot(kind, dtype=dtype) for kind in ("slot", "gpu") for dtype in ("auto", "float32")])
+BYTES = st.integers(0, 1 << 38)
+
+
+@given(model=models(), slot=SLOTS, tokens=st.integers(1, 300_000), more=st.integers(0, 300_000))
+def test_more_context_never_needs_less(model: dict[str, Any], slot: Slot, tokens: int, more: int) -> None:
+    cache = cache_of(attention(model), slot)
+    assert cache.request_bytes(tokens) <= cache.request_bytes(tokens + more)
+
+
+@given(model=models(), slot=SLOTS, memory=BYTES, more=BYTES)
+def test_more_memory_never_fits_less(model: dict[str, Any], slot: Slot, memory: int, more: int) -> None:
+    less, greater = (fit(Model(model, {}), slot._replace(memory_bytes=size)) for size in (memory, memory + more))
+    assert not less.fits or greater.fits
+    assert (less.longest_tokens or 0) <= (greater.longest_tokens or 0)
+    assert (less.requests or 0) <= (greater.requests or 0)
+
+
+@given(model=models(), slot=SLOTS, budget=BYTES)
+def test_the_longest_context_fits_and_one_block_more_does_not(model: dict[str, Any], slot: Slot, budget: int) -> None:
+    cache = cache_of(attention(model), slot)
+    longest = longest_tokens(cache, budget)
+    assert longest == 0 or requests(cache, budget, longest) >= 1
+    if longest < cache.kept.max_tokens:
+        assert requests(cache, budget, longest + cache.block_tokens) == 0 and requests(cache, budget, longest + 1) == 0
+
+
+@given(
+    model=models(),
+    slot=SLOTS,
+    memory=st.none() | BYTES,
+    budget=st.none() | st.integers(1 << 20, 1 << 36),
+    context=st.integers(16, 200_000),
+)
+def test_every_change_that_is_proposed_is_enough(
+    model: dict[str, Any], slot: Slot, memory: int | None, budget: int | None, context: int
+) -> None:
+    slot = slot._replace(memory_bytes=memory, kv_cache_bytes=budget, max_model_len=context)
+    for change in fit(Model(model, tensors((4096, 4096))), slot).changes:
+        assert not fit(Model(model, tensors((4096, 4096))), slot._replace(**change)).problem
+
+
+def test_a_small_model_fits_a_laptop_with_a_shorter_context() -> None:
+    """128 MiB are 22 blocks of 128 tokens of 45 KiB, and vLLM never gives the first away."""
+    found = fit(Model(SMOLLM, {}), LAPTOP)
+    assert (found.fits, found.longest_tokens, found.token_bytes) == (False, 21 * 128, 46_080)
+    assert found.changes == ({"max_model_len": 2688}, {"kv_cache_bytes": 65 * 128 * 46_080})
+    assert fit(Model(SMOLLM, {}), LAPTOP._replace(max_model_len=1024))[-4:-2] == (2688, 2)
+
+
+def test_weights_count_in_the_dtype_of_the_engine_and_quantized_ones_as_they_are() -> None:
+    def weights(dtype: str, stored: str) -> int:
+        return fit(Model(LLAMA, tensors((100, 10), dtype=stored)), GPU._replace(dtype=dtype)).weights_bytes
+
+    assert [weights("float32", "BF16"), weights("auto", "F32"), weights("float32", "I8")] == [4000, 2000, 1000]
+    tied = {"embed": Tensor("BF16", (100, 10), 0, 2000), "lm_head.weight": Tensor("BF16", (100, 10), 2000, 4000)}
+    assert fit(Model({**LLAMA, "tie_word_embeddings": True}, tied), GPU).weights_bytes == 2000
+    assert fit(Model(LLAMA, tied), GPU._replace(tensor_parallel_size=2)).weights_bytes == 2000
+
+
+def test_places_of_adapters_take_two_thin_matrices_for_each_matrix() -> None:
+    slot = GPU._replace(max_loras=4, max_lora_rank=16)
+    assert fit(Model(LLAMA, tensors((30, 10), (7,))), slot).adapters_bytes == 4 * 16 * (30 + 10) * 2
+    assert fit(Model(LLAMA, tensors((30, 10))), slot._replace(tensor_parallel_size=2)).adapters_bytes == 4 * 16 * (15 + 10) * 2
+    assert fit(Model(LLAMA, tensors((8, 30, 10))), slot).adapters_bytes == 4 * 16 * 8 * (30 + 10) * 2
+    assert fit(Model(ARCHITECTURES["all-MiniLM-L6-v2"], tensors((30, 10))), slot).adapters_bytes == 0
+
+
+def test_llama_3_fits_a_large_gpu_and_not_a_small_one_alone() -> None:
+    model = Model(LLAMA, llama_weights())
+    large, small = fit(model, GPU), fit(model, GPU._replace(memory_bytes=16 * GIB))
+    assert large.fits and large.requests and large.requests > 30
+    assert small.fits is False and "weights" in small.problem
+    assert small.changes == ({"tensor_parallel_size": 2},)
+    assert fit(model, Slot("gpu")).fits is None, "nobody said how large the GPU is"
+
+
+def test_weights_that_no_machine_of_this_size_holds_are_refused_though_the_kv_cache_would_fit() -> None:
+    found = fit(Model(LLAMA, llama_weights()), LAPTOP._replace(max_model_len=128))
+    assert found.fits is False and "weights" in found.problem and not found.changes
+    more = fit(Model(LLAMA, llama_weights()), LAPTOP._replace(memory_bytes=20 * GIB))
+    assert more.changes == ({"dtype": "bfloat16", "max_model_len": 896},), "neither alone makes room"
+
+
+def test_a_context_beyond_the_models_own_is_refused() -> None:
+    found = fit(Model(LLAMA, {}), GPU._replace(max_model_len=9000))
+    assert "8192" in found.problem and {"max_model_len": 8192} in found.changes
+
+
+def test_heads_that_devices_cannot_share_are_refused() -> None:
+    found = fit(Model(ARCHITECTURES["falcon-7b"], {}), GPU._replace(tensor_parallel_size=2))
+    assert "71 attention heads" in found.problem and found.changes == ({"tensor_parallel_size": 1},)
+
+
+def test_an_encoder_needs_its_weights_alone() -> None:
+    found = fit(Model(ARCHITECTURES["all-MiniLM-L6-v2"], tensors((1000, 1000))), LAPTOP)
+    assert (found.fits, found.request_bytes, found.requests, found.longest_tokens) == (True, 0, None, 512)
+
+
+# the command
+
+
+def folder(path: Path, config: Any = SMOLLM, rows: int = 8) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    save_file({"model.embed_tokens.weight": np.zeros((rows, 576), np.float16)}, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPRINGTIDE_HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def run(*words: str) -> tuple[int, str]:
+    ended = CliRunner().invoke(commands.app, ["fit", *words], env={"COLUMNS": "160"})
+    if ended.exception and not isinstance(ended.exception, SystemExit):
+        raise ended.exception
+    return ended.exit_code, ended.output
+
+
+def test_the_command_says_in_words_whether_a_folder_fits(home: Path) -> None:
+    code, said = run(str(folder(home / "smollm")), "--memory-gib", "16")
+    assert code == 1 and "fleet.max_model_len=2688" in said and "45.0 KiB" in said
+    code, said = run("smollm", "--memory-gib", "16", "--set", "fleet.max_model_len=2688")
+    assert code == 0 and "It fits: requests of 2688 tokens, 1 at once." in said
+    code, said = run("smollm", "--preset", "gpu", "--set", "fleet.tensor_parallel_size=1")
+    assert code == 0 and "--memory-gib" in said
+
+
+def test_the_command_takes_names_and_versions_in_the_store_and_for_an_adapter_its_base(home: Path) -> None:
+    registry = Registry(Store((home / "home" / "store").as_uri()))
+    base = registry.register("smollm", "weights", None, folder(home / "one"), Lineage()).id
+    (home / "adapter").mkdir()
+    (home / "adapter" / "adapter_config.json").write_text('{"r": 2}')
+    save_file({"a": np.zeros((2, 2), np.float32)}, home / "adapter" / "adapter_model.safetensors")
+    adapter = registry.register("support", "adapter", base, home / "adapter", Lineage()).id
+    registry.move("support", adapter, "", "me", 0)
+    for name in ("smollm@1", "support@1", "support"):
+        code, said = run(name, "--set", "fleet.max_model_len=128")
+        assert code == 0 and "smollm@1" in said, name
+
+
+def test_what_is_not_there_is_named_with_what_to_do(home: Path) -> None:
+    folder(home / "broken", "{")
+    folder(home / "list", "[]")
+    folder(home / "words", {**SMOLLM, "num_hidden_layers": "thirty"})
+    (home / "empty").mkdir()
+    (home / "bare").mkdir()
+    save_file({"w": np.zeros((2, 2), np.float32)}, home / "bare" / "model.safetensors")
+    (home / "model.gguf").write_text("")
+    expected = {
+        "smollm": (ModelNotFound, "downloaded first"),
+        "org/name": (ModelNotFound, "There is no folder org/name"),
+        "smollm@1": (ModelNotFound, "smollm@1 does not exist"),
+        "model.gguf": (ModelNotFound, "is a file"),
+        "empty": (VersionRefused, "no .safetensors"),
+        "bare": (VersionRefused, "no config.json"),
+        "broken": (VersionRefused, "cannot be read"),
+        "list": (VersionRefused, "no JSON object"),
+        "words": (VersionRefused, "num_hidden_layers"),
+    }
+    for name, (kind, words) in expected.items():
+        with pytest.raises(kind, match=words) as refused:
+            run(name)
+        assert refused.value.do, name
+
+
+def test_what_is_unknown_is_no_failure(home: Path) -> None:
+    code, said = run(str(folder(home / "mamba", UNKNOWABLE["mamba"])))
+    assert code == 0 and "unknown" in said and "Mamba" in said
