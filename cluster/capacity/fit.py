@@ -1,7 +1,7 @@
 """Does a model fit on a slot? What its weights, its adapters and its KV cache need, and the longest context for which there is room.
 
 Computed as vLLM 0.29 computes it (``vllm/v1/core/kv_cache_utils.py``, ``kv_cache_interface.py``), from the configuration and the tensors'
-headers alone: before anything starts, and within milliseconds. A contract test compares the two.
+headers alone, before anything starts. A contract test compares the two.
 
 Example: SmolLM2-135M on a laptop whose KV cache has 128 MiB. One token takes 45 KiB, so a context of 2,688 tokens fits and not the 8,192
 that the model was made for.
