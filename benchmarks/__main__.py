@@ -62,6 +62,7 @@ VERBS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         option("--streams", type=numbers, default=(1, 8, 32), metavar="N,N,…", help="concurrent requests"),
         option("--requests", type=int, default=480, help="at the most streams; fewer streams send fewer"),
         option("--tokens", type=int, default=32, help="length of every answer"),
+        option("--neighbours", type=int, default=0, help="busy processes beside every system"),
         MODEL,
         option("--systems", type=known_systems, default=SYSTEMS, metavar="NAME,…", help=", ".join(SYSTEMS)),
         file("--json", "write one row per system and case"),

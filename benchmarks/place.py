@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -67,6 +68,18 @@ def wait_until_idle() -> None:
     deadline_s = time.monotonic() + IDLE_WAIT_S
     while psutil.cpu_percent(interval=2.0) > IDLE_PERCENT and time.monotonic() < deadline_s:
         pass
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """``count`` processes that keep a processor busy each until the block ends, at the niceness of this one: what a busy machine is like."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """What a serving comparison found: rows, ratios, verdicts, a table and a chart."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks import peers
+from benchmarks.cost import per_token_us
 from benchmarks.load import Summary
 from benchmarks.place import machine, passed
 
@@ -28,6 +29,14 @@ class Measurement(NamedTuple):
     streams: int
     streaming: bool
     summary: Summary
+    cpu_s: Mapping[str, float]
+    """Process → processor seconds it spent meanwhile."""
+    tokens: int
+    """What was generated."""
+
+    @property
+    def per_token_us(self) -> dict[str, float]:
+        return per_token_us(self.cpu_s, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,16 @@ def summarise(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
         each = [asdict(summary) for summary in summaries]
         medians = {key: _median([one[key] for one in each]) for key in each[0] if key != "failed"}
         failed = sum(summary.failed for summary in summaries)
-        rows.append({"system": system, "streams": streams, "streaming": streaming, **medians, "failed": failed})
+        cost_us = {name: round(median(values), 1) for name, values in costs_us(measurements, system, streams, streaming).items()}
+        case = {"system": system, "streams": streams, "streaming": streaming}
+        rows.append({**case, **medians, "failed": failed, "cpu_us_per_token": cost_us})
     return rows
+
+
+def costs_us(measurements: Sequence[Measurement], system: str, streams: int, streaming: bool) -> dict[str, list[float]]:
+    """Process → processor microseconds per token in each round of one case."""
+    rounds = [one.per_token_us for one in measurements if one[1:4] == (system, streams, streaming)]
+    return {name: [one.get(name, 0.0) for one in rounds] for name in sorted({name for one in rounds for name in one})}
 
 
 def _median(values: Sequence[float | None]) -> float | None:

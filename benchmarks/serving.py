@@ -6,18 +6,20 @@ another. `benchmarks.peers` says what each system is given.
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from benchmarks import load, peers
+from benchmarks.cost import cost_table, spent, used
 from benchmarks.memory import Process, budget, memory_table, processes
 from benchmarks.peers import Served
-from benchmarks.place import PORT, ask, console, finish, machine, springtide, wait_until_idle, warn_if_busy, workplace
-from benchmarks.report import LABELS, Measurement, draw, markdown, results, summarise, verdicts
+from benchmarks.place import PORT, ask, console, finish, machine, neighbours, springtide, wait_until_idle, warn_if_busy, workplace
+from benchmarks.report import LABELS, Measurement, costs_us, draw, markdown, results, summarise, verdicts
 from cluster.config import Config
 
 WARM_UP_REQUESTS = 64
@@ -36,6 +38,8 @@ class Load:
     requests: int
     """At the most streams; fewer streams send fewer, but never less than a quarter."""
     tokens: int
+    neighbours: int = 0
+    """Processes beside the system that keep a processor busy."""
 
     @property
     def cases(self) -> list[tuple[int, bool]]:
@@ -51,13 +55,14 @@ class Load:
 
 def serving(options: argparse.Namespace) -> None:
     """Compare the systems, print tables, write the files that were asked for."""
-    plan = Load(options.rounds, options.streams, options.requests, options.tokens)
+    plan = Load(options.rounds, options.streams, options.requests, options.tokens, options.neighbours)
     minutes = plan.estimate_s(len(options.systems)) / 60
     console.print(f"{machine()}\nThis takes about {minutes:.0f} minutes: {describe(plan, options.systems)}")
     warn_if_busy()
     with workplace(options.model) as (config, model):
         measurements, memory = measure(plan, options.systems, config, model)
-    console.print(results(measurements), *(memory_table(LABELS[system], memory[system]) for system in memory), sep="\n")
+    console.print(results(measurements), *costs(measurements), sep="\n")
+    console.print(*(memory_table(LABELS[system], memory[system]) for system in memory), sep="\n")
     if options.json:
         options.json.write_text(json.dumps(summarise(measurements), indent=1) + "\n")
     if options.markdown:
@@ -69,7 +74,8 @@ def serving(options: argparse.Namespace) -> None:
 
 def describe(plan: Load, systems: Sequence[str]) -> str:
     levels = ", ".join(map(str, plan.streams))
-    return f"{plan.rounds} rounds of {len(systems)} systems, at {levels} concurrent requests, streamed and not."
+    beside = f", beside {plan.neighbours} busy processes" if plan.neighbours else ""
+    return f"{plan.rounds} rounds of {len(systems)} systems, at {levels} concurrent requests, streamed and not{beside}."
 
 
 def running(system: str, config: Config, model: Path, watch: Callable[[str], None]) -> AbstractContextManager[Served]:
@@ -101,15 +107,31 @@ def _cases(plan: Load, turn: int, system: str, served: Served, say: Callable[...
         ask(served, max(plan.streams), WARM_UP_REQUESTS, streaming, plan.tokens)
     say("letting it come to rest")
     wait_until_idle()
-    found = []
+    with neighbours(plan.neighbours):
+        return list(_measured(plan, turn, system, served, say))
+
+
+def _measured(plan: Load, turn: int, system: str, served: Served, say: Callable[..., None]) -> Iterator[Measurement]:
     for streams, streaming in plan.cases:
         say(f"{streams} {'streams' if streaming else 'at once, not streamed'}", advance=1)
+        before = used(served.root)
         samples = ask(served, streams, plan.requests_at(streams), streaming, plan.tokens)
+        cpu_s = spent(before, used(served.root))
         for error in sorted({sample.error for sample in samples} - {""}):
             console.print(f"[red]{LABELS[system]}, {streams} streams: {error}")
-        found.append(Measurement(turn, system, streams, streaming, load.summarise(samples, streaming)))
+        yield Measurement(turn, system, streams, streaming, load.summarise(samples, streaming), cpu_s, tokens_of(samples))
     say("reading its memory", advance=1)
-    return found
+
+
+def costs(measurements: Sequence[Measurement]) -> Iterator[Table]:
+    """Each system's table of processor time, at the most streams."""
+    most = max(one.streams for one in measurements)
+    for system in dict.fromkeys(one.system for one in measurements):
+        yield cost_table(f"{LABELS[system]}, {most} streams", costs_us(measurements, system, most, True))
+
+
+def tokens_of(samples: Sequence[load.Sample]) -> int:
+    return sum(sample.tokens for sample in samples if sample.ok)
 
 
 def progress_bar() -> Progress:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import VERBS, arguments
+from benchmarks.cost import LOAD_GENERATOR, Used, cost_rows, per_token_us, spent, used
+from benchmarks.load import Summary
+from benchmarks.report import Measurement, summarise
 from benchmarks.shape import measure
 
 ROOT = Path(__file__).parents[2]
@@ -57,3 +60,30 @@ def test_this_checkout_can_be_measured_and_has_no_circle_of_rooms() -> None:
     found = measure(ROOT)
     assert json.loads(json.dumps(found)) == found
     assert found["rooms"]["room_circles"] == []
+
+
+def test_processor_time_is_counted_per_process_and_token() -> None:
+    before = {1: Used("engine", 2.0), 2: Used("gateway", 1.0), 3: Used("ended", 4.0)}
+    after = {1: Used("engine", 2.6), 2: Used("gateway", 1.1), 4: Used("engine", 0.2), 5: Used("raylet", 0.0001)}
+    assert per_token_us(spent(before, after), 1000) == pytest.approx({"engine": 800, "gateway": 100, "raylet": 0.1})
+    assert spent({1: Used("a", 5.0)}, {1: Used("b", 1.0)}) == {"b": 1.0}, "the system gave the id to another process"
+    assert per_token_us({"engine": 1.0}, 0) == {}
+
+
+def test_costs_are_medians_over_rounds_with_their_spread() -> None:
+    rows = list(cost_rows({"gateway": [40, 50, 60], "engine": [300, 290, 310], "raylet": [0.1, 0.2, 0.3]}))
+    assert rows == [("engine", "300 (290–310)"), ("gateway", "50 (40–60)"), ("1 others", "0 (0–0)")]
+    assert list(cost_rows({})) == []
+
+
+def test_this_process_is_the_load_generator_of_its_own_tree() -> None:
+    import psutil
+
+    names = [one.name for one in used(psutil.Process()).values()]
+    assert LOAD_GENERATOR in names
+
+
+def test_a_row_says_what_each_process_spent() -> None:
+    summary = Summary(1.0, 32.0, None, None, None, None, 0)
+    two = [Measurement(turn, "springtide", 32, True, summary, {"gateway": cpu_s}, 1000) for turn, cpu_s in ((0, 0.05), (1, 0.07))]
+    assert summarise(two)[0]["cpu_us_per_token"] == {"gateway": 60.0}
