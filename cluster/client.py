@@ -140,9 +140,10 @@ class Client:
         order = {"version": str(version), "alias": alias, "reason": reason, "claimed_author": author()}
         return self._order("publish", order | ({"policy": policy.model_dump(mode="json")} if policy else {}))
 
-    def step(self, what: Literal["promote", "abort"], alias: str, reason: str) -> Rollout:
-        """Bring the alias's rollout to 100 % now, or end it."""
-        return self._order(what, {"alias": alias, "reason": reason, "claimed_author": author()})
+    def step(self, what: Literal["promote", "abort"], alias: str, reason: str, version: VersionId | None = None) -> Rollout:
+        """Bring the alias's rollout to 100 % now, or end it. ``version``: only if it is the rollout of this one."""
+        order = {"alias": alias, "reason": reason, "version": str(version) if version else None, "claimed_author": author()}
+        return self._order(what, order)
 
     def rollback(self, alias: str, to: VersionId | None, reason: str) -> Rollout:
         """Make the alias mean what it meant before, or ``to``."""

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from pydantic import ValidationError
@@ -64,13 +64,19 @@ def publish(
 @app.command()
 def promote(alias: str, reason: str = "promoted by hand") -> None:
     """Make the canary of an alias live now, for all traffic."""
-    render.rollout(console, client().step("promote", alias, reason))
+    step("promote", alias, reason)
 
 
 @app.command()
 def abort(alias: str, reason: str = "aborted by hand") -> None:
     """End the rollout of an alias. Every session gets the stable version again."""
-    render.rollout(console, client().step("abort", alias, reason))
+    step("abort", alias, reason)
+
+
+def step(what: Literal["promote", "abort"], alias: str, reason: str) -> None:
+    """The order names the version that is under way now: it may wait to be heard, and is not for what is published meanwhile."""
+    pool = client()
+    render.rollout(console, pool.step(what, alias, reason, pool.rollout(alias).record.version))
 
 
 @app.command()

@@ -260,14 +260,14 @@ class Control:
         return self.publishing.publish(version, alias, reason, author, policy, after)
 
     @ray.method(concurrency_group=WAITING)
-    def promote(self, alias: str, reason: str, author: str) -> Rollout:
+    def promote(self, alias: str, reason: str, author: str, version: str | None = None) -> Rollout:
         """See `Publishing.order`."""
-        return self.publishing.order(alias, "promote", reason, author)
+        return self.publishing.order(alias, "promote", reason, author, version)
 
     @ray.method(concurrency_group=ORDERS)
-    def abort(self, alias: str, reason: str, author: str) -> Rollout:
+    def abort(self, alias: str, reason: str, author: str, version: str | None = None) -> Rollout:
         """See `Publishing.order`."""
-        return self.publishing.order(alias, "abort", reason, author)
+        return self.publishing.order(alias, "abort", reason, author, version)
 
     @ray.method(concurrency_group=ORDERS)
     def rollback(self, alias: str, to: str | None, reason: str, author: str) -> Rollout:

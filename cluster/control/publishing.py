@@ -50,9 +50,13 @@ class Publishing:
         begun = self.loop.call(lambda: self._begin(manifest, alias, wanted, redact(reason), author, was_live, after))
         return self._until(begun, self._waits, LOAD_TIMEOUT_S)
 
-    def order(self, alias: str, what: str, reason: str, author: str) -> Rollout:
-        """``promote`` the alias's rollout to 100 %, or ``abort`` it. Returns it when that is done."""
-        now = self.loop.call(lambda: self._order(alias, what, redact(reason), author))
+    def order(self, alias: str, what: str, reason: str, author: str, version: str | None = None) -> Rollout:
+        """``promote`` the alias's rollout to 100 %, or ``abort`` it. Returns it when that is done.
+
+        Raises `Conflict` where no rollout is under way, or that of another version than ``version``. An order may wait for minutes until it is
+        heard, and must not reach a later rollout than the one that its author saw.
+        """
+        now = self.loop.call(lambda: self._order(alias, what, redact(reason), author, version))
         goal, timeout_s = ("live", LOAD_TIMEOUT_S) if what == "promote" else ("rolled_back", ABORT_TIMEOUT_S)
         return self._until(now, lambda one: one.rollout.stage == goal and self._announced(one.rollout), timeout_s, goal)
 
@@ -108,10 +112,14 @@ class Publishing:
             self.loop.retry(("alias", alias))  # whether it was written or not: the store says
         return begun
 
-    def _order(self, alias: str, what: str, reason: str, author: str) -> Rollout:
+    def _order(self, alias: str, what: str, reason: str, author: str, version: str | None) -> Rollout:
         now = self.hosting.desired.rollout(check_name(alias))
         if now is None or now.stage not in rollout.UNDER_WAY or what not in ("promote", "abort"):
             raise Conflict(f"No rollout of {alias} is under way.", "See `springtide history`.")
+        if version not in (None, str(now.version)):
+            raise Conflict(
+                f"The rollout of {version} on {alias} has ended; {now.version} follows it.", "See `springtide history`."
+            )
         if what == "promote" and now.stage != "canary":
             raise Conflict(f"The rollout of {now.version} is still {now.stage}.", "Promote it when it is a canary.")
         if what == "promote" and alias in self.aliases.orders:

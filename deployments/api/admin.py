@@ -47,9 +47,13 @@ class Step(Order):
 
     alias: str
     reason: str
+    version: str | None = None
+    """The version whose rollout is meant. None: whichever is under way when the order is carried out."""
 
 
-class Rollback(Step):
+class Rollback(Order):
+    alias: str
+    reason: str
     to: str | None = None
 
 
@@ -145,7 +149,7 @@ def publish(control: Control, order: Publish) -> Awaitable[Any]:
 
 
 def step(control: Control, what: str, order: Step) -> Awaitable[Any]:
-    return control(what, order.alias, order.reason, order.claimed_author)
+    return control(what, order.alias, order.reason, order.claimed_author, order.version)
 
 
 def rollback(control: Control, order: Rollback) -> Awaitable[Any]:

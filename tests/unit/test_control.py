@@ -213,6 +213,21 @@ def test_an_adapter_goes_to_the_fleet_that_hosts_its_base(tmp_path: Path) -> Non
         control.publish(nowhere.id, "elsewhere")
 
 
+def test_an_order_for_a_rollout_that_has_ended_reaches_no_later_one(tmp_path: Path) -> None:
+    """It waits for a thread of control's. Meanwhile its rollout can end, and another version of the alias can become the canary."""
+    config, registry, machines = two_fleets(tmp_path)
+    control, m1 = Controlled(config, machines), VersionId("m", 1)
+    first, second = (adapter(registry, tmp_path, m1, seed, "helper") for seed in (1, 2))
+    wait_until(lambda: "m" in control.view.aliases)
+    control.publish(first.id, "helper")
+    canary = Policy(steps=(5, 100), min_requests=10, gate=False)
+    assert control.publishing.publish(str(second.id), "helper", "test", "test", canary).stage == "canary"
+    for what in ("promote", "abort"):
+        with pytest.raises(Conflict, match=f"rollout of {first.id} on helper has ended"):
+            control.publishing.order("helper", what, "test", "test", str(first.id))
+    assert control.publishing.order("helper", "abort", "test", "test", str(second.id)).stage == "rolled_back"
+
+
 def test_gateways_hear_nothing_before_every_alias_was_read(tmp_path: Path) -> None:
     """A control that was restarted and knows of some aliases only would take the others from the gateways."""
     config, registry, machines = two_fleets(tmp_path)
