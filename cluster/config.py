@@ -16,7 +16,7 @@ from cluster.capacity.arbiter import Budget
 from cluster.errors import BadRequest, ConfigError
 from cluster.publishing.gate import GatePolicy
 from cluster.publishing.rollout import Policy
-from cluster.types import check_name
+from cluster.types import Task, check_name
 
 PRESETS = Path(__file__).parent / "presets"
 ENV_PREFIX = "SPRINGTIDE_"
@@ -59,6 +59,8 @@ class Gateway(Section):
     """The largest ``n`` or ``best_of`` a request may ask for; vLLM itself would try 16,384."""
     max_prompts: int = Field(default=128, ge=1)
     """Answers that one request with a list of prompts may ask for: prompts times ``n``."""
+    max_inputs: int = Field(default=2048, ge=1)
+    """Texts that one request may send to be embedded, scored, ranked or classified."""
     max_requests: int = Field(default=4096, ge=1)
     """Generating requests that one gateway has in hand, waiting or being answered. The next one is told to come back later."""
     max_buffered_bytes: int = Field(default=256 << 20, ge=1024)
@@ -82,6 +84,9 @@ class Fleet(Section):
 
     model: str = "seedling"
     """The alias whose base weights the fleet hosts."""
+    task: Task = "generate"
+    """What the fleet's engines do with the model: write text, make vectors (``embed``), choose among labels (``classify``), or compare two texts
+    (``score``). It decides which routes answer for the model."""
     priority: int = 0
     """Which fleet gets slots first where there are too few for all: the higher number."""
     min_replicas: int = Field(default=1, ge=0)
@@ -170,6 +175,8 @@ class FleetSpec(Section):
     def engine_arguments(self) -> dict[str, Any]:
         """Keyword arguments of vLLM's engine. What is None is left to vLLM."""
         values = {
+            "runner": "generate" if self.fleet.task == "generate" else "pooling",
+            "convert": "embed" if self.fleet.task == "embed" else None,
             "dtype": self.fleet.dtype,
             "tensor_parallel_size": self.fleet.tensor_parallel_size,
             "max_model_len": self.fleet.max_model_len,
@@ -177,7 +184,7 @@ class FleetSpec(Section):
             "kv_cache_memory_bytes": self.fleet.kv_cache_bytes,
             "gpu_memory_utilization": self.fleet.gpu_memory_utilization,
             "enforce_eager": self.fleet.enforce_eager,
-            "enable_lora": True,
+            "enable_lora": self.fleet.task == "generate",
             "max_loras": self.fleet.max_loras,
             "max_cpu_loras": self.fleet.max_cpu_loras,
             "max_lora_rank": self.fleet.max_lora_rank,

@@ -37,6 +37,8 @@ class SpringtideError(Exception):
 
 
 class BadRequest(SpringtideError):
+    """The sender alone got it wrong: no replica is to blame, and no other would answer otherwise."""
+
     status, type, code = 400, "invalid_request_error", "invalid_request"
 
 
@@ -76,6 +78,22 @@ class BodyTimeout(BadRequest):
 
 class ModelNotFound(BadRequest):
     status, code = 404, "model_not_found"
+
+
+class WrongTask(BadRequest):
+    """The model is for another task than the route: one that makes vectors does not chat."""
+
+    status, code = 404, "model_not_supported"
+
+
+class NotSupported(BadRequest):
+    """The engine knows what is asked for and cannot do it with this model."""
+
+    status, code = 501, "not_supported"
+
+
+class ResponseNotFound(BadRequest):
+    status, code = 404, "response_not_found"
 
 
 class FleetNotFound(BadRequest):

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,9 @@ from pydantic import (
 from cluster.errors import BadRequest
 
 Kind = Literal["weights", "adapter"]
+Task = Literal["generate", "embed", "classify", "score"]
+"""What a fleet's engines do with a model: write text, make vectors, choose among labels, or compare two texts."""
+TASKS: tuple[Task, ...] = get_args(Task)
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,62}")
 """Model names become paths and URL parts: no separators, no leading dot, no ``..``, at most 63 characters."""
@@ -219,6 +222,7 @@ class FleetState(NamedTuple):
     """The Serve application of its replicas, as in `ReplicaState.app`."""
     surge: str = ""
     """The Serve application of its surge; empty without one."""
+    task: Task = "generate"
 
 
 class HoldOrder(NamedTuple):

@@ -178,8 +178,13 @@ async def send_json(send: Send, status: int, document: Any, headers: Headers | N
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(send: Send, error: SpringtideError, headers: Headers | None = None) -> None:
-    """OpenAI's error object, with the headers that some statuses need."""
+async def send_error(
+    send: Send,
+    error: SpringtideError,
+    headers: Headers | None = None,
+    form: Callable[[SpringtideError], dict[str, Any]] = SpringtideError.body,
+) -> None:
+    """The error in the form that the route's clients expect, OpenAI's by default, with the headers that some statuses need."""
     more: Headers = list(headers or [])
     if isinstance(error, BodyTooLarge | BodyTimeout | Overloaded):  # the rest of the body is not read
         more.append((b"connection", b"close"))
@@ -187,4 +192,4 @@ async def send_error(send: Send, error: SpringtideError, headers: Headers | None
         more.append((b"retry-after", str(error.retry_after_s).encode()))
     if isinstance(error, MethodNotAllowed) and error.allow:
         more.append((b"allow", ", ".join(error.allow).encode()))
-    await send_json(send, error.status, error.body(), more)
+    await send_json(send, error.status, form(error), more)

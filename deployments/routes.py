@@ -8,6 +8,7 @@ from cluster.errors import MethodNotAllowed, RouteNotFound
 from deployments.http import Handler, Receive, Scope, Send
 from deployments.wire import header
 
+SLASHES = re.compile("/+")
 ANY = "*"
 """The method of a route whose handler looks at the method itself."""
 
@@ -36,8 +37,9 @@ class Routes:
 
         Raises `RouteNotFound`, or `MethodNotAllowed` with the methods of the path.
         """
-        method, (handlers, parts) = scope["method"], self._find(scope["method"], scope["path"])
-        scope = {**scope, "path_params": parts}
+        method, path = scope["method"], plain_path(scope["path"])
+        handlers, parts = self._find(method, path)
+        scope = {**scope, "path": path, "path_params": parts}
         if handle := handlers.get(method) or handlers.get(ANY):
             return await handle(scope, receive, send)
         if method == "HEAD" and "GET" in handlers:
@@ -53,6 +55,15 @@ class Routes:
                 return handlers, match.groupdict()
         known = ", ".join(f"{route.method} {route.path}" for route in self.routes if route.method != ANY)
         raise RouteNotFound(f"There is no {method} {path[:200]} here.", f"There are {known}.")
+
+
+def plain_path(path: str) -> str:
+    """The path without doubled slashes, and without one at its end: clients join a base URL and a route in every way.
+
+    >>> plain_path("//v1//models/"), plain_path("/")
+    ('/v1/models', '/')
+    """
+    return (SLASHES.sub("/", path).rstrip("/") or "/") if path.endswith("/") or "//" in path else path
 
 
 def _is_pattern(path: str) -> bool:

@@ -63,7 +63,8 @@ class Announcer:
         own = self.hosting.own(fleet)
         fleet.last_held = frozenset(id for one in own for id in one.held) if own else fleet.last_held
         kept = () if own else (id for id in fleet.last_held if str(self.hosting.weights(VersionId.parse(id))) in state.versions)
-        return state._replace(versions=tuple(sorted({*state.versions, *kept})), surge=answering_surge(fleet))
+        versions, task = tuple(sorted({*state.versions, *kept})), fleet.spec.fleet.task
+        return state._replace(versions=versions, surge=answering_surge(fleet), task=task)
 
 
 def answering_surge(fleet: Fleet) -> str:

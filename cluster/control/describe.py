@@ -94,6 +94,7 @@ def _described(fleet: Fleet, own: Sequence[ReplicaState], there: tuple[FleetPhas
     return {
         "name": fleet.name,
         "model": fleet.model,
+        "task": settings.task,
         "declared": fleet.declared,
         "phase": str(there[0]),
         "words": there[1] or without_place(fleet.placement.unplaced),

@@ -7,16 +7,17 @@ import contextlib
 from typing import Any
 
 from cluster.config import Config
-from cluster.errors import SpringtideError
+from cluster.errors import ResponseNotFound, SpringtideError
 from cluster.types import ColdStage
 from deployments.api import models
 from deployments.api.admin import Admin
 from deployments.api.inference import Inference, Routing
 from deployments.http import Receive, Scope, Send, ignores_leaving, send_error, send_json, until_left
-from deployments.routes import ANY, Route, Routes
+from deployments.routes import ANY, Route, Routes, plain_path
+from deployments.routing.engine_routes import ENGINE_ROUTES
+from deployments.routing.forms import OPENAI, Form
 from deployments.routing.table import Table
 
-GENERATING = ("/v1/chat/completions", "/v1/completions")
 MODELS = "/v1/models"
 
 
@@ -24,7 +25,8 @@ class Application:
     def __init__(self, config: Config, routing: Routing) -> None:
         self.routing = routing
         self.routes = Routes(
-            *(Route("POST", path, Inference(path, config.gateway, routing)) for path in GENERATING),
+            *(Route("POST", path, Inference(row, config.gateway, routing)) for path, row in ENGINE_ROUTES.items()),
+            Route(ANY, "/v1/responses/*", refuse_kept_response),
             Route("GET", MODELS, self._models),
             Route("GET", f"{MODELS}/*", self._model),
             Route("GET", "/health", self._health),
@@ -36,18 +38,18 @@ class Application:
             return await self._lifespan(receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close"})
+        form = error_form(scope["path"])
         try:
             if ignores_leaving(scope):
                 return await until_left(self.routes, scope, receive, send)
             await self.routes(scope, receive, send)
         except SpringtideError as error:
-            await send_error(send, error)
+            await send_error(send, error, form=form.body)
         except Exception:
-            # A bug. The client gets OpenAI's form of it where nothing has been sent yet; the server then logs it and closes.
+            # A bug. The client gets it as an error where nothing has been sent yet; the server then logs it and closes.
             with contextlib.suppress(Exception):
-                await send_error(
-                    send, SpringtideError("Something went wrong here.", "Send the request again; the log has the reason.")
-                )
+                error = SpringtideError("Something went wrong here.", "Send the request again; the log has the reason.")
+                await send_error(send, error, form=form.body)
             raise
 
     @property
@@ -58,8 +60,7 @@ class Application:
         await send_json(send, 200, models.model_list(self.table))
 
     async def _model(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name = scope["path"].removeprefix(f"{MODELS}/")
-        await send_json(send, 200, models.model(self.table, name) if name else models.model_list(self.table))
+        await send_json(send, 200, models.model(self.table, scope["path"].removeprefix(f"{MODELS}/")))
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """200 where a request is answered, now or after a fleet was woken: a balancer must not keep the request away that would wake it."""
@@ -77,3 +78,14 @@ class Application:
             if message["type"] == "lifespan.shutdown":
                 self.routing.refresh.stop()
                 return await self.routing.upstream.close()
+
+
+def error_form(path: str) -> Form:
+    """The form of the route's errors; OpenAI's where there is no such route."""
+    row = ENGINE_ROUTES.get(plain_path(path))
+    return row.form if row else OPENAI
+
+
+async def refuse_kept_response(scope: Scope, receive: Receive, send: Send) -> None:
+    """To read, cancel or delete an answer of ``/v1/responses`` later: it would have to be kept, and only its own replica could."""
+    raise ResponseNotFound("No answer is kept here once it is sent.", "Ask again, with every earlier item in `input`.")

@@ -1,20 +1,23 @@
-"""``POST /v1/chat/completions`` and ``POST /v1/completions``: check what a gateway can check, name the version, pass the bytes on.
+"""The engine's routes as clients see them (`deployments.routing.engine_routes`): check what a gateway can check, name the version, pass the
+bytes on.
 
-The bodies are vLLM's own request classes and are validated by vLLM. Here the body is only read as JSON to replace ``model`` by the
-immutable version, and to stop what would cost an engine more than any answer is worth.
+The body is read as JSON to replace ``model`` by the immutable version (`deployments.api.bodies`).
 """
 
 import asyncio
 import re
+import secrets
 import time
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cluster.config import Gateway
 from cluster.errors import BadRequest, NoReplica, SpringtideError
 from cluster.types import FleetState
+from deployments.api.bodies import as_sent, check, model_name, session_of
 from deployments.http import Headers, Receive, Scope, Send, parse_json, read_body, send_error
 from deployments.routing.budget import Budget
+from deployments.routing.engine_routes import EngineRoute
 from deployments.routing.measure import Recorder, Trace
 from deployments.routing.payload import Payload
 from deployments.routing.refresh import Refresh
@@ -22,7 +25,7 @@ from deployments.routing.router import Router
 from deployments.routing.shadow import Shadow
 from deployments.routing.table import Target
 from deployments.routing.upstream import Answer, Call, Upstream
-from deployments.wire import MODEL_GENERATION, MODEL_VERSION, REQUEST_ID, SESSION, header
+from deployments.wire import MODEL_GENERATION, MODEL_VERSION, REQUEST_ID, header
 
 LOOK_AGAIN_S = 0.2
 """How long a request without a replica waits for a newer view before it looks again."""
@@ -31,7 +34,7 @@ UNSAFE = re.compile(r"[^A-Za-z0-9._:-]")
 
 
 class Routing(NamedTuple):
-    """The parts of a gateway that answer a generating request."""
+    """The parts of a gateway that answer a request to an engine."""
 
     router: Router
     refresh: Refresh
@@ -51,10 +54,10 @@ class Asked(NamedTuple):
 
 
 class Inference:
-    """The handler of one generating route."""
+    """The handler of one of the engine's routes."""
 
-    def __init__(self, path: str, limits: Gateway, routing: Routing) -> None:
-        self.path = path
+    def __init__(self, route: EngineRoute, limits: Gateway, routing: Routing) -> None:
+        self.route = route
         self.limits = limits
         self.routing = routing
 
@@ -67,16 +70,21 @@ class Inference:
             await Waiting(self, asked, send).answer()
 
     def _read(self, headers: Headers, raw: bytes) -> Asked:
-        body = parse_json(raw)
-        check_choices(body, self.limits.max_choices, self.limits.max_prompts)
-        return Asked(model_name(body), session_of(headers, body), Payload(body), request_id(headers))
+        body, id = parse_json(raw), request_id(headers)
+        check(body, self.route, self.limits)
+        payload = Payload(as_sent(body, self.route, unique(id)))
+        return Asked(model_name(body), session_of(headers, body, self.route), payload, id)
+
+    async def send_error(self, send: Send, error: SpringtideError, target: Target) -> None:
+        """An error too says which version it came from."""
+        await send_error(send, error, answer_headers(target), self.route.form.body)
 
     async def forward(self, asked: Asked, target: Target, send: Send) -> None:
         """Answer the request by the version that was chosen. Raises `NoReplica` where a newer view may help."""
         version, move, fleet = target
-        call = Call(version, self.path, asked.payload, asked.id, fleet)
-        shadowed = self.routing.shadow.chosen(version, move)
-        trace = self.routing.recorder.trace(move, keep_text=shadowed)
+        call = Call(version, self.route, asked.payload, asked.id, fleet)
+        shadowed = self.routing.shadow.chosen(self.route, version, move)
+        trace = self._trace(target, keep_text=shadowed)
         try:
             await self.routing.upstream.forward(call, Answer(send, answer_headers(target), trace))
         except NoReplica:
@@ -84,13 +92,17 @@ class Inference:
         except asyncio.CancelledError:
             self._note_impatience(target, trace)
             raise
-        except SpringtideError as error:  # nothing was sent yet; an error too says which version it came from
-            await send_error(send, error, answer_headers(target))
-            return self.note_failure(target) if error.status >= 500 else None
+        except SpringtideError as error:  # nothing was sent yet
+            await self.send_error(send, error, target)
+            return None if isinstance(error, BadRequest) else self.note_failure(target)
         if trace is not None and move is not None:
             self.routing.recorder.record(move, version, trace)
             if shadowed and move.canary is not None:
                 self.routing.shadow.ask(call, move, move.canary, trace)
+
+    def _trace(self, target: Target, keep_text: bool) -> Trace | None:
+        """What the tokenizer alone answers says nothing about a version."""
+        return self.routing.recorder.trace(target.move, keep_text) if self.route.runs_model else None
 
     def _note_impatience(self, target: Target, trace: Trace | None) -> None:
         """The client left. Where it left before the first byte, the first byte took at least so long."""
@@ -100,7 +112,7 @@ class Inference:
 
     def note_failure(self, target: Target) -> None:
         """A request that failed by no fault of its client counts against the version; a refused one counts for nothing."""
-        trace = self.routing.recorder.trace(target.move, keep_text=False)
+        trace = self._trace(target, keep_text=False)
         if trace is not None and target.move is not None:
             trace.failed = True
             self.routing.recorder.record(target.move, target.version, trace)
@@ -136,7 +148,7 @@ class Waiting:
     async def _try(self) -> NoReplica | None:
         """None where the request was answered."""
         try:
-            self.target = await self.routing.router.resolve(self.asked.model, self.asked.session)
+            self.target = await self.routing.router.resolve(self.asked.model, self.asked.session, self.inference.route)
             await self.inference.forward(self.asked, self.target, self.send)
         except NoReplica as error:
             return error
@@ -158,59 +170,7 @@ class Waiting:
         if self.target is None:
             raise error
         self.inference.note_failure(self.target)
-        await send_error(self.send, error, answer_headers(self.target))
-
-
-def session_of(headers: Headers, body: dict[str, Any]) -> str:
-    """What keeps a client on one side of a canary: ``x-session-id``, else the body's ``safety_identifier``, else its ``user``.
-
-    Empty where the client names none: each request is drawn by itself then. A bearer token is no session. Nothing here has verified it,
-    and with one key for all clients a canary of 5 % would get none of the traffic, or all of it.
-    """
-    named = (body.get("safety_identifier"), body.get("user"))
-    return header(headers, SESSION) or next((one for one in named if isinstance(one, str) and one), "")
-
-
-def model_name(body: dict[str, Any]) -> str:
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise BadRequest("`model` must be a non-empty string.", "GET /v1/models lists the models served here.", param="model")
-    return model
-
-
-def check_choices(body: dict[str, Any], max_choices: int, max_prompts: int) -> None:
-    """Refuse what multiplies a request's work beyond the limits: ``n`` and ``best_of`` (vLLM's own cap is 16,384, CVE-2026-34756), and a list
-    of prompts.
-
-    Example: with limits of 16 and 128, ``n: 16`` passes and so do 32 prompts with ``n: 4``; 32 prompts with ``n: 5`` are 160 answers.
-    """
-    choices = max(_count(body, key, max_choices) for key in ("n", "best_of"))
-    prompts = body.get("prompt")
-    if not isinstance(prompts, list) or not prompts or isinstance(prompts[0], int):  # a list of tokens is one prompt
-        return
-    answers = len(prompts) * choices
-    if len(prompts) > 1 and answers > max_prompts:
-        raise BadRequest(
-            f"`prompt` holds {len(prompts)} prompts with {choices} answers each; at most {max_prompts} answers are allowed.",
-            "Send several requests, or raise gateway.max_prompts.",
-            param="prompt",
-        )
-
-
-def _count(body: dict[str, Any], key: str, limit: int) -> int:
-    """A whole number of the body, 1 where it is absent. 4.0 is a whole number; "4" is not, although the engine would read it as one."""
-    value = body.get(key)
-    if value is None:
-        return 1
-    if not isinstance(value, int | float) or value != value // 1:
-        raise BadRequest(f"`{key}` is {str(value)[:40]!r} and must be a whole number.", "Send a number.", param=key)
-    if value > limit:
-        raise BadRequest(
-            f"`{key}` is {str(value)[:40]}; at most {limit} are allowed.",
-            "Ask for fewer choices, or raise gateway.max_choices.",
-            param=key,
-        )
-    return int(value)
+        await self.inference.send_error(self.send, error, self.target)
 
 
 def answer_headers(target: Target) -> Headers:
@@ -222,3 +182,8 @@ def answer_headers(target: Target) -> Headers:
 def request_id(headers: Headers) -> str:
     """The id that Serve's own middleware took from the client or made, and puts on every answer; here only what is safe in a log."""
     return UNSAFE.sub("", header(headers, REQUEST_ID))[:MAX_ID_CHARACTERS]
+
+
+def unique(id: str) -> str:
+    """The request's id with something that no other request has: two may come under the same id."""
+    return f"{id}-{secrets.token_hex(4)}"

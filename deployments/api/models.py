@@ -11,15 +11,15 @@ def model_list(table: Table) -> dict[str, Any]:
     """First the aliases whose stable version a replica holds, or a fleet that sleeps and can be woken; then all such versions, which a
     client may pin."""
     askable = set(table.versions())
-    aliases = [_alias(move) for _, move in sorted(table.view.aliases.items()) if str(move.stable) in askable]
-    return {"object": "list", "data": [*aliases, *(_version(id) for id in sorted(askable))]}
+    aliases = [_alias(table, move) for _, move in sorted(table.view.aliases.items()) if str(move.stable) in askable]
+    return {"object": "list", "data": [*aliases, *(_version(table, id) for id in sorted(askable))]}
 
 
 def model(table: Table, name: str) -> dict[str, Any]:
     """One entry of the list. Raises `ModelNotFound`."""
     move = table.view.aliases.get(name)
     if table.askable(str(move.stable) if move else name):
-        return _alias(move) if move else _version(name)
+        return _alias(table, move) if move else _version(table, name)
     if move and not table.hosts(str(move.stable)):
         raise unhosted(name, move.stable)
     raise ModelNotFound(
@@ -29,7 +29,8 @@ def model(table: Table, name: str) -> dict[str, Any]:
     )
 
 
-def _alias(move: Generation) -> dict[str, Any]:
+def _alias(table: Table, move: Generation) -> dict[str, Any]:
+    fleet = table.view.alias_fleets.get(move.alias, "")
     return {
         "id": move.alias,
         "object": "model",
@@ -37,8 +38,16 @@ def _alias(move: Generation) -> dict[str, Any]:
         "owned_by": "springtide",
         "version": str(move.stable),
         "generation": move.generation,
+        "task": table.task(str(move.stable), fleet) or None,
     }
 
 
-def _version(id: str) -> dict[str, Any]:
-    return {"id": id, "object": "model", "created": 0, "owned_by": "springtide", "version": id}
+def _version(table: Table, id: str) -> dict[str, Any]:
+    return {
+        "id": id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "springtide",
+        "version": id,
+        "task": table.task(id) or None,
+    }

@@ -9,7 +9,8 @@ from cluster.publishing.canary import KEPT, Tally
 from cluster.types import Generation, VersionId
 from deployments.wire import EVENT_END
 
-FINISH = re.compile(rb'"finish_reason":\s*"(\w+)"')
+FINISH = re.compile(rb'"(?:finish|stop)_reason":\s*"(\w+)"')
+"""OpenAI's name for it and Anthropic's."""
 
 
 @dataclass

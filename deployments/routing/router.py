@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from cluster.types import FleetState, View
 from cluster.view import ViewDelta
+from deployments.routing.engine_routes import EngineRoute
 from deployments.routing.table import Table, Target
 
 HOLD_TIMEOUT_S = 10.0
@@ -47,8 +48,8 @@ class Router:
 
     # asked by requests
 
-    async def resolve(self, model: str, session: str) -> Target:
-        """What ``model`` means, after a move of it that control has announced. Raises as `Table.resolve` does.
+    async def resolve(self, model: str, session: str, route: EngineRoute) -> Target:
+        """What ``model`` means, after a move of it that control has announced. Raises as `Table.resolve_for` does.
 
         Where the alias's own fleet sleeps it wakes, though another fleet with the same weights may answer meanwhile.
         """
@@ -59,7 +60,7 @@ class Router:
             except TimeoutError:
                 if self.moving.get(model) == awaited:  # a newer move has its own time
                     self.moving.pop(model)
-        target = self.table.resolve(model, session)
+        target = self.table.resolve_for(route, model, session)
         if (own := self.table.asleep(target.fleet)) is not None:
             self._start(own)
         return target

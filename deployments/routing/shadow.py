@@ -5,12 +5,14 @@ Nothing of it reaches a client, and no client waits for it.
 
 import asyncio
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import orjson
 
 from cluster.errors import NoReplica, SpringtideError
 from cluster.types import Generation, VersionId
+from deployments.routing.engine_routes import EngineRoute
 from deployments.routing.measure import Recorder, Trace
 from deployments.routing.upstream import LOST, Answer, Call, Upstream
 
@@ -26,9 +28,9 @@ class Shadow:
         self.recorder = recorder
         self.running: set[asyncio.Task[None]] = set()
 
-    def chosen(self, version: VersionId, move: Generation | None) -> bool:
-        """Whether this request of ``version`` is to be shadowed."""
-        if move is None or move.canary is None or version != move.stable or len(self.running) >= AT_ONCE:
+    def chosen(self, route: EngineRoute, version: VersionId, move: Generation | None) -> bool:
+        """Whether this request of ``version`` is to be shadowed. Only written text can be compared."""
+        if move is None or move.canary is None or version != move.stable or len(self.running) >= AT_ONCE or not route.terminator:
             return False
         return random.random() * 100 < move.shadow_percent  # noqa: S311 (a sample, not a secret)
 
@@ -36,7 +38,7 @@ class Shadow:
         """Send what ``call`` asked to the canary, and compare its answer with what ``stable`` saw."""
         if stable.failed or stable.text is None:
             return
-        copy = Call(canary, call.path, call.payload, f"shadow-{call.request_id}", call.fleet)
+        copy = Call(canary, call.route, call.payload, f"shadow-{call.request_id}", call.fleet)
         task = asyncio.create_task(self._compare(copy, move, canary, b"".join(stable.text)))
         self.running.add(task)
         task.add_done_callback(self.running.discard)
@@ -59,17 +61,34 @@ async def _nowhere(_: Any) -> None:
 
 
 def text_of(body: bytes) -> list[str]:
-    """Each choice's text, of a whole answer or of a stream's events.
+    """Each choice's text, of a whole answer or of a stream's events, whichever of the routes that write text it came from.
 
     >>> text_of(b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\\n\\ndata: [DONE]\\n\\n')
     ['a']
     >>> text_of(b'{"choices": [{"index": 0, "message": {"content": "a"}}]}')
     ['a']
+    >>> text_of(b'{"content": [{"type": "text", "text": "a"}]}')
+    ['a']
+    >>> text_of(b'event: response.output_text.delta\\ndata: {"type": "response.output_text.delta", "delta": "a"}\\n\\n')
+    ['a']
     """
-    events = [event.removeprefix(b"data: ") for event in body.split(b"\n\n")] if body.startswith(b"data: ") else [body]
+    streamed = body.startswith((b"data: ", b"event: "))
+    events = [event.partition(b"data: ")[2] for event in body.split(b"\n\n")] if streamed else [body]
     texts: dict[int, str] = {}
     for event in events:
-        for choice in orjson.loads(event)["choices"] if event.startswith(b"{") else []:
-            said = choice.get("text") or (choice.get("delta") or choice.get("message") or {}).get("content") or ""
-            texts[choice["index"]] = texts.get(choice["index"], "") + said
+        for index, said in _said(orjson.loads(event)) if event.startswith(b"{") else ():
+            texts[index] = texts.get(index, "") + said
     return [text for _, text in sorted(texts.items())]
+
+
+def _said(document: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """(choice, text) of one answer or event."""
+    for choice in document.get("choices") or ():
+        yield choice["index"], choice.get("text") or (choice.get("delta") or choice.get("message") or {}).get("content") or ""
+    if document.get("type") == "response.output_text.delta":
+        yield 0, document["delta"]
+    if document.get("type") == "content_block_delta":
+        yield 0, document["delta"].get("text") or ""
+    for item in document.get("output") or (document,):  # a response has items with content, a message has content itself
+        for part in item.get("content") or ():
+            yield 0, part.get("text") or ""

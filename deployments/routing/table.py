@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from typing import NamedTuple
 
-from cluster.errors import ModelNotFound, NoReplica
+from cluster.errors import ModelNotFound, NoReplica, WrongTask
 from cluster.publishing.canary import takes_canary
 from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, VersionId, View
 from cluster.view import ViewDelta, apply, delta
+from deployments.routing.engine_routes import EngineRoute, paths_of
 
 SUSPECT_S = 2.0
 """How long a replica that broke a connection is chosen last."""
@@ -27,7 +28,8 @@ class Target(NamedTuple):
     move: Generation | None
     """The alias's generation; None where the client named the version itself."""
     fleet: str = ""
-    """The alias's fleet, whose replicas are asked first; empty where any replica that holds the version is as good."""
+    """The fleet whose replicas are asked first: the alias's, or the one of the route's task. Empty where any replica that holds the version
+    is as good."""
 
 
 class Table:
@@ -124,6 +126,38 @@ class Table:
                 param="model",
             )
         raise ModelNotFound(f"The model {model[:80]!r} does not exist.", f"Models served here: {self._known()}.", param="model")
+
+    def resolve_for(self, route: EngineRoute, model: str, session: str = "") -> Target:
+        """As `resolve`, for a request to ``route``. Raises `WrongTask` where the model's fleets are for others.
+
+        Example: the fleets chat and vectors both host m@1, with the tasks ``generate`` and ``embed``. Whoever pins m@1 is answered by chat
+        at ``/v1/completions``, and by vectors at ``/v1/embeddings``.
+        """
+        target = self.resolve(model, session)
+        tasks = {name: self.view.fleets[name].task for name in self._fleets_of(str(target.version), target.fleet)}
+        fitting = [name for name, task in tasks.items() if task in route.tasks]
+        if tasks and not fitting:
+            task = next(iter(tasks.values()))
+            raise WrongTask(
+                f"The model {model} is of the task {task}, and {route.path} is for {' and '.join(route.tasks)}.",
+                f"It answers {', '.join(paths_of(task))}.",
+                param="model",
+            )
+        return target if len(fitting) == len(tasks) else target._replace(fleet=fitting[0])
+
+    def task(self, id: str, own: str = "") -> str:
+        """What the version's fleet does with it, the alias's ``own`` first; empty where no fleet is known."""
+        return next((self.view.fleets[name].task for name in self._fleets_of(id, own)), "")
+
+    def _fleets_of(self, id: str, own: str) -> list[str]:
+        """Names of the fleets that answer for the version; only the alias's ``own`` where it has one."""
+        if own:
+            return [own] if own in self.view.fleets else []
+        if id not in self.listed_by:  # an older version that a replica still holds
+            some = next(iter(self.holders.get(id, ())), None)
+            name = self.fleet_of_app.get(self.replicas[some].app) if some else None
+            return [name] if name else []
+        return self.listed_by[id]
 
     def hosts(self, id: str) -> bool:
         """Whether a replica holds the version, or a fleet answers for it once it runs."""

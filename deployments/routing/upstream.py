@@ -7,7 +7,6 @@ Clients hear that a replica failed; the reason, with addresses and the engine's 
 """
 
 import asyncio
-import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -16,21 +15,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import aiohttp
-import orjson
 
 from cluster import logs
-from cluster.errors import (
-    AnswerTimeout,
-    BadRequest,
-    BodyTooLarge,
-    ContextExceeded,
-    NoReplica,
-    ReplicaLost,
-    RouteNotFound,
-    SpringtideError,
-)
+from cluster.errors import AnswerTimeout, NoReplica, ReplicaLost, SpringtideError
 from cluster.types import ReplicaState, VersionId
 from deployments.http import Headers, Send
+from deployments.routing.engine_errors import AGAIN, engine_error, stream_error
+from deployments.routing.engine_routes import EngineRoute
+from deployments.routing.forms import Form
 from deployments.routing.measure import Trace
 from deployments.routing.payload import Payload
 from deployments.routing.table import Table
@@ -38,18 +30,9 @@ from deployments.wire import EVENT_END, is_closed, request_headers
 
 CONNECT_TIMEOUT_S = 2
 EVENT_STREAM = "text/event-stream"
-ERROR_EVENT = b'data: {"error"'
-DONE = b"data: [DONE]\n\n"
 ATTEMPTS = 2
 """A request that has cost one replica its life may cost a second; never the whole fleet."""
 LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
-TOO_LONG = re.compile(
-    r"This model's maximum context length is \d"
-    r"|Input length \(\d+\) exceeds model's maximum context length"
-    r"|max(_completion)?_tokens=\d+ cannot be greater than max_model_len="
-)
-"""How vLLM 0.29 begins to say that prompt and answer exceed the context. Only the beginning counts: the rest may quote the client."""
-AGAIN = "Send the request again."
 
 log = logs.logger(__name__)
 
@@ -70,7 +53,7 @@ class Call:
     """One request to the engine."""
 
     version: VersionId
-    path: str
+    route: EngineRoute
     payload: Payload
     request_id: str
     fleet: str = ""
@@ -94,12 +77,11 @@ class Answer:
             self.trace.saw(chunk)
         await self.send({"type": "http.response.body", "body": chunk, "more_body": more})
 
-    async def fail(self, error: SpringtideError) -> None:
-        """End a stream that has begun with a well-formed error event."""
+    async def fail(self, error: SpringtideError, form: Form) -> None:
+        """End a stream that has begun with a well-formed error event of the route's form."""
         if self.trace is not None:
             self.trace.failed = True
-        event = b"data: " + orjson.dumps(error.body()) + EVENT_END
-        await self.send({"type": "http.response.body", "body": event, "more_body": True})
+        await self.send({"type": "http.response.body", "body": form.event(form.body(error)), "more_body": True})
 
 
 class Upstream:
@@ -144,7 +126,7 @@ class Upstream:
         unique = f"{call.request_id}-{secrets.token_hex(4)}"  # the engine refuses an id that is in flight already
         headers = request_headers(replica.secret, str(call.version), unique)
         limit_s = self.timeouts.first_byte_s if call.payload.streams else self.timeouts.whole_s
-        post = self.session.post(replica.url + call.path, data=call.payload.named(call.version), headers=headers)
+        post = self.session.post(replica.url + call.route.path, data=call.payload.named(call.version), headers=headers)
         with self._counted(replica):
             async with asyncio.timeout(limit_s) as limit, post as response:
                 first = await self._first(response, call)
@@ -159,11 +141,12 @@ class Upstream:
         if is_closed(response.status, response.content_length):
             raise NoReplica(f"The replica is leaving {call.version}.", AGAIN)
         if response.status != 200:
-            raise engine_error(response.status, await response.read())
+            task = self.table.task(str(call.version), call.fleet)
+            raise engine_error(response.status, await response.read(), task, call.route.path)
         if response.content_type != EVENT_STREAM:
             return await response.read()
         chunk = await response.content.readany()
-        if chunk.startswith(ERROR_EVENT):
+        if chunk.startswith(call.route.form.mark):
             raise stream_error(chunk)
         return chunk
 
@@ -176,25 +159,25 @@ class Upstream:
             self.table.in_flight[replica.id] -= 1
 
     async def _relay_events(self, first: bytes, response: aiohttp.ClientResponse, call: Call, answer: Answer) -> None:
-        """Pass whole events on. Ends with the engine's ``[DONE]`` or with an error event of ours, never with both and never with neither."""
+        """Pass whole events on. Ends with the route's terminator or with an error event of ours, never with both and never with neither."""
         await answer.start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
         try:
-            await self._relay_to_the_end(first, response, answer)
+            await self._relay_to_the_end(first, response, call.route, answer)
         except (SpringtideError, TimeoutError, *LOST) as error:
             log.warning(
                 "a stream of request %s broke: %s", call.request_id, getattr(error, "words", error) or type(error).__name__
             )
-            await answer.fail(broken(error))
+            await answer.fail(broken(error), call.route.form)
         await answer.send({"type": "http.response.body", "body": b""})
 
-    async def _relay_to_the_end(self, chunk: bytes, response: aiohttp.ClientResponse, answer: Answer) -> None:
-        rest, done = b"", False
+    async def _relay_to_the_end(self, chunk: bytes, response: aiohttp.ClientResponse, route: EngineRoute, answer: Answer) -> None:
+        rest, done, terminator, mark = b"", False, route.terminator, route.form.mark
         while chunk:
             whole, rest = whole_events(rest + chunk if rest else chunk)
-            if ERROR_EVENT in whole:  # raw in a stream it is the engine's own: inside an answer's text the quotes are escaped
-                raise stream_error(whole[whole.index(ERROR_EVENT) :])
+            if mark in whole:
+                raise stream_error(whole[whole.index(mark) :])
             if whole:
-                done = whole.endswith(DONE)
+                done = terminator in whole
                 await answer.pass_on(whole, more=True)
             async with asyncio.timeout(self.timeouts.idle_s):
                 chunk = await response.content.readany()
@@ -221,49 +204,3 @@ def whole_events(buffer: bytes) -> tuple[bytes, bytes]:
         return buffer, b""
     end = buffer.rfind(EVENT_END)
     return (b"", buffer) if end < 0 else (buffer[: end + 2], buffer[end + 2 :])
-
-
-def stream_error(events: bytes) -> SpringtideError:
-    """The engine reports an error inside a stream as ``data: {"error": {…, "code": 500}}``, and ends the stream as if all were well."""
-    event = events.split(EVENT_END, 1)[0].removeprefix(b"data: ")
-    try:
-        status = int(orjson.loads(event)["error"]["code"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-        status = 500
-    return engine_error(status, event)
-
-
-class EngineFailed(ReplicaLost):
-    """``words``: what the engine said, for the log and not for the client."""
-
-    def __init__(self, message: str, do: str = "", param: str | None = None, words: str = "") -> None:
-        super().__init__(message, do, param)
-        self.words = words
-
-
-def engine_error(status: int, body: bytes) -> SpringtideError:
-    """The engine's refusal in our own family, so that ``type`` and ``code`` are OpenAI's and not the engine's.
-
-    vLLM answers ``{"error": {"message", "type": "BadRequestError", "param", "code": 400}}``.
-    """
-    words, param, is_engines = _engine_words(body)
-    if status == 404 and not is_engines:  # its web server has no such route: the model is of another task
-        return RouteNotFound("This model does not answer that route.", "GET /v1/models lists the models served here.")
-    if status in (401, 403, 404):  # it was replaced, or does not hold the version any more
-        return EngineFailed("The replica does not answer for the version any more.", AGAIN, words=words)
-    if status >= 500:
-        return EngineFailed(
-            "The engine failed over the request.", "Send it again; the gateway's log has the reason.", words=words
-        )
-    if status == 413:
-        return BodyTooLarge(words, param=param)
-    return (ContextExceeded if TOO_LONG.match(words) else BadRequest)(words, param=param)
-
-
-def _engine_words(body: bytes) -> tuple[str, str | None, bool]:
-    """(message, param, whether it is the engine's error object)"""
-    try:
-        error = orjson.loads(body)["error"]
-        return str(error["message"]), error.get("param"), True
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return body[:200].decode(errors="replace") or "the engine gave no reason", None, False

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from deployments.routing.engine_routes import ENGINE_ROUTES
+
 VLLM = Path(importlib.util.find_spec("vllm").origin).parent  # pyright: ignore
 
 USED = {
@@ -29,6 +31,20 @@ def test_what_the_replica_imports_is_where_it_was(file: str) -> None:
     tree = ast.parse((VLLM / file).read_text())
     defined = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)}
     assert USED[file] <= defined
+
+
+@pytest.mark.parametrize("path", ENGINE_ROUTES)
+def test_every_route_of_the_gateway_is_one_of_the_engines(path: str) -> None:
+    assert any(f'"{path}"' in file.read_text() for file in (VLLM / "entrypoints").rglob("api_router.py"))
+
+
+def test_streams_end_as_the_table_of_routes_says() -> None:
+    messages = (VLLM / "entrypoints/anthropic/serving.py").read_text()
+    assert 'return f"event: {event}\\ndata: {data}\\n\\n"' in messages
+    assert 'wrap_data_with_event(data, "message_stop")' in messages
+    responses = (VLLM / "entrypoints/openai/responses/api_router.py").read_text()
+    assert 'f"event: {event_type}\\ndata: "' in responses
+    assert 'type="response.completed"' in (VLLM / "entrypoints/openai/responses/serving.py").read_text()
 
 
 def test_adapters_are_loaded_by_the_name_that_requests_use() -> None:

@@ -87,7 +87,6 @@ def test_every_get_is_found_and_nothing_else(admin: Admin) -> None:
             assert ("m@1" in json.dumps(asked)) == ("{name}" in one.path)
     for path in (
         "/admin/",
-        "/admin/status/",
         "/admin/history/",
         "/admin/history/a/b",
         "/admin/models/a/b",

@@ -57,6 +57,15 @@ def test_a_key_that_was_renamed_is_refused_with_its_new_name(values: dict[str, o
         config.load(overrides=values)
 
 
+def test_a_fleets_task_reaches_the_engine() -> None:
+    loaded = config.load(overrides={"fleets": {"chat": {}, "vectors": {"task": "embed"}, "judge": {"task": "score"}}})
+    given = {name: loaded.spec(name).engine_arguments() for name in loaded.fleets}
+    assert (given["chat"]["runner"], given["chat"]["enable_lora"]) == ("generate", True)
+    assert (given["vectors"]["runner"], given["vectors"]["convert"]) == ("pooling", "embed")
+    assert not given["vectors"]["enable_lora"]
+    assert given["judge"]["runner"] == "pooling" and "convert" not in given["judge"]
+
+
 def test_a_stored_fleet_of_an_older_release_still_starts() -> None:
     record = FleetRecord.model_validate({"name": "m", "n": 1, "overrides": {"standby_s": 60}, "author": "ann", "time_s": 1})
     assert config.load().fleet_with("m", record.overrides).warm_pool_s == 60

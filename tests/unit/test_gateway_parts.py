@@ -14,11 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import errors
+from cluster.config import Gateway
 from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, ReplicaLost, SpringtideError
 from cluster.pool import graph
-from deployments.api.inference import check_choices, model_name, request_id, session_of
+from deployments.api.bodies import check, model_name, session_of
+from deployments.api.inference import request_id
 from deployments.http import parse_json, read_body
-from deployments.routing.upstream import engine_error, whole_events
+from deployments.routing.engine_errors import engine_error
+from deployments.routing.engine_routes import ENGINE_ROUTES
+from deployments.routing.upstream import whole_events
+
+COMPLETIONS = ENGINE_ROUTES["/v1/completions"]
+LIMITS = Gateway(max_choices=4, max_prompts=20)
 
 
 def receive_all(parts: list[bytes], announced: int | None = None, limit: int = 100) -> bytes:
@@ -72,7 +79,7 @@ def test_a_model_must_be_named(body: dict[str, Any]) -> None:
 )
 def test_what_is_within_the_limits_passes(body: dict[str, Any]) -> None:
     """`n: 1.0` was said to be too many, and so were 20 prompts."""
-    check_choices(body, 4, 20)
+    check(body, COMPLETIONS, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -91,16 +98,16 @@ def test_what_is_within_the_limits_passes(body: dict[str, Any]) -> None:
 )
 def test_what_is_beyond_the_limits_is_refused_and_the_key_is_named(body: dict[str, Any], words: str) -> None:
     with pytest.raises(BadRequest, match=words):
-        check_choices(body, 4, 20)
+        check(body, COMPLETIONS, LIMITS)
 
 
 def test_a_session_is_what_the_client_calls_it_and_never_its_key() -> None:
     """All clients with one shared key were one session: a canary of 5 % got none of the traffic, or all of it."""
     bearer = (b"authorization", b"Bearer shared")
-    assert session_of([bearer], {}) == "" and session_of([bearer], {"user": 7}) == ""
-    assert session_of([bearer], {"user": "anna"}) == "anna"
-    assert session_of([bearer], {"user": "anna", "safety_identifier": "s-1"}) == "s-1"
-    assert session_of([bearer, (b"x-session-id", b"x-1")], {"safety_identifier": "s-1"}) == "x-1"
+    assert session_of([bearer], {}, COMPLETIONS) == "" and session_of([bearer], {"user": 7}, COMPLETIONS) == ""
+    assert session_of([bearer], {"user": "anna"}, COMPLETIONS) == "anna"
+    assert session_of([bearer], {"user": "anna", "safety_identifier": "s-1"}, COMPLETIONS) == "s-1"
+    assert session_of([bearer, (b"x-session-id", b"x-1")], {"safety_identifier": "s-1"}, COMPLETIONS) == "x-1"
 
 
 @given(st.lists(st.sampled_from([b"data: a\n\n", b'data: {"b": 1}\n\n', b"data: [DONE]\n\n"])), st.data())

@@ -13,6 +13,7 @@ from cluster.errors import ModelNotFound, Overloaded
 from cluster.types import ColdStage, ColdStart, FleetState, Generation, ReplicaState, VersionId, View
 from deployments.api.inference import Inference, Routing
 from deployments.routing.budget import Budget
+from deployments.routing.engine_routes import ENGINE_ROUTES
 from deployments.routing.measure import Recorder
 from deployments.routing.refresh import Refresh
 from deployments.routing.router import Router
@@ -43,7 +44,7 @@ class Pool:
             Budget(4, 4096, LIMITS.max_held),
         )
         self.routing.refresh.control = self
-        self.inference = Inference("/v1/completions", LIMITS, self.routing)
+        self.inference = Inference(ENGINE_ROUTES["/v1/completions"], LIMITS, self.routing)
 
     async def wake(self, fleet: FleetState) -> None:
         self.woken.append(fleet.name)

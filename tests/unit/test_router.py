@@ -11,12 +11,14 @@ from cluster.types import EMPTY_VIEW, ColdStage, ColdStart, FleetState, Generati
 from deployments.gateway import wake
 from deployments.routing import refresh as refreshing
 from deployments.routing import router as routing
+from deployments.routing.engine_routes import ENGINE_ROUTES
 from deployments.routing.refresh import Refresh
 from deployments.routing.router import Router
 from deployments.routing.table import Table, Target
 
 ONE, TWO = VersionId("m", 1), VersionId("m", 2)
 FLEET = FleetState("m", "m", ("m@1", "m@2"), "fleet-m")
+COMPLETIONS = ENGINE_ROUTES["/v1/completions"]
 
 
 def view(revision: int, stable: VersionId = ONE, *held: str) -> View:
@@ -38,8 +40,8 @@ def test_a_request_for_an_alias_under_move_waits_for_the_move() -> None:
         router = Router(Table(), nobody)
         await router.adopt(view(1, ONE, "m@1", "m@2"))
         router.prepare(["m"], 2)
-        asking = asyncio.create_task(router.resolve("m", ""))
-        pinned = await router.resolve("m@1", "")
+        asking = asyncio.create_task(router.resolve("m", "", COMPLETIONS))
+        pinned = await router.resolve("m@1", "", COMPLETIONS)
         await asyncio.sleep(0.02)
         assert pinned.version == ONE and not asking.done()
         await router.adopt(view(2, TWO, "m@1", "m@2"))
@@ -53,7 +55,7 @@ def test_a_hold_that_its_own_view_has_overtaken_holds_nobody() -> None:
         router = Router(Table(), nobody)
         await router.adopt(view(2, TWO, "m@2"))
         router.prepare(["m"], 2)
-        assert (await asyncio.wait_for(router.resolve("m", ""), 1)).version == TWO
+        assert (await asyncio.wait_for(router.resolve("m", "", COMPLETIONS), 1)).version == TWO
 
     run(test)
 
@@ -64,7 +66,7 @@ def test_a_move_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPat
         router = Router(Table(), nobody)
         await router.adopt(view(1, ONE, "m@1"))
         router.prepare(["m"], 2)
-        assert (await router.resolve("m", "")).version == ONE and router.moving == {}
+        assert (await router.resolve("m", "", COMPLETIONS)).version == ONE and router.moving == {}
 
     run(test)
 
@@ -81,11 +83,11 @@ def test_an_alias_wakes_its_own_fleet_while_another_answers() -> None:
         router = Router(Table(), wake)
         twin = FLEET._replace(name="twin", app="fleet-twin")
         await router.adopt(view(1, ONE, "m@1")._replace(fleets={"m": FLEET, "twin": twin}, alias_fleets={"m": "twin"}))
-        assert (await router.resolve("m", "")).version == ONE
+        assert (await router.resolve("m", "", COMPLETIONS)).version == ONE
         await asyncio.sleep(0)
         assert woken == ["twin"]
         await router.adopt(view(2, ONE, "m@1")._replace(fleets={"m": FLEET, "twin": twin}, alias_fleets={"m": "m"}))
-        await router.resolve("m", "")
+        await router.resolve("m", "", COMPLETIONS)
         await asyncio.sleep(0)
         assert woken == ["twin"]
 

@@ -42,6 +42,8 @@ def ask(method: str, path: str, *headers: tuple[bytes, bytes]) -> list[Any]:
         ("GET", "/v1/models"),
         ("GET", "/v1/models/m"),
         ("GET", "/v1/models/"),
+        ("GET", "//v1//models///m/"),
+        ("POST", "/v1/completions/"),
         ("POST", "/v1/completions"),
         ("PUT", "/admin/x"),
         ("GET", "/jobs"),
@@ -87,7 +89,7 @@ def test_another_method_and_a_preflight_are_refused_with_what_the_path_takes(met
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/modelsx", "/admin", "/v1/completions/", "/jobs/{name}/logs/x", "/jobs//logs", "/jobs/a/b/logs"]
+    "path", ["/", "/v1", "/v1/modelsx", "/admin", "/admin/", "/jobs/{name}/logs/x", "/jobs//logs", "/jobs/a/b/logs"]
 )
 def test_what_is_not_in_the_table_is_not_there(path: str) -> None:
     with pytest.raises(RouteNotFound):

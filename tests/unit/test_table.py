@@ -4,10 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.errors import BadRequest, ModelNotFound, NoReplica
+from cluster.errors import BadRequest, ModelNotFound, NoReplica, WrongTask
 from cluster.types import FleetState, Generation, ReplicaState, VersionId, View
+from deployments.routing.engine_routes import ENGINE_ROUTES
 from deployments.routing.table import SUSPECT_S, Table, Target
 
+CHAT, EMBEDDINGS, TOKENIZE = (ENGINE_ROUTES[path] for path in ("/v1/chat/completions", "/v1/embeddings", "/tokenize"))
 V1, V2 = VersionId("m", 1), VersionId("m", 2)
 FLEET = FleetState("m", "m", ("a@1", "m@1", "m@2"), "fleet-m")
 OTHER = FleetState("n", "n", ("n@1",), "fleet-n")
@@ -228,3 +230,35 @@ def test_requests_spread_evenly(order: list[str]) -> None:
         made.in_flight[made.choose(V1, 0).id] += 1
     counts = [made.in_flight[id] for id in "abcd"]
     assert max(counts) - min(counts) <= 1
+
+
+def test_a_route_is_answered_by_a_fleet_of_its_task() -> None:
+    """An engine of another task answers with its web server's 404, and was taken for a lost replica."""
+    made = tasks(chat="generate", batch="embed")
+    assert made.resolve_for(CHAT, "chat").fleet == "chat" and made.resolve_for(EMBEDDINGS, "batch").fleet == "batch"
+    with pytest.raises(WrongTask, match="batch is of the task embed, and /v1/chat/completions is for generate"):
+        made.resolve_for(CHAT, "batch")
+    with pytest.raises(WrongTask):
+        made.resolve_for(EMBEDDINGS, "chat")
+    assert made.resolve_for(TOKENIZE, "batch") and made.resolve_for(TOKENIZE, "chat"), "every model has a tokenizer"
+
+
+def test_who_pins_a_version_of_two_fleets_gets_the_one_of_the_routes_task() -> None:
+    made = tasks(chat="generate", batch="embed")
+    assert (made.resolve_for(CHAT, "m@1").fleet, made.resolve_for(EMBEDDINGS, "m@1").fleet) == ("chat", "batch")
+    assert tasks(chat="generate", batch="generate").resolve_for(CHAT, "m@1").fleet == "", "any holder is as good"
+    with pytest.raises(WrongTask):
+        tasks(chat="generate", batch="generate").resolve_for(EMBEDDINGS, "m@1")
+
+
+def test_a_version_whose_fleet_is_not_known_is_not_refused() -> None:
+    made = table(replica("a", V1))
+    assert made.task("m@1") in ("", "generate") and made.resolve_for(CHAT, "m@1").version == V1
+
+
+def tasks(**tasks: str) -> Table:
+    """`twins` with these tasks."""
+    made = twins(in_app("c", "fleet-chat", V1), in_app("b", "fleet-batch", V1))
+    fleets = {name: fleet._replace(task=tasks[name]) for name, fleet in TWINS.items()}  # pyright: ignore[reportArgumentType]
+    made.adopt(made.view._replace(revision=2, fleets=fleets))
+    return made

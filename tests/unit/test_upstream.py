@@ -8,16 +8,18 @@ import orjson
 import pytest
 from aiohttp import web
 
-from cluster.errors import AnswerTimeout, BadRequest, ContextExceeded, NoReplica, ReplicaLost, RouteNotFound
+from cluster.errors import AnswerTimeout, BadRequest, ContextExceeded, NoReplica, NotSupported, ReplicaLost, WrongTask
 from cluster.types import Generation, ReplicaState, VersionId, View
+from deployments.routing.engine_errors import engine_error
+from deployments.routing.engine_routes import DONE, ENGINE_ROUTES, EngineRoute
 from deployments.routing.measure import Trace
 from deployments.routing.payload import Payload
 from deployments.routing.table import Table
-from deployments.routing.upstream import Answer, Call, Timeouts, Upstream, engine_error
+from deployments.routing.upstream import Answer, Call, Timeouts, Upstream
 
 ONE = VersionId("m", 1)
 EVENTS = [b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', b'data: {"choices": [{"finish_reason": "stop"}]}\n\n']
-DONE = b"data: [DONE]\n\n"
+CHAT, RESPONSES, MESSAGES = (ENGINE_ROUTES[f"/v1/{name}"] for name in ("chat/completions", "responses", "messages"))
 PATIENT = Timeouts(first_byte_s=5, idle_s=5, whole_s=5)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -66,7 +68,7 @@ def refuses(status: int, body: Any = None) -> Handler:
     return handle
 
 
-def forward(*handlers: Handler, stream: bool = True, timeouts: Timeouts = PATIENT) -> Told:
+def forward(*handlers: Handler, stream: bool = True, timeouts: Timeouts = PATIENT, route: EngineRoute = CHAT) -> Told:
     """Send one call to a table of these replicas, tried in this order."""
 
     async def run() -> Told:
@@ -88,7 +90,7 @@ def forward(*handlers: Handler, stream: bool = True, timeouts: Timeouts = PATIEN
 
         upstream, trace = Upstream(table, timeouts), Trace()
         try:
-            call = Call(ONE, "/v1/x", Payload({"stream": stream}), "id")
+            call = Call(ONE, route, Payload({"stream": stream}), "id")
             await upstream.forward(call, Answer(send, [(b"x-model-version", b"m@1")], trace))
         finally:
             await upstream.close()
@@ -106,7 +108,7 @@ async def serve(handler: Handler, number: int, asked: list[int]) -> tuple[web.Ap
         return await handler(request)
 
     app = web.Application()
-    app.router.add_post("/v1/x", handle)
+    app.router.add_post("/{path:.*}", handle)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -222,7 +224,45 @@ def test_no_address_of_a_replica_reaches_a_client() -> None:
 
 
 def test_a_model_that_has_no_such_route_costs_no_replica_its_name() -> None:
-    assert isinstance(engine_error(404, b'{"detail": "Not Found"}'), RouteNotFound)
+    """The web server of an engine has the routes of its model's task only."""
+    with pytest.raises(WrongTask, match="of the task generate, does not answer /v1/chat/completions"):
+        forward(refuses(404, {"detail": "Not Found"}), whole)
+
+
+def test_what_the_engine_cannot_do_with_the_model_is_not_asked_for_twice() -> None:
+    with pytest.raises(NotSupported, match="Score API"):
+        forward(refuses(501, {"error": {"message": "The model does not support Score API", "code": 501}}), whole)
+
+
+ENDS = {
+    "/v1/responses": b'event: response.completed\ndata: {"type": "response.completed", "response": {"output": []}}\n\n',
+    "/v1/messages": b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
+}
+SAYS_SO = b'event: content_block_delta\ndata: {"text": "event: message_stop\\n event: response.completed\\n event: error\\n"}\n\n'
+
+
+@pytest.mark.parametrize("path", ENDS)
+def test_each_route_has_an_end_of_its_own_and_text_that_speaks_of_it_is_none(path: str) -> None:
+    """A stream without `data: [DONE]` was a replica's failure."""
+    route = ENGINE_ROUTES[path]
+    told = forward(stream(SAYS_SO, ENDS[path]), route=route)
+    assert told.body == SAYS_SO + ENDS[path] and not told.trace.failed
+    broken = forward(stream(SAYS_SO), route=route)
+    assert broken.trace.failed and broken.body.startswith(SAYS_SO + b"event: error\ndata: {")
+
+
+def test_a_broken_stream_ends_in_the_form_that_its_clients_know() -> None:
+    error = last_event(forward(stream(SAYS_SO, abort=True), route=MESSAGES).body)
+    assert error["type"] == "error" and error["error"]["type"] == "api_error" and "code" not in error["error"]
+    error = last_event(forward(stream(SAYS_SO, abort=True), route=RESPONSES).body)
+    assert (error["type"], error["code"], error["error"]["code"]) == ("error", "replica_lost", "replica_lost")
+
+
+def test_an_error_event_of_anthropics_form_is_the_engines_failure() -> None:
+    event = b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"at 10.0.0.7"}}\n\n'
+    told = forward(stream(SAYS_SO, event, ENDS["/v1/messages"]), route=MESSAGES)
+    assert told.trace.failed and "10.0.0.7" not in last_event(told.body)["error"]["message"]
+    assert forward(stream(event), stream(SAYS_SO, ENDS["/v1/messages"]), route=MESSAGES).asked == [0, 1], "nothing was sent yet"
 
 
 @pytest.mark.parametrize(
