@@ -6,6 +6,7 @@ are dotted on the command line (``--set fleet.max_replicas=3``) and joined by ``
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -24,6 +25,8 @@ POOL_URL, API_KEY = f"{ENV_PREFIX}POOL", f"{ENV_PREFIX}API_KEY"
 """The pool that a command speaks with, and its key there (`cluster.endpoint`): no keys of the configuration."""
 DEFAULT_HOME = ".springtide"
 CACHE_BYTES = 64 << 30
+ORIGIN = re.compile(r"https?://[^/\s*]+")
+"""A scheme, a host, and a port where it is not the usual one: what a browser sends as ``Origin``."""
 RENAMED = {"standby": "warm_pool_size", "standby_s": "warm_pool_s"}
 """Former name → present name of a key."""
 
@@ -77,6 +80,17 @@ class Gateway(Section):
     """How long a replica may pause in the middle of a stream."""
     answer_timeout_s: float = Field(default=1800, gt=0)
     """How long an answer may take that is not streamed: its first byte comes when it is complete."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call the API from a browser, for example ``https://chat.example.org``; ``*`` for all. ``/admin`` stays closed to
+    pages."""
+
+    @field_validator("cors_origins")
+    @classmethod
+    def origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; write it as https://host or http://host:port, without a path")
+        return origins
 
 
 class Fleet(Section):

@@ -11,6 +11,7 @@ from cluster.errors import ResponseNotFound, SpringtideError
 from cluster.types import ColdStage
 from deployments.api import models
 from deployments.api.admin import Admin
+from deployments.api.cors import allowed_origin, answer_preflight, is_preflight, shown_to
 from deployments.api.inference import Inference, Routing
 from deployments.http import Receive, Scope, Send, ignores_leaving, send_error, send_json, until_left
 from deployments.routes import ANY, Route, Routes, plain_path
@@ -24,6 +25,7 @@ MODELS = "/v1/models"
 class Application:
     def __init__(self, config: Config, routing: Routing) -> None:
         self.routing = routing
+        self.cors_origins = config.gateway.cors_origins
         self.routes = Routes(
             *(Route("POST", path, Inference(row, config.gateway, routing)) for path, row in ENGINE_ROUTES.items()),
             Route(ANY, "/v1/responses/*", refuse_kept_response),
@@ -39,6 +41,10 @@ class Application:
         if scope["type"] != "http":
             return await send({"type": "websocket.close"})
         form = error_form(scope["path"])
+        if origin := allowed_origin(scope, self.cors_origins):
+            if is_preflight(scope):
+                return await answer_preflight(scope, send, origin)
+            send = shown_to(origin, send)
         try:
             if ignores_leaving(scope):
                 return await until_left(self.routes, scope, receive, send)

@@ -1,4 +1,4 @@
-"""The gateway's application: forms of errors, and what it says of models."""
+"""The gateway's application: forms of errors, and which pages of other sites may call it."""
 
 import asyncio
 from pathlib import Path
@@ -8,6 +8,7 @@ import orjson
 import pytest
 
 from cluster.config import Config, parse
+from cluster.errors import ConfigError
 from cluster.types import FleetState, Generation, ReplicaState, VersionId, View
 from deployments.api.application import Application
 from deployments.api.inference import Routing
@@ -16,6 +17,7 @@ from deployments.routing.measure import Recorder
 from deployments.routing.router import Router
 from deployments.routing.table import Table
 
+PAGE = "https://chat.example.org"
 ONE = VersionId("m", 1)
 
 
@@ -23,7 +25,7 @@ ONE = VersionId("m", 1)
 def application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Application:
     """Of a pool whose only model makes vectors. Nothing here reaches an engine."""
     monkeypatch.setenv("RAY_AUTH_TOKEN", "token")
-    values = {**Config().dump(), "home": str(tmp_path), "store": tmp_path.as_uri()}
+    values = {**Config().dump(), "home": str(tmp_path), "store": tmp_path.as_uri(), "gateway": {"cors_origins": [PAGE]}}
     table = Table()
     move = Generation(alias="m", generation=1, stable=ONE, reason="", author="", time_s=0)
     replica = ReplicaState("r", "", "", "m@1", {"m@1": "d"}, {}, 0, app="fleet-m")
@@ -71,3 +73,36 @@ def test_an_answer_that_is_not_kept_is_said_to_be_so(application: Application, m
 
 def test_the_list_of_models_says_what_each_is_for(application: Application) -> None:
     assert {entry["task"] for entry in orjson.loads(ask(application, "GET", "/v1/models")[2])["data"]} == {"embed"}
+
+
+PREFLIGHT = {"access_control_request_method": "POST", "access_control_request_headers": "authorization,x-stainless-os"}
+
+
+def test_a_page_of_an_allowed_origin_may_ask_and_read_the_answer(application: Application) -> None:
+    status, headers, body = ask(application, "OPTIONS", "/v1/chat/completions", origin=PAGE, **PREFLIGHT)
+    assert (status, body, headers["access-control-allow-origin"], headers["vary"]) == (204, b"", PAGE, "origin")
+    assert "POST" in headers["access-control-allow-methods"]
+    assert headers["access-control-allow-headers"] == PREFLIGHT["access_control_request_headers"]
+    for path in ("/v1/models", "/v1/nowhere"):
+        assert ask(application, "GET", path, origin=PAGE)[1]["access-control-allow-origin"] == PAGE
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example.org.evil.net", "http://chat.example.org", "null"])
+def test_no_other_page_may(application: Application, origin: str) -> None:
+    status, headers, _ = ask(application, "OPTIONS", "/v1/chat/completions", origin=origin, **PREFLIGHT)
+    assert (status, headers["allow"]) == (405, "POST, OPTIONS") and "access-control-allow-origin" not in headers
+    assert "access-control-allow-origin" not in ask(application, "GET", "/v1/models", origin=origin)[1]
+
+
+def test_no_page_may_use_what_belongs_to_the_operator(application: Application) -> None:
+    application.cors_origins = ("*",)
+    assert ask(application, "GET", "/v1/models", origin="https://any.example")[1]["access-control-allow-origin"]
+    for path in ("/admin/status", "//admin/status"):
+        status, headers, _ = ask(application, "OPTIONS", path, origin="https://any.example", **PREFLIGHT)
+        assert status == 401 and "access-control-allow-origin" not in headers, path
+
+
+@pytest.mark.parametrize("origin", ["chat.example.org", "https://chat.example.org/", "https://*.example.org", ""])
+def test_an_origin_is_a_scheme_and_a_host(origin: str) -> None:
+    with pytest.raises(ConfigError, match=r"gateway\.cors_origins"):
+        parse({"gateway": {"cors_origins": [origin]}})
