@@ -80,6 +80,9 @@ class Gateway(Section):
     """How long a replica may pause in the middle of a stream."""
     answer_timeout_s: float = Field(default=1800, gt=0)
     """How long an answer may take that is not streamed: its first byte comes when it is complete."""
+    early_comment_s: float | None = Field(default=None, gt=0)
+    """After so long without a first byte a stream gets a comment line, and again after as long: proxies give up on a silent connection. An
+    error that comes later is an event of the stream, and the stream's headers do not name its version. None: never."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the API from a browser, for example ``https://chat.example.org``; ``*`` for all. ``/admin`` stays closed to
     pages."""

@@ -15,6 +15,7 @@ from cluster.config import Gateway
 from cluster.errors import BadRequest, NoReplica, SpringtideError
 from cluster.types import FleetState
 from deployments.api.bodies import as_sent, check, model_name, session_of
+from deployments.api.early import EarlyStream
 from deployments.http import Headers, Receive, Scope, Send, parse_json, read_body, send_error
 from deployments.routing.budget import Budget
 from deployments.routing.engine_routes import EngineRoute
@@ -67,7 +68,11 @@ class Inference:
             asked = self._read(scope["headers"], raw)
             held.take(len(asked.payload) - len(raw))
             del raw  # a request may wait for minutes
-            await Waiting(self, asked, send).answer()
+            after_s = self.limits.early_comment_s
+            if after_s is None or not asked.payload.streams:
+                return await Waiting(self, asked, send).answer()
+            async with EarlyStream(send, after_s, self.route.form) as early:
+                await Waiting(self, asked, early).answer()
 
     def _read(self, headers: Headers, raw: bytes) -> Asked:
         body, id = parse_json(raw), request_id(headers)
