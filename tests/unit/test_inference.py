@@ -84,7 +84,10 @@ class Pool:
 def run(test: Callable[[Pool], Coroutine[Any, Any, None]]) -> None:
     async def both() -> None:
         async def answer(request: web.Request) -> web.Response:
-            return web.json_response(await request.json())
+            body = await request.json()
+            if status := body.get("answered_with"):
+                return web.json_response({"error": {"message": "No.", "code": status}}, status=status)
+            return web.json_response(body)
 
         app = web.Application()
         app.router.add_post("/v1/completions", answer)
@@ -204,5 +207,25 @@ def test_a_body_that_waits_counts_as_it_is_sent_and_not_as_it_came(raw: bytes) -
         assert pool.routing.budget.bytes == len(orjson.dumps(rest)) - 1 != len(raw)
         await pool.running("mn")
         assert (await asking)[0] == 200
+
+    run(test)
+
+
+def test_a_request_that_only_its_sender_got_wrong_counts_neither_for_nor_against_a_canary() -> None:
+    """A 501 of the engine counted against the version."""
+
+    async def test(pool: Pool) -> None:
+        await pool.running("m")
+        table = pool.routing.router.table
+        move = table.view.aliases["m"].model_copy(
+            update={"generation": 2, "canary": VersionId("m", 2), "percent": 50, "rollout": 1}
+        )
+        replica = table.replicas["r-m"]._replace(held={"m@1": "d", "m@2": "d"})
+        await pool.routing.router.adopt(table.view._replace(revision=9, aliases={"m": move}, replicas=(replica,)))
+        assert [(await pool.ask("m", answered_with=status))[0] for status in (400, 422, 501)] == [400, 400, 501]
+        assert pool.routing.recorder.measured("m", 1) == {} and table.suspects == {}
+        assert (await pool.ask("m", answered_with=500))[0] == 502 and (await pool.ask("m"))[0] == 200
+        tallies = pool.routing.recorder.measured("m", 1).values()
+        assert (sum(one.requests for one in tallies), sum(one.errors for one in tallies)) == (2, 1)
 
     run(test)
