@@ -159,6 +159,9 @@ class Table:
             return [name] if name else []
         return self.listed_by[id]
 
+    def _one_task(self, id: str) -> bool:
+        return len({self.view.fleets[name].task for name in self.listed_by.get(id, ())}) < 2
+
     def hosts(self, id: str) -> bool:
         """Whether a replica holds the version, or a fleet answers for it once it runs."""
         return id in self.holders or id in self.listed_by
@@ -204,8 +207,8 @@ class Table:
         """The least busy replica that holds ``version``, ties broken at random; suspects last. Raises `NoReplica`.
 
         The replicas of ``fleet`` come first, its surge's included. Another fleet's is taken only where none of them is left, or all are
-        suspects. Example: the fleets chat and batch both host m@1. A request for chat's alias goes to a replica of chat, however busy, and
-        to one of batch while chat has none.
+        suspects, and where all fleets that answer for the version have the same task. Example: the fleets chat and batch both host m@1. A
+        request for chat's alias goes to a replica of chat, however busy, and to one of batch while chat has none.
 
         Of more than `LOOKED_AT` holders it compares so many, drawn at random. Comparing thousands would take longer than anything else
         that a gateway does for a request, and the choice would hardly be better (Mitzenmacher 2001, the power of two choices).
@@ -214,7 +217,7 @@ class Table:
         candidates = self._holding(str(version), fleet)
         if tried:
             candidates = [id for id in candidates if id not in tried]
-        if fleet and all(self.suspects.get(id, 0) > now_s for id in candidates):
+        if fleet and all(self.suspects.get(id, 0) > now_s for id in candidates) and self._one_task(str(version)):
             return self.choose(version, now_s, tried)
         if not candidates:
             raise NoReplica(

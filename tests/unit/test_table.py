@@ -251,9 +251,19 @@ def test_who_pins_a_version_of_two_fleets_gets_the_one_of_the_routes_task() -> N
         tasks(chat="generate", batch="generate").resolve_for(EMBEDDINGS, "m@1")
 
 
+def test_no_replica_of_another_task_stands_in() -> None:
+    """While the fleet sleeps, another one with the same weights would answer with 404."""
+    made = tasks(chat="generate", batch="embed")
+    assert made.choose(V1, 0, frozenset(), "batch").id == "b"
+    with pytest.raises(NoReplica):
+        made.choose(V1, 0, frozenset("b"), "batch")
+    assert tasks(chat="embed", batch="embed").choose(V1, 0, frozenset("b"), "batch").id == "c"
+
+
 def test_a_version_whose_fleet_is_not_known_is_not_refused() -> None:
-    made = table(replica("a", V1))
-    assert made.task("m@1") in ("", "generate") and made.resolve_for(CHAT, "m@1").version == V1
+    made = Table()
+    made.adopt(View(1, {"m": generation(1, V1)}, (replica("a", V1),)))
+    assert made.task("m@1") == "" and made.resolve_for(EMBEDDINGS, "m").version == made.resolve_for(CHAT, "m@1").version == V1
 
 
 def tasks(**tasks: str) -> Table:

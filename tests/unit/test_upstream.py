@@ -225,7 +225,7 @@ def test_no_address_of_a_replica_reaches_a_client() -> None:
 
 def test_a_model_that_has_no_such_route_costs_no_replica_its_name() -> None:
     """The web server of an engine has the routes of its model's task only."""
-    with pytest.raises(WrongTask, match="of the task generate, does not answer /v1/chat/completions"):
+    with pytest.raises(WrongTask, match="does not answer /v1/chat/completions"):
         forward(refuses(404, {"detail": "Not Found"}), whole)
 
 
