@@ -168,6 +168,16 @@ class ReplicaLost(SpringtideError):
     status, code = 502, "replica_lost"
 
 
+class Quarantined(SpringtideError):
+    """Requests of this shape have ended engines lately (`deployments.routing.query_of_death`). ``retry_after_s``: when the next is tried."""
+
+    status, code = 503, "request_quarantined"
+
+    def __init__(self, message: str, do: str = "", param: str | None = None, retry_after_s: int | None = None) -> None:
+        super().__init__(message, do, param)
+        self.retry_after_s = retry_after_s
+
+
 class JobFailed(SpringtideError):
     code = "job_failed"
 

@@ -70,7 +70,7 @@ class Application:
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         """200 where a request is answered, now or after a fleet was woken: a balancer must not keep the request away that would wake it."""
-        if replicas := len(self.table.view.replicas):
+        if replicas := self.table.answering:
             return await send_json(send, 200, {"status": "ok", "replicas": replicas})
         stage, words = await self.routing.refresh.stage("")
         asleep = stage is ColdStage.ASLEEP

@@ -21,12 +21,20 @@ TOO_LONG = re.compile(
 """How vLLM 0.29 begins to say that prompt and answer exceed the context. Only the beginning counts: the rest may quote the client."""
 
 
+DEAD = "EngineCore encountered an issue"
+"""How vLLM 0.29 begins to say that its engine process has ended."""
+
+
 class EngineFailed(ReplicaLost):
     """``words``: what the engine said, for the log and not for the client."""
 
     def __init__(self, message: str, do: str = "", param: str | None = None, words: str = "") -> None:
         super().__init__(message, do, param)
         self.words = words
+
+
+class EngineDied(EngineFailed):
+    """The replica answered that its engine process has ended, by this request or by another."""
 
 
 class _Said(NamedTuple):
@@ -47,6 +55,8 @@ def engine_error(status: int, body: bytes, task: str = "", path: str = "") -> Sp
         return EngineFailed("The replica does not answer for the version any more.", AGAIN, words=said.words)
     if status == 501:
         return NotSupported(said.words, param=said.param)
+    if status >= 500 and said.words.startswith(DEAD):
+        return EngineDied("The engine ended while it answered.", AGAIN, words=said.words)
     if status >= 500:
         return EngineFailed(
             "The engine failed over the request.", "Send it again; the gateway's log has the reason.", words=said.words

@@ -6,6 +6,7 @@ import orjson
 
 from cluster.errors import BadRequest
 from cluster.types import VersionId
+from deployments.routing.query_of_death import Shape, size_class, unusual
 
 
 class Payload:
@@ -14,9 +15,14 @@ class Payload:
     def __init__(self, body: dict[str, Any]) -> None:
         self.streams = bool(body.get("stream"))
         self._rest = _dump({key: value for key, value in body.items() if key != "model"})[1:]
+        self.unusual = unusual(body)
 
     def __len__(self) -> int:
         return len(self._rest)
+
+    def shape(self, path: str) -> Shape:
+        """What the request has in common with others to ``path``, for `deployments.routing.query_of_death`."""
+        return Shape(path, self.unusual, size_class(len(self)))
 
     def named(self, version: VersionId) -> bytes:
         """The body to post for ``version``."""

@@ -39,6 +39,9 @@ class Table:
         self.view: View = EMPTY_VIEW
         self.in_flight: Counter[str] = Counter()
         self.suspects: dict[str, float] = {}
+        """Replica id → until when it is chosen last."""
+        self.buried: frozenset[str] = frozenset()
+        """Replicas whose engine said that it has ended, until control drops them or tells of another state: some start another engine."""
         self.replicas: dict[str, ReplicaState] = {}
         """The view's, by id."""
         self.holders: dict[str, set[str]] = {}
@@ -73,6 +76,7 @@ class Table:
         if change.fleets or change.removed:
             self._list_fleets()
         self.suspects = {id: until_s for id, until_s in self.suspects.items() if id in self.replicas}
+        self.buried = (self.buried & self.replicas.keys()) - {replica.id for replica in change.replicas}
         self.in_flight = Counter({id: n for id, n in self.in_flight.items() if n})
         return True
 
@@ -215,8 +219,8 @@ class Table:
         Example: of 400 replicas that hold the version, 16 are drawn, and the one with the fewest requests of this gateway is taken.
         """
         candidates = self._holding(str(version), fleet)
-        if tried:
-            candidates = [id for id in candidates if id not in tried]
+        if tried or self.buried:
+            candidates = [id for id in candidates if id not in tried and id not in self.buried]
         if fleet and all(self.suspects.get(id, 0) > now_s for id in candidates) and self._one_task(str(version)):
             return self.choose(version, now_s, tried)
         if not candidates:
@@ -242,6 +246,16 @@ class Table:
 
     def suspect(self, id: str, now_s: float) -> None:
         self.suspects[id] = now_s + SUSPECT_S
+
+    def bury(self, id: str) -> None:
+        """Choose the replica no more: its engine said that it has ended, which control hears a moment later. What it held stays known until
+        then, so that requests wait for another replica and are not told that their version does not exist."""
+        self.buried |= self.replicas.keys() & {id}
+
+    @property
+    def answering(self) -> int:
+        """How many replicas there are, those left out whose engine has ended."""
+        return len(self.replicas) - len(self.buried)
 
 
 def unhosted(model: str, version: VersionId) -> ModelNotFound:

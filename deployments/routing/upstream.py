@@ -1,7 +1,8 @@
 """Choose a replica, stream its bytes, retry before the first one. Nothing is parsed or re-serialised per token.
 
-A replica that dies before its first byte is tried again on another. After the first byte the client gets a well-formed error event and
-never a silent end: only whole server-sent events are passed on, so the error cannot land inside a half-sent one.
+A replica that dies before its first byte is tried again on another, and never on a third: the request may be what ended it
+(`deployments.routing.query_of_death`). After the first byte the client gets a well-formed error event and never a silent end: only whole
+server-sent events are passed on, so the error cannot land inside a half-sent one.
 
 Clients hear that a replica failed; the reason, with addresses and the engine's own words, goes to the log.
 """
@@ -20,11 +21,12 @@ from cluster import logs
 from cluster.errors import AnswerTimeout, NoReplica, ReplicaLost, SpringtideError
 from cluster.types import ReplicaState, VersionId
 from deployments.http import Headers, Send
-from deployments.routing.engine_errors import AGAIN, engine_error, stream_error
+from deployments.routing.engine_errors import AGAIN, EngineDied, engine_error, stream_error
 from deployments.routing.engine_routes import EngineRoute
 from deployments.routing.forms import Form
 from deployments.routing.measure import Trace
 from deployments.routing.payload import Payload
+from deployments.routing.query_of_death import Loss, Quarantine, Shape
 from deployments.routing.table import Table
 from deployments.wire import EVENT_END, is_closed, request_headers
 
@@ -33,6 +35,8 @@ EVENT_STREAM = "text/event-stream"
 ATTEMPTS = 2
 """A request that has cost one replica its life may cost a second; never the whole fleet."""
 LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
+NEVER_ASKED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+"""Those of LOST that come before the replica has read anything."""
 
 log = logs.logger(__name__)
 
@@ -58,6 +62,10 @@ class Call:
     request_id: str
     fleet: str = ""
     """Whose replicas are asked first (`Target.fleet`)."""
+
+    @property
+    def shape(self) -> Shape:
+        return self.payload.shape(self.route.path)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Upstream:
     def __init__(self, table: Table, timeouts: Timeouts) -> None:
         self.table = table
         self.timeouts = timeouts
+        self.quarantine = Quarantine()
         self.session = aiohttp.ClientSession(
             auto_decompress=False,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
@@ -101,40 +110,58 @@ class Upstream:
 
     async def forward(self, call: Call, answer: Answer) -> None:
         """Answer ``call``. Raises a `SpringtideError` only while nothing has been sent; `NoReplica` where a newer view may help."""
-        tried: set[str] = set()
-        while len(tried) < ATTEMPTS:
+        self.quarantine.admit(call.shape, call.request_id, time.monotonic())
+        failed: set[str] = set()
+        while len(failed) < ATTEMPTS:
             try:
-                replica = self.table.choose(call.version, time.monotonic(), frozenset(tried), call.fleet)
+                replica = self.table.choose(call.version, time.monotonic(), frozenset(failed), call.fleet)
+                if await self._try(replica, call, answer):
+                    return
+                failed.add(replica.id)
             except NoReplica:
-                if not tried:
+                if not failed:
                     raise
-                break
-            try:
-                return await self._try(replica, call, answer)
-            except (ReplicaLost, *LOST) as error:  # a time-out while connecting is one of LOST
-                self._lost(replica, call, error)
-                tried.add(replica.id)
+                break  # it is not asked anew what the model means now: that would begin two more attempts
             except TimeoutError:
                 raise AnswerTimeout("The replica took too long to answer.", "Ask for fewer tokens, or try again later.") from None
-        raise ReplicaLost(f"{'Two replicas' if len(tried) > 1 else 'The replica'} failed over the request.", AGAIN)
+        raise ReplicaLost(f"{'Two replicas' if len(failed) > 1 else 'The replica'} failed over the request.", AGAIN)
 
-    def _lost(self, replica: ReplicaState, call: Call, error: Exception) -> None:
-        log.warning("replica %s failed over request %s: %s", replica.id, call.request_id, getattr(error, "words", error))
-        self.table.suspect(replica.id, time.monotonic())
+    async def _try(self, replica: ReplicaState, call: Call, answer: Answer) -> bool:
+        """Whether the request has its answer. False where another replica may be asked."""
+        with self._counted(replica):
+            try:
+                await self._ask(replica, call, answer)
+            except (ReplicaLost, *LOST) as error:  # a time-out while connecting is one of LOST
+                log.warning("replica %s failed over request %s: %s", replica.id, call.request_id, _words(error))
+                self.table.suspect(replica.id, time.monotonic())
+                self._note_loss(replica, call, error)
+                return False
+        return True
 
-    async def _try(self, replica: ReplicaState, call: Call, answer: Answer) -> None:
+    def _note_loss(self, replica: ReplicaState, call: Call, error: Exception) -> None:
+        """Remember whether the request may have ended the engine. To be called while it counts as in flight."""
+        said = isinstance(error, EngineDied)
+        if isinstance(error, NEVER_ASKED) or not isinstance(error, (EngineDied, *LOST)):
+            return
+        log.warning("replica %s was lost over request %s: %s", replica.id, call.request_id, call.shape)
+        alone = self.table.in_flight[replica.id] == 1 and replica.id not in self.table.buried
+        self.quarantine.lost(call.shape, Loss(replica.id, said, alone), time.monotonic())
+        if said:
+            self.table.bury(replica.id)
+
+    async def _ask(self, replica: ReplicaState, call: Call, answer: Answer) -> None:
         unique = f"{call.request_id}-{secrets.token_hex(4)}"  # the engine refuses an id that is in flight already
         headers = request_headers(replica.secret, str(call.version), unique)
         limit_s = self.timeouts.first_byte_s if call.payload.streams else self.timeouts.whole_s
         post = self.session.post(replica.url + call.route.path, data=call.payload.named(call.version), headers=headers)
-        with self._counted(replica):
-            async with asyncio.timeout(limit_s) as limit, post as response:
-                first = await self._first(response, call)
-                limit.reschedule(None)  # what follows has a limit of its own
-                if response.content_type == EVENT_STREAM:
-                    return await self._relay_events(first, response, call, answer)
-                await answer.start(b"application/json", (b"content-length", str(len(first)).encode()))
-                await answer.pass_on(first, more=False)
+        async with asyncio.timeout(limit_s) as limit, post as response:
+            first = await self._first(response, call)
+            limit.reschedule(None)  # what follows has a limit of its own
+            if response.content_type == EVENT_STREAM:
+                return await self._relay_events(first, response, replica, call, answer)
+            await answer.start(b"application/json", (b"content-length", str(len(first)).encode()))
+            await answer.pass_on(first, more=False)
+            self.quarantine.answered(call.shape)
 
     async def _first(self, response: aiohttp.ClientResponse, call: Call) -> bytes:
         """A whole answer, or the first chunk of a stream: until it is there, another replica can still be tried."""
@@ -158,15 +185,18 @@ class Upstream:
         finally:
             self.table.in_flight[replica.id] -= 1
 
-    async def _relay_events(self, first: bytes, response: aiohttp.ClientResponse, call: Call, answer: Answer) -> None:
+    async def _relay_events(
+        self, first: bytes, response: aiohttp.ClientResponse, replica: ReplicaState, call: Call, answer: Answer
+    ) -> None:
         """Pass whole events on. Ends with the route's terminator or with an error event of ours, never with both and never with neither."""
         await answer.start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
         try:
             await self._relay_to_the_end(first, response, call.route, answer)
+            self.quarantine.answered(call.shape)
         except (SpringtideError, TimeoutError, *LOST) as error:
-            log.warning(
-                "a stream of request %s broke: %s", call.request_id, getattr(error, "words", error) or type(error).__name__
-            )
+            log.warning("a stream of request %s broke: %s", call.request_id, _words(error))
+            if isinstance(error, EngineDied):  # a connection that breaks here may have been cut for a swap of weights
+                self._note_loss(replica, call, error)
             await answer.fail(broken(error), call.route.form)
         await answer.send({"type": "http.response.body", "body": b""})
 
@@ -183,6 +213,11 @@ class Upstream:
                 chunk = await response.content.readany()
         if not done:
             raise ReplicaLost("The stream ended before it was done.", AGAIN)
+
+
+def _words(error: Exception) -> str:
+    """For the log."""
+    return str(getattr(error, "words", error)) or type(error).__name__
 
 
 def broken(error: Exception) -> SpringtideError:

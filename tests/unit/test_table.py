@@ -272,3 +272,22 @@ def tasks(**tasks: str) -> Table:
     fleets = {name: fleet._replace(task=tasks[name]) for name, fleet in TWINS.items()}  # pyright: ignore[reportArgumentType]
     made.adopt(made.view._replace(revision=2, fleets=fleets))
     return made
+
+
+def test_a_replica_whose_engine_has_ended_is_chosen_no_more_and_its_versions_stay_known() -> None:
+    """Control hears of it a moment later. Until then requests wait, and are not told that their version does not exist."""
+    made = table(replica("a", V1))
+    made.bury("a")
+    made.bury("nobody")
+    assert made.answering == 0 and made.resolve("m")[0] == V1
+    with pytest.raises(NoReplica):
+        made.choose(V1, 0)
+    made.adopt(View(2, {"m": generation(1, V1)}, (replica("b", V1),), {"m": FLEET}))
+    assert made.answering == 1 and made.choose(V1, 0).id == "b" and not made.buried
+
+
+def test_a_replica_that_has_started_another_engine_is_chosen_again() -> None:
+    made = table(replica("a", V1))
+    made.bury("a")
+    made.adopt(View(2, {"m": generation(1, V2)}, (replica("a", V2),), {"m": FLEET}))
+    assert made.choose(V2, 0).id == "a"

@@ -8,7 +8,16 @@ import orjson
 import pytest
 from aiohttp import web
 
-from cluster.errors import AnswerTimeout, BadRequest, ContextExceeded, NoReplica, NotSupported, ReplicaLost, WrongTask
+from cluster.errors import (
+    AnswerTimeout,
+    BadRequest,
+    ContextExceeded,
+    NoReplica,
+    NotSupported,
+    ReplicaLost,
+    SpringtideError,
+    WrongTask,
+)
 from cluster.types import Generation, ReplicaState, VersionId, View
 from deployments.routing.engine_errors import engine_error
 from deployments.routing.engine_routes import DONE, ENGINE_ROUTES, EngineRoute
@@ -145,6 +154,99 @@ def test_a_request_costs_two_replicas_at_most() -> None:
         forward(dies, dies, stream(*EVENTS, DONE))
 
 
+DEAD = {"error": {"message": "EngineCore encountered an issue. See stack trace (above) for the root cause.", "code": 500}}
+
+
+def test_a_request_that_has_cost_an_engine_is_not_begun_again_where_the_next_replica_is_leaving() -> None:
+    """The waiting began anew, with two more attempts: such a request could cost four engines."""
+    with pytest.raises(ReplicaLost, match="The replica failed"):
+        forward(refuses(500, DEAD), refuses(503), stream(*EVENTS, DONE))
+
+
+class Gateway:
+    """One `Upstream` over so many replicas, for several requests."""
+
+    def __init__(self, *handlers: Handler) -> None:
+        self.handlers = handlers
+        self.asked: list[int] = []
+
+    async def __aenter__(self) -> "Gateway":
+        self.servers = [await serve(handler, number, self.asked) for number, handler in enumerate(self.handlers)]
+        self.table = Table()
+        urls = [f"http://127.0.0.1:{port}" for _, port in self.servers]
+        self.table.adopt(
+            View(1, {}, tuple(ReplicaState(str(n), url, "s", "m@1", {"m@1": "d"}, {}, 0) for n, url in enumerate(urls)))
+        )
+        self.upstream = Upstream(self.table, PATIENT)
+        return self
+
+    async def __aexit__(self, *why: object) -> None:
+        await self.upstream.close()
+        for runner, _ in self.servers:
+            await runner.cleanup()
+
+    async def ask(self, **body: Any) -> str:
+        """The error's code; empty where there is an answer."""
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        try:
+            await self.upstream.forward(Call(ONE, CHAT, Payload(body), "mine"), Answer(send, [], None))
+        except SpringtideError as error:
+            return error.code
+        return last_event(sent[-2]["body"])["error"]["code"] if body.get("stream") and DONE not in sent[-2]["body"] else ""
+
+
+def test_what_has_ended_two_engines_is_asked_of_no_third() -> None:
+    """Example: `echo` with `logprobs`, which ended every engine that it reached."""
+
+    async def run() -> None:
+        async with Gateway(*[refuses(500, DEAD)] * 4) as gateway:
+            assert [await gateway.ask(prompt=text, echo=True, logprobs=10) for text in "abc"] == [
+                "replica_lost",
+                "request_quarantined",
+                "request_quarantined",
+            ]
+            assert len(gateway.asked) == 2 and gateway.table.answering == 2
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_says_that_it_ended_is_asked_no_more() -> None:
+    async def run() -> None:
+        async with Gateway(refuses(500, DEAD), whole) as gateway:
+            assert [await gateway.ask(prompt="a") for _ in range(20)] == [""] * 20, "a plain request is never refused"
+            assert gateway.asked.count(0) <= 1 and gateway.table.answering in (1, 2)
+
+    asyncio.run(run())
+
+
+def test_a_stream_whose_engine_ends_is_remembered_too() -> None:
+    event = b"data: " + orjson.dumps(DEAD) + b"\n\n"
+
+    async def run() -> None:
+        async with Gateway(*[stream(EVENTS[0], event, DONE)] * 3) as gateway:
+            assert await gateway.ask(stream=True, min_p=0.1) == "replica_lost"
+            assert await gateway.ask(stream=True, min_p=0.1) == "request_quarantined", "it was alone there"
+
+    asyncio.run(run())
+
+
+def test_replicas_that_break_connections_are_counted_and_those_that_refuse_them_are_not() -> None:
+    async def run() -> None:
+        async with Gateway(dies, dies) as gateway:
+            await gateway.ask(min_p=0.1)
+            assert await gateway.ask(min_p=0.1) == "request_quarantined"
+        async with Gateway(whole, whole) as gateway:
+            for runner, _ in gateway.servers:
+                await runner.cleanup()
+            assert [await gateway.ask(min_p=0.1) for _ in range(3)] == ["replica_lost"] * 3
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("parts", [EVENTS[:1], [EVENTS[0], EVENTS[1][:9]]])
 def test_a_replica_that_dies_in_the_middle_ends_the_stream_with_an_error_event(parts: list[bytes]) -> None:
     told = forward(stream(*parts, abort=True), stream(*EVENTS, DONE))
@@ -211,6 +313,23 @@ def test_a_whole_answer_is_not_limited_like_a_first_byte() -> None:
     assert forward(whole, stream=False, timeouts=Timeouts(0.1, 0.1, 5)).trace.finish == "length"
     with pytest.raises(AnswerTimeout):
         forward(whole, stream=False, timeouts=Timeouts(5, 5, 0.1))
+
+
+def test_a_replica_that_took_too_long_sees_its_client_leave() -> None:
+    """S15 of the fault list: vLLM ends a request whose client has left."""
+    left: list[bool] = []
+
+    async def waits(request: web.Request) -> web.StreamResponse:
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+            if request.transport is None or request.transport.is_closing():
+                left.append(True)
+                break
+        return web.Response()
+
+    with pytest.raises(AnswerTimeout) as caught:
+        forward(waits, stream=False, timeouts=Timeouts(5, 5, 0.1))
+    assert left and (caught.value.status, caught.value.code) == (504, "timeout")
 
 
 def test_no_address_of_a_replica_reaches_a_client() -> None:
