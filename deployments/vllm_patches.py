@@ -4,16 +4,21 @@ vLLM loads this in each of its processes (the entry point ``vllm.general_plugins
 fault is still there: when that test fails, delete the function.
 """
 
+import asyncio
 import contextlib
+import copy
 import multiprocessing
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 
 def apply() -> None:
     keep_base_rows_free_of_adapters()
-    if multiprocessing.parent_process() is not None:  # elsewhere no model runs, and the import would cost 80 MB
-        score_prompts_with_their_own_adapter()
+    if multiprocessing.parent_process() is None:  # the engine's front
+        return check_grammars_beside_the_loop()
+    score_prompts_with_their_own_adapter()  # elsewhere no model runs, and the import would cost 80 MB
+    compile_each_grammar_by_its_own_backend()
 
 
 def keep_base_rows_free_of_adapters() -> None:
@@ -91,3 +96,63 @@ def _only_index_of(runner: Any, request: str) -> Iterator[None]:
     finally:
         for wrapper, (indices, length) in zip(on_cpu, before, strict=True):
             wrapper._sampler_indices, wrapper.indices_len[1] = indices, length
+
+
+def compile_each_grammar_by_its_own_backend() -> None:
+    """The backend of an engine's first grammar compiles every later one, whichever backend it was checked for.
+
+    ``StructuredOutputManager.grammar_init`` (``v1/structured_output/__init__.py``, 0.29) keeps one backend, but the front chooses one for each
+    request: xgrammar, or guidance for what xgrammar does not know. Example: the choice ``["a\\nb"]`` is checked by guidance. Where the engine
+    has xgrammar already, the answer is an error 500. With this patch there is one manager for each backend.
+    """
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    manager: Any = StructuredOutputManager
+    if getattr(manager.grammar_init, "patched", False):
+        return
+    init = manager.grammar_init
+
+    def grammar_init(self: Any, request: Any) -> None:
+        if request.structured_output_request is None:
+            return
+        managers = self.__dict__.setdefault("managers", {})
+        name = request.sampling_params.structured_outputs._backend
+        if name not in managers:
+            managers[name] = copy.copy(self)
+            managers[name].backend = None
+        init(managers[name], request)
+        self.backend = managers[name].backend  # allocates the mask, which is the same for all
+
+    grammar_init.patched = True  # pyright: ignore[reportFunctionMemberAccess]
+    manager.grammar_init = grammar_init
+
+
+def check_grammars_beside_the_loop() -> None:
+    """A request's grammar is checked in the event loop that serves everybody's tokens, and a regular expression may take five seconds.
+
+    ``AsyncLLM.add_request`` (``v1/engine/async_llm.py``, 0.29) calls ``SamplingParams.verify`` there. This patch has the grammar checked in a
+    thread before, so that a slow one holds up other grammars and nothing else.
+    """
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    front, parameters = cast(Any, AsyncLLM), cast(Any, SamplingParams)
+    if getattr(front.add_request, "patched", False):
+        return
+    add, validate = front.add_request, parameters._validate_structured_outputs
+    checks = ThreadPoolExecutor(1, "grammars")
+
+    async def add_request(self: Any, request_id: str, prompt: Any, params: Any, *more: Any, **named: Any) -> Any:
+        if getattr(params, "structured_outputs", None) is not None:
+            own = self.input_processor
+            arguments = own.model_config, own.structured_outputs_config, own.tokenizer
+            await asyncio.get_running_loop().run_in_executor(checks, validate, params, *arguments)
+            params.grammar_checked = True
+        return await add(self, request_id, prompt, params, *more, **named)
+
+    def once(params: Any, *arguments: Any) -> None:
+        if not getattr(params, "grammar_checked", False):
+            validate(params, *arguments)
+
+    add_request.patched = True  # pyright: ignore[reportFunctionMemberAccess]
+    front.add_request, parameters._validate_structured_outputs = add_request, once

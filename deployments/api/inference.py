@@ -14,6 +14,7 @@ from typing import NamedTuple
 from cluster.config import Gateway
 from cluster.errors import BadRequest, NoReplica, SpringtideError
 from cluster.types import FleetState
+from deployments.api import engine_limits
 from deployments.api.bodies import as_sent, check, model_name, session_of
 from deployments.api.early import EarlyStream
 from deployments.http import Headers, Receive, Scope, Send, parse_json, read_body, send_error
@@ -77,6 +78,7 @@ class Inference:
     def _read(self, headers: Headers, raw: bytes) -> Asked:
         body, id = parse_json(raw), request_id(headers)
         check(body, self.route, self.limits)
+        engine_limits.check(body)
         payload = Payload(as_sent(body, self.route, unique(id)))
         return Asked(model_name(body), session_of(headers, body, self.route), payload, id)
 

@@ -75,7 +75,7 @@ def test_rows_without_an_adapter_stay_free_of_adapters() -> None:
     """The first half fails when vLLM has mended it itself; then `deployments.vllm_patches` can lose the function."""
     from vllm.lora.ops.torch_ops import lora_ops
 
-    from deployments.vllm_patches import apply
+    from deployments.vllm_patches import keep_base_rows_free_of_adapters as apply
 
     assert base_row(lora_ops.bgmv_shrink) > 0, "vLLM's own is still wrong"
     apply()
@@ -89,9 +89,9 @@ def test_one_index_may_stand_for_every_row() -> None:
     the first request for prompt_logprobs ended the engine."""
     from vllm.lora.ops.torch_ops import lora_ops
 
-    from deployments.vllm_patches import apply
+    from deployments.vllm_patches import keep_base_rows_free_of_adapters
 
-    apply()
+    keep_base_rows_free_of_adapters()
     assert [scored(lora_ops.bgmv_shrink, rows=5, indices=[slot]) for slot in (-1, 1)] == [0.0, 40.0]
     assert scored(lora_ops.bgmv_shrink, rows=2, indices=[-1, 1]) == 8.0
 
@@ -117,6 +117,49 @@ def test_vllm_scores_a_prompt_with_the_indices_of_the_whole_batch() -> None:
     base = (VLLM / "lora/punica_wrapper/punica_base.py").read_text()
     assert "sampler_indices_len = self.indices_len[1]" in base and "return self._sampler_indices[:sampler_indices_len]" in base
     assert "self.punica_wrapper_mapping: dict[str, PunicaWrapperBase]" in (VLLM / "lora/model_manager.py").read_text()
+
+
+def test_a_dead_engine_is_said_in_the_words_that_the_gateway_knows() -> None:
+    from deployments.routing.engine_errors import DEAD
+
+    assert f'ENGINE_DEAD_MESSAGE = "{DEAD}' in (VLLM / "v1/engine/exceptions.py").read_text()
+
+
+def test_the_first_grammars_backend_compiles_all_others() -> None:
+    """The fault that `deployments.vllm_patches.compile_each_grammar_by_its_own_backend` is there for."""
+    manager = (VLLM / "v1/structured_output/__init__.py").read_text()
+    assert "if self.backend is None:" in manager and "_backend" in manager
+    assert "grammar = self.executor.submit(self._create_grammar, request)" in manager
+    assert 'self.structured_outputs._backend = "guidance"' in (VLLM / "sampling_params.py").read_text()
+
+
+def test_grammars_are_checked_in_the_loop_that_serves_tokens() -> None:
+    """The fault that `deployments.vllm_patches.check_grammars_beside_the_loop` is there for."""
+    front = (VLLM / "v1/engine/async_llm.py").read_text().split("async def add_request")[1]
+    assert "request = self.input_processor.process_inputs(" in front
+    parameters = (VLLM / "sampling_params.py").read_text()
+    assert (
+        "        self._validate_structured_outputs(\n            model_config, structured_outputs_config, tokenizer\n        )"
+        in parameters
+    )
+    assert "params.verify(\n" in (VLLM / "v1/engine/input_processor.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "lines"),
+    [
+        ("entrypoints/openai/chat_completion/protocol.py", ["else structured_outputs_kwargs.get(k)", 'if tool["function"]["name"] == function_name']),
+        ("v1/sample/sampler.py", ["logprobs_tensors = logprob_token_ids_tensors"]),
+        ("v1/core/sched/utils.py", ["for pattern_len in range("]),
+        ("sampling_params.py", ["for bad_word in self.bad_words:", "prompt_token_ids = tokenizer.encode("]),
+        ("v1/core/sched/scheduler.py", ['"Unexpected: grammar rejected tokens %s for request %s. "']),
+        ("sampling_params.py", ["skip_guidance = has_guidance_unsupported_json_features(schema)"]),
+    ],
+)  # fmt: skip
+def test_what_the_gateway_refuses_is_still_wrong_in_vllm(file: str, lines: list[str]) -> None:
+    """Where this fails, look into `deployments.api.engine_limits`: one of its functions may have lost its reason."""
+    source = (VLLM / file).read_text()
+    assert [line for line in lines if line not in source] == []
 
 
 def test_vllms_error_handler_asks_the_application_for_its_server() -> None:
