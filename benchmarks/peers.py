@@ -1,7 +1,7 @@
 """The systems that Springtide is compared with, each one process tree on the loopback address that ends as a whole.
 
-Every system gets the same model folder, the same engine arguments (`Fleet.engine_arguments`), the same
-variables for the engine's processes (`Fleet.engine_environment`) and one engine; usage statistics are off everywhere. Beyond that:
+Every system gets the same model folder, the same engine arguments (`FleetSpec.engine_arguments`, fitted to the model), the same
+variables for the engine's processes (`FleetSpec.engine_environment`) and one engine; usage statistics are off everywhere. Beyond that:
 
 ``bare_vllm``
     vLLM's own API server, ``python -m vllm.entrypoints.openai.api_server``, without its access log.
@@ -40,6 +40,7 @@ from cluster.config import Config, FleetSpec
 from cluster.errors import PoolUnavailable
 from cluster.jobspec import Parser
 from cluster.pool import haproxy
+from cluster.store import fitting
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 300
@@ -96,7 +97,8 @@ def _start(command: list[str], environment: dict[str, str], log: Path) -> "subpr
 
 
 def command(system: str, config: Config, model: Path, port: int) -> list[str]:
-    name, engine = config.default_model, config.spec(config.default_fleet).engine_arguments()
+    name = config.default_model
+    engine = fitting.fitted(config.spec(config.default_fleet), model, name).engine_arguments()
     if system != "bare_vllm":
         return [
             sys.executable,

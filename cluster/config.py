@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster.capacity.arbiter import Budget
+from cluster.capacity.fit import Fit, Slot
 from cluster.errors import BadRequest, ConfigError
 from cluster.publishing.gate import GatePolicy
 from cluster.publishing.rollout import Policy
@@ -126,10 +127,11 @@ class Fleet(Section):
     """Slots per replica."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | None = Field(default=None, ge=16)
-    """Tokens of prompt and answer together; the model's own limit by default."""
+    """Tokens of prompt and answer together. By default the model's own limit, or as much of it as the KV cache has room for."""
     max_num_seqs: int = Field(default=64, ge=1)
     kv_cache_bytes: int | None = Field(default=None, ge=1 << 20)
-    """Size of the KV cache. None lets vLLM take `gpu_memory_utilization` of the accelerator."""
+    """Size of the KV cache. By default what vLLM finds free of `gpu_memory_utilization`; without a GPU it is chosen from the model and the
+    machine (`cluster.capacity.fit`)."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     cpu_threads: int = Field(default=1, ge=1)
     """Threads for the engine's arithmetic where there is no GPU."""
@@ -183,6 +185,28 @@ class FleetSpec(Section):
     home: Path
     accelerator: Literal["slot", "gpu"]
     cache_bytes: int = CACHE_BYTES
+    adapters: bool = Field(default=True, exclude=True)
+    """Whether its engine has places for adapters. `fitted` says so, of the model that it is to host; no configuration does."""
+
+    def slot(self, memory_bytes: int | None) -> Slot:
+        """One slot as its engine uses it. ``memory_bytes``: of one device, None where it is not known."""
+        fleet = self.fleet
+        return Slot(
+            accelerator=self.accelerator,
+            memory_bytes=memory_bytes,
+            gpu_memory_utilization=fleet.gpu_memory_utilization,
+            kv_cache_bytes=fleet.kv_cache_bytes,
+            tensor_parallel_size=fleet.tensor_parallel_size,
+            dtype=fleet.dtype,
+            max_model_len=fleet.max_model_len,
+            max_loras=fleet.max_loras if fleet.task == "generate" else 0,
+            max_lora_rank=fleet.max_lora_rank,
+        )
+
+    def fitted(self, found: Fit) -> Self:
+        """The same with what was left open as it was chosen for one model."""
+        fleet = self.fleet.model_copy(update=found.settings)
+        return self.model_copy(update={"fleet": fleet, "adapters": found.takes_adapters})
 
     @property
     def sleeps(self) -> bool:
@@ -201,7 +225,7 @@ class FleetSpec(Section):
             "kv_cache_memory_bytes": self.fleet.kv_cache_bytes,
             "gpu_memory_utilization": self.fleet.gpu_memory_utilization,
             "enforce_eager": self.fleet.enforce_eager,
-            "enable_lora": self.fleet.task == "generate",
+            "enable_lora": self.adapters and self.fleet.task == "generate",
             "max_loras": self.fleet.max_loras,
             "max_cpu_loras": self.fleet.max_cpu_loras,
             "max_lora_rank": self.fleet.max_lora_rank,

@@ -122,6 +122,12 @@ class DigestMismatch(VersionRefused):
     code = "digest_mismatch"
 
 
+class DoesNotFit(BadRequest):
+    """A model needs more than one slot has. The message has the numbers, and ``do`` the keys to change."""
+
+    code = "does_not_fit"
+
+
 class Conflict(BadRequest):
     """Another writer took the number or the generation first."""
 

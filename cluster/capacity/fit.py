@@ -1,16 +1,20 @@
 """Does a model fit on a slot? What its weights, its adapters and its KV cache need, and the longest context for which there is room.
 
 Computed as vLLM 0.29 computes it (``vllm/v1/core/kv_cache_utils.py``, ``kv_cache_interface.py``), from the configuration and the tensors'
-headers alone, before anything starts. A contract test compares the two.
+headers alone, before anything starts. A contract test compares the two. What a fleet leaves open (`max_model_len`, and without a GPU
+`kv_cache_bytes`) is chosen here too, by the same function for whoever prints it and for the engine that starts.
 
-Example: SmolLM2-135M on a laptop whose KV cache has 128 MiB. One token takes 45 KiB, so a context of 2,688 tokens fits and not the 8,192
-that the model was made for.
+Example: SmolLM2-135M on a laptop with 16 GiB. One token takes 45 KiB, so the whole context of 8,192 tokens fits. In a KV cache of 128 MiB
+2,688 tokens would.
 
 >>> smollm = {"model_type": "llama", "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}
->>> laptop = Slot("slot", dtype="float32", kv_cache_bytes=128 << 20)
->>> found = fit(Model({**smollm, "max_position_embeddings": 8192}, {}), laptop)
->>> found.fits, found.token_bytes, found.longest_tokens, found.changes[0]
-(False, 46080, 2688, {'max_model_len': 2688})
+>>> model = Model({**smollm, "max_position_embeddings": 8192}, {})
+>>> laptop = Slot("slot", memory_bytes=16 * GIB, dtype="float32")
+>>> found = fit(model, laptop)
+>>> found.fits, found.token_bytes, found.context_tokens, found.requests, size_words(found.kv_cache_bytes)
+(True, 46080, 8192, 3, '1.4 GiB')
+>>> fit(model, laptop._replace(kv_cache_bytes=128 << 20)).context_tokens
+2688
 """
 
 from bisect import bisect_right
@@ -19,6 +23,7 @@ from math import prod
 from typing import Any, Literal, NamedTuple, Protocol
 
 from cluster.capacity.attention import Attention, attention
+from cluster.capacity.lora import takes_adapters
 
 GIB = 1 << 30
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -33,6 +38,16 @@ BATCH_TOKENS: dict[str, int] = {"slot": 2048, "gpu": 2 * 8192}
 GPUs of 70 to 160 GiB."""
 PARALLEL, MOST_UTILIZATION, LEAST_TOKENS = (1, 2, 4, 8), 0.95, 16
 """What is proposed of `tensor_parallel_size`, of `gpu_memory_utilization` at most, and of `max_model_len` at least."""
+LEAST_CONTEXT_TOKENS = 1024
+"""A context that nobody asked for is no shorter, unless the model's own is: where there is room for less, the model does not fit."""
+CHOSEN_KV_TOKENS, CHOSEN_KV_BYTES = 32_768, 128 << 20
+"""What a KV cache that nobody sized has room for without a GPU, where there is memory for it: so many tokens, one request of the whole context,
+and so many bytes."""
+UNKNOWN_KV_BYTES = GIB
+"""And where it is unknown what the model keeps."""
+MOST_KV_SHARE = 0.5
+"""The share of the memory that is left beside the rest of the engine which such a KV cache takes at most: a second replica, jobs and the pool
+itself run on the same machine."""
 
 
 class Tensor(Protocol):
@@ -123,6 +138,11 @@ class Fit(NamedTuple):
     engine_bytes: int | None
     """What there is for all of it. None: not known."""
     context_tokens: int
+    """The longest request that the engine takes: what the fleet says, or the model's own context as far as there is room for it."""
+    kv_cache_bytes: int | None
+    """The size of the KV cache. None: vLLM takes what is left of its share."""
+    takes_adapters: bool
+    """Whether vLLM can load adapters onto this architecture."""
     token_bytes: int
     """The KV cache of one more token in the layers that keep every token."""
     sliding_token_bytes: int
@@ -147,6 +167,16 @@ class Fit(NamedTuple):
             return False
         return None if self.attention.unknown or self.kv_budget_bytes is None else True
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """Key of the fleet → its value, of those that the engine must be told. The model's own context it reads itself.
+
+        >>> Fit(Attention(default_tokens=8192), 0, 0, 0, None, 4096, None, True, 0, 0, 0, None, None, None).settings
+        {'max_model_len': 4096}
+        """
+        context = {"max_model_len": self.context_tokens} if self.context_tokens != self.attention.default_tokens else {}
+        return {**context, **({"kv_cache_bytes": self.kv_cache_bytes} if self.kv_cache_bytes else {})}
+
 
 def fit(model: Model, slot: Slot) -> Fit:
     """Raises `VersionRefused` where the configuration holds something else than what belongs there."""
@@ -156,29 +186,55 @@ def fit(model: Model, slot: Slot) -> Fit:
 
 def measure(model: Model, slot: Slot) -> Fit:
     """`fit`, without what to change."""
-    kept = attention(model.config)
+    kept, adapters = attention(model.config), takes_adapters(model.config)
     cache = cache_of(kept, slot)
-    weights, adapters = weights_bytes(model, slot), adapters_bytes(model, slot) if kept.layers or kept.unknown else 0
+    weights, places = weights_bytes(model, slot), adapters_bytes(model, slot) if adapters else 0
     other, room = OTHER_BYTES[slot.accelerator], slot.engine_bytes
-    budget = slot.kv_cache_bytes
-    if budget is None and room is not None:
-        budget = max(0, room - weights - adapters - other)
-    context = slot.max_model_len or kept.default_tokens
+    left = None if room is None else max(0, room - weights - places - other)
+    most = _most_kv_bytes(slot, left)
+    context = slot.max_model_len or _context(cache, most)
+    chosen = slot.kv_cache_bytes or (_chosen_kv_bytes(cache, context, most) if slot.accelerator == "slot" else None)
+    budget = chosen or left
     found = Fit(
         attention=kept,
         weights_bytes=weights,
-        adapters_bytes=adapters,
+        adapters_bytes=places,
         other_bytes=other,
         engine_bytes=room,
         context_tokens=context,
+        kv_cache_bytes=chosen,
+        takes_adapters=adapters,
         token_bytes=kept.full_layers * cache.layer_token_bytes,
         sliding_token_bytes=kept.sliding_layers * cache.layer_token_bytes,
         request_bytes=cache.request_bytes(context),
         kv_budget_bytes=budget,
-        longest_tokens=None if budget is None or kept.unknown else longest_tokens(cache, budget),
+        longest_tokens=None if most is None or kept.unknown else longest_tokens(cache, most),
         requests=None if budget is None or not kept.layers else requests(cache, budget, context),
     )
     return found._replace(problem=_problem(found, slot))
+
+
+def _most_kv_bytes(slot: Slot, left_bytes: int | None) -> int | None:
+    """What the KV cache may take, of the bytes that the rest of the engine leaves. None: not known."""
+    if slot.kv_cache_bytes is not None or left_bytes is None:
+        return slot.kv_cache_bytes
+    return int(left_bytes * MOST_KV_SHARE) if slot.accelerator == "slot" else left_bytes
+
+
+def _context(cache: Cache, most_bytes: int | None) -> int:
+    """The context of an engine whose fleet does not say it: the model's own, or as much of it as there is room for."""
+    own = cache.kept.default_tokens
+    if most_bytes is None or not cache.kept.layers:
+        return own
+    return min(own, max(LEAST_CONTEXT_TOKENS, longest_tokens(cache, most_bytes)))
+
+
+def _chosen_kv_bytes(cache: Cache, context_tokens: int, most_bytes: int | None) -> int:
+    """The size of a KV cache that nobody sized, without a GPU: vLLM would take nine tenths of the machine."""
+    at_once = -(-CHOSEN_KV_TOKENS // context_tokens)
+    one = cache.request_bytes(context_tokens)
+    wanted = UNKNOWN_KV_BYTES if cache.kept.unknown else max(CHOSEN_KV_BYTES, at_once * one, one + cache.block_bytes)
+    return wanted if most_bytes is None else max(1 << 20, min(wanted, most_bytes))
 
 
 def cache_of(kept: Attention, slot: Slot) -> Cache:
@@ -249,7 +305,7 @@ def _candidates(slot: Slot, found: Fit) -> list[dict[str, Any]]:
     longest, block_bytes = found.longest_tokens, cache_of(found.attention, slot).block_bytes
     values: list[tuple[str, Any]] = [
         ("max_model_len", found.attention.max_tokens if longest is None else longest if longest >= LEAST_TOKENS else None),
-        ("kv_cache_bytes", found.request_bytes + block_bytes if slot.kv_cache_bytes else None),
+        ("kv_cache_bytes", found.request_bytes + block_bytes if found.kv_cache_bytes else None),
         ("dtype", "bfloat16" if slot.dtype == "float32" else None),
         ("gpu_memory_utilization", MOST_UTILIZATION if slot.gpu_memory_utilization < MOST_UTILIZATION else None),
         *(("tensor_parallel_size", size) for size in PARALLEL if slot.accelerator == "gpu"),
@@ -261,6 +317,12 @@ def _enough(model: Model, slot: Slot, changes: list[dict[str, Any]]) -> tuple[di
     """Those with which the model fits. Of several values of one key the first is enough."""
     fitting = [change for change in changes if not measure(model, slot._replace(**change)).problem]
     return tuple({next(iter(change)): change for change in reversed(fitting)}.values())[::-1]
+
+
+def changes_in_words(found: Fit) -> str:
+    """What to do about a model that does not fit: the keys of the fleet to change."""
+    changes = [" and ".join(f"fleet.{key}={value}" for key, value in change.items()) for change in found.changes]
+    return f"Set {', or '.join(changes)}." if changes else "Take a smaller or a quantized model, or more memory."
 
 
 def size_words(count: int) -> str:

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster import client
-from cluster.cli import doctor, jobs, render
+from cluster.cli import doctor, fit, jobs, render
 from cluster.client import Job
 from cluster.config import Config, parse
 from cluster.errors import BadRequest, ConfigError, Conflict, PoolUnavailable
 from cluster.pool import graph, local, submit
+from cluster.store import fitting
 from cluster.store.objects import Store, sha256
 from cluster.store.registry import Registry
 from cluster.types import Lineage, VersionId, check_name
@@ -42,13 +43,16 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
         console.print("The pool runs already. This command uses it.")
     else:
         check_ports(config)
-        config = _hosting(config, _adopt(registry, model, config.home, console)) if model else config
+        config = _hosting(config, _adopt(registry, model, config, console)) if model else config
+    fitted = fit.of_fleets(config, registry)  # before Ray starts: what cannot fit is refused within a second
     with console.status("Starting Ray…"):
         started = local.up(config)
     local.remember(config)
     console.print(f"Ray is up: [bold]{started.dashboard}[/]")
     if registry.alias(config.default_model) is None:
         _grow(config, console)
+        fitted = fit.of_fleets(config, registry)
+    render.fits(console, fitted)
     with console.status("Starting the gateway and the engine…") as line:
         graph.deploy(config, lambda states: line.update(f"Starting the gateway and the engine: {states}"))
     return config
@@ -160,7 +164,7 @@ def _hosting(config: Config, model: str) -> Config:
     return parse(values)
 
 
-def _adopt(registry: Registry, model: str, home: Path, console: Console) -> str:
+def _adopt(registry: Registry, model: str, config: Config, console: Console) -> str:
     """The alias that serves ``model``: an alias, a version NAME@N, a folder, or a hub id. A folder or a hub model is registered first."""
     if "@" in model and "/" not in model:
         id = VersionId.parse(model)
@@ -171,7 +175,8 @@ def _adopt(registry: Registry, model: str, home: Path, console: Console) -> str:
     folder = Path(model).expanduser().resolve()
     name = check_name(folder.name)
     if not folder.is_dir():
-        folder = _download(model, home / "hub", console)
+        folder = _download(model, config.home / "hub", console)
+    fit.check(config, name, fitting.of_folder(folder))  # before it is copied, which may take long
     with console.status(f"Copying {folder} into the store…"):
         id = _same(registry, name, folder) or registry.register(name, "weights", None, folder, Lineage()).id
     _point(registry, id)

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import psutil
 from packaging.requirements import Requirement
 
+from cluster.cli import fit
 from cluster.config import ENV_PREFIX, Config
-from cluster.errors import StoreUnavailable
+from cluster.errors import SpringtideError, StoreUnavailable
 from cluster.pool import local
 from cluster.store.objects import Store
 
@@ -44,6 +45,7 @@ def examine(config: Config) -> list[Finding]:
         memory(psutil.virtual_memory().available, running),
         *([shared_memory(config, shutil.disk_usage(SHARED_MEMORY).total)] if SHARED_MEMORY.is_dir() else []),
         slots(config),
+        *(() if running else fits(config)),
     ]
 
 
@@ -163,3 +165,13 @@ def slots(config: Config) -> Finding:
     return Finding(
         False, "slots", f"{words}. Set pool.slots={serving + training}, or lower fleet.min_replicas or training.min_workers."
     )
+
+
+def fits(config: Config) -> Iterator[Finding]:
+    """Whether each fleet's model fits on its slot, of those whose model is in the store."""
+    try:
+        registry = fit.existing(config)
+        for fleet, weights, _, found in fit.of_fleets(config, registry) if registry else ():
+            yield Finding(True, f"fleet {fleet}", f"{weights}: {fit.verdict(found)}")
+    except SpringtideError as error:
+        yield Finding(False, "fleets", str(error))

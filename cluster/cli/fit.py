@@ -1,15 +1,26 @@
-"""`springtide fit MODEL` reads the configuration and the headers of a model, and says whether it fits on one slot (`cluster.capacity.fit`)."""
+"""What fits, for commands: `springtide fit MODEL` for one model on one slot, and `springtide up` for every fleet before Ray starts."""
 
-import json
+import contextlib
 from pathlib import Path
-from typing import Any, cast
+from typing import NamedTuple
 
-from cluster.capacity.fit import Fit, Model, Slot
-from cluster.config import Config, Fleet
-from cluster.errors import ModelNotFound, VersionRefused
-from cluster.store.headers import header
+from cluster.capacity.fit import Fit, Model, Slot, changes_in_words
+from cluster.config import Config, FleetSpec
+from cluster.errors import ModelNotFound, RecordDamaged, VersionRefused
+from cluster.memory import device_bytes
+from cluster.store import fitting
+from cluster.store.objects import Store
 from cluster.store.registry import Registry, registry_of
-from cluster.types import NAME
+from cluster.types import NAME, VersionId
+
+
+class Fitted(NamedTuple):
+    """A fleet whose model is in the store, and how its engine will start."""
+
+    fleet: str
+    weights: VersionId
+    slot: Slot
+    found: Fit
 
 
 def read(named: str, config: Config) -> tuple[str, Model]:
@@ -17,40 +28,26 @@ def read(named: str, config: Config) -> tuple[str, Model]:
 
     Raises `ModelNotFound`, and `VersionRefused` for files that are not what they must be.
     """
-    registry = registry_of(config)
-    if "/" not in named and ("@" in named or (NAME.fullmatch(named) and registry.alias(named))):
+    registry = existing(config)
+    if "/" not in named and registry and ("@" in named or (NAME.fullmatch(named) and registry.alias(named))):
         id = registry.resolve(named).weights
-        with registry.candidate(id, config.home / "cache") as candidate:
-            return str(id), Model(configuration(candidate.settings), candidate.tensors)
+        return str(id), fitting.of_version(registry, id, config.home / "cache")
     folder = Path(named).expanduser()
     if not folder.is_dir():
         raise _absent(named, folder, registry)
-    # A folder may hold the same weights once more, under the names of their makers' own format.
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise VersionRefused(f"{folder} has no .safetensors file.", "Save the model with safe_serialization=True.", param="model")
-    tensors = {name: tensor for path in files for name, tensor in header(path).items()}
-    return str(folder), Model(configuration(folder), tensors)
+    return str(folder), fitting.of_folder(folder)
 
 
-def configuration(folder: Path) -> dict[str, Any]:
-    """The raw config.json of a folder."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise VersionRefused(f"{folder} has no config.json.", "Give a folder in Hugging Face layout.", param="model")
-    try:
-        values: Any = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise VersionRefused(f"{path} cannot be read: {str(error)[:200]}.", "Save the model again.", param="model") from error
-    if not isinstance(values, dict):
-        raise VersionRefused(f"{path} holds no JSON object.", "Save the model again.", param="model")
-    return cast(dict[str, Any], values)
+def existing(config: Config) -> Registry | None:
+    """The registry of a store that is there. A question must not create one."""
+    root = Store(config.store).local_root
+    return None if root is not None and not root.is_dir() else registry_of(config)
 
 
-def _absent(named: str, folder: Path, registry: Registry) -> ModelNotFound:
+def _absent(named: str, folder: Path, registry: Registry | None) -> ModelNotFound:
     if folder.exists():
         return ModelNotFound(f"{folder} is a file.", "Give the folder that holds config.json and the safetensors files.", "model")
-    known = ", ".join(registry.aliases()) or "none"
+    known = ", ".join(registry.aliases() if registry else ()) or "none"
     return ModelNotFound(
         f"There is no folder {named}, and no such model in the store.",
         f"Models: {known}. A version is written NAME@NUMBER. A model of a hub must be downloaded first.",
@@ -58,33 +55,52 @@ def _absent(named: str, folder: Path, registry: Registry) -> ModelNotFound:
     )
 
 
-def fleet_of(config: Config, named: str) -> Fleet:
+def spec_for(config: Config, named: str) -> FleetSpec:
     """The declared fleet that hosts a model; for a model that none hosts, what every fleet has."""
-    name = named.partition("@")[0]
-    return next((fleet for fleet in config.fleets.values() if fleet.model == name), config.fleet)
+    model = named.partition("@")[0]
+    hosts = (name for name, fleet in config.fleets.items() if fleet.model == model)
+    name = next(hosts, None)
+    return config.spec(name) if name else config.spec_of(model, config.fleet)
 
 
-def slot_of(config: Config, fleet: Fleet, memory_bytes: int | None) -> Slot:
-    """One slot of the pool as a fleet's engine uses it. ``memory_bytes``: of one device, None where it is not known."""
-    return Slot(
-        accelerator=config.pool.accelerator,
-        memory_bytes=memory_bytes,
-        gpu_memory_utilization=fleet.gpu_memory_utilization,
-        kv_cache_bytes=fleet.kv_cache_bytes,
-        tensor_parallel_size=fleet.tensor_parallel_size,
-        dtype=fleet.dtype,
-        max_model_len=fleet.max_model_len,
-        max_loras=fleet.max_loras,
-        max_lora_rank=fleet.max_lora_rank,
-    )
+def of_fleets(config: Config, registry: Registry) -> list[Fitted]:
+    """How the engines of the declared fleets will start, of those whose model is in the store and can be read. Raises `DoesNotFit` for one that
+    cannot start."""
+    memory_bytes = device_bytes(config.pool.accelerator)
+    return [one for name in config.fleets if (one := _fitted(config.spec(name), registry, memory_bytes))]
+
+
+def _fitted(spec: FleetSpec, registry: Registry, memory_bytes: int | None) -> Fitted | None:
+    try:
+        if (live := registry.alias(spec.fleet.model)) is None:
+            return None
+        weights = registry.manifest(live.stable).weights
+        model = fitting.of_version(registry, weights, spec.home / "cache")
+        return Fitted(spec.name, weights, spec.slot(memory_bytes), fitting.fit(spec, model, str(weights), memory_bytes))
+    except (RecordDamaged, VersionRefused):  # it costs this fleet alone, whose engine says why
+        return None
+
+
+def before_start(config: Config, named: str | None) -> None:
+    """Raise `DoesNotFit` where `springtide up` would, for a model that is on this machine already or for the fleets as they are. Called before
+    Ray is imported, which takes longer than all of this. Whatever else is wrong is found on the way."""
+    registry = existing(config)
+    if named is None and registry is not None:
+        of_fleets(config, registry)
+    if named is not None:
+        with contextlib.suppress(ModelNotFound, VersionRefused):
+            check(config, *read(named, config))
+
+
+def check(config: Config, name: str, model: Model) -> None:
+    """Raise `DoesNotFit` where the first fleet cannot host the model."""
+    fitting.fit(config.spec(config.default_fleet), model, name, device_bytes(config.pool.accelerator))
 
 
 def verdict(found: Fit) -> str:
     """Whether it fits, in one sentence; and if it does not, what to change."""
     if found.problem:
-        changes = [" and ".join(f"fleet.{key}={value}" for key, value in change.items()) for change in found.changes]
-        what = f"Set {', or '.join(changes)}." if changes else "Take a smaller or a quantized model, or more memory."
-        return f"It does not fit: {found.problem}. {what}"
+        return f"It does not fit: {found.problem}. {changes_in_words(found)}"
     if why := found.attention.unknown:
         return f"It is unknown what its KV cache needs: {why}. vLLM finds out when it starts."
     if found.kv_budget_bytes is None:

@@ -30,7 +30,7 @@ def run(
 ) -> None:
     """Go through the whole loop: start the pool, serve a model, fine-tune it, publish the result into live traffic, keep serving."""
     loaded = load(preset, config, set)
-    local.use(loaded)
+    _prepare(loaded, None)
     from cluster.cli import demo
 
     demo.run(loaded, console, keep_serving=not once)
@@ -40,10 +40,18 @@ def run(
 def up(model: Model = None, preset: Preset = None, config: File = None, set: Sets = None) -> None:
     """Start the pool and serve. Returns when the pool answers. `springtide down` stops it."""
     loaded = load(preset, config, set)
-    local.use(loaded)
+    _prepare(loaded, model)
     from cluster.cli import demo
 
     render.serving(console, demo.up(loaded, console, model))
+
+
+def _prepare(config: Config, model: str | None) -> None:
+    """What must come before Ray is imported."""
+    from cluster.cli import fit
+
+    fit.before_start(config, model)
+    local.use(config)
 
 
 @app.command()
@@ -94,7 +102,7 @@ def doctor() -> None:
 def fit(
     model: Annotated[str, typer.Argument(help="A folder in Hugging Face layout, or a name or version in the store.")],
     memory_gib: Annotated[
-        float | None, typer.Option(help="Memory of one GPU. Without GPUs, of the machine; this one's by default.", min=0.1)
+        float | None, typer.Option(help="Memory of one GPU, or of the machine without GPUs. By default what is here.", min=0.1)
     ] = None,
     preset: Preset = None,
     config: File = None,
@@ -104,17 +112,14 @@ def fit(
 
     The exit status is 1 where it does not fit. Try another setting with --set, for example --set fleet.max_model_len=4096.
     """
-    import psutil
-
     from cluster.capacity import fit as capacity
     from cluster.cli import fit
+    from cluster.memory import device_bytes
 
     loaded = load(preset, config, set)
     name, read = fit.read(model, loaded)
-    memory = int(memory_gib * 2**30) if memory_gib else None
-    if memory is None and loaded.pool.accelerator == "slot":
-        memory = psutil.virtual_memory().total
-    slot = fit.slot_of(loaded, fit.fleet_of(loaded, model), memory)
+    memory = int(memory_gib * 2**30) if memory_gib else device_bytes(loaded.pool.accelerator)
+    slot = fit.spec_for(loaded, model).slot(memory)
     found = capacity.fit(read, slot)
     render.fit(console, name, slot, found)
     console.print(fit.verdict(found), highlight=False)

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from cluster.capacity.fit import Fit, Slot, size_words
+from cluster.cli.fit import Fitted
 from cluster.client import Answer, Job
 from cluster.config import Config
 from cluster.publishing.gate import Verdict
@@ -250,7 +251,12 @@ def fit(console: Console, name: str, slot: Slot, found: Fit) -> None:
     over = f" over {slot.tensor_parallel_size} devices" if slot.tensor_parallel_size > 1 else ""
     table = _table("", "bytes", "", title=f"{name}, on each device of one slot")
     table.add_row("weights", size_words(found.weights_bytes), f"dtype {slot.dtype}{over}")
-    table.add_row("adapters", size_words(found.adapters_bytes), f"{slot.max_loras} places of rank {slot.max_lora_rank}")
+    places = f"{slot.max_loras} places of rank {slot.max_lora_rank}"
+    table.add_row(
+        "adapters",
+        size_words(found.adapters_bytes),
+        places if found.takes_adapters else "vLLM has none for this architecture",
+    )
     table.add_row("the engine itself", size_words(found.other_bytes), "an allowance for activations, graphs, libraries")
     for layers, count, tokens in (
         (kept.full_layers, found.token_bytes, "each token"),
@@ -263,8 +269,7 @@ def fit(console: Console, name: str, slot: Slot, found: Fit) -> None:
         words = f"{found.context_tokens} tokens" if kept.layers else "an encoder keeps nothing"
         table.add_row("KV cache of a request", size_words(found.request_bytes), words)
     if found.kv_budget_bytes is not None:
-        source = "what the rest leaves" if slot.kv_cache_bytes is None else "fleet.kv_cache_bytes"
-        table.add_row("room for the KV cache", size_words(found.kv_budget_bytes), source)
+        table.add_row("room for the KV cache", size_words(found.kv_budget_bytes), _kv_source(slot, found))
     if slot.memory_bytes is not None:
         share = f"fleet.gpu_memory_utilization {slot.gpu_memory_utilization:g} of " if slot.kv_cache_bytes is None else ""
         table.add_row(
@@ -274,6 +279,34 @@ def fit(console: Console, name: str, slot: Slot, found: Fit) -> None:
         longest = f"{found.longest_tokens} tokens, of {kept.max_tokens} that the model was made for"
         table.add_row("longest context", "", longest)
     console.print(table)
+
+
+def _kv_source(slot: Slot, found: Fit) -> str:
+    if slot.kv_cache_bytes is not None:
+        return "fleet.kv_cache_bytes"
+    return "what the rest leaves" if found.kv_cache_bytes is None else "chosen: fleet.kv_cache_bytes is not set"
+
+
+def fits(console: Console, fitted: Sequence[Fitted]) -> None:
+    """How the engine of each fleet starts: what its settings say, and what was chosen where they say nothing."""
+    table = _table("fleet", "weights", "bytes", "dtype", "context", "KV cache", "at once", "adapters", "needs", "of")
+    for fleet, weights, slot, found in fitted:
+        held = found.weights_bytes + found.adapters_bytes + found.other_bytes + (found.kv_cache_bytes or 0)
+        kv_bytes = found.kv_budget_bytes
+        table.add_row(
+            fleet,
+            str(weights),
+            size_words(found.weights_bytes),
+            slot.dtype,
+            f"{found.context_tokens}{'' if slot.max_model_len else ' (auto)'}",
+            "unknown" if kv_bytes is None else f"{size_words(kv_bytes)}{'' if slot.kv_cache_bytes else ' (auto)'}",
+            "" if found.requests is None else str(found.requests),
+            f"{slot.max_loras} of rank {slot.max_lora_rank}" if found.takes_adapters and slot.max_loras else "none",
+            size_words(held),
+            "unknown" if slot.memory_bytes is None else size_words(slot.memory_bytes),
+        )
+    if fitted:
+        console.print(table)
 
 
 def ago(since_s: float) -> str:

@@ -31,6 +31,7 @@ from cluster.control.jobs import JobService
 from cluster.control.publishing import Publishing
 from cluster.control.reconcile import Reconcilers
 from cluster.control.replicas import Replicas
+from cluster.control.slots import device_bytes
 from cluster.pool import local
 from cluster.pool.serve_api import ServeApi
 from cluster.pool.submit import JobServer
@@ -83,6 +84,7 @@ class Control:
         self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, self.slots.room)
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.hosting.watched = self.slots.watch
+        self.hosting.device_bytes = lambda: device_bytes(self.config.pool.accelerator)
         self.job_service = JobService(self.registry, jobs, lambda: self.config.publishing.model_dump().values())
         niceness.freeze_gc()
         self.reconcilers.start()

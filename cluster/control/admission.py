@@ -3,24 +3,38 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.capacity.lora import takes_adapters
 from cluster.config import FleetSpec
 from cluster.errors import VersionRefused
-from cluster.store import artefact
+from cluster.store import artefact, fitting
 from cluster.store.candidate import Candidate
 from cluster.store.layout import check_layout
 from cluster.store.registry import Registry
 from cluster.types import Manifest, VersionId
 
 
-def check(spec: FleetSpec, registry: Registry, manifest: Manifest, hosted: VersionId, examined: bool = False) -> None:
-    """Raise `VersionRefused` for what an engine would choke on, or what the fleet, which hosts the weights ``hosted``, cannot serve.
+def check(
+    spec: FleetSpec,
+    registry: Registry,
+    manifest: Manifest,
+    hosted: VersionId,
+    examined: bool = False,
+    memory_bytes: int | None = None,
+) -> None:
+    """Raise `VersionRefused` for what an engine would choke on, or what the fleet, which hosts the weights ``hosted``, cannot serve; `DoesNotFit`
+    for weights that need more than ``memory_bytes``, the memory of one device.
 
     ``examined``: what was live before is not read through once more; going back is urgent. Of the base and of the hosted weights only the
     tensors' headers are read.
     """
-    with registry.candidate(manifest.id, spec.home / "cache") as candidate:
+    cache = spec.home / "cache"
+    if not examined and manifest.kind == "adapter":
+        check_takes_adapters(registry, manifest, cache)
+    elif not examined:
+        fitting.fit(spec, fitting.of_version(registry, manifest.id, cache), str(manifest.id), memory_bytes)
+    with registry.candidate(manifest.id, cache) as candidate:
         if not examined:
-            examine(registry, candidate, hosted, spec.home / "cache")
+            examine(registry, candidate, hosted, cache)
         if manifest.kind == "adapter":
             check_rank(candidate, spec)
 
@@ -33,6 +47,17 @@ def examine(registry: Registry, candidate: Candidate, hosted: VersionId, cache: 
     artefact.inspect(candidate.folder, base.shapes if base else None)
     if manifest.weights == manifest.id != hosted:
         artefact.check_kinds(candidate.tensors, registry.candidate(hosted, cache).tensors)
+
+
+def check_takes_adapters(registry: Registry, manifest: Manifest, cache: Path) -> None:
+    with registry.candidate(manifest.weights, cache) as base:
+        config = fitting.configuration(base.settings)
+    if not takes_adapters(config):
+        raise VersionRefused(
+            f"{manifest.id} is an adapter on {manifest.weights}, and vLLM loads no adapters onto a {config['architectures'][0]}.",
+            "Train all of its weights, and publish those.",
+            param="base",
+        )
 
 
 def check_rank(candidate: Candidate, spec: FleetSpec) -> None:

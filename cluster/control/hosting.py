@@ -106,6 +106,8 @@ class Hosting:
         """Version whose manifest cannot be read → when to try again."""
         self.watched: Callable[[tuple[ServingFleet, ...]], None] = lambda _: None
         """Hears which fleets there are."""
+        self.device_bytes: Callable[[], int | None] = lambda: None
+        """The memory of one device of a slot; None where it is not known. It may block for some seconds."""
         for name in config.fleets:
             self.add(config.spec(name), declared=True)
 

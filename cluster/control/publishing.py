@@ -43,7 +43,8 @@ class Publishing:
         manifest = registry.manifest(VersionId.parse(version))
         was_live = registry.past(check_name(alias)).was_live(manifest.id)
         fleet, hosted = self.loop.call(lambda: self._fleet_for(manifest, alias))
-        admission.check(fleet.spec, registry, manifest, examined=was_live, hosted=hosted)
+        memory_bytes = self.hosting.device_bytes() if manifest.kind == "weights" else None
+        admission.check(fleet.spec, registry, manifest, hosted, examined=was_live, memory_bytes=memory_bytes)
         # It reads headers and settings, from a bucket that may be slow: here and not in the loop.
         self.hosting.shapes.swap_obstacle(registry, cache, manifest.weights, hosted)
         wanted = policy or self.hosting.config.publishing.policy

@@ -6,7 +6,7 @@ whoever writes the same record by other means gets the same fleet.
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from cluster.config import Fleet, check_one_fleet_per_model
 from cluster.control.hosting import Hosting
@@ -14,8 +14,9 @@ from cluster.control.loop import Loop
 from cluster.errors import BadRequest, Conflict, FleetNotFound, ModelNotFound, PoolUnavailable, SpringtideError
 from cluster.pool import graph
 from cluster.publishing.rollout import UNDER_WAY
+from cluster.store import fitting
 from cluster.store.fleets import FleetRecord, FleetRecords
-from cluster.types import VersionId, check_name
+from cluster.types import Generation, VersionId, check_name
 
 
 class RuntimeFleets:
@@ -48,12 +49,15 @@ class RuntimeFleets:
         first: VersionId | None = None
         if "@" in values["model"]:
             first, values["model"] = self._first_version(name, values["model"]), name
-        elif self.hosting.desired.registry.alias(values["model"]) is None:
+        live = self.hosting.desired.registry.alias(values["model"])
+        if first is None and live is None:
             raise ModelNotFound(
                 f"The store has no model {values['model']}.",
                 "Register one: springtide up --model PATH, or jobs.pretrain.",
                 param="model",
             )
+        fleet = self.loop.call(lambda: self._fleet(name, values))
+        self._check_fit(name, fleet, first or cast(Generation, live).stable)
         self.loop.call(lambda: self._add(name, values, author, first))
 
     def remove(self, name: str, force: bool, author: str) -> None:
@@ -70,6 +74,13 @@ class RuntimeFleets:
                 f"{fleet} means {live.stable} already.", f"Add the fleet for it (--model {fleet}), or under another name."
             )
         return id if live is None else None
+
+    def _check_fit(self, name: str, fleet: Fleet, version: VersionId) -> None:
+        """Raise `DoesNotFit` where no engine of the fleet could start. It reads files: not in the loop."""
+        config, registry = self.hosting.config, self.hosting.desired.registry
+        weights = registry.manifest(version).weights
+        model = fitting.of_version(registry, weights, config.home / "cache")
+        fitting.fit(config.spec_of(name, fleet), model, str(weights), self.hosting.device_bytes())
 
     # in the loop's thread
 

@@ -1,12 +1,13 @@
 """Slots of the running pool: the units of accelerator that serving and training share."""
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # (Ray's own annotations are partial; what comes back is typed at once.)
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import ray
 
+from cluster import memory
 from cluster.config import FleetSpec
 from cluster.control.applications import Application
 
@@ -16,6 +17,13 @@ def slots(accelerator: str) -> dict[str, float]:
     total, free = ray.cluster_resources(), ray.available_resources()
     kind = resource(accelerator)
     return {"total": total.get(kind, 0.0), "free": free.get(kind, 0.0)}
+
+
+def device_bytes(accelerator: Literal["slot", "gpu"]) -> int | None:
+    """The memory of one device of a slot. None where slots are on other machines than this one, whose devices may be others."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    here = len(alive) == 1 and resource(accelerator) in alive[0]["Resources"]
+    return memory.device_bytes(accelerator) if here else None
 
 
 def resource(accelerator: str) -> str:

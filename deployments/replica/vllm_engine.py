@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.config import FleetSpec
 from cluster.errors import VersionRefused
 from cluster.redact import redact_places
+from cluster.store import fitting
 from deployments.replica.launch import start_engine
 from deployments.replica.load import EngineLoad
 
@@ -25,11 +26,11 @@ class VllmEngine:
 
     @classmethod
     async def start(cls, spec: FleetSpec, folder: Path, name: str, load: EngineLoad) -> "VllmEngine":
-        return cls(spec, load, *await start_engine(spec, folder, name, load))
+        return cls(spec, load, *await start(spec, folder, name, load))
 
     async def restart(self, folder: Path, name: str) -> None:
         await asyncio.to_thread(self.engine.shutdown)
-        self.engine, self.app = await start_engine(self.spec, folder, name, self.load)
+        self.engine, self.app = await start(self.spec, folder, name, self.load)
 
     async def __call__(self, *request: Any) -> None:
         """ASGI: whatever engine there is now answers."""
@@ -101,3 +102,12 @@ class VllmEngine:
     @property
     def _models(self) -> Any:
         return self.app.state.openai_serving_models
+
+
+async def start(spec: FleetSpec, folder: Path, name: str, load: EngineLoad) -> "tuple[AsyncLLM, Any]":
+    """Start vLLM over ``folder`` with what the fleet leaves open fitted to it. The spec itself stays open: the next weights may be others.
+
+    Raises `DoesNotFit` before anything is loaded.
+    """
+    fitted = await asyncio.to_thread(fitting.fitted, spec, folder, name)
+    return await start_engine(fitted, folder, name, load)

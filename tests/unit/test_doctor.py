@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from cluster import memory
 from cluster.cli import doctor
 from cluster.config import Config, parse
+from cluster.store.objects import Store
+from cluster.store.registry import Registry
+from cluster.types import Lineage
+from tests.controlled import make_base
 
 GIB = 1 << 30
 
@@ -103,3 +108,16 @@ def test_slots_must_hold_serving_and_training_together(config: Config) -> None:
     assert doctor.slots(config).ok
     crowded = parse({**config.dump(), "pool": {"slots": 1}})
     assert "pool.slots=2" in doctor.slots(crowded).words
+
+
+def test_a_model_that_does_not_fit_is_found_before_anything_starts(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(doctor.fits(config)) == [], "no store, no models, and none is made"
+    registry = Registry(Store(config.store))
+    made = registry.register("seedling", "weights", None, make_base(tmp_path / "base"), Lineage())
+    registry.move("seedling", made.id, "", "me", 0)
+    assert [finding.ok for finding in doctor.fits(config)] == [True]
+    monkeypatch.setattr(memory, "machine_bytes", lambda: GIB)
+    (finding,) = doctor.fits(config)
+    assert not finding.ok and "seedling@1 does not fit" in finding.words

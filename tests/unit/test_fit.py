@@ -1,24 +1,34 @@
 """What a model needs on a slot, computed from its configuration and its headers alone."""
 
+import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from cluster import config as configuration
+from cluster import memory
 from cluster.capacity.attention import CONTEXT, HEADS, HIDDEN, KV_HEADS, LAYERS, UNKNOWN, attention
-from cluster.capacity.fit import Model, Slot, cache_of, fit, longest_tokens, requests
-from cluster.cli import commands
-from cluster.errors import ModelNotFound, SpringtideError, VersionRefused
+from cluster.capacity.fit import CHOSEN_KV_BYTES, UNKNOWN_KV_BYTES, Model, Slot, cache_of, fit, longest_tokens, requests
+from cluster.cli import commands, demo
+from cluster.cli import fit as fits
+from cluster.errors import DoesNotFit, ModelNotFound, SpringtideError, VersionRefused
+from cluster.pool import local
+from cluster.store import fitting
 from cluster.store.headers import Tensor
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
-from cluster.types import Lineage
+from cluster.types import Lineage, VersionId
+from tests.conftest import free_ports
 from tests.support.architectures import ARCHITECTURES
 
 GIB = 1 << 30
@@ -26,6 +36,8 @@ LLAMA = ARCHITECTURES["Meta-Llama-3-8B"]
 SMOLLM = ARCHITECTURES["SmolLM2-135M"]
 GPU = Slot("gpu", memory_bytes=80 * GIB)
 LAPTOP = Slot("slot", memory_bytes=16 * GIB, kv_cache_bytes=128 << 20, dtype="float32")
+OPEN_LAPTOP = LAPTOP._replace(kv_cache_bytes=None)
+SEEDLING = {"model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 128}
 
 
 def tensors(*shapes: tuple[int, ...], dtype: str = "BF16") -> dict[str, Tensor]:
@@ -256,12 +268,68 @@ def test_every_change_that_is_proposed_is_enough(
         assert not fit(Model(model, tensors((4096, 4096))), slot._replace(**change)).problem
 
 
-def test_a_small_model_fits_a_laptop_with_a_shorter_context() -> None:
+def test_a_context_that_is_asked_for_is_refused_where_the_kv_cache_is_too_small_for_it() -> None:
     """128 MiB are 22 blocks of 128 tokens of 45 KiB, and vLLM never gives the first away."""
-    found = fit(Model(SMOLLM, {}), LAPTOP)
+    found = fit(Model(SMOLLM, {}), LAPTOP._replace(max_model_len=8192))
     assert (found.fits, found.longest_tokens, found.token_bytes) == (False, 21 * 128, 46_080)
     assert found.changes == ({"max_model_len": 2688}, {"kv_cache_bytes": 65 * 128 * 46_080})
     assert fit(Model(SMOLLM, {}), LAPTOP._replace(max_model_len=1024))[-4:-2] == (2688, 2)
+
+
+# what is chosen where the fleet says nothing
+
+
+def test_the_untouched_laptop_preset_gives_a_real_model_its_whole_context(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A 135M model failed after 70 s: the preset's 128 MiB of KV cache are too small for its 8,192 tokens."""
+    monkeypatch.chdir(tmp_path)
+    slot = configuration.load("laptop").spec("seedling").slot(16 * GIB)
+    found = fit(Model(SMOLLM, tensors((134_515_008 // 576, 576))), slot)
+    assert (found.fits, found.context_tokens, found.settings) == (True, 8192, {"kv_cache_bytes": 32_768 * 46_080})
+
+
+@pytest.mark.parametrize("tokens", [128, 256, 512, 1024])
+def test_the_seedlings_kv_cache_has_the_size_that_it_always_had(tokens: int) -> None:
+    found = fit(Model({**SEEDLING, "max_position_embeddings": tokens}, {}), OPEN_LAPTOP)
+    assert (found.token_bytes, found.kv_cache_bytes, found.context_tokens) == (4096, 134_217_728, tokens)
+
+
+def test_a_context_is_shortened_to_what_there_is_room_for_and_the_engine_is_told() -> None:
+    assert fit(Model(SMOLLM, {}), LAPTOP).settings == {"max_model_len": 2688, "kv_cache_bytes": 128 << 20}
+    qwen = Model(ARCHITECTURES["Qwen2.5-7B"], {})
+    small, large = fit(qwen, GPU._replace(memory_bytes=8 * GIB)), fit(qwen, GPU)
+    assert small.fits and small.requests == 1 and small.settings == {"max_model_len": small.longest_tokens}
+    assert large.fits and large.settings == {}, "vLLM reads the model's own context, and takes its share of the GPU by itself"
+
+
+def test_a_context_of_a_few_tokens_is_not_chosen_but_refused() -> None:
+    found = fit(Model(SMOLLM, {}), LAPTOP._replace(kv_cache_bytes=32 << 20))
+    assert found.fits is False and "1024 tokens" in found.problem and {"max_model_len": 512} in found.changes
+
+
+def test_without_a_gpu_the_kv_cache_takes_half_of_what_is_left_at_most() -> None:
+    left = int(4 * GIB * 0.9) - 2 * GIB
+    found = fit(Model(SMOLLM, {}), OPEN_LAPTOP._replace(memory_bytes=4 * GIB))
+    assert found.fits and found.kv_cache_bytes == left // 2 and found.context_tokens == 8192
+
+
+def test_what_keeps_nothing_or_cannot_be_told_gets_a_kv_cache_of_a_size_that_does_no_harm() -> None:
+    """vLLM itself would take nine tenths of the machine, or refuse where so much is not free."""
+    encoder, mamba = (fit(Model(model, {}), OPEN_LAPTOP) for model in (ARCHITECTURES["all-MiniLM-L6-v2"], UNKNOWABLE["mamba"]))
+    assert (encoder.kv_cache_bytes, encoder.settings) == (CHOSEN_KV_BYTES, {"kv_cache_bytes": CHOSEN_KV_BYTES})
+    assert (mamba.fits, mamba.kv_cache_bytes) == (None, UNKNOWN_KV_BYTES)
+
+
+@given(model=models(), slot=SLOTS, memory=st.integers(GIB, 1 << 38), budget=st.none() | st.integers(1 << 20, 1 << 36))
+def test_an_engine_that_is_told_what_was_chosen_chooses_nothing_else(
+    model: dict[str, Any], slot: Slot, memory: int, budget: int | None
+) -> None:
+    slot = slot._replace(memory_bytes=memory, kv_cache_bytes=budget)
+    found = fit(Model(model, tensors((512, 512))), slot)
+    if found.fits:
+        told = fit(Model(model, tensors((512, 512))), slot._replace(**found.settings))
+        assert (told.fits, told.settings, told.requests) == (True, found.settings, found.requests)
 
 
 def test_weights_count_in_the_dtype_of_the_engine_and_quantized_ones_as_they_are() -> None:
@@ -338,10 +406,13 @@ def run(*words: str) -> tuple[int, str]:
 
 
 def test_the_command_says_in_words_whether_a_folder_fits(home: Path) -> None:
-    code, said = run(str(folder(home / "smollm")), "--memory-gib", "16")
+    small = ("--memory-gib", "16", "--set", "fleet.kv_cache_bytes=134217728")
+    code, said = run(str(folder(home / "smollm")), *small, "--set", "fleet.max_model_len=8192")
     assert code == 1 and "fleet.max_model_len=2688" in said and "45.0 KiB" in said
-    code, said = run("smollm", "--memory-gib", "16", "--set", "fleet.max_model_len=2688")
+    code, said = run("smollm", *small)
     assert code == 0 and "It fits: requests of 2688 tokens, 1 at once." in said
+    code, said = run("smollm", "--memory-gib", "16")
+    assert code == 0 and "It fits: requests of 8192 tokens, 3 at once." in said and "chosen" in said
     code, said = run("smollm", "--preset", "gpu", "--set", "fleet.tensor_parallel_size=1")
     assert code == 0 and "--memory-gib" in said
 
@@ -370,7 +441,7 @@ def test_what_is_not_there_is_named_with_what_to_do(home: Path) -> None:
     expected = {
         "smollm": (ModelNotFound, "downloaded first"),
         "org/name": (ModelNotFound, "There is no folder org/name"),
-        "smollm@1": (ModelNotFound, "smollm@1 does not exist"),
+        "smollm@1": (ModelNotFound, "no such model in the store"),
         "model.gguf": (ModelNotFound, "is a file"),
         "empty": (VersionRefused, "no .safetensors"),
         "bare": (VersionRefused, "no config.json"),
@@ -382,8 +453,106 @@ def test_what_is_not_there_is_named_with_what_to_do(home: Path) -> None:
         with pytest.raises(kind, match=words) as refused:
             run(name)
         assert refused.value.do, name
+    assert not (home / "home").exists(), "a question makes no store"
 
 
 def test_what_is_unknown_is_no_failure(home: Path) -> None:
     code, said = run(str(folder(home / "mamba", UNKNOWABLE["mamba"])))
     assert code == 0 and "unknown" in said and "Mamba" in said
+
+
+# before a start
+
+
+@pytest.fixture
+def config(home: Path) -> configuration.Config:
+    gcs, dashboard, gateway = free_ports(3)
+    ports = {"gcs_port": gcs, "dashboard_port": dashboard, "agent_ports": 45_000}
+    return configuration.load(overrides={"pool": ports, "gateway": {"port": gateway}})
+
+
+def huge(path: Path, gib: int) -> Path:
+    """A model whose weights are a hole of so many GiB: its headers are those of a real one."""
+    folder(path)
+    size = gib * GIB
+    header = json.dumps({"model.embed_tokens.weight": {"dtype": "F16", "shape": [size // 2], "data_offsets": [0, size]}}).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    return path
+
+
+def test_a_model_that_cannot_fit_is_refused_within_a_second_before_it_is_copied_or_anything_starts(
+    home: Path, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "up", lambda *_: pytest.fail("Ray starts"))
+    model, began_s = str(huge(home / "huge", 800)), time.monotonic()
+    for refuse in (fits.before_start, lambda config, model: demo.up(config, Console(file=io.StringIO()), model)):
+        with pytest.raises(
+            DoesNotFit, match=r"huge does not fit: weights, adapters and the engine itself need 1602\.\d GiB"
+        ) as refused:
+            refuse(config, model)
+        assert refused.value.do and not (home / "home" / "store" / "versions").exists()
+    assert time.monotonic() - began_s < 1
+
+
+def test_what_is_wrong_otherwise_is_left_to_the_start(home: Path, config: configuration.Config) -> None:
+    (home / "model.gguf").write_text("")
+    for model in ("org/name", "smollm2", "seedling@1", "model.gguf", None):
+        fits.before_start(config, model)
+    fits.before_start(config, str(folder(home / "mamba", UNKNOWABLE["mamba"])))
+
+
+def test_what_is_in_the_store_is_fitted_before_ray_starts_and_told_in_one_table(
+    home: Path, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(Store(config.store))
+    registry.move("seedling", registry.register("seedling", "weights", None, folder(home / "one"), Lineage()).id, "", "me", 0)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 16 * GIB)
+    (fitted,) = fits.of_fleets(config, registry)
+    assert (fitted.fleet, fitted.weights, fitted.found.context_tokens) == ("seedling", VersionId("seedling", 1), 8192)
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 2 * GIB)
+    monkeypatch.setattr(local, "up", lambda *_: pytest.fail("Ray starts"))
+    with pytest.raises(DoesNotFit, match="seedling@1 does not fit"):
+        demo.up(config, Console(file=io.StringIO()))
+
+
+def test_the_engine_starts_with_the_numbers_that_were_printed(home: Path, config: configuration.Config) -> None:
+    """One function chooses, here from the version's headers in the store and there from the files that the engine loads."""
+    registry = Registry(Store(config.store))
+    made = registry.register("seedling", "weights", None, folder(home / "one"), Lineage())
+    registry.move("seedling", made.id, "", "me", 0)
+    printed = fits.of_fleets(config, registry)[0].found
+    spec = fitting.fitted(config.spec("seedling"), registry.fetch(made, home / "cache"), str(made.id))
+    assert spec.engine_arguments()["kv_cache_memory_bytes"] == printed.kv_cache_bytes
+    assert "max_model_len" not in spec.engine_arguments(), "the whole context, which vLLM reads from the same file"
+    assert config.spec("seedling").engine_arguments().get("kv_cache_memory_bytes") is None, "the next weights may need others"
+
+
+def test_an_architecture_without_adapters_is_served_without(home: Path, config: configuration.Config) -> None:
+    encoder = folder(home / "encoder", ARCHITECTURES["all-MiniLM-L6-v2"])
+    assert fitting.fitted(config.spec("seedling"), encoder, "encoder@1").engine_arguments()["enable_lora"] is False
+    assert fitting.fitted(config.spec("seedling"), folder(home / "smollm"), "smollm@1").engine_arguments()["enable_lora"] is True
+
+
+def test_an_encoder_takes_no_more_than_its_makers_say(home: Path) -> None:
+    encoder = folder(home / "encoder", ARCHITECTURES["all-MiniLM-L6-v2"])
+    (encoder / fitting.LIMITS).write_text('{"max_seq_length": 256, "do_lower_case": false}')
+    assert fit(fitting.of_folder(encoder), LAPTOP).context_tokens == 256
+
+
+def test_weights_that_are_there_twice_count_once(home: Path) -> None:
+    """Mistral's makers ship the same weights under their own names as well."""
+    save_file({"layers.0.weight": np.zeros((8, 576), np.float16)}, folder(home / "twice") / "consolidated.safetensors")
+    registry = Registry(Store((home / "store").as_uri()))
+    made = registry.register("twice", "weights", None, home / "twice", Lineage())
+    for model in (fitting.of_folder(home / "twice"), fitting.of_version(registry, made.id, home / "cache")):
+        assert list(model.tensors) == ["model.embed_tokens.weight"]
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, limit = psutil.virtual_memory().total, tmp_path / "memory.max"
+    for text, expected in (("max\n", whole), ("2147483648\n", 2 * GIB), (str(1 << 62), whole)):
+        limit.write_text(text)
+        monkeypatch.setattr(memory, "CGROUP_LIMITS", (str(limit), str(tmp_path / "absent")))
+        assert memory.machine_bytes() == expected

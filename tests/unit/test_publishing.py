@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.control import admission
-from cluster.errors import StoreUnavailable, VersionRefused
+from cluster.errors import DoesNotFit, StoreUnavailable, VersionRefused
 from cluster.publishing.rollout import DIRECT, begin
 from cluster.types import Lineage, VersionId
 from tests.controlled import Controlled, adapter, make_base, stop_all, two_fleets, wait_until
@@ -140,3 +140,33 @@ def test_a_rollout_whose_weights_nobody_hosts_any_more_is_refused_with_what_is_h
     assert refused is not None and refused.reason == f"no fleet hosts {OTHER} any more; train it on {ONE}, {left.id}"
     wait_until(lambda: control.view.aliases["n"].stable == left.id)
     assert "poet" not in control.view.aliases
+
+
+def test_an_adapter_onto_an_architecture_without_any_is_refused_in_words(tmp_path: Path) -> None:
+    """vLLM starts such a model without places for adapters."""
+    config, registry, _ = two_fleets(tmp_path)
+    base = make_base(tmp_path / "encoder", 3)
+    (base / "config.json").write_text(
+        '{"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 4, "num_hidden_layers": 1}'
+    )
+    encoder = registry.register("m", "weights", None, base, Lineage())
+    tuned = adapter(registry, tmp_path, encoder.id, 4, "tuned")
+    with pytest.raises(
+        VersionRefused, match=r"tuned@1 is an adapter on m@2, and vLLM loads no adapters onto a BertModel"
+    ) as refused:
+        admission.check(config.spec("m"), registry, tuned, encoder.id)
+    assert "Train all of its weights" in refused.value.do
+
+
+def test_weights_that_fit_on_no_slot_are_refused_before_any_replica_hears_of_them(tmp_path: Path) -> None:
+    config, registry, machines = two_fleets(tmp_path)
+    control = Controlled(config, machines)
+    control.hosting.device_bytes = lambda: 1 << 30
+    made = registry.register("m", "weights", None, make_base(tmp_path / "new", 7), Lineage())
+    with pytest.raises(DoesNotFit, match=r"m@2 does not fit: weights, adapters and the engine itself need 2.0 GiB"):
+        control.publish(made.id, "m")
+    assert registry.rollout("m") is None
+    with pytest.raises(DoesNotFit, match="n@1 does not fit"):
+        control.fleets.add("third", {"model": "n@1"}, "somebody")
+    assert control.fleets.records.names() == []
+    control.publish(ONE, "m")  # what was live is not asked again: going back is urgent

@@ -3,10 +3,12 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.capacity.fit import Model, Slot, fit
 from cluster.config import Config, Fleet, FleetSpec
 from deployments.replica.warm_pool import EngineName, fitting, name_for, outdated
 
 PARTS = st.sampled_from(["a", "b", "c"])
+NOTHING_CHOSEN = fit(Model({"model_type": "llama"}, {}), Slot("gpu"))
 NAMES = st.builds(EngineName, node=PARTS, fleet=PARTS, kind=PARTS, devices=PARTS, serial=PARTS).map(str)
 
 
@@ -52,3 +54,10 @@ def test_no_engine_is_both_and_none_of_another_fleet_or_machine_is_either(mine: 
 def test_a_name_is_read_back(name: str) -> None:
     assert str(EngineName.parse(name)) == name
     assert EngineName.parse(f"{name} more") is None and EngineName.parse("") is None
+
+
+def test_what_the_fleet_leaves_open_does_not_part_engines() -> None:
+    """It is chosen when an engine starts, from shapes and settings. Weights that an engine takes over in place have the same, and so would have
+    been given the same; for others another engine starts in its place (`deployments.replica.swap.Swap.fits`)."""
+    assert name_for(spec(), "node", {}) == name_for(spec().fitted(NOTHING_CHOSEN), "node", {})
+    assert name_for(spec(), "node", {}).kind != name_for(spec(kv_cache_bytes=1 << 20), "node", {}).kind
