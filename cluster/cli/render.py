@@ -62,16 +62,15 @@ def status(console: Console, url: str, document: dict[str, Any]) -> None:
         aliases.add_row(name, move["stable"] + canary, str(move["generation"]), ago(move["time_s"]), escape(move["reason"]))
     console.print(aliases)
     fleets(console, document["fleets"])
-    replicas = _table("replica", "base", "holds", "running", "state")
+    replicas = _table("replica", "base", "holds", "running", "context", "KV cache", "state")
     for r in document["replicas"]:
         state = escape("; ".join(f"refused {id}: {why}" for id, why in r["refused"].items())) or "ready"
-        replicas.add_row(r["id"], r["base"], ", ".join(r["held"]), str(r["running"]), state)
+        room = (_tokens(r.get("context_tokens", 0)), _tokens(r.get("kv_cache_tokens", 0)))
+        replicas.add_row(r["id"], r["base"], ", ".join(r["held"]), str(r["running"]), *room, state)
     for r in document["starting"]:
-        replicas.add_row(r["id"], "", "", "", f"{r['stage']} ({ago(r['since_s'])})")
+        replicas.add_row(r["id"], "", "", "", "", "", f"{r['stage']} ({ago(r['since_s'])})")
     if document["asleep"]:
-        replicas.add_row(
-            "", "", "", "", f"{document['asleep']} engine{'s' * (document['asleep'] > 1)} asleep, for the next replica"
-        )
+        replicas.add_row(*[""] * 6, f"{document['asleep']} engine{'s' * (document['asleep'] > 1)} asleep, for the next replica")
     console.print(replicas)
     for one in document.get("damaged", []):
         console.print(f"[red]damaged[/] {one['path']}: {escape(one['why'])}", soft_wrap=True)
@@ -79,6 +78,10 @@ def status(console: Console, url: str, document: dict[str, Any]) -> None:
         console.print(f"[red]{one['kind']} {one['name']}[/]: {escape(one['error'])} (tried again in {one['retry_in_s']:.0f} s)")
     if document["allocation"]["jobs"]:
         console.print(allocation(document["allocation"]))
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} tokens" if count else ""
 
 
 def allocation(document: dict[str, Any]) -> Table:

@@ -22,7 +22,7 @@ from cluster.control.allocation import Allocation
 from cluster.control.announcing import Announcer
 from cluster.control.applications import Applications
 from cluster.control.client import ACTOR, NAMESPACE
-from cluster.control.cold_starts import ColdStarts
+from cluster.control.cold_starts import ColdStarts, FailedStart
 from cluster.control.desired import Desired
 from cluster.control.fleets import FleetReconciler
 from cluster.control.gateways import Gateways
@@ -32,7 +32,7 @@ from cluster.control.publishing import Publishing
 from cluster.control.reconcile import Reconcilers
 from cluster.control.replicas import Replicas
 from cluster.control.slots import device_bytes
-from cluster.pool import local
+from cluster.pool import graph, local
 from cluster.pool.serve_api import ServeApi
 from cluster.pool.submit import JobServer
 from cluster.publishing.rollout import Policy, Rollout
@@ -80,7 +80,8 @@ class Control:
         )
         self.slots = Allocation(self.config.pool.accelerator, self.config.training.budget, self.applications)
         self.aliases = AliasReconciler(self.hosting, self.gateways, self.slots.room)
-        fleets = FleetReconciler(self.hosting, Announcer(self.hosting, self.gateways), self.slots.ceilings)
+        announcer = Announcer(self.hosting, self.gateways, lambda app: self.cold_starts.holding(app, time.time()))
+        fleets = FleetReconciler(self.hosting, announcer, self.slots.ceilings)
         self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, self.slots.room)
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
         self.hosting.watched = self.slots.watch
@@ -131,19 +132,33 @@ class Control:
         told = self.cold_starts.those({one.id for one in replicas}, known, now_s)
         of_it = [one for one in told.values() if not one.app or one.app in apps]
         starting = sum(known[app].starting for app in apps if app in known)
-        return cold_starts.stage(of_it, any(r.app in apps for r in replicas), starting, self.slots.jobs_hold_slots, now_s)
+        failed = next((one.words for app in apps if (one := self.cold_starts.failure(app)) and one.final), "")
+        runs = any(r.app in apps for r in replicas)
+        return cold_starts.stage(of_it, runs, starting, self.slots.jobs_hold_slots, now_s, failed)
 
     # for replicas
 
     @ray.method(concurrency_group=BEATS)
     def report(self, state: ReplicaState) -> None:
         """A replica says how it is: at once when it holds something else, and every second."""
+        self.cold_starts.arrived(state.id)
         self.replicas.report(state)
 
     @ray.method(concurrency_group=BEATS)
     def starting(self, replica: str, stage: str, app: str = "") -> None:
         """Told by a replica on its way."""
         self.cold_starts.starting(replica, stage, app, time.time())
+
+    @ray.method(concurrency_group=BEATS)
+    def failed(self, replica: str, app: str, weights: str, words: str, final: bool) -> None:
+        """Told by a replica whose engine did not start."""
+        self.cold_starts.failed(replica, app, FailedStart(weights, words, final, time.time()))
+        self.reconcilers.application_changed(app)
+
+    @ray.method(concurrency_group=BEATS)
+    def failure(self, app: str, weights: str) -> str:
+        """Why an engine over these weights need not be started now; empty where one may be."""
+        return self.cold_starts.holding(app, time.time(), weights)
 
     @ray.method(concurrency_group=BEATS)
     def leaving(self, replica: str) -> None:
@@ -193,7 +208,7 @@ class Control:
         failures = dict(self.reconcilers.runtime_fleets.failures)
         surges = [found for one in fleets if (found := describe.surge(one, replicas, known))]
         return [
-            *(describe.fleet(one, replicas, known) for one in fleets),
+            *(describe.fleet(one, replicas, known, self.cold_starts.failure(one.app)) for one in fleets),
             *surges,
             *map(describe.failed_fleet, failures.items()),
         ]
@@ -201,6 +216,7 @@ class Control:
     @ray.method(concurrency_group=WAITING)
     def add_fleet(self, name: str, overrides: dict[str, Any], author: str) -> list[dict[str, Any]]:
         """See `RuntimeFleets.add`. Returns what `fleets` does."""
+        self.cold_starts.forget(graph.fleet_app(name))
         self.reconcilers.runtime_fleets.add(name, overrides, author)
         return self.fleets()
 

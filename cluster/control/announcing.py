@@ -4,6 +4,7 @@ A gateway hears of a version only when a replica holds it, or when requests for 
 """
 
 import time
+from collections.abc import Callable
 
 from cluster.control.applications import surge_app
 from cluster.control.gateways import Gateways
@@ -17,9 +18,11 @@ from cluster.types import FleetState, Generation, ReplicaState, VersionId
 class Announcer:
     """Used by the loop's thread only."""
 
-    def __init__(self, hosting: Hosting, gateways: Gateways) -> None:
+    def __init__(self, hosting: Hosting, gateways: Gateways, failed: Callable[[str], str] = lambda _: "") -> None:
+        """``failed``: Serve application → why none of its replicas can start now; empty where one can."""
         self.hosting = hosting
         self.gateways = gateways
+        self.failed = failed
         self.began_s = time.monotonic()
 
     def announce(self) -> bool:
@@ -64,7 +67,8 @@ class Announcer:
         fleet.last_held = frozenset(id for one in own for id in one.held) if own else fleet.last_held
         kept = () if own else (id for id in fleet.last_held if str(self.hosting.weights(VersionId.parse(id))) in state.versions)
         versions, task = tuple(sorted({*state.versions, *kept})), fleet.spec.fleet.task
-        return state._replace(versions=versions, surge=answering_surge(fleet), task=task)
+        failed = "" if own else self.failed(fleet.app)
+        return state._replace(versions=versions, surge=answering_surge(fleet), task=task, failed=failed)
 
 
 def answering_surge(fleet: Fleet) -> str:

@@ -146,7 +146,8 @@ def _counted(app: ApplicationStatusOverview) -> Application:
     for deployment in app.deployments.values():
         counts.update({_word(state): n for state, n in deployment.replica_states.items()})
     starting, ending = counts["STARTING"], counts["STOPPING"]
-    return Application(_word(app.status), app.message, counts.total() - starting - ending, starting, ending)
+    message = graph.message_of(app.message, (one.message for one in app.deployments.values()))
+    return Application(_word(app.status), message, counts.total() - starting - ending, starting, ending)
 
 
 def _word(state: object) -> str:

@@ -99,16 +99,27 @@ class Line:
     async def tell(self, what: str, *arguments: Any) -> bool:
         """Whether it was heard."""
         try:
-            if self.control is None:
-                self.control = await asyncio.to_thread(ray.get_actor, ACTOR, NAMESPACE)
-            await asyncio.wait_for(getattr(self.control, what).remote(*arguments), ANSWER_S)
+            await self._call(what, *arguments)
         except (ValueError, RayError, TimeoutError):  # there is none yet, or it is being started again
             self.control = None
             return False
         return True
 
+    async def ask(self, what: str, *arguments: Any) -> Any:
+        """What control answers; None where it does not."""
+        try:
+            return await self._call(what, *arguments)
+        except (ValueError, RayError, TimeoutError):  # as above
+            self.control = None
+            return None
 
-def tell(what: str, *arguments: str) -> None:
+    async def _call(self, what: str, *arguments: Any) -> Any:
+        if self.control is None:
+            self.control = await asyncio.to_thread(ray.get_actor, ACTOR, NAMESPACE)
+        return await asyncio.wait_for(getattr(self.control, what).remote(*arguments), ANSWER_S)
+
+
+def tell(what: str, *arguments: Any) -> None:
     """Tell control something; nobody waits for it, and it would learn of it later in any case."""
     with contextlib.suppress(ValueError):  # no control yet
         getattr(ray.get_actor(ACTOR, namespace=NAMESPACE), what).remote(*arguments)

@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.control.aliases import Progress
 from cluster.control.applications import Application
+from cluster.control.cold_starts import FailedStart
 from cluster.control.hosting import Fleet
 from cluster.control.work_queue import Failure, Key
 from cluster.publishing import rollout
@@ -63,10 +64,12 @@ def troubles(failures: Mapping[Key, Failure], now_s: float) -> list[dict[str, An
     ]
 
 
-def fleet(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Application]) -> dict[str, Any]:
-    """One fleet: ``{"name", "model", "phase", "words", "replicas", "min_replicas", …}``."""
+def fleet(
+    fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Application], failure: FailedStart | None = None
+) -> dict[str, Any]:
+    """One fleet: ``{"name", "model", "phase", "words", "replicas", "min_replicas", …}``. ``failure``: of its last start."""
     own = [one for one in replicas if one.app == fleet.app]
-    return _described(fleet, own, phase(fleet.removed, len(own), known.get(fleet.app)))
+    return _described(fleet, own, phase(fleet.removed, len(own), known.get(fleet.app), failure))
 
 
 def surge(fleet: Fleet, replicas: Sequence[ReplicaState], known: Mapping[str, Application]) -> dict[str, Any] | None:
@@ -127,8 +130,8 @@ def without_place(adapters: Sequence[str]) -> str:
     return f"no place for {', '.join(adapters[:SHOWN])}{more}" if adapters else ""
 
 
-def phase(removed: bool, replicas: int, app: Application | None) -> tuple[FleetPhase, str]:
-    """Where a fleet is in its life, and why, for a person.
+def phase(removed: bool, replicas: int, app: Application | None, failure: FailedStart | None = None) -> tuple[FleetPhase, str]:
+    """Where a fleet is in its life, and why, for a person. ``failure``: of its last start.
 
     >>> phase(False, 0, Application("RUNNING"))
     (<FleetPhase.ASLEEP: 'asleep'>, 'no replica runs; a request wakes one')
@@ -136,11 +139,12 @@ def phase(removed: bool, replicas: int, app: Application | None) -> tuple[FleetP
     if removed:
         return FleetPhase.DRAINING, "its replicas finish their streams and end"
     if replicas:
-        return FleetPhase.SERVING, ""
+        return FleetPhase.SERVING, f"the next replica did not start: {failure.words}" if failure else ""
     if app is None:
         return FleetPhase.STARTING, "Serve does not have its application yet"
-    if app.failed:
-        return FleetPhase.FAILED, app.failed
-    if app.starting or app.status == "DEPLOYING":
-        return FleetPhase.STARTING, "its replicas start, or wait for a slot"
+    if app.failed or (failure and failure.final):
+        return FleetPhase.FAILED, failure.words if failure else app.failed
+    if app.running or app.starting or app.status == "DEPLOYING":  # one that runs has not reported yet
+        again = f"; the last one did not start: {failure.words}" if failure else ""
+        return FleetPhase.STARTING, f"its replicas start, or wait for a slot{again}"
     return FleetPhase.ASLEEP, "no replica runs; a request wakes one"

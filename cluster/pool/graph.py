@@ -7,13 +7,14 @@ Nothing about versions is in it: Serve restarts replicas when an application's a
 # (Ray's own annotations are partial; what comes back is typed at once.)
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from typing import Any
 
 import httpx
 from ray import serve
 
+from cluster import errors
 from cluster.config import Config, Fleet, FleetSpec
 from cluster.errors import PoolUnavailable
 from cluster.pool import local
@@ -39,6 +40,8 @@ DRAIN = {"RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0"}
 """For a fleet's replicas. Behind HAProxy Serve gives balancers 30 s to notice before it asks a replica to end, and its slot is nobody's
 meanwhile. None balances to these: gateways do, and a replica's own drain (`deployments.replica.replica`) waits for them."""
 EXCEPTION = re.compile(r"^[A-Za-z_][\w.]*(?:\.|Error|Exception)\w*: ")
+FINAL = tuple(f"{error.__module__}.{error.__name__}: " for error in errors.FINAL)
+"""How Serve's message quotes an engine that will not start at the next attempt either."""
 SURGE_ATTEMPTS = 2
 """How often the engine of a surge may fail to start. Nobody waits for this one, and what it lacks it will lack again."""
 READY_TIMEOUT_S = 1800
@@ -182,7 +185,7 @@ def deploy(config: Config, watch: Callable[[str], None] = lambda _: None) -> Non
     api.deploy(wanted)
     for states in _states(api, {app["name"] for app in wanted["applications"]}):
         watch(", ".join(f"{name} {state}" for name, (state, _) in sorted(states.items())))
-        failed = [f"{name}: {cause(message)}" for name, (state, message) in states.items() if state == "DEPLOY_FAILED"]
+        failed = dict.fromkeys(cause(message) for state, message in states.values() if given_up(state, message))
         if failed:
             raise PoolUnavailable(f"Serving did not start. {' '.join(failed)}", "`springtide doctor` checks the usual causes.")
         if states and all(state == "RUNNING" for state, _ in states.values()) and _answers(config):
@@ -196,9 +199,31 @@ def cause(message: str) -> str:
     >>> cause("The deployment failed.\\nTraceback (most recent call last):\\n  File x\\ncluster.errors.ModelNotFound: m has no version.\\n")
     'm has no version.'
     """
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    raised = [line for line in lines if EXCEPTION.match(line)]
-    return EXCEPTION.sub("", raised[-1]) if raised else " ".join(lines[:1])
+    raised = quoted(message)
+    return EXCEPTION.sub("", raised[-1]) if raised else message.strip().partition("\n")[0]
+
+
+def quoted(message: str) -> list[str]:
+    """The exceptions that Serve's message quotes, each with its class."""
+    return [line.strip() for line in message.splitlines() if EXCEPTION.match(line.strip())]
+
+
+def given_up(state: str, message: str) -> bool:
+    """Whether an application does not come up: Serve has given up, or the attempts that it will still make end like the first.
+
+    >>> given_up("DEPLOYING", "A replica failed to start. Retrying 2 more time(s). Error:\\ncluster.errors.EngineFailed: no memory\\n")
+    True
+    """
+    return state == "DEPLOY_FAILED" or (state == "DEPLOYING" and any(line.startswith(FINAL) for line in quoted(message)[-1:]))
+
+
+def message_of(application: str, deployments: Iterable[str]) -> str:
+    """Serve's message about an application. The application's own says only which deployment failed, and the deployment's says why.
+
+    >>> message_of("Failed to update the deployments ['Replica'].", ["", "The deployment failed to start.\\nValueError: no memory"])
+    'The deployment failed to start.\\nValueError: no memory'
+    """
+    return next((one for one in deployments if quoted(one)), application)
 
 
 def _answers(config: Config) -> bool:
@@ -217,5 +242,9 @@ def _states(api: ServeApi, declared: set[str]) -> Iterator[dict[str, tuple[str, 
     """Each declared application's (state, message), polled until the time is over. Those that control started are its own business."""
     deadline_s = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline_s:
-        yield {name: (app["status"], app["message"]) for name, app in api.applications().items() if name in declared}
+        yield {name: (app["status"], _message(app)) for name, app in api.applications().items() if name in declared}
         time.sleep(0.5)
+
+
+def _message(app: dict[str, Any]) -> str:
+    return message_of(app["message"], (one["message"] for one in app["deployments"].values()))

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from cluster.config import Gateway
-from cluster.errors import BadRequest, NoReplica, SpringtideError
+from cluster.errors import BadRequest, EngineFailed, NoReplica, SpringtideError
 from cluster.types import FleetState
 from deployments.api import engine_limits
 from deployments.api.bodies import as_sent, check, model_name, session_of
@@ -148,7 +148,7 @@ class Waiting:
             while (error := await self._try()) is not None:
                 self._take_place(place)
                 left_s = self.began_s + self.patience_s - time.monotonic()
-                if left_s <= 0:
+                if left_s <= 0 or (self.fleet is not None and self.fleet.failed):
                     return await self._give_up(error)
                 await self.routing.router.wait_for_change(min(left_s, LOOK_AGAIN_S))
 
@@ -170,8 +170,10 @@ class Waiting:
             self.patience_s = self.inference.limits.cold_start_timeout_s
             place.enter_context(self.routing.budget.wait(self.fleet.name if self.fleet else ""))
 
-    async def _give_up(self, error: NoReplica) -> None:
-        if self.fleet is not None:
+    async def _give_up(self, error: SpringtideError) -> None:
+        if self.fleet is not None and self.fleet.failed:
+            error = EngineFailed(self.fleet.failed)
+        elif self.fleet is not None:
             _, words = await self.routing.refresh.stage(self.fleet.name)
             error = NoReplica(f"{error.message} {words}".strip(), error.do)
         if self.target is None:

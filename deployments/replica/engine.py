@@ -158,6 +158,8 @@ class Engine:
             fingerprint=holdings.fingerprint,
             app=owner.app,
             pid=os.getpid(),
+            context_tokens=self.hosting.vllm.context_tokens,
+            kv_cache_tokens=self.hosting.vllm.kv_cache_tokens,
         )
 
     async def hold(self, order: HoldOrder, carried: weight_distribution.Carried) -> ReplicaState:

@@ -17,7 +17,8 @@ from ray.exceptions import RayError
 from cluster.config import FleetSpec
 from cluster.control import weight_distribution
 from cluster.control.client import Line, tell
-from cluster.errors import ModelNotFound
+from cluster.errors import FINAL, EngineFailed, ModelNotFound
+from cluster.redact import reason
 from cluster.store.registry import Registry, registry_of
 from cluster.types import UNBOUNDED, HoldOrder, ReplicaBounds, ReplicaState, VersionId
 from deployments.ray_patches import close_internal_port
@@ -51,12 +52,27 @@ class Replica:
         context = serve.get_replica_context()
         self.id, self.app = context.replica_id.unique_id, context.app_name
         self._tell("fetches its weights")
-        id = weights or await asyncio.to_thread(live_weights, registry_of(spec), spec.fleet.model)
         self.warm_pool = WarmPool(spec)
-        self.engine = await self.warm_pool.engine(Owner(self.id, self.app, os.getpid()), str(id), self._tell)
+        self.engine = await self._engine(spec, weights)
         state: ReplicaState = await self.engine.describe.remote()
         self.unwatch = watchdog.when_gone(state.pid, self._end)
         self.reporting = asyncio.create_task(self._report())
+
+    async def _engine(self, spec: FleetSpec, weights: VersionId | None) -> Any:
+        """The engine's actor, once it serves. Control hears why where it does not start.
+
+        Serve makes several attempts, and vLLM takes a minute for each. Example: the KV cache is too small for the context. The first attempt
+        fails in vLLM's words; the two that follow fail at once by the same words, and vLLM is not started for them.
+        """
+        id = weights or await asyncio.to_thread(live_weights, registry_of(spec), spec.fleet.model)
+        if words := await Line().ask("failure", self.app, str(id)):
+            tell("leaving", self.id)
+            raise EngineFailed(words)
+        try:
+            return await self.warm_pool.engine(Owner(self.id, self.app, os.getpid()), str(id), self._tell)
+        except Exception as error:
+            tell("failed", self.id, self.app, str(id), reason(error), isinstance(error, FINAL))
+            raise
 
     async def _report(self) -> None:
         """Tell control how this replica is: at once when it holds something else, and every `REPORT_S`. Control asks no replica, so it waits

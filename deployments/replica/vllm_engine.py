@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import FleetSpec
-from cluster.errors import VersionRefused
+from cluster.errors import EngineFailed, SpringtideError, VersionRefused
 from cluster.redact import redact_places
 from cluster.store import fitting
+from deployments.replica import last_words
 from deployments.replica.launch import start_engine
 from deployments.replica.load import EngineLoad
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
+
+DO = "`springtide fit` says what a model needs; the keys of the fleet change it."
 
 
 class VllmEngine:
@@ -46,6 +49,17 @@ class VllmEngine:
 
     async def check(self) -> None:
         await self.engine.check_health()
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest request that it takes."""
+        return self.engine.model_config.max_model_len
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """The tokens for which its KV cache has room, as vLLM counts them: as many requests of the whole context at once as fit, in tokens. 0
+        for a model that keeps nothing."""
+        return self.engine.vllm_config.cache_config.kv_cache_size_tokens or 0
 
     # weights
 
@@ -107,7 +121,15 @@ class VllmEngine:
 async def start(spec: FleetSpec, folder: Path, name: str, load: EngineLoad) -> "tuple[AsyncLLM, Any]":
     """Start vLLM over ``folder`` with what the fleet leaves open fitted to it. The spec itself stays open: the next weights may be others.
 
-    Raises `DoesNotFit` before anything is loaded.
+    Raises `DoesNotFit` before anything is loaded, and `EngineFailed` with the last words of the process that failed.
     """
     fitted = await asyncio.to_thread(fitting.fitted, spec, folder, name)
-    return await start_engine(fitted, folder, name, load)
+    with last_words.kept() as said:
+        try:
+            return await start_engine(fitted, folder, name, load)
+        except SpringtideError:
+            raise
+        except Exception as error:
+            # vLLM raises whatever its parts do.
+            words = redact_places(said() or last_words.of(error))
+            raise EngineFailed(f"The engine of {spec.name} did not start on {name}: {words}", DO) from error

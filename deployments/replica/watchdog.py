@@ -11,12 +11,15 @@ import os
 import threading
 from collections.abc import Callable
 
+from deployments.replica import last_words
+
 
 def end_with_parent() -> None:
-    """Exit as soon as the parent is gone, in a process that multiprocessing started. Elsewhere do nothing.
+    """Exit as soon as the parent is gone, in a process that multiprocessing started, and keep its last words. Elsewhere do nothing.
 
     vLLM calls this in each of its processes (the entry point ``vllm.general_plugins`` in pyproject.toml).
     """
+    last_words.listen()
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -41,6 +41,9 @@ class Router:
     async def adopt(self, news: View | ViewDelta) -> int:
         """Route by a newer view from now on. Returns the revision in force."""
         self.table.adopt(news)
+        for fleet in self.table.view.fleets.values():
+            if fleet.failed and fleet.name in self.waking:  # Serve would start one replica after the other for the call
+                self.waking.pop(fleet.name).cancel()
         async with self.changed:
             self.moving = {alias: revision for alias, revision in self.moving.items() if revision > self.table.view.revision}
             self.changed.notify_all()
@@ -73,12 +76,13 @@ class Router:
                 await self.changed.wait_for(lambda: self.table.view.revision > revision)
 
     def wake(self, target: Target) -> FleetState | None:
-        """Wake the fleet that answers for the version and has no replica, and return it. None where no fleet need be woken."""
+        """Wake the fleet that answers for the version and has no replica, and return it. None where no fleet need be woken. One whose engine
+        has just failed to start is not woken."""
         fleet = self.table.fleet_to_wake(str(target.version), target.fleet)
         if fleet is not None:
             self._start(fleet)
         return fleet
 
     def _start(self, fleet: FleetState) -> None:
-        if fleet.name not in self.waking or self.waking[fleet.name].done():
+        if not fleet.failed and (fleet.name not in self.waking or self.waking[fleet.name].done()):
             self.waking[fleet.name] = asyncio.ensure_future(self._wake(fleet))

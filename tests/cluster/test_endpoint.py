@@ -94,7 +94,9 @@ def test_a_fleet_is_added_and_removed_from_elsewhere(pool: Running, tmp_path: Pa
     # Weights of its own: an alias outlives its fleet, and one that means the seedling's would keep those from being replaced.
     folder = pool.registry.fetch(pool.registry.manifest(VersionId("seedling", 1)), tmp_path / "cache")
     own = pool.registry.register("guest", "weights", None, folder, Lineage())
-    added = said(tmp_path, pool.url, key, "fleets", "add", "guest", "--model", str(own.id), "--set", "min_replicas=0")
+    added = said(
+        tmp_path, pool.url, key, "fleets", "add", "guest", "--model", str(own.id), "--set", "min_replicas=0", "--no-wait"
+    )
     assert "guest" in added and "guest" in said(tmp_path, pool.url, key, "fleets")
     twice = command(tmp_path, "fleets", "add", "guest", SPRINGTIDE_POOL=pool.url, SPRINGTIDE_API_KEY=key)
     assert twice.returncode == 2 and "There is a fleet guest already" in twice.stderr

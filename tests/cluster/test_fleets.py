@@ -1,6 +1,7 @@
 """Several base models on one pool: each answers for itself while others come, go, are trained and are published."""
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 
 from cluster import client
 from cluster.capacity.handover import doubly_owned, parse
+from cluster.cli import fit as fits
 from cluster.errors import SpringtideError
 from cluster.pool import submit
 from cluster.types import Lineage, VersionId
@@ -200,3 +202,31 @@ def test_a_fleet_grows_for_adapters_beyond_one_replicas_places_and_answers_for_a
 def of_fleet(pool: Running, name: str) -> list[dict[str, Any]]:
     """The replicas of a fleet, as `springtide status` knows them."""
     return [one for one in client.of(pool.config).status()["replicas"] if one["app"] == f"fleet-{name}"]
+
+
+def test_an_engine_that_does_not_start_says_why_once_and_wherever_it_is_asked(pool: Running, tmp_path: Path) -> None:
+    """The terminal said "Failed to update the deployments" after three attempts; vLLM's own words were in Ray's logs only."""
+    words = "not initialized from checkpoint"
+    folder = shutil.copytree(pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache"), tmp_path / "broken")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": settings["num_hidden_layers"] + 1}))
+    broken = pool.registry.register("broken", "weights", None, folder, Lineage()).id
+    began_s = time.time()
+    added = pool.command("fleets", "add", "broken", "--model", str(broken), "--set", "min_replicas=0")
+    print(f"said after {time.time() - began_s:.1f} s: {added.stderr}")
+    assert added.returncode == 2 and added.stderr.count(words) == 1, added.stdout + added.stderr
+    for command in ("status", "doctor"):
+        assert pool.command(command).stdout.replace("\n", " ").count("broken@1: ") == 1, command
+    asked_s = time.time()
+    refused = ask(pool, "broken")
+    assert (refused.status_code, refused.json()["error"]["code"], refused.headers["retry-after"]) == (503, "engine_failed", "60")
+    assert words in refused.json()["error"]["message"] and time.time() - asked_s < 5
+    client.of(pool.config).remove_fleet("broken", force=True)
+    wait_until(lambda: phases(pool) == {"seedling": "serving"}, timeout_s=60)
+
+
+def test_the_engine_has_the_context_and_the_kv_cache_that_were_printed(pool: Running) -> None:
+    (fitted,) = fits.of_fleets(pool.config, pool.registry)
+    replica = next(one for one in client.of(pool.config).status()["replicas"] if one["app"] == "fleet-seedling")
+    assert replica["context_tokens"] == fitted.found.context_tokens
+    assert replica["kv_cache_tokens"] == (fitted.found.kv_cache_bytes or 0) // fitted.found.token_bytes == 32_768

@@ -182,3 +182,25 @@ def test_the_engine_tells_its_load_to_a_logger_with_these_methods() -> None:
     stats = (VLLM / "v1/metrics/stats.py").read_text()
     for field in ("num_running_reqs", "num_waiting_reqs", "kv_cache_usage", "time_to_first_tokens_iter"):
         assert f"self.{field}" in stats or f"    {field}:" in stats
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("v1/engine/core.py", "EngineCore failed to start."), ("v1/executor/multiproc_executor.py", "WorkerProc failed to start.")],
+)
+def test_a_process_that_fails_to_start_logs_its_exception_after_our_plugins_were_loaded(file: str, words: str) -> None:
+    """`deployments.replica.last_words` takes the exception from the log record."""
+    assert f'logger.exception("{words}")' in (VLLM / file).read_text()
+    core = (VLLM / "v1/engine/core.py").read_text()
+    begins = core.index("class EngineCore:")
+    assert core.index("load_general_plugins()", begins) < core.index("self.model_executor = executor_class", begins)
+    assert "load_general_plugins()" in (VLLM / "v1/worker/worker_base.py").read_text()
+
+
+def test_a_failed_process_is_named_with_its_exit_status() -> None:
+    assert 'f"Failed core proc(s): {finished}"' in (VLLM / "v1/engine/utils.py").read_text()
+
+
+def test_the_front_learns_how_large_the_kv_cache_became() -> None:
+    client = (VLLM / "v1/engine/core_client.py").read_text()
+    assert "cache_config.kv_cache_size_tokens = (" in client and "vllm_config.model_config.max_model_len = min(" in client

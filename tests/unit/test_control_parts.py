@@ -8,14 +8,15 @@ import pytest
 
 from cluster.control import adapters
 from cluster.control.applications import Application, Applications
+from cluster.control.cold_starts import ColdStarts, FailedStart, Starting, stage
 from cluster.control.describe import fleet as described_fleet
-from cluster.control.describe import public, surge
+from cluster.control.describe import phase, public, surge
 from cluster.control.desired import Desired
 from cluster.control.gateways import Gateways
 from cluster.control.hosting import Fleet, Hosting
 from cluster.control.replicas import Orders, Replicas
 from cluster.publishing.placement import count_holders, fleet_state, lacks, routable, target_weights, warmth
-from cluster.types import File, Generation, Lineage, Manifest, ReplicaState, VersionId, View
+from cluster.types import ColdStage, ColdStart, File, Generation, Lineage, Manifest, ReplicaState, VersionId, View
 from cluster.view import delta
 from tests.controlled import adapter as make_adapter
 from tests.controlled import no_serve, two_fleets
@@ -197,3 +198,49 @@ def test_a_surge_is_listed_as_one_more_fleet_while_it_is_there(tmp_path: Path) -
     assert serving["words"] == "answers while m takes m@2 over"
     assert serving.keys() == described_fleet(fleet, (), {}).keys(), "whoever reads fleets reads it too"
     assert (serving["declared"], serving["ceiling"], serving["surge"]) == (False, None, None)
+
+
+# replicas whose engines do not start
+
+
+def failing(final: bool = True) -> ColdStarts:
+    starts = ColdStarts()
+    starts.starting("r-1", "starts its engine", "fleet-m", 0.0)
+    starts.failed("r-1", "fleet-m", FailedStart("m@1", "no memory", final, 10.0))
+    return starts
+
+
+def test_an_engine_that_failed_for_good_is_not_started_again_for_a_minute() -> None:
+    starts = failing()
+    assert starts.holding("fleet-m", 69.0, "m@1") == starts.holding("fleet-m", 69.0) == "no memory"
+    assert starts.holding("fleet-m", 71.0, "m@1") == "", "by then somebody may have changed something"
+    assert starts.holding("fleet-m", 11.0, "m@2") == "", "other weights may do"
+    assert starts.holding("fleet-n", 11.0, "m@1") == ""
+    assert failing(final=False).holding("fleet-m", 11.0, "m@1") == "", "what may pass by itself is tried again"
+
+
+def test_why_the_last_start_failed_is_told_until_one_succeeds() -> None:
+    starts = failing()
+    assert starts.those(set(), {"fleet-m": Application("DEPLOYING", starting=1)}, 11.0) == {}
+    starts.starting("r-2", "starts its engine", "fleet-m", 80.0)
+    failure = starts.failure("fleet-m")
+    assert failure is not None and failure.words == "no memory"
+    starts.arrived("r-2")
+    assert starts.failure("fleet-m") is None
+
+
+def test_whoever_waits_for_a_replica_hears_why_the_last_one_did_not_start() -> None:
+    told = [Starting("fleet-m", "starts its engine", 0.0)]
+    assert stage(told, False, 1, False, 10.0, "no memory") == ColdStart(ColdStage.STARTING, "no memory")
+    assert stage([], False, 0, False, 10.0, "no memory").words == "no memory"
+    assert stage([], True, 0, False, 10.0, "no memory").stage == ColdStage.RUNNING
+
+
+def test_a_fleet_says_in_the_engines_words_why_it_does_not_start() -> None:
+    serve = "A replica failed to start. Error:\ncluster.errors.EngineFailed: The engine of m did not start on m@1: no memory\n"
+    final, passing = (FailedStart("m@1", "no memory", final, 0.0) for final in (True, False))
+    assert phase(False, 0, Application("DEPLOYING", serve, starting=1), final) == ("failed", "no memory")
+    assert phase(False, 0, Application("DEPLOYING", starting=1), passing)[0] == "starting", "Serve tries again"
+    assert phase(False, 0, Application("DEPLOY_FAILED", serve)) == ("failed", "The engine of m did not start on m@1: no memory")
+    assert phase(False, 1, Application("RUNNING"), passing) == ("serving", "the next replica did not start: no memory")
+    assert phase(False, 0, Application("RUNNING", running=1))[0] == "starting", "it has not reported yet"

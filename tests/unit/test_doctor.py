@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -9,6 +10,7 @@ from packaging.requirements import Requirement
 from cluster import memory
 from cluster.cli import doctor
 from cluster.config import Config, parse
+from cluster.errors import PoolUnavailable
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import Lineage
@@ -121,3 +123,16 @@ def test_a_model_that_does_not_fit_is_found_before_anything_starts(
     monkeypatch.setattr(memory, "machine_bytes", lambda: GIB)
     (finding,) = doctor.fits(config)
     assert not finding.ok and "seedling@1 does not fit" in finding.words
+
+
+def test_a_fleet_that_does_not_start_is_found_with_its_engines_words() -> None:
+    rows = [{"name": "a", "phase": "serving", "words": ""}, {"name": "b", "phase": "failed", "words": "0.35 GiB are needed."}]
+    assert list(doctor.serving(lambda: rows)) == [
+        (True, "fleet a", "serving"),
+        (False, "fleet b", "failed: 0.35 GiB are needed."),
+    ]
+
+    def away() -> list[dict[str, Any]]:
+        raise PoolUnavailable("The gateway does not answer.")
+
+    assert list(doctor.serving(away)) == [(False, "gateway", "The gateway does not answer.")]

@@ -229,3 +229,23 @@ def test_a_request_that_only_its_sender_got_wrong_counts_neither_for_nor_against
         assert (sum(one.requests for one in tallies), sum(one.errors for one in tallies)) == (2, 1)
 
     run(test)
+
+
+def test_whoever_needs_an_engine_that_does_not_start_hears_why_at_once_and_wakes_no_other() -> None:
+    async def test(pool: Pool) -> None:
+        await pool.running("m")
+        asking = asyncio.create_task(pool.ask("n"))
+        await asyncio.sleep(0.1)
+        assert pool.woken == ["n"]
+        view = pool.routing.router.table.view
+        failed = FLEETS["n"]._replace(failed="The engine of n did not start on n@1: 0.35 GiB KV cache is needed.")
+        await pool.routing.router.adopt(view._replace(revision=9, fleets={**FLEETS, "n": failed}))
+        for status, headers, body in (await asking, await pool.ask("n")):
+            assert (status, headers["retry-after"], body["error"]["code"]) == (503, "60", "engine_failed")
+            assert "0.35 GiB KV cache is needed" in body["error"]["message"]
+        assert pool.woken == ["n"] and pool.routing.router.waking == {}
+        assert (await pool.ask("m"))[0] == 200
+        await pool.routing.router.adopt(view._replace(revision=10))
+        assert (await pool.ask("n"))[0] == 503 and len(pool.woken) > 1, "a minute later it is tried again"
+
+    run(test)
