@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cluster import engine_options
 from cluster.capacity.arbiter import Budget
 from cluster.capacity.fit import Fit, Slot
 from cluster.errors import BadRequest, ConfigError
@@ -158,6 +159,9 @@ class Fleet(Section):
     keeps its memory on the host; on a GPU its weights move there."""
     warm_pool_s: float = Field(default=900, ge=0)
     """How long an engine sleeps before it ends. A machine on which one sleeps is not idle to Ray's autoscaler."""
+    engine: dict[str, Any] = {}
+    """Any other argument of vLLM's engine or server, by vLLM's own name: ``tool_call_parser: hermes``. `cluster.engine_options` lists those
+    that are refused, with the reasons. None leaves an argument to vLLM."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -166,6 +170,12 @@ class Fleet(Section):
         if self.max_cpu_loras < self.max_loras:
             raise ValueError(f"max_cpu_loras {self.max_cpu_loras} is below max_loras {self.max_loras}; raise it")
         return self
+
+    @field_validator("engine")
+    @classmethod
+    def options(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        engine_options.check(engine)
+        return engine
 
     @field_validator("model")
     @classmethod
@@ -214,7 +224,7 @@ class FleetSpec(Section):
         return self.accelerator == "gpu" and self.fleet.warm_pool_size > 0
 
     def engine_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of vLLM's engine. What is None is left to vLLM."""
+        """Arguments of vLLM's engine and server by their names. What is None is left to vLLM."""
         values = {
             "runner": "generate" if self.fleet.task == "generate" else "pooling",
             "convert": "embed" if self.fleet.task == "embed" else None,
@@ -230,6 +240,7 @@ class FleetSpec(Section):
             "max_cpu_loras": self.fleet.max_cpu_loras,
             "max_lora_rank": self.fleet.max_lora_rank,
             "enable_sleep_mode": self.sleeps or None,
+            **self.fleet.engine,
         }
         return {key: value for key, value in values.items() if value is not None}
 
@@ -392,7 +403,16 @@ def load(preset: str | None = None, file: Path | None = None, overrides: dict[st
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = merge(merged, layer)
-    return parse(merged)
+    return parse(with_templates(merged))
+
+
+def with_templates(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the text of each chat template where they name a file. Raises `ConfigError`."""
+    fleets: Any = values.get("fleets")
+    if isinstance(fleets, dict):
+        own = cast(dict[str, Any], fleets)
+        values = {**values, "fleets": {name: engine_options.with_template(fleet) for name, fleet in own.items()}}
+    return {**values, "fleet": engine_options.with_template(values.get("fleet", {}))}
 
 
 def parse(values: dict[str, Any]) -> Config:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster import config as configuration
+from cluster import engine_options
 from cluster.cli import render
 from cluster.cli.app import Wait, app, client, console, pairs
 from cluster.cli.patience import Patient
@@ -38,7 +39,8 @@ def add(
 ) -> None:
     """Host one more base model. Keys without --set are those under `fleet:` in the pool's configuration."""
     named, pool = {"model": model} if model else {}, client()
-    listed = pool.add_fleet(name, {**configuration.from_pairs(pairs(set)), **named})
+    overrides = engine_options.with_template(configuration.from_pairs(pairs(set)))
+    listed = pool.add_fleet(name, {**overrides, **named})
     render.fleets(console, started(pool, name, listed) if wait else listed)
 
 

@@ -314,6 +314,13 @@ def test_a_fleet_is_removed_without_force_only_where_another_answers_for_its_ali
         ("x", {"model": "m@7"}, ModelNotFound, "m@7 does not exist"),
         ("free", {"threads": 3}, BadRequest, "there is no such key"),
         ("guest", {"model": "m@1", "threads": 3}, BadRequest, "there is no such key"),
+        (
+            "free",
+            {"engine": {"tool_call_parsr": "hermes"}},
+            BadRequest,
+            r"engine\.tool_call_parsr: .*did you mean tool_call_parser",
+        ),
+        ("free", {"engine": {"trust_remote_code": True}}, BadRequest, r"engine\.trust_remote_code: refused"),
         ("free", {"min_replicas": 3, "max_replicas": 3}, BadRequest, "It needs 3 of the pool's 4 slots"),
     ],
 )

@@ -29,6 +29,8 @@ def test_other_arguments_make_the_fleets_own_engines_outdated() -> None:
     name = str(old.next())
     assert fitting(new, [name]) == [] and outdated(new, [name]) == [name]
     assert fitting(old, [name]) == [name] and outdated(old, [name]) == []
+    parsing = name_for(spec(engine={"tool_call_parser": "hermes"}), "node", {})
+    assert outdated(parsing, [name]) == [name]
 
 
 def test_settings_that_the_engine_is_not_started_with_change_nothing() -> None:
