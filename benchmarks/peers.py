@@ -111,12 +111,22 @@ def command(system: str, config: Config, model: Path, port: int) -> list[str]:
             json.dumps(engine),
         ]
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log", f"--host={HOST}"]
-    flags = [
-        f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for key, value in engine.items()
-        if value is not False
-    ]
-    return [*server, f"--port={port}", f"--model={model}", f"--served-model-name={name}", *flags]
+    return [*server, f"--port={port}", f"--model={model}", f"--served-model-name={name}", *flags(engine)]
+
+
+def flags(engine: dict[str, Any]) -> list[str]:
+    """
+    >>> flags({"enable_lora": True, "enable_prefix_caching": False, "speculative_config": {"method": "ngram"}})
+    ['--enable-lora', '--no-enable-prefix-caching', '--speculative-config={"method": "ngram"}']
+    """
+    written: list[str] = []
+    for key, value in engine.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            written.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            written.append(f"--{flag}={json.dumps(value) if isinstance(value, dict | list) else value}")
+    return written
 
 
 def environment(system: str, spec: FleetSpec, run: Path) -> dict[str, str]:

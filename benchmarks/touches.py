@@ -25,6 +25,7 @@ NAMED = (
     "cluster/pool/haproxy.py",
     "deployments/ray_patches.py",
     "deployments/vllm_patches.py",
+    "deployments/replica/arguments.py",
     "deployments/replica/fingerprint.py",
     "deployments/replica/launch.py",
     "deployments/replica/vllm_engine.py",

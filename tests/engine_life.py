@@ -32,10 +32,25 @@ from tests.adapters import make_adapter, make_weights, spoil
 
 ME = os.getpid()
 PROMPT = "What is the colour of the sky? "
+OPTIONS = {
+    "enable_prefix_caching": False,
+    "max_logprobs": 7,
+    "chat_template": "{{ messages[0].content }}",
+    "tool_call_parser": "hermes",
+    "reasoning_parser": "granite",
+    "structured_outputs_config": {"backend": "guidance"},
+    "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
+    "enable_prompt_tokens_details": True,
+}
+"""The fleet's ``engine:`` section."""
+TOOL = {
+    "type": "function",
+    "function": {"name": "sky", "parameters": {"type": "object", "properties": {"blue": {"type": "boolean"}}}},
+}
 
 
 def spec_in(root: Path) -> FleetSpec:
-    fleet = Fleet(dtype="float32", kv_cache_bytes=128 << 20, enforce_eager=True)
+    fleet = Fleet(dtype="float32", kv_cache_bytes=128 << 20, enforce_eager=True, engine=OPTIONS)
     return Config(store=(root / "store").as_uri(), home=root / "home").spec_of("test", fleet)
 
 
@@ -97,6 +112,11 @@ class Front:
         body = {"model": model, "prompt": PROMPT * n, "max_tokens": 2, "temperature": 0, **of}
         return await self.client.post("/v1/completions", json=body, headers=headers)
 
+    async def chat(self, model: str, **of: Any) -> httpx.Response:
+        headers = wire.request_headers(self.secret, model, os.urandom(8).hex())
+        body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 40, "temperature": 0, **of}
+        return await self.client.post("/v1/chat/completions", json=body, headers=headers)
+
     async def scores(self, model: str, n: int) -> list[float]:
         """The log-probability of every token of the prompt but the first."""
         answer = (await self.ask(model, n, prompt_logprobs=0)).raise_for_status().json()
@@ -119,6 +139,7 @@ async def live(root: Path) -> None:
     state = await engine.describe()
     say("serves", owned=[first, second], owner=state.id, base=state.base, held=sorted(state.held))
     front, original = Front(state.url, state.secret), state.fingerprint
+    await options(engine, front)
     before = reads.total
     await score(front)
     for_requests = reads.total - before
@@ -126,6 +147,25 @@ async def live(root: Path) -> None:
     await swap(engine, original)
     say("store", total=reads.total, in_the_loop=reads.in_the_loop, for_requests=for_requests)
     await die(engine, front, told)
+
+
+async def options(engine: Engine, front: Front) -> None:
+    """What vLLM has of the ``engine:`` section, and what clients see of it."""
+    config = engine.hosting.vllm.engine.vllm_config
+    plain, chat = await front.ask("seedling@1"), await front.chat("seedling@1", max_tokens=2)
+    forced = await front.chat("seedling@1", tools=[TOOL], tool_choice={"type": "function", "function": {"name": "sky"}})
+    say(
+        "options",
+        prefix_caching=config.cache_config.enable_prefix_caching,
+        policy=config.scheduler_config.policy,
+        backend=config.structured_outputs_config.backend,
+        reasoning=config.structured_outputs_config.reasoning_parser,
+        draft=config.speculative_config and config.speculative_config.method,
+        template=chat.json()["usage"]["prompt_tokens"] == plain.json()["usage"]["prompt_tokens"],
+        logprobs=[(await front.ask("seedling@1", logprobs=n)).status_code for n in (7, 8)],
+        tools=(await front.chat("seedling@1", tools=[TOOL], max_tokens=2)).status_code,
+        called=forced.json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"],
+    )
 
 
 async def score(front: Front) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from cluster.config import FleetSpec
+from deployments.replica.arguments import OURS, check_draft, check_template, namespace, refused_by_vllm
 from deployments.replica.load import EngineLoad
 
 if TYPE_CHECKING:
@@ -23,32 +24,45 @@ async def start_engine(spec: FleetSpec, folder: Path, name: str, load: EngineLoa
     """An engine over ``folder`` and vLLM's own FastAPI application for it, which knows the model as ``name``.
 
     The same calls as vLLM's API server makes (``vllm/entrypoints/launchers/api_server/entry.py`` in 0.29), without its process and socket.
+    Raises `ConfigError` where vLLM does not take the fleet's arguments; that is known before it reads the weights.
     """
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     os.environ.update(spec.engine_environment())
-    values = {**spec.engine_arguments(), "model": folder, "served_model_name": name, "disable_fastapi_docs": True}
-    values["worker_extension_cls"] = "deployments.replica.fingerprint.Fingerprint"
-    args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(command_line(values))
-    settings = AsyncEngineArgs.from_cli_args(args)
+    with refused_by_vllm(spec.name):
+        args = namespace({**spec.engine_arguments(), **OURS, "model": str(folder), "served_model_name": [name]})
     # In a thread: it returns when the engine is ready, and the replica must answer health checks meanwhile.
-    engine = await asyncio.to_thread(
-        AsyncLLM.from_engine_args,
-        settings,
-        usage_context=UsageContext.OPENAI_API_SERVER,
-        stat_loggers=[load.factory],  # pyright: ignore[reportArgumentType] (it has a stat logger's methods, and need not import vLLM)
-    )
+    engine = await asyncio.to_thread(_engine, args, spec.name, load)
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)
     await init_app_state(engine, app.state, args, tasks)
     app.state.server = Unstoppable()
     return engine, app
+
+
+def _engine(args: Any, fleet: str, load: EngineLoad) -> "AsyncLLM":
+    """vLLM checks its arguments in three places, and writes the reasoning parser into them on the way."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    with refused_by_vllm(fleet):
+        check_draft(args)
+        check_template(args.chat_template)
+        validate_parsed_serve_args(args)
+        settings = AsyncEngineArgs.from_cli_args(args)
+        config = settings.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        validate_api_server_args(args)
+    return AsyncLLM.from_vllm_config(
+        config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        stat_loggers=[load.factory],  # pyright: ignore[reportArgumentType] (it has a stat logger's methods, and need not import vLLM)
+        enable_log_requests=settings.enable_log_requests,
+        aggregate_engine_logging=settings.aggregate_engine_logging,
+    )
 
 
 class Unstoppable:
@@ -59,12 +73,6 @@ class Unstoppable:
     """
 
     should_exit = False
-
-
-def command_line(arguments: dict[str, Any]) -> list[str]:
-    """``{"max_loras": 4, "enable_lora": True}`` → ``["--max-loras=4", "--enable-lora"]``."""
-    flags = {f"--{key.replace('_', '-')}": value for key, value in arguments.items() if value is not False}
-    return [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]
 
 
 class Server:

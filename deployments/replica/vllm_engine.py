@@ -1,4 +1,4 @@
-"""A running vLLM engine (0.29), by what we ask of it. With `launch` the only file here that calls vLLM."""
+"""A running vLLM engine (0.29), by what we ask of it. With `launch` and `arguments` the only files here that call vLLM."""
 
 import asyncio
 from pathlib import Path

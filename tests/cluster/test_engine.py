@@ -51,6 +51,15 @@ def test_of_two_owners_one_gets_it_and_it_holds_what_was_live(life: Life) -> Non
     assert serves["held"] == ["seedling@1", "tuned@1"]
 
 
+def test_the_engine_section_reaches_vllm(life: Life) -> None:
+    """False among it, which a command line dropped."""
+    options = life[0]["options"]
+    assert (options["prefix_caching"], options["policy"], options["draft"]) == (False, "priority", "ngram")
+    assert (options["backend"], options["reasoning"], options["logprobs"]) == ("guidance", "granite", [200, 400])
+    assert options["template"], "the chat template is the prompt alone"
+    assert (options["tools"], options["called"]) == (200, "sky")
+
+
 def test_prompts_are_scored_beside_others_and_each_by_its_own_adapter(life: Life) -> None:
     """One request with prompt_logprobs, or with echo and logprobs, used to end the engine."""
     assert life[0]["scores"] == {"step": "scores", "alike": True, "differ": True, "echo": 200, "stranger": 403}

@@ -1,4 +1,4 @@
-"""What `deployments.replica.launch` and `deployments.replica.vllm_engine` call in vLLM 0.29.
+"""What `deployments.replica.launch`, `deployments.replica.arguments` and `deployments.replica.vllm_engine` call in vLLM 0.29.
 Read from the sources, because importing vLLM takes ten seconds."""
 
 import ast
@@ -17,7 +17,8 @@ USED = {
     "engine/arg_utils.py": {"AsyncEngineArgs"},
     "entrypoints/launchers/api_server/app_state.py": {"init_app_state"},
     "entrypoints/launchers/app.py": {"build_app"},
-    "entrypoints/launchers/cli_args.py": {"make_arg_parser"},
+    "entrypoints/launchers/cli_args.py": {"FrontendArgs", "make_arg_parser", "validate_parsed_serve_args"},
+    "entrypoints/launchers/launcher.py": {"validate_api_server_args"},
     "entrypoints/openai/models/protocol.py": {"BaseModelPath"},
     "entrypoints/serve/engine/protocol.py": {"ErrorResponse"},
     "entrypoints/serve/lora/protocol.py": {"LoadLoRAAdapterRequest", "UnloadLoRAAdapterRequest"},
