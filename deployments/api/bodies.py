@@ -12,8 +12,9 @@ from deployments.http import Headers
 from deployments.routing.engine_routes import EngineRoute
 from deployments.wire import SESSION, header
 
-OPERATORS = ("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "request_id")
-"""Keys by which engines and their operators speak with each other. What a client writes there is left out."""
+OPERATORS = ("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "request_id", "priority")
+"""Keys by which engines and their operators speak with each other. What a client writes there is left out. Engines schedule by priority
+(`deployments.replica.arguments.OURS`): with ``"priority": -1`` one client would go before all others."""
 LISTS_OF_OBJECTS = ("messages", "input")
 """Keys whose objects may have nulls for what is absent."""
 
@@ -50,6 +51,7 @@ def check(body: dict[str, Any], route: EngineRoute, limits: Gateway) -> None:
     """Raise `BadRequest` for what no replica should be asked, naming the key at fault."""
     _check_state(body, route)
     _check_encoding(body)
+    _check_template(body)
     choices = max((_count(body, key, limits.max_choices) for key in route.limits.choices), default=1)
     for key in route.limits.lists:
         _check_list(key, _pieces(body.get(key)), choices, route.limits.bound, getattr(limits, route.limits.bound))
@@ -69,6 +71,17 @@ def _check_encoding(body: dict[str, Any]) -> None:
     """vLLM's other encodings are no JSON, with as many bytes in the headers as there are inputs."""
     if body.get("encoding_format") not in (None, "float", "base64"):
         raise BadRequest("`encoding_format` must be float or base64.", "Leave it out for float.", param="encoding_format")
+
+
+def _check_template(body: dict[str, Any]) -> None:
+    """A chat template is a program: ``{% for i in range(1000000000) %}`` would keep a replica from answering anybody."""
+    for key in ("chat_template", "chat_template_kwargs.chat_template"):
+        if _at(body, key) is not None:
+            raise BadRequest(
+                f"`{key}` is refused: a request cannot bring its own chat template.",
+                "Whoever runs the pool sets fleets.NAME.engine.chat_template.",
+                param=key,
+            )
 
 
 def _check_list(key: str, pieces: int, choices: int, bound: str, limit: int) -> None:

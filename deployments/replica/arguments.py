@@ -14,7 +14,7 @@ from cluster.redact import redact_places
 OURS = {
     "disable_fastapi_docs": True,
     "worker_extension_cls": "deployments.replica.fingerprint.Fingerprint",
-    "scheduling_policy": "priority",  # clients cannot set one (`deployments.api.trust`): for them it is first come, first served
+    "scheduling_policy": "priority",  # clients cannot set one (`deployments.api.bodies`): for them it is first come, first served
 }
 """Arguments that every engine has."""
 BY_VLLM: dict[str, Any] = {

@@ -20,6 +20,11 @@ TOO_LONG = re.compile(
 )
 """How vLLM 0.29 begins to say that prompt and answer exceed the context. Only the beginning counts: the rest may quote the client."""
 
+NO_TOOL_PARSER = re.compile(
+    r'"auto" tool choice requires --enable-auto-tool-choice|tool_choice=.* requires --tool-call-parser', re.DOTALL
+)
+"""How vLLM 0.29 says that it cannot read tool calls, in words about flags that nobody gave."""
+
 
 DEAD = "EngineCore encountered an issue"
 """How vLLM 0.29 begins to say that its engine process has ended."""
@@ -63,6 +68,12 @@ def engine_error(status: int, body: bytes, task: str = "", path: str = "") -> Sp
         )
     if status == 413:
         return BodyTooLarge(said.words, param=said.param)
+    if NO_TOOL_PARSER.match(said.words):
+        return BadRequest(
+            "The model has no parser for tool calls, so tools cannot be used.",
+            "Whoever runs the pool sets fleets.NAME.engine.tool_call_parser, for example to hermes.",
+            param="tools",
+        )
     return (ContextExceeded if TOO_LONG.match(said.words) else BadRequest)(said.words, param=said.param)
 
 

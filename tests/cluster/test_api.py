@@ -22,6 +22,8 @@ from deployments.routing.shadow import text_of
 from tests.conftest import SHARED, Running
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
+TOOLS = [{"type": "function", "function": {"name": "tide_now", "parameters": {"type": "object", "properties": {}}}}]
+PARSER = "fleets.NAME.engine.tool_call_parser"
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,12 @@ BAD = {
     ),
     "words that quote the client": ({"model": "seedling", "messages": QUESTION, "temperature": "context length"}, 400, "invalid_request", ""),
     "too many choices": ({"model": "seedling", "messages": QUESTION, "n": 1000}, 400, "invalid_request", "at most 16"),
+    "tools without a parser": ({"model": "seedling", "messages": QUESTION, "tools": TOOLS}, 400, "invalid_request", PARSER),
+    "a forced tool": ({"model": "seedling", "messages": QUESTION, "tools": TOOLS, "tool_choice": "required"}, 400, "invalid_request", PARSER),
+    "an endless template": (
+        {"model": "seedling", "messages": QUESTION, "chat_template": "{% for i in range(1000000000) %}x{% endfor %}"}, 400, "invalid_request",
+        "fleets.NAME.engine.chat_template",
+    ),
     "temperature out of range": ({"model": "seedling", "messages": QUESTION, "temperature": -1}, 400, "invalid_request", "temperature"),
 }  # fmt: skip
 

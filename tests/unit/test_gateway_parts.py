@@ -17,7 +17,7 @@ from cluster import errors
 from cluster.config import Gateway
 from cluster.errors import BadRequest, BodyTooLarge, ContextExceeded, ReplicaLost, SpringtideError
 from cluster.pool import graph
-from deployments.api.bodies import check, model_name, session_of
+from deployments.api.bodies import as_sent, check, model_name, session_of
 from deployments.api.inference import request_id
 from deployments.http import parse_json, read_body
 from deployments.routing.engine_errors import engine_error
@@ -157,3 +157,30 @@ def test_a_failed_deployment_is_told_without_its_tracebacks() -> None:
     )
     assert graph.cause(message) == "m has no version."
     assert graph.cause("it is waiting") == "it is waiting"
+
+
+ENDLESS = "{% for i in range(1000000000) %}x{% endfor %}"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        ({"chat_template": ENDLESS}, "chat_template"),
+        ({"chat_template": ""}, "chat_template"),
+        ({"chat_template_kwargs": {"chat_template": ENDLESS}}, "chat_template_kwargs.chat_template"),
+        ({"chat_template": None}, None),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, None),
+        ({"chat_template_kwargs": 3}, None),
+    ],
+)
+def test_a_request_cannot_bring_its_own_chat_template(path: str, body: dict[str, Any], key: str | None) -> None:
+    if key is None:
+        return check(body, ENGINE_ROUTES[path], Gateway())
+    with pytest.raises(BadRequest, match=r"fleets\.NAME\.engine\.chat_template") as refused:
+        check(body, ENGINE_ROUTES[path], Gateway())
+    assert refused.value.param == key
+
+
+def test_no_client_puts_itself_before_the_others() -> None:
+    assert "priority" not in as_sent({"priority": -1}, ENGINE_ROUTES["/v1/chat/completions"], "7")

@@ -402,3 +402,19 @@ def test_only_the_engines_own_sentence_says_that_the_context_is_exceeded(words: 
     """`context length` anywhere in a message was enough, the client's own values included."""
     error = engine_error(400, orjson.dumps({"error": {"message": words, "param": None, "code": 400}}))
     assert isinstance(error, ContextExceeded) is too_long
+
+
+@pytest.mark.parametrize(
+    ("words", "no_parser"),
+    [
+        ('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set', True),
+        ('tool_choice="required" requires --tool-call-parser to be set', True),
+        ('tool_choice=function "tide\nnow" requires --tool-call-parser to be set', True),
+        ("stop: tool_choice=x requires --tool-call-parser to be set", False),
+    ],
+)
+def test_tools_without_a_parser_are_refused_with_the_key_to_set(words: str, no_parser: bool) -> None:
+    """The client read of flags of `vllm serve` that nobody could give."""
+    error = engine_error(400, orjson.dumps({"error": {"message": words, "param": None, "code": 400}}))
+    assert isinstance(error, BadRequest) and ("fleets.NAME.engine.tool_call_parser" in str(error)) is no_parser
+    assert error.param == ("tools" if no_parser else None)
