@@ -37,7 +37,7 @@ OPTIONS = {
     "max_logprobs": 7,
     "chat_template": "{{ messages[0].content }}",
     "tool_call_parser": "hermes",
-    "reasoning_parser": "granite",
+    "reasoning_parser": "deepseek_v3",
     "structured_outputs_config": {"backend": "guidance"},
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
     "enable_prompt_tokens_details": True,

@@ -55,7 +55,7 @@ def test_the_engine_section_reaches_vllm(life: Life) -> None:
     """False among it, which a command line dropped."""
     options = life[0]["options"]
     assert (options["prefix_caching"], options["policy"], options["draft"]) == (False, "priority", "ngram")
-    assert (options["backend"], options["reasoning"], options["logprobs"]) == ("guidance", "granite", [200, 400])
+    assert (options["backend"], options["reasoning"], options["logprobs"]) == ("guidance", "deepseek_v3", [200, 400])
     assert options["template"], "the chat template is the prompt alone"
     assert (options["tools"], options["called"]) == (200, "sky")
 
