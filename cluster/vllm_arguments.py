@@ -30,8 +30,8 @@ def arguments() -> Mapping[str, str]:
 def _fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
     for one in node.body:
         if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and not one.target.id.startswith("_"):
-            quoted = isinstance(one.annotation, ast.Constant)
-            yield one.target.id, str(one.annotation.value) if quoted else ast.unparse(one.annotation)
+            kind = one.annotation
+            yield one.target.id, str(kind.value) if isinstance(kind, ast.Constant) else ast.unparse(kind)
 
 
 @functools.cache

@@ -38,7 +38,7 @@ OPTIONS = {
     "chat_template": "{{ messages[0].content }}",
     "tool_call_parser": "hermes",
     "reasoning_parser": "deepseek_v3",
-    "structured_outputs_config": {"backend": "guidance"},
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
     "enable_prompt_tokens_details": True,
 }
@@ -164,7 +164,8 @@ async def options(engine: Engine, front: Front) -> None:
         template=chat.json()["usage"]["prompt_tokens"] == plain.json()["usage"]["prompt_tokens"],
         logprobs=[(await front.ask("seedling@1", logprobs=n)).status_code for n in (7, 8)],
         tools=(await front.chat("seedling@1", tools=[TOOL], max_tokens=2)).status_code,
-        called=forced.json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"],
+        forced=forced.status_code,
+        called=[call["function"]["name"] for call in forced.json()["choices"][0]["message"]["tool_calls"]],
     )
 
 

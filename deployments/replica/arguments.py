@@ -38,7 +38,7 @@ def namespace(values: dict[str, Any]) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     types = {one.name: one.type for kind in (AsyncEngineArgs, FrontendArgs) for one in dataclasses.fields(kind)}
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    args: Any = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     args.enable_auto_tool_choice = bool(values.get("tool_call_parser"))
     for name, value in values.items():
         if name not in types:

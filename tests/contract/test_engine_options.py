@@ -37,6 +37,12 @@ SUSPICIOUS = re.compile(
 )
 
 
+@pytest.fixture(autouse=True)
+def unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's parser of arguments loads plugins, ours too, and `tests.contract.test_vllm` looks at vLLM as it comes."""
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+
+
 def fields() -> dict[str, Any]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
