@@ -22,6 +22,8 @@ PARSERS = {"tool_call_parser": "tool_parsers/__init__.py", "reasoning_parser": "
 
 FLEET_KEYS = {
     "model": "model",
+    "runner": "task",
+    "convert": "task",
     "dtype": "dtype",
     "tensor_parallel_size": "tensor_parallel_size",
     "max_model_len": "max_model_len",
