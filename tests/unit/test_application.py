@@ -17,6 +17,7 @@ from deployments.routing.measure import Recorder
 from deployments.routing.router import Router
 from deployments.routing.table import Table
 
+HI = [{"role": "user", "content": "Hi"}]
 PAGE = "https://chat.example.org"
 ONE = VersionId("m", 1)
 
@@ -55,11 +56,11 @@ def ask(application: Application, method: str, path: str, body: Any = None, **he
 
 
 def test_each_route_answers_in_the_form_that_its_clients_expect(application: Application) -> None:
-    status, _, body = ask(application, "POST", "/v1/messages", {"model": "m", "messages": [], "max_tokens": 1})
+    status, _, body = ask(application, "POST", "/v1/messages", {"model": "m", "messages": HI, "max_tokens": 1})
     error = orjson.loads(body)
     assert status == 404 and error["type"] == "error" and error["error"]["type"] == "not_found_error"
     assert "m is of the task embed" in error["error"]["message"] and "/v1/embeddings" in error["error"]["message"]
-    status, _, body = ask(application, "POST", "/v1/chat/completions/", {"model": "m", "messages": []})
+    status, _, body = ask(application, "POST", "/v1/chat/completions/", {"model": "m", "messages": HI})
     assert (status, orjson.loads(body)["error"]["code"]) == (404, "model_not_supported")
     status, _, body = ask(application, "POST", "//v1/messages/", [])
     assert (status, orjson.loads(body)["error"]["type"]) == (400, "invalid_request_error")
