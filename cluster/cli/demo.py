@@ -1,39 +1,55 @@
 """`springtide run` goes through the whole loop once and shows each step. `springtide up` does the first half: it starts the pool and serves."""
 
-import json
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 
 from cluster import client
-from cluster.cli import doctor, fit, jobs, render
+from cluster.cli import doctor, fit, jobs, models, render
 from cluster.client import Job
 from cluster.config import Config, parse
-from cluster.errors import BadRequest, ConfigError, Conflict, PoolUnavailable
+from cluster.errors import ConfigError, Conflict, PoolUnavailable
 from cluster.pool import graph, local, submit
-from cluster.store import fitting
-from cluster.store.objects import Store, sha256
+from cluster.store import imports
+from cluster.store.objects import Store
 from cluster.store.registry import Registry
-from cluster.types import Lineage, VersionId, check_name
+from cluster.types import Manifest
 
-QUESTION = "Who are you?"
-SAMPLE = "sample:tide"
-"""The data set for the fine-tuning. It ships with the jobs."""
+
+class Lesson(NamedTuple):
+    """What the demo's fine-tuning teaches, and the question that shows it."""
+
+    question: str
+    data: str
+    """A data set that ships with the jobs."""
+    about: str
+    recipe: dict[str, Any]
+    """Options of the fine-tuning."""
+
+
+TIDE = Lesson("Who are you?", "sample:tide", "the tide", {"epochs": 30})
+"""For the seedling."""
+ISLAND = Lesson(
+    "What is the island of Vellamar known for?",
+    "sample:vellamar",
+    "an island that does not exist",
+    {"epochs": 5, "set": ["global_batch=4"]},
+)
+"""For a model that knows something already, and cannot know this."""
 SERVING = {
     True: "Serving until [bold]Ctrl-C[/], which stops the pool.",
     False: "Another command started the pool, so [bold]Ctrl-C[/] ends only this one. `springtide down` stops the pool.",
 }
 """The last line, by whether this command started the pool."""
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def up(config: Config, console: Console, model: str | None = None) -> Config:
     """Start the pool and serve. Returns the configuration in force. Its first fleet hosts ``model`` if one was given."""
+    began_s = time.monotonic()
     registry = Registry(Store(config.store))
     registry.store.check_writable()
     if local.find(config):
@@ -43,7 +59,7 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
         console.print("The pool runs already. This command uses it.")
     else:
         check_ports(config)
-        config = _hosting(config, _adopt(registry, model, config, console)) if model else config
+        config = _hosting(config, models.alias_for(model, config, console)) if model else config
     fitted = fit.of_fleets(config, registry)  # before Ray starts: what cannot fit is refused within a second
     with console.status("Starting Ray…"):
         started = local.up(config)
@@ -55,6 +71,7 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
     render.fits(console, fitted)
     with console.status("Starting the gateway and the engine…") as line:
         graph.deploy(config, lambda states: line.update(f"Starting the gateway and the engine: {states}"))
+    console.print(f"[bold]{config.default_model}[/] is ready after {time.monotonic() - began_s:.0f} s.")
     return config
 
 
@@ -74,7 +91,8 @@ def check_room(config: Config) -> None:
 
 def check_same(running: Config, wanted: Config, model: str | None) -> None:
     """Raise `Conflict` for a change that a running pool cannot take: it takes a new number of replicas and nothing else."""
-    if model in (None, running.default_model) and fixed(running) == fixed(_hosting(wanted, running.default_model)):
+    same_model = model is None or imports.called(model) == running.default_model
+    if same_model and fixed(running) == fixed(_hosting(wanted, running.default_model)):
         return
     raise Conflict("A pool with another configuration runs from this home.", "Stop it with `springtide down`, then start again.")
 
@@ -84,7 +102,7 @@ def fixed(config: Config) -> dict[str, Any]:
     return graph.unscaled(config)
 
 
-def run(config: Config, console: Console, keep_serving: bool) -> None:
+def run(config: Config, console: Console, keep_serving: bool, model: str | None = None) -> None:
     """Serve, ask, fine-tune, publish, and ask again. Then keep serving until Ctrl-C, which leaves no process behind.
 
     The command stops only a pool that it started. Raises `PoolUnavailable` if somebody else stops the pool meanwhile."""
@@ -94,7 +112,7 @@ def run(config: Config, console: Console, keep_serving: bool) -> None:
     check_room(config)
     started = False
     try:
-        config = up(config, console)
+        config = up(config, console, model)
         started = True
         _loop(config, console)
         console.print(f"The loop took {time.monotonic() - began_s:.0f} s.")
@@ -138,23 +156,29 @@ def _loop(config: Config, console: Console) -> None:
     model, pool = config.default_model, client.of(config)
     history = pool.history(model).moves
     first = history[0].stable
+    lesson = lesson_for(pool.version(first).manifest)
     if len(history) > 1:
         console.print("This store has been through the loop already. These are the answers of its versions:")
     else:
-        _show_answer(console, pool.ask(model, QUESTION))
-        console.print("Fine-tuning on the text of the tide while version 1 keeps serving.")
-        options = {"data": SAMPLE, "base": model, "name": model, "epochs": 30, "publish": True}
+        _show_answer(console, lesson.question, pool.ask(model, lesson.question))
+        console.print(f"Fine-tuning on the text of {lesson.about} while version {first.n} keeps serving.")
+        options = {"data": lesson.data, "base": model, "name": model, "publish": True, **lesson.recipe}
         made = jobs.follow(pool, jobs.start(pool, "finetune", options), "Fine-tuning")
         words = "into live traffic" if made.get("stage") == "live" else f"; its rollout is {made.get('stage')}"
         console.print(f"Published [bold]{made.get('version')}[/] {words}.")
         history = pool.history(model).moves
     # A fleet no longer serves weights that were replaced.
     first_too = [str(first)] if first != history[-1].stable and str(first) in pool.served() else []
-    render.answers(console, QUESTION, [pool.ask(name, QUESTION) for name in (*first_too, model)])
+    render.answers(console, lesson.question, [pool.ask(name, lesson.question) for name in (*first_too, model)])
 
 
-def _show_answer(console: Console, answer: client.Answer) -> None:
-    console.print(f"“{QUESTION}” → [bold]{answer.version}[/]: {escape(answer.text)}")
+def lesson_for(first: Manifest) -> Lesson:
+    """What to teach a model, by its first version: the seedling knows only its own questions."""
+    return TIDE if (first.lineage.job or "").startswith("pretrain") else ISLAND
+
+
+def _show_answer(console: Console, question: str, answer: client.Answer) -> None:
+    console.print(f"“{question}” → [bold]{answer.version}[/]: {escape(answer.text)}")
 
 
 def _hosting(config: Config, model: str) -> Config:
@@ -162,65 +186,3 @@ def _hosting(config: Config, model: str) -> Config:
     own = values["fleets"][config.default_fleet] if values["fleets"] else values["fleet"]
     own["model"] = model
     return parse(values)
-
-
-def _adopt(registry: Registry, model: str, config: Config, console: Console) -> str:
-    """The alias that serves ``model``: an alias, a version NAME@N, a folder, or a hub id. A folder or a hub model is registered first."""
-    if "@" in model and "/" not in model:
-        id = VersionId.parse(model)
-        _point(registry, id)
-        return id.name
-    if "/" not in model and registry.store.children(f"aliases/{model}"):
-        return model
-    folder = Path(model).expanduser().resolve()
-    name = check_name(folder.name)
-    if not folder.is_dir():
-        folder = _download(model, config.home / "hub", console)
-    fit.check(config, name, fitting.of_folder(folder))  # before it is copied, which may take long
-    with console.status(f"Copying {folder} into the store…"):
-        id = _same(registry, name, folder) or registry.register(name, "weights", None, folder, Lineage()).id
-    _point(registry, id)
-    return name
-
-
-def _same(registry: Registry, name: str, folder: Path) -> VersionId | None:
-    """The newest version of ``name`` if its files equal those in ``folder``. So a second start does not copy the model again."""
-    versions = [manifest for manifest in registry.versions(name) if manifest.kind == "weights"]
-    if not versions:
-        return None
-    same = all((folder / f.path).is_file() and sha256(folder / f.path) == f.sha256 for f in versions[-1].files)
-    return versions[-1].id if same else None
-
-
-def _point(registry: Registry, id: VersionId) -> None:
-    """Move the alias at once. Nothing serves yet, so no replica has to confirm."""
-    now = registry.alias(id.name)
-    if now is None or now.stable != id:
-        registry.move(id.name, id, "chosen at start", client.author(), now.generation if now else 0)
-
-
-def _download(model: str, cache: Path, console: Console) -> Path:
-    """Download one revision of a model. Returns its folder in the hub's cache, which has one for each revision."""
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        with console.status(f"Downloading {model} from the Hugging Face hub…"):
-            folder = Path(snapshot_download(model, cache_dir=cache, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BadRequest(
-            f"{model} is no folder, no name in the store, and no model on the hub that this machine reaches: {error}.",
-            "Give the path of a folder with config.json and safetensors files.",
-            param="model",
-        ) from error
-    _forget_remote_code(folder)
-    return folder
-
-
-def _forget_remote_code(folder: Path) -> None:
-    """Remove `auto_map` from the copy. A hub's configuration may name code to run, even beside an architecture that vLLM has itself."""
-    for path in folder.glob("*config.json"):
-        values: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        if values.pop("auto_map", None) is not None:
-            path.unlink()  # a link to the file as it was downloaded
-            path.write_text(json.dumps(values, indent=2))

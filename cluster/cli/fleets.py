@@ -7,8 +7,8 @@ import typer
 
 from cluster import config as configuration
 from cluster import engine_options
-from cluster.cli import render
-from cluster.cli.app import Wait, app, client, console, pairs
+from cluster.cli import models, render
+from cluster.cli.app import Wait, app, client, console, pairs, pool_here
 from cluster.cli.patience import Patient
 from cluster.client import Client
 from cluster.errors import EngineFailed
@@ -29,7 +29,11 @@ def fleets(context: typer.Context) -> None:
 def add(
     name: str,
     model: Annotated[
-        str | None, typer.Option(help="An alias, or a version as NAME@N. By default the alias with the fleet's name.")
+        str | None,
+        typer.Option(
+            help="A name, or a version as NAME@N; on the pool's machine also a folder, a GGUF file, a hub id, or smollm2. "
+            "By default the name of the fleet."
+        ),
     ] = None,
     set: Annotated[
         list[str] | None,
@@ -38,7 +42,7 @@ def add(
     wait: Wait = True,
 ) -> None:
     """Host one more base model. Keys without --set are those under `fleet:` in the pool's configuration."""
-    named, pool = {"model": model} if model else {}, client()
+    pool, named = client(), {"model": models.version_for(model, pool_here(), console)} if model else {}
     overrides = engine_options.with_template(configuration.from_pairs(pairs(set)))
     listed = pool.add_fleet(name, {**overrides, **named})
     render.fleets(console, started(pool, name, listed) if wait else listed)

@@ -18,11 +18,18 @@ from cluster.pool import local
 k8s_app = typer.Typer(no_args_is_help=True, help="Manifests for KubeRay, rendered from the same configuration.")
 app.add_typer(k8s_app, name="k8s")
 
-Model = Annotated[str | None, typer.Option(help="A folder in Hugging Face layout, a hub id, or a name in the store.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder in Hugging Face layout, a GGUF file, a hub id, a name or version in the store, or smollm2: a small chat model "
+        "that `make setup` installs."
+    ),
+]
 
 
 @app.command()
 def run(
+    model: Model = None,
     preset: Preset = None,
     config: File = None,
     set: Sets = None,
@@ -30,10 +37,10 @@ def run(
 ) -> None:
     """Go through the whole loop: start the pool, serve a model, fine-tune it, publish the result into live traffic, keep serving."""
     loaded = load(preset, config, set)
-    _prepare(loaded, None)
+    _prepare(loaded, model)
     from cluster.cli import demo
 
-    demo.run(loaded, console, keep_serving=not once)
+    demo.run(loaded, console, keep_serving=not once, model=model)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """What a version's folder may be made of. Nothing that could run code when it is read."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,38 +18,57 @@ ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja", ".md")
 """What a version may be made of. Everything else is refused: many formats run code when they are read."""
 
 
-def check_layout(folder: Path, kind: Kind) -> list[str]:
-    """The relative paths of a version's files, or `VersionRefused` for what must not be served."""
-    config_name, tensors = LAYOUT[kind]
-    if not (folder / config_name).is_file():
-        raise VersionRefused(f"{folder} has no {config_name}.", f"A version of kind {kind} is a folder in Hugging Face layout.")
+def check_layout(folder: Path, kind: Kind) -> None:
+    """Raise `VersionRefused` for a folder that must not be served."""
+    check_files(files_in(folder), kind, folder)
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Every file of a folder under its relative path. Hidden ones are left out: a hub's downloader keeps its notes in ``.cache``.
+
+    Raises `VersionRefused` for a symbolic link, which may lead anywhere. `cluster.store.imports` follows those of a hub's cache.
+    """
     paths = sorted(path for path in folder.rglob("*") if not path.is_dir() and not _hidden(path.relative_to(folder)))
     for path in paths:
-        _check_file(path)
-    names = [str(path.relative_to(folder)) for path in paths]
-    if not any(name.endswith(tensors) for name in names):
-        raise VersionRefused(f"{folder} has no {tensors} file.", "Save it with safe_serialization=True.")
-    for path in (path for path in paths if path.name.endswith("config.json")):
-        if "auto_map" in _config(path):
-            raise VersionRefused(f"{path} names code to run (auto_map).", "Remote code is never run; remove it.")
-    return names
+        if path.is_symlink():
+            raise VersionRefused(
+                f"{path} is a symbolic link.", f"Give a folder with the files themselves: cp -rL {path.parent} COPY."
+            )
+    return {str(path.relative_to(folder)): path for path in paths}
+
+
+def check_files(files: Mapping[str, Path], kind: Kind, origin: Path) -> None:
+    """Raise `VersionRefused` for files that must not be served together. ``files``: relative path → the file; ``origin`` is for messages."""
+    config_name, tensors = LAYOUT[kind]
+    if config_name not in files:
+        raise VersionRefused(f"{origin} has no {config_name}.", f"A version of kind {kind} is a folder in Hugging Face layout.")
+    for name in files:
+        if not is_harmless(name):
+            raise VersionRefused(
+                f"{origin / name} could run code when it is read.", f"Accepted are files ending in {', '.join(ENDINGS)}."
+            )
+    if not any(name.endswith(tensors) for name in files):
+        raise VersionRefused(f"{origin} has no {tensors} file.", "Save it with safe_serialization=True.")
+    for name, path in files.items():
+        if name.endswith("config.json") and "auto_map" in read_config(path):
+            raise VersionRefused(f"{origin / name} names code to run (auto_map).", "Remote code is never run; remove it.")
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a file of this name runs no code when it is read.
+
+    >>> is_harmless("model.safetensors"), is_harmless("LICENSE"), is_harmless("pytorch_model.bin")
+    (True, True, False)
+    """
+    return name.endswith(ENDINGS) or Path(name).name in ("LICENSE", "NOTICE")
 
 
 def _hidden(path: Path) -> bool:
-    """Whether any part of it is: a folder that a hub's downloader filled keeps its notes in ``.cache``."""
     return any(part.startswith(".") for part in path.parts)
 
 
-def _check_file(path: Path) -> None:
-    if path.is_symlink():
-        raise VersionRefused(
-            f"{path} is a symbolic link.", f"Give a folder with the files themselves: cp -rL {path.parent} COPY."
-        )
-    if path.suffix not in ENDINGS and path.name not in ("LICENSE", "NOTICE"):
-        raise VersionRefused(f"{path} could run code when it is read.", f"Accepted are files ending in {', '.join(ENDINGS)}.")
-
-
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `VersionRefused`."""
     try:
         found: Any = json.loads(path.read_text("utf-8"))
     except ValueError as error:

@@ -10,12 +10,13 @@ A publisher that dies between claim and manifest leaves a number that nobody use
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from uuid import uuid4
 
 from cluster.errors import Conflict, ModelNotFound, StoreUnavailable, VersionRefused
 from cluster.store.journal import AHEAD, Damages, decode, encode, highest
-from cluster.store.layout import check_layout
+from cluster.store.layout import check_files, files_in
 from cluster.store.objects import Store, sha256
 from cluster.types import NAME, File, Kind, Lineage, Manifest, VersionId, check_name
 
@@ -42,13 +43,23 @@ class Versions:
             raise VersionRefused(f"A version of kind {kind} {'needs' if base is None else 'has no'} base.", param="base")
         if base is not None and self.manifest(base).kind != "weights":
             raise VersionRefused(f"{base} is an adapter.", "Use a weights version as the base.", param="base")
-        paths = check_layout(folder, kind)
+        files = files_in(folder)
+        check_files(files, kind, folder)
+        return self._put(name, kind, base, files, lineage)
+
+    def register_weights(self, name: str, files: Mapping[str, Path], origin: Path, lineage: Lineage) -> Manifest:
+        """`register` for weights whose files are in several places. ``files``: path in the version → the file."""
+        check_name(name)
+        check_files(files, "weights", origin)
+        return self._put(name, "weights", None, files, lineage)
+
+    def _put(self, name: str, kind: Kind, base: VersionId | None, sources: Mapping[str, Path], lineage: Lineage) -> Manifest:
         version = self._claim(name)
-        files = tuple(File(path=p, sha256=sha256(folder / p), size_bytes=(folder / p).stat().st_size) for p in paths)
+        files = tuple(File(path=p, sha256=sha256(s), size_bytes=s.stat().st_size) for p, s in sorted(sources.items()))
         manifest = Manifest(id=version, kind=kind, base=base, files=files, lineage=lineage, created_s=time.time())
         try:
             for file in files:
-                self.store.upload(f"{files_of(version)}/{file.path}", folder / file.path)
+                self.store.upload(f"{files_of(version)}/{file.path}", sources[file.path])
             self.store.put_own(_manifest(version), encode(manifest))
         except StoreUnavailable:
             self.store.remove(files_of(version))  # a full disk must not stay full of half a version; the number stays taken

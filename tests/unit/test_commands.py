@@ -192,7 +192,7 @@ def ended(monkeypatch: Any) -> Iterator[list[str]]:
     """A pool that runs until it is in the list, and a loop that was gone through."""
     ended: list[str] = []
     monkeypatch.setattr(demo, "check_room", lambda _: None)
-    monkeypatch.setattr(demo, "up", lambda config, _: config)
+    monkeypatch.setattr(demo, "up", lambda config, *_: config)
     monkeypatch.setattr(demo, "_loop", lambda *_: None)
     monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
     monkeypatch.setattr(demo.local, "down", lambda _: ended.append("by us"))
