@@ -8,8 +8,8 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: run setup test check chaos bench clean
 
-run: setup ## The whole loop on this machine, then serve until Ctrl-C.
-	@$(BIN)/springtide run
+run: setup ## The whole loop on this machine, then serve until Ctrl-C. With a real chat model: make run MODEL=smollm2
+	@$(BIN)/springtide run $(if $(MODEL),--model "$(MODEL)")
 
 setup: $(READY)
 
