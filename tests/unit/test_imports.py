@@ -44,7 +44,13 @@ def write(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
-MODEL = {"config.json": '{"model_type": "llama"}', "model.safetensors": "tensors", "tokenizer.json": "{}"}
+def tensors(data: str) -> str:
+    """A whole safetensors file with one tensor."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}})
+    return chr(len(header)) + 7 * chr(0) + header + data
+
+
+MODEL = {"config.json": '{"model_type": "llama"}', "model.safetensors": tensors("first"), "tokenizer.json": "{}"}
 
 
 def snapshot(cache: Path, files: dict[str, str], repository: str = "models--org--Tiny-1B") -> Path:
@@ -172,7 +178,7 @@ def test_a_snapshot_of_a_hubs_cache_becomes_a_version_with_the_files_behind_its_
     made = added(registry, str(folder), tmp_path / "scratch")
     assert str(made.id) == "Tiny-1B@1", "named as the model, and not as its revision"
     assert paths(made) == {*MODEL, "modules.json", "1_Pooling/config.json"}
-    assert stored(registry, made, "model.safetensors") == "tensors"
+    assert stored(registry, made, "model.safetensors") == tensors("first")
     assert registry.files.fetch(made, tmp_path / "cache"), "every digest fits"
 
 
@@ -277,14 +283,18 @@ def test_a_start_with_the_same_model_keeps_what_was_trained_on_it_since(
     assert models.alias_for(str(folder), config, console) == "tiny"
     first = registry.manifest(registry.versions("tiny")[0].id)
     tuned = registry.register(
-        "tiny", "weights", None, write(tmp_path / "tuned", {**MODEL, "model.safetensors": "x"}), Lineage(parent=first.id)
+        "tiny",
+        "weights",
+        None,
+        write(tmp_path / "tuned", {**MODEL, "model.safetensors": tensors("tuned")}),
+        Lineage(parent=first.id),
     )
     registry.move("tiny", tuned.id, "published", "me", 1)
     models.alias_for(str(folder), config, console)
     assert registry.previous("tiny") == first.id, "the alias has not moved"
     models.alias_for("tiny@1", config, console)
     assert Registry(registry.store).history("tiny")[-1].stable == first.id, "a version that was named is what is served"
-    write(folder, {"model.safetensors": "another model"})
+    write(folder, {"model.safetensors": tensors("another")})
     models.alias_for(str(folder), config, console)
     assert str(Registry(registry.store).history("tiny")[-1].stable) == "tiny@3"
 
