@@ -16,7 +16,7 @@ import ray
 from cluster import niceness
 from cluster.capacity.allocator import Grant, Heartbeat
 from cluster.config import Config, parse
-from cluster.control import catalogue, cold_starts, describe, engines
+from cluster.control import catalogue, clock, cold_starts, describe, engines
 from cluster.control.aliases import AliasReconciler, Progress
 from cluster.control.allocation import Allocation
 from cluster.control.announcing import Announcer
@@ -126,7 +126,7 @@ class Control:
     @ray.method(concurrency_group=BEATS)
     def stage(self, fleet: str = "") -> ColdStart:
         """How far the first replica of a fleet is; of any where none is named."""
-        now_s, known = time.time(), self.applications.known
+        now_s, known = clock.now_s(), self.applications.known
         apps = [one.app for one in list(self.hosting.fleets.values()) if fleet in ("", one.name)]
         replicas = self.replicas.states
         told = self.cold_starts.those({one.id for one in replicas}, known, now_s)
@@ -147,7 +147,7 @@ class Control:
     @ray.method(concurrency_group=BEATS)
     def starting(self, replica: str, stage: str, app: str = "") -> None:
         """Told by a replica on its way."""
-        self.cold_starts.starting(replica, stage, app, time.time())
+        self.cold_starts.starting(replica, stage, app, clock.now_s())
 
     @ray.method(concurrency_group=BEATS)
     def failed(self, replica: str, app: str, weights: str, words: str, final: bool) -> None:
@@ -187,7 +187,7 @@ class Control:
     def status(self) -> dict[str, Any]:
         """What `springtide status` prints: ``{"slots", "fleets", "aliases", "replicas", …}``, without the replicas' secrets."""
         replicas = self.replicas.states
-        told = self.cold_starts.those({one.id for one in replicas}, self.applications.known, time.time())
+        told = self.cold_starts.those({one.id for one in replicas}, self.applications.known, clock.now_s())
         return {
             "slots": self.slots.slots(),
             "fleets": self.fleets(),
@@ -195,7 +195,7 @@ class Control:
             "replicas": [describe.public(replica) for replica in replicas],
             "starting": [{"id": id, "stage": one.words, "since_s": one.since_s} for id, one in told.items()],
             "asleep": max(0, len(engines.names()) - len(replicas) - len(told)),
-            "rollouts": [describe.rollout_of(one, time.time()) for one in list(self.aliases.progress.values())],
+            "rollouts": [describe.rollout_of(one, clock.now_s()) for one in list(self.aliases.progress.values())],
             "damaged": [damaged._asdict() for damaged in self.registry.damaged()],
             "troubles": describe.troubles(self.reconcilers.loop.queue.failures, time.monotonic()),
             "allocation": self.slots.describe(),
@@ -264,7 +264,7 @@ class Control:
     def rollout(self, alias: str) -> dict[str, Any]:
         """``{"record", "seen"}``: the newest rollout of an alias, and what is known of it. Raises `ModelNotFound`."""
         progress = self.aliases.progress.get(alias) or Progress(catalogue.rollout(self.registry, alias), None, False)
-        return {"record": progress.rollout.model_dump(mode="json"), "seen": describe.seen(progress, time.time())}
+        return {"record": progress.rollout.model_dump(mode="json"), "seen": describe.seen(progress, clock.now_s())}
 
     def allocation(self, since_s: float) -> dict[str, Any]:
         """What `springtide top` draws: ``{"allocation", "snapshots", "slots"}``, snapshots after ``since_s`` (seconds since the epoch)."""

@@ -4,12 +4,11 @@ The order of the acts makes any turn repeatable. A rollout's record is written b
 store; then the fleet's reconciler tells the gateways, and only of versions that a replica holds, or that requests may wait for.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from cluster import logs
-from cluster.control import adapters, weight_distribution
+from cluster.control import adapters, clock, weight_distribution
 from cluster.control.applications import Applications
 from cluster.control.desired import Desired
 from cluster.control.gateways import Gateways
@@ -72,11 +71,11 @@ class AliasReconciler:
         while one is not None:
             self._move(one)
             if one.stage == "live":
-                self.desired.close_forerunners(one, time.time())
+                self.desired.close_forerunners(one, clock.now_s())
             fleet = self._fleet(one)
             facts = self._facts(one, fleet)
             self.progress[alias] = Progress(one, facts, bool(fleet and self.hosting.needs_surge(fleet, one)))
-            after = rollout.decide(one, facts, time.time())
+            after = rollout.decide(one, facts, clock.now_s())
             if after is None:
                 break
             one = self._record(after)

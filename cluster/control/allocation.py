@@ -12,7 +12,7 @@ from cluster.capacity.allocator import Allocator, Grant, Heartbeat
 from cluster.capacity.arbiter import SERVING, Budget, FleetDemand
 from cluster.capacity.ceiling import room
 from cluster.config import FleetSpec
-from cluster.control import metrics
+from cluster.control import clock, metrics
 from cluster.control.applications import Applications
 from cluster.control.lease import Lease
 from cluster.control.slots import Served, ServingFleet, resource, served, slots, together
@@ -28,7 +28,7 @@ class Allocation:
     def __init__(self, accelerator: str, budget: Budget, applications: Applications) -> None:
         self.accelerator = accelerator
         self.applications = applications
-        self.allocator = Allocator(budget, time.time())
+        self.allocator = Allocator(budget, clock.now_s())
         self.lease = Lease(resource(accelerator))
         self.board = metrics.Board()
         self.serving: tuple[ServingFleet, ...] = ()
@@ -58,7 +58,7 @@ class Allocation:
 
     def heartbeat(self, beat: Heartbeat) -> Grant:
         with self._lock:
-            return self.allocator.heartbeat(beat, time.time())
+            return self.allocator.heartbeat(beat, clock.now_s())
 
     def leave(self, job: str, driver: str) -> None:
         with self._lock:
@@ -107,7 +107,7 @@ class Allocation:
         self.ceiling = ceiling = lease.ceiling(total)
         with self._lock:
             held = together(of_fleets.values()).held(total - free, self.allocator.held_by_jobs)
-            kept = self.allocator.turn(total, held, demands, time.time(), free, ceiling)
+            kept = self.allocator.turn(total, held, demands, clock.now_s(), free, ceiling)
             requested = self.allocator.requested(kept, ceiling)
         metrics.publish(self.board, self.allocator.snapshots, self.allocator.changes, self.allocator.decision.fleets)
         lease.hold(kept + requested, ceiling)

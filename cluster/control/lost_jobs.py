@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cluster import logs
+from cluster.control import clock
 from cluster.errors import BadRequest, JobNotFound, PoolUnavailable
 from cluster.pool.submit import JobServer, RayJob
 from cluster.store.jobs import Damaged, JobRecord, JobResult, JobSnapshot, JobStatus, JobStore
@@ -68,9 +69,10 @@ def how_it_ended(facts: JobFacts, now_s: float) -> JobResult | None:
 
 
 def stale_s(record: JobRecord) -> float:
-    """How long ago the newest object of a record was written, in seconds."""
+    """How long ago the newest object of a record was written, in seconds. Of two clocks the one that says less counts: where the machine's
+    was set ahead, `clock` was not, and where it was set back, drivers that write since are behind `clock`."""
     written = [record.spec.created_s if record.spec else 0, record.newest.snapshot.at_s if record.newest else 0]
-    return time.time() - max(written)
+    return min(time.time(), clock.now_s()) - max(written)
 
 
 def _safe(run: str) -> bool:

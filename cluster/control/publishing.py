@@ -3,10 +3,9 @@
 What reads files is done in the asker's thread, before the loop hears of it; what must not be overtaken is decided in the loop.
 """
 
-import time
 from collections.abc import Callable
 
-from cluster.control import admission
+from cluster.control import admission, clock
 from cluster.control.aliases import AliasReconciler, Progress
 from cluster.control.gateways import Gateways
 from cluster.control.hosting import Fleet, Hosting
@@ -104,9 +103,9 @@ class Publishing:
             )
         number, incumbent = (now.number + 1 if now else 1), live.stable if live else None
         back = was_live and policy == DIRECT
-        begun = rollout.begin(alias, number, manifest.id, incumbent, policy, reason, author, time.time(), back)
+        begun = rollout.begin(alias, number, manifest.id, incumbent, policy, reason, author, clock.now_s(), back)
         if incumbent == manifest.id:
-            return begun.next("live", "it is live already", time.time())
+            return begun.next("live", "it is live already", clock.now_s())
         try:
             self.aliases.begin(begun)
         finally:
