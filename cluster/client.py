@@ -3,7 +3,6 @@
 The environment's proxies never count: a command speaks with the address that it was given, and with no other.
 """
 
-import getpass
 import os
 import ssl
 import time
@@ -16,6 +15,7 @@ import httpx
 from pydantic import BaseModel
 
 from cluster import endpoint as endpoints
+from cluster import machine
 from cluster.config import Config
 from cluster.endpoint import Endpoint
 from cluster.errors import PoolUnavailable, received
@@ -258,7 +258,7 @@ def of(config: Config) -> Client:
 
 def author() -> str:
     """Who says to have asked. Nothing verifies it: everybody who has the pool's token may write any name."""
-    return getpass.getuser()
+    return machine.user()
 
 
 def _certificates(url: str) -> ssl.SSLContext | bool:

@@ -14,9 +14,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cluster import engine_options
+from cluster.address import LOOPBACK, bare
 from cluster.capacity.arbiter import Budget
 from cluster.capacity.fit import Fit, Slot
 from cluster.errors import BadRequest, ConfigError
+from cluster.machine import expanded
 from cluster.publishing.gate import GatePolicy
 from cluster.publishing.rollout import Policy
 from cluster.types import Task, check_name
@@ -44,7 +46,7 @@ class Pool(Section):
     """What one slot is: a unit of the logical Ray resource ``slot``, or a GPU. The same on Kubernetes."""
     slots: int = Field(default=2, ge=1)
     """Units of accelerator to arbitrate."""
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     """The address that every Ray process binds to."""
     gcs_port: int = Field(default=6399, ge=1, le=65535)
     dashboard_port: int = Field(default=8265, ge=1, le=65535)
@@ -53,9 +55,19 @@ class Pool(Section):
     """First of the ports for Ray's agents and metrics, HAProxy's statistics and the replicas' direct ingress on this machine."""
     object_store_bytes: int = Field(default=200 << 20, ge=80 << 20)
 
+    @field_validator("host")
+    @classmethod
+    def address(cls, host: str) -> str:
+        host = bare(host)
+        if host == "localhost":  # Ray would take the machine's outer address for it
+            return LOOPBACK
+        if host == "::1":
+            raise ValueError("Ray has no loopback but 127.0.0.1; write that. Only gateway.host may be ::1")
+        return host
+
 
 class Gateway(Section):
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     """Where clients connect. Loopback unless you say otherwise; put your own TLS in front before you do."""
     port: int = Field(default=8000, ge=1, le=65535)
     replicas: int = Field(default=1, ge=1)
@@ -96,6 +108,11 @@ class Gateway(Section):
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ValueError(f"{origin!r} is no origin; write it as https://host or http://host:port, without a path")
         return origins
+
+    @field_validator("host")
+    @classmethod
+    def address(cls, host: str) -> str:
+        return bare(host)
 
 
 class Fleet(Section):
@@ -317,10 +334,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def absolute(self) -> Self:
-        home = self.home.expanduser().resolve()
+        home = _folder(self.home)
         store = self.store or (home / "store").as_uri()
         if "://" not in store:
-            store = Path(store).expanduser().resolve().as_uri()
+            store = _folder(store).as_uri()
         for name, fleet in self.fleets.items():
             if self.gateway.hold_timeout_s <= fleet.swap_drain_s:
                 hold, drain = self.gateway.hold_timeout_s, fleet.swap_drain_s
@@ -381,6 +398,18 @@ class Config(Section):
     def dump(self) -> dict[str, Any]:
         """The resolved configuration as plain JSON values, without defaults left out. Another process can load it back."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def _folder(path: str | Path) -> Path:
+    """An absolute path that JSON can hold. Raises `ValueError`."""
+    try:
+        found = expanded(path).resolve()
+        str(found).encode()
+        return found
+    except (BadRequest, UnicodeEncodeError) as error:
+        raise ValueError(
+            str(error) if isinstance(error, BadRequest) else f"the path {os.fsencode(path)!r} is not UTF-8"
+        ) from error
 
 
 def check_one_fleet_per_model(fleets: dict[str, Fleet]) -> None:
@@ -463,22 +492,30 @@ def from_environment(environment: dict[str, str]) -> dict[str, Any]:
 
 
 def from_pairs(pairs: Any) -> dict[str, Any]:
-    """``[("fleet.dtype", "float32")]`` → ``{"fleet": {"dtype": "float32"}}``. Values are read as YAML scalars."""
+    """``[("fleet.dtype", "float32")]`` → ``{"fleet": {"dtype": "float32"}}``. Values are read as `_value` says."""
     values: dict[str, Any] = {}
     for dotted, text in pairs:
         *path, last = dotted.split(".")
-        nested: Any = _scalar(dotted, text) if text else text
+        nested: Any = _value(text)
         for key in reversed([*path, last]):
             nested = {key: nested}
         values = merge(values, nested)
     return values
 
 
-def _scalar(key: str, text: str) -> Any:
+def _value(text: str) -> Any:
+    """A number, a truth value, ``null``, and what YAML writes in brackets or quotes, are what YAML takes them for. All else is text as it
+    stands, because paths and addresses may hold what means something in YAML.
+
+    >>> [_value(text) for text in ("2", "null", "[1, 2]", "/home/a #1", "::", "[::1]", "~")]
+    [2, None, [1, 2], '/home/a #1', '::', '[::1]', '~']
+    """
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} cannot be read as a value.", "Quote it as YAML would want it.", param=key) from error
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    marked = text.lstrip()[:1] in ("[", "{", '"', "'")
+    return value if marked or isinstance(value, bool | int | float) or text.strip().lower() == "null" else text
 
 
 def _preset(name: str) -> Path:

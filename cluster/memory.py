@@ -1,13 +1,10 @@
 """How much memory there is for one engine: of one GPU, or of this machine where there is no GPU."""
 
 import subprocess
-from pathlib import Path
 from typing import Literal
 
-import psutil
+from cluster import machine
 
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-"""Where a container reads the limit of its own memory: cgroup v2, then v1."""
 ASK_GPUS = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 ANSWER_S = 5
 
@@ -19,8 +16,7 @@ def device_bytes(accelerator: Literal["slot", "gpu"]) -> int | None:
 
 def machine_bytes() -> int:
     """Of this machine, or of this container where it may use less."""
-    limits = (_limit(Path(path)) for path in CGROUP_LIMITS)
-    return min([psutil.virtual_memory().total, *(limit for limit in limits if limit)])
+    return machine.memory().total_bytes
 
 
 def gpu_bytes() -> int | None:
@@ -39,11 +35,3 @@ def smallest(answer: str) -> int | None:
     (42949672960, None)
     """
     return min((int(line) << 20 for line in answer.split("\n") if line.strip().isdigit()), default=None)
-
-
-def _limit(path: Path) -> int | None:
-    """None where there is none: v2 says ``max``, v1 a number beyond any machine's."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -10,7 +10,6 @@ written is written later.
 """
 
 import contextlib
-import getpass
 import math
 import os
 import signal
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cluster import machine
 from cluster.config import Config
 from cluster.errors import SpringtideError, StoreUnavailable
 from cluster.jobspec import Options, new_id
@@ -248,17 +248,10 @@ def spec(options: Options) -> JobSpec:
         id=id or new_id(options.verb),
         verb=options.verb,
         options=options.recorded(),
-        owner=_user(),
+        owner=machine.user(),
         created_s=time.time(),
         submitted=bool(id),
     )
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user may have no name
-        return f"uid {os.getuid()}"
 
 
 def log_file() -> str:

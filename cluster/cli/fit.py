@@ -7,6 +7,7 @@ from typing import NamedTuple
 from cluster.capacity.fit import Fit, Model, Slot, changes_in_words
 from cluster.config import Config, FleetSpec
 from cluster.errors import ModelNotFound, RecordDamaged, VersionRefused
+from cluster.machine import expanded
 from cluster.memory import device_bytes
 from cluster.store import fitting
 from cluster.store.objects import Store
@@ -32,7 +33,7 @@ def read(named: str, config: Config) -> tuple[str, Model]:
     if "/" not in named and registry and ("@" in named or (NAME.fullmatch(named) and registry.alias(named))):
         id = registry.resolve(named).weights
         return str(id), fitting.of_version(registry, id, config.home / "cache")
-    folder = Path(named).expanduser()
+    folder = expanded(named)
     if not folder.is_dir():
         raise _absent(named, folder, registry)
     return str(folder), fitting.of_folder(folder)

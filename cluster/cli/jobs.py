@@ -16,6 +16,7 @@ from cluster.cli.app import Wait, app, client, console
 from cluster.cli.patience import Patient
 from cluster.client import Client, Job
 from cluster.errors import BadRequest, JobFailed
+from cluster.machine import expanded
 from cluster.store.jobs import JobStatus
 from cluster.types import VersionId
 
@@ -135,7 +136,7 @@ def local_file(name: str, source: str) -> Path | None:
         return Path(unquote(urlsplit(source).path))
     if "://" in source or source.startswith(("upload:", "sample:")):
         return None
-    path = Path(source).expanduser()
+    path = expanded(source)
     return None if name == "recipe" and path.suffix not in (".yaml", ".yml") else path
 
 

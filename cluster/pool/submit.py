@@ -5,7 +5,6 @@ yet, so that there is no control to ask.
 """
 
 import contextlib
-import getpass
 import logging
 import os
 import shlex
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ray.job_submission import JobSubmissionClient
 
-from cluster import __version__
+from cluster import __version__, machine
 from cluster.config import Config
 from cluster.errors import BadRequest, JobFailed, JobNotFound, PoolUnavailable
 from cluster.jobspec import Options, new_id, parse
@@ -170,7 +169,7 @@ def start(config: Config, verb: str, **options: Any) -> str:
     """Start a job on the pool that runs from this home, like ``ray job submit --working-dir .``, and return its id."""
     asked, id, here = parse(verb, options), new_id(verb), Path.cwd()
     jobs = JobStore(Store(config.store))
-    jobs.create(JobSpec(id=id, verb=verb, options=asked.recorded(), owner=getpass.getuser(), created_s=time.time()))
+    jobs.create(JobSpec(id=id, verb=verb, options=asked.recorded(), owner=machine.user(), created_s=time.time()))
     server(config).start(id, asked, {}, here if (here / "jobs" / f"{verb}.py").is_file() else None)
     return id
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def test_an_unknown_key_is_an_error_that_names_it(layer: str, tmp_path: Path, mo
         ({"gateway": {"hold_timeout_s": 10}}, "must be longer than swap_drain_s"),
         ({"gateway": {"port": 70000}}, r"gateway\.port"),
         ({"fleet": {"dtype": "float8"}}, r"fleet\.dtype"),
+        ({"pool": {"host": "::1"}}, r"pool\.host: Ray has no loopback but 127\.0\.0\.1"),
+        ({"home": "~nobody-is-called-so"}, "knows no home for it"),
     ],
 )
 def test_values_that_cannot_work_say_why(values: dict[str, object], why: str) -> None:
@@ -120,3 +123,34 @@ def test_fleets_inherit_what_they_do_not_say() -> None:
 def test_a_bad_fleet_is_named(fleets: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         config.parse({"fleets": fleets})
+
+
+@pytest.mark.parametrize(
+    "path", ["/tmp/a #1", "/tmp/a: b", "/tmp/100%", "/tmp/- x", "/tmp/{a}", "/tmp/木", "/tmp/a'b\"c", "/tmp/2026"]
+)
+def test_a_path_in_a_variable_or_option_is_taken_as_it_stands(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML took what follows a # for a comment, so `SPRINGTIDE_HOME="/tmp/a #1"` was the home /tmp/a."""
+    monkeypatch.setenv("SPRINGTIDE_HOME", path)
+    assert config.load().home == Path(path)
+    assert config.load(overrides=config.from_pairs([("home", path)])).home == Path(path)
+
+
+@pytest.mark.parametrize(
+    ("host", "bare"), [("::", "::"), ("[::1]", "::1"), ("::1", "::1"), ("0.0.0.0", "0.0.0.0"), ("localhost", "localhost")]
+)
+def test_a_gateway_listens_on_any_kind_of_address(host: str, bare: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPRINGTIDE_GATEWAY__HOST", host)
+    assert config.load().gateway.host == bare
+
+
+def test_localhost_is_loopback_for_ray_too() -> None:
+    """Ray takes the machine's outer address for it."""
+    assert config.load(overrides={"pool": {"host": "localhost"}}).pool.host == "127.0.0.1"
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(folder)
+    monkeypatch.chdir(os.fsdecode(folder))
+    with pytest.raises(ConfigError, match="is not UTF-8"):
+        config.load()
