@@ -9,7 +9,7 @@ import sys
 from ray._private.node import Node
 from ray._private.parameter import RayParams
 
-from cluster.pool.local import LOOPBACK
+from cluster.address import LOOPBACK
 
 
 def join(gcs_address: str, slots: int) -> Node:

@@ -15,10 +15,10 @@ import httpx
 from ray import serve
 
 from cluster import errors
+from cluster.address import ipv4
 from cluster.config import Config, Fleet, FleetSpec
 from cluster.errors import PoolUnavailable
 from cluster.pool import local
-from cluster.pool.local import LOOPBACK
 from cluster.pool.serve_api import ServeApi
 from cluster.types import VersionId
 
@@ -65,7 +65,7 @@ def schema(config: Config) -> dict[str, Any]:
     """A ``ServeDeploySchema`` as plain values: what `serve deploy` takes and what a RayService embeds."""
     return {
         "proxy_location": "EveryNode",
-        "http_options": {"host": config.gateway.host, "port": config.gateway.port},
+        "http_options": {"host": ipv4(config.gateway.host), "port": config.gateway.port},
         "applications": [*(_fleet(config.spec(name)) for name in config.fleets), _gateway(config)],
     }
 
@@ -228,9 +228,8 @@ def message_of(application: str, deployments: Iterable[str]) -> str:
 
 def _answers(config: Config) -> bool:
     """Whether the gateway knows a replica for every fleet's model: its view comes from control a moment after Serve says RUNNING."""
-    host = LOOPBACK if config.gateway.host == "0.0.0.0" else config.gateway.host  # noqa: S104 (asks, does not bind)
+    url = f"{local.gateway(config)}/v1/models"
     try:
-        url = f"http://{host}:{config.gateway.port}/v1/models"
         return all(
             httpx.get(f"{url}/{fleet.model}", timeout=2, trust_env=False).status_code == 200 for fleet in config.fleets.values()
         )

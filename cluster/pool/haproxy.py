@@ -16,17 +16,20 @@ from pathlib import Path
 WRAPPER = Path(__file__).resolve()
 """What `RAY_SERVE_HAPROXY_BINARY_PATH` names."""
 NICENESS = "HAPROXY_NICENESS"
+HOST = "HAPROXY_HOST"
+"""The gateway's host. Where it is one of IPv6, Serve was given another (`cluster.address.ipv4`)."""
+CLIENTS = re.compile(r"^(frontend http_frontend\n(?: .*\n)*? *bind )\S+?(:\d+)$", re.MULTILINE)
 DONE = "# closed\n"
 EDITS = (
-    # "bind :9101" and "bind *:8404" are the pages; the clients' own line names a host
-    (re.compile(r"^( *bind )\*?(?=:[\d{])", re.MULTILINE), r"\g<1>127.0.0.1"),
+    # "bind :9101" and "bind *:8404" are the pages. The clients' own line is "bind *:8000" too where gateway.host is 0.0.0.0, and stays so.
+    (re.compile(r"^((?:frontend prometheus|listen stats)\n *bind )\*?(?=:)", re.MULTILINE), r"\g<1>127.0.0.1"),
     (re.compile(r"mode 666 level admin"), "mode 600 level admin"),
     (re.compile(r"^frontend http_frontend$", re.MULTILINE), r"\g<0>\n    http-request del-header x-request-disconnect-disabled"),
     (re.compile(r"^defaults$", re.MULTILINE), r"\g<0>\n    timeout http-request 10s"),
 )
 
 
-def closed(configuration: str) -> str:
+def closed(configuration: str, host: str = "") -> str:
     """Ray's configuration with every edit applied. Applied once more, it changes nothing.
 
     >>> closed("frontend prometheus\\n    bind :9101\\n").splitlines()
@@ -36,6 +39,8 @@ def closed(configuration: str) -> str:
         return configuration
     for pattern, replacement in EDITS:
         configuration = pattern.sub(replacement, configuration)
+    if ":" in host:
+        configuration = CLIENTS.sub(rf"\g<1>{host}\g<2>{' v4v6' if host == '::' else ''}", configuration)
     return configuration + DONE
 
 
@@ -51,7 +56,7 @@ def main(arguments: list[str]) -> None:
     for flag, value in pairwise(arguments):
         if flag == "-f":
             path = Path(value)
-            path.write_text(closed(path.read_text()))
+            path.write_text(closed(path.read_text(), os.environ.get(HOST, "")))
     if niceness := os.environ.get(NICENESS):
         os.nice(int(niceness))
     os.execv(haproxy := binary(), [haproxy, *arguments])  # noqa: S606 (no shell is meant)

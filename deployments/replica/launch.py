@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from cluster.address import authority, family
 from cluster.config import FleetSpec
 from deployments.replica.arguments import OURS, check_draft, check_template, namespace, refused_by_vllm
 from deployments.replica.load import EngineLoad
@@ -79,11 +80,11 @@ class Server:
     """An ASGI application on a free port of ``host``, served by this event loop."""
 
     def __init__(self, app: Any, host: str) -> None:
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.socket(family(host))
         listener.bind((host, 0))
         listener.listen(2048)
         self.port: int = listener.getsockname()[1]
-        self.url = f"http://{host}:{self.port}"
+        self.url = f"http://{authority(host, self.port)}"
         settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=600)
         self.uvicorn = uvicorn.Server(settings)
         self.serving = asyncio.create_task(self.uvicorn.serve(sockets=[listener]))

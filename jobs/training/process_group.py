@@ -5,6 +5,7 @@ Workers on several machines meet at a TCP port on the machine of rank 0.
 """
 
 import contextlib
+import os
 import shutil
 import socket
 import tempfile
@@ -15,6 +16,9 @@ from typing import NamedTuple
 
 import ray
 import torch.distributed as dist
+
+from cluster.address import authority, family
+from cluster.machine import temporary_folder
 
 PATIENCE_S = 600
 """How long a collective waits for the other workers. It fails at once if one dies. The driver ends one that hangs, long before this."""
@@ -65,11 +69,12 @@ class Rendezvous:
         """
         self.close()
         if one_machine:
-            self.folder = Path(tempfile.mkdtemp(prefix="rendezvous-"))
+            self.folder = Path(tempfile.mkdtemp(prefix="rendezvous-", dir=temporary_folder(os.environ)))  # PyTorch decodes no URL
             return (self.folder / "file").as_uri()
-        with socket.socket() as probe:
+        host = ray.util.get_node_ip_address()
+        with socket.socket(family(host)) as probe:
             probe.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+            return f"tcp://{authority(host, probe.getsockname()[1])}"
 
     def close(self) -> None:
         """Remove the file. Call this after all workers have met, and not while a worker may be leaving the group.

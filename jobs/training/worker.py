@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import ray
 
 from cluster import niceness
+from cluster.address import LOOPBACK
 from cluster.metrics import CHECKPOINTS
-from cluster.pool.local import LOOPBACK
 from cluster.store.objects import Store
 from jobs.training.checkpoints import Checkpoints, Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
