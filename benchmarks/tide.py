@@ -14,12 +14,9 @@ import asyncio
 import contextlib
 import json
 import math
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
@@ -37,6 +34,7 @@ from cluster.capacity.handover import parse
 from cluster.config import Config
 from cluster.errors import PoolUnavailable, SpringtideError
 from cluster.pool import graph, local
+from cluster.pool.folders import RAY_LOGS
 from cluster.pool.serve_api import ServeApi
 
 SYSTEMS = ("static", "stock_ray", "springtide")
@@ -129,16 +127,14 @@ def day(base: Config, system: str, times_s: list[float], seconds: float, shares:
         steps, log = job.step - from_step, job.text[from_byte:]
         per_step = job.examples / math.ceil(job.examples / GLOBAL_BATCH)
         looks = watcher.end()
-        said = serve_said()
+        said = serve_said(config)
         snapshots = parse(client.of(config).slots(began_s)["snapshots"])
     return Day(system, began_s, samples, looks, snapshots, said, round(steps * per_step), lost(log))
 
 
-def serve_said() -> str:
-    """The last line of the newest pool's Serve controller about a replica that has not got its place."""
-    sessions = (Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray").glob("session_2*")
-    newest = max(sessions)  # they are named by their time; `session_latest` may be another cluster's
-    logs = newest.glob("logs/serve/controller_*.log")
+def serve_said(config: Config) -> str:
+    """The last line of the pool's Serve controller about a replica that has not got its place."""
+    logs = (config.home / RAY_LOGS).glob("serve/controller_*.log")
     said = [line for log in logs for line in log.read_text(errors="replace").splitlines() if UNPLACED in line]
     return said[-1] if said else ""
 

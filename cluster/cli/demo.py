@@ -58,7 +58,7 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
         config = _hosting(config, running.default_model)
         console.print("The pool runs already. This command uses it.")
     else:
-        check_ports(config)
+        check_machine(config)
         config = _hosting(config, models.alias_for(model, config, console)) if model else config
     fitted = fit.of_fleets(config, registry)  # before Ray starts: what cannot fit is refused within a second
     with console.status("Starting Ray…"):
@@ -75,11 +75,11 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
     return config
 
 
-def check_ports(config: Config) -> None:
-    """Raise `PoolUnavailable` naming a port that is taken. Ray would only print its log."""
-    taken = [finding.words for finding in doctor.ports(config, running=False) if not finding.ok]
-    if taken:
-        raise PoolUnavailable(" ".join(taken))
+def check_machine(config: Config) -> None:
+    """Raise `PoolUnavailable` saying what is in the way of a start here, for example a port that is taken. Ray would only print its log."""
+    found = [finding.words for finding in doctor.surroundings(config, running=False) if not finding.ok]
+    if found:
+        raise PoolUnavailable(" ".join(found))
 
 
 def check_room(config: Config) -> None:

@@ -15,6 +15,7 @@ from cluster.capacity.fit import Fit, Slot, size_words
 from cluster.cli.fit import Fitted
 from cluster.client import Answer, Job
 from cluster.config import Config
+from cluster.pool import local
 from cluster.publishing.gate import Verdict
 from cluster.publishing.rollout import Rollout
 from cluster.store.jobs import JobEvent, JobStatus
@@ -25,7 +26,7 @@ IDS = ("job", "run", "replica", "version", "x-model-version", "base", "canary", 
 
 
 def serving(console: Console, config: Config) -> None:
-    url = f"http://{config.gateway.host}:{config.gateway.port}/v1"
+    url = f"{local.gateway(config)}/v1"
     question = '[{"role": "user", "content": "Who are you?"}]'
     example = f'{{"model": "{config.default_model}", "messages": {question}, "temperature": 0}}'
     console.print(f"\nThe OpenAI API is at [bold]{url}[/]. Try:\n")

@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,19 +23,25 @@ from typing import Any
 import httpx
 import psutil
 
-from cluster import niceness
+from cluster import address as addresses
+from cluster import machine, niceness
+from cluster.address import LOOPBACK
 from cluster.config import ENV_PREFIX, Config, parse
 from cluster.errors import PoolUnavailable
-from cluster.pool import haproxy
+from cluster.pool import folders, haproxy
 
 PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
-LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 90
 JOBS_S = 10
 """How long jobs may take to keep their state when the pool ends."""
 STOP_TIMEOUT_S = 3
-ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-"""What a shell may have set for another Ray. A new pool takes none of it, nor our own variables: the resolved file has them all."""
+ELSEWHERE = (
+    *("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_NAMESPACE", "RAY_REDIS_ADDRESS", "RAY_REDIS_PASSWORD", "RAY_GCS_SERVER_PORT"),
+    *("RAY_OVERRIDE_DASHBOARD_URL", "RAY_OVERRIDE_RESOURCES", "RAY_START_HOOK", "RAY_JOB_SUBMIT_HOOK", "RAY_JOB_HEADERS"),
+    *("RAY_RUNTIME_ENV", "RAY_RUNTIME_ENV_HOOK", "RAY_JOB_ID", "RAY_RAYLET_PID"),
+)
+"""What a shell may have set for another Ray: where that is, how to start and ask it, and which of its processes the shell runs in. A new pool
+takes none of it, nor our own variables: the resolved file has them all."""
 SERVING_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # 15 by default, which starves the gateway beside a busy engine
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -55,6 +60,7 @@ class Pool:
 
     pid: int
     created_s: float
+    """When that began, in seconds since the epoch. For a file of an older release only: the machine's clock may be set since."""
     address: str
     """Ray's GCS, ``host:port``."""
     dashboard: str
@@ -63,14 +69,22 @@ class Pool:
     """Where clients connect, ``http://host:port``."""
     token: str = field(default="", repr=False)
     """What Ray's own API and the gateway's admin routes ask for."""
+    started_ticks: int = 0
+    """When the process began, as `cluster.machine.start_ticks` says. 0 in a file of an older release."""
 
     @property
     def alive(self) -> bool:
         try:
             process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.created_s) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+            return self._is(process) and process.status() != psutil.STATUS_ZOMBIE
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
             return False
+
+    def _is(self, process: psutil.Process) -> bool:
+        """Whether it is the supervisor, and not another process that has its number now."""
+        if self.started_ticks:
+            return machine.start_ticks(self.pid) == self.started_ticks
+        return abs(process.create_time() - self.created_s) < 1
 
     def descendants(self) -> list[psutil.Process]:
         return psutil.Process(self.pid).children(recursive=True)
@@ -95,8 +109,8 @@ def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in the terminal is for the command in front, which then stops the pool in order
         )
-    began_s = psutil.Process(supervisor.pid).create_time()
-    pool = Pool(supervisor.pid, began_s, address(config), dashboard(config), gateway(config), token())
+    began_s, ticks = psutil.Process(supervisor.pid).create_time(), machine.start_ticks(supervisor.pid)
+    pool = Pool(supervisor.pid, began_s, address(config), dashboard(config), gateway(config), token(), ticks)
     write_json(config.home / "pool.json", asdict(pool))  # at once: whoever interrupts the start can stop it
     _wait(lambda: _answers(pool), supervisor, log)
     return pool
@@ -104,8 +118,7 @@ def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
 
 def remember(config: Config) -> Path:
     """Write the configuration in force where later commands on this home find it."""
-    config.home.mkdir(parents=True, exist_ok=True)
-    resolved = config.home / "resolved.json"
+    resolved = folders.home(config) / "resolved.json"
     write_json(resolved, config.dump())
     return resolved
 
@@ -113,18 +126,23 @@ def remember(config: Config) -> Path:
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Readable by its owner only. Whoever reads ``path`` meanwhile gets the old document or the new one, and never half of one."""
     descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")  # mode 0600
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(document, file, indent=1)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(
+            document, file, indent=1, ensure_ascii=False
+        )  # YAML, as which `config.load` reads it, takes no pairs of surrogates
     os.replace(partial, path)
 
 
 def remembered(config: Config) -> Config:
     """The configuration in force on this home."""
-    return parse(json.loads((config.home / "resolved.json").read_text()))
+    return parse(json.loads((config.home / "resolved.json").read_text("utf-8")))
 
 
 def find(config: Config) -> Pool | None:
-    """The pool started from this home, None where none runs. This process, and what it starts, speak with that pool from now on."""
+    """The pool started from this home, None where none runs. This process, and what it starts, speak with that pool from now on.
+
+    Raises `PoolUnavailable` where its file cannot be read.
+    """
     pool = _read(config.home / "pool.json")
     if pool is None or not pool.alive:
         return None
@@ -139,9 +157,11 @@ def find(config: Config) -> Pool | None:
 
 def _read(path: Path) -> Pool | None:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return None
+    except PermissionError as error:
+        raise folders.others(path) from error
     known = {one.name for one in fields(Pool)}
     return Pool(**{key: value for key, value in values.items() if key in known})
 
@@ -170,17 +190,16 @@ def down(config: Config) -> bool:
 
 
 def address(config: Config) -> str:
-    return f"{config.pool.host}:{config.pool.gcs_port}"
+    return addresses.authority(config.pool.host, config.pool.gcs_port)
 
 
 def dashboard(config: Config) -> str:
-    return f"http://{config.pool.host}:{config.pool.dashboard_port}"
+    return f"http://{addresses.authority(config.pool.host, config.pool.dashboard_port)}"
 
 
 def gateway(config: Config) -> str:
-    """Where commands on this machine reach the gateway: an address that stands for all interfaces is no destination."""
-    host = LOOPBACK if config.gateway.host in ("0.0.0.0", "::", "") else config.gateway.host  # noqa: S104 (compared, not bound)
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.gateway.port}"
+    """Where commands on this machine reach the gateway."""
+    return f"http://{addresses.authority(addresses.destination(config.gateway.host), config.gateway.port)}"
 
 
 def metrics_port(config: Config) -> int:
@@ -196,8 +215,9 @@ def environment(config: Config) -> dict[str, str]:
     (``ray/_private/services.py::get_node_ip_address``).
     """
     loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if config.pool.host == LOOPBACK else {}
-    excepted = [*os.environ.get("NO_PROXY", "").split(","), *os.environ.get("no_proxy", "").split(",")]
-    direct = ",".join(dict.fromkeys(filter(None, [*excepted, "127.0.0.1", "localhost", config.pool.host, config.gateway.host])))
+    excepted = [one.strip() for name in ("NO_PROXY", "no_proxy") for one in os.environ.get(name, "").split(",")]
+    ours = [LOOPBACK, "::1", "localhost", config.pool.host, config.gateway.host]
+    direct = ",".join(dict.fromkeys(filter(None, [*excepted, *ours])))
     return {
         **loopback,
         "NO_PROXY": direct,
@@ -207,7 +227,13 @@ def environment(config: Config) -> dict[str, str]:
 
 
 def use(config: Config) -> None:
-    """Set Ray's variables for this process. Call it before Ray is imported, which reads some of them then: a shell may have others."""
+    """Set Ray's variables for this process. Call it before Ray is imported, which reads some of them then: a shell may have others.
+
+    Raises `PoolUnavailable` where the home cannot be used.
+    """
+    folders.home(config)
+    for name in ELSEWHERE:
+        os.environ.pop(name, None)
     os.environ.update(environment(config))
 
 
@@ -217,7 +243,7 @@ def _token(config: Config) -> dict[str, str]:
         return {"RAY_AUTH_MODE": "token", **given}
     path = config.home / "ray_token"
     if not path.exists():
-        config.home.mkdir(parents=True, exist_ok=True)
+        folders.home(config)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
@@ -255,7 +281,7 @@ def _wait(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Pa
         if process.poll() is not None or time.monotonic() > deadline_s:
             process.terminate()
             process.wait()
-            end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            end = "\n".join(log.read_text("utf-8", errors="replace").splitlines()[-15:])
             raise PoolUnavailable(
                 f"Ray did not start.\n{end}\n", f"The whole log is {log}. Is another pool using the same ports?"
             )
@@ -291,18 +317,23 @@ def ray_command(config: Config) -> list[str]:
 
 
 def ray_environment(config: Config, resolved: Path, run: Path) -> dict[str, str]:
-    """The environment that every Ray process of the pool inherits. ``run`` is a short path for sockets, which must stay under 97 characters."""
+    """The environment that every Ray process of the pool inherits. ``run`` is a folder for sockets and Ray's own files; see `folders.run_folder`."""
     base = config.pool.agent_ports
     return {
         **{key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX) and key not in ELSEWHERE},
         **environment(config),
+        **folders.account(config),
+        "RAY_TMPDIR": str(run),  # of this pool alone: in /tmp/ray, another user's Ray may own what ours would write
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",  # jobs say `python` and mean this one
         "SPRINGTIDE_CONFIG": str(resolved),
         haproxy.NICENESS: str(niceness.CARRYING),
+        haproxy.HOST: config.gateway.host,
         **SERVING_ENVIRONMENT,
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.WRAPPER),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(run / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run / "admin.sock"),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(machine.connections(machine.open_files())),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(run / "admin"),  # Serve puts a node's id of 56 characters in between
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(run / "metrics"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(run),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(run / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(base + 2),
@@ -321,7 +352,9 @@ def supervise(config: Config, resolved: Path) -> int:
     nothing else here has state to save.
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    run = Path(tempfile.mkdtemp(prefix="springtide-"))  # ours alone: 0700
+    machine.raise_open_files()
+    run = folders.run_folder()
+    folders.show_logs(config, run)
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stopping.set())
@@ -332,7 +365,7 @@ def supervise(config: Config, resolved: Path) -> int:
     while left := psutil.Process().children(recursive=True):  # a process that ends may leave others to us
         _end(left, grace_s=STOP_TIMEOUT_S)
         _reap()
-    shutil.rmtree(run, ignore_errors=True)
+    folders.keep_logs(config, run)
     return ray.returncode or 0
 
 
@@ -375,4 +408,4 @@ def _signal(process: psutil.Process, number: int) -> None:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    sys.exit(supervise(parse(json.loads(path.read_text())), path))
+    sys.exit(supervise(parse(json.loads(path.read_text("utf-8"))), path))

