@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -26,6 +25,7 @@ from obstore.store import from_url
 from cluster.config import Config, Training
 from cluster.errors import BodyTooLarge, DataError
 from cluster.jobspec import ORIGIN
+from cluster.machine import expanded
 from cluster.redact import redact, redact_source
 from cluster.store.objects import Store
 from cluster.types import check_name
@@ -77,7 +77,7 @@ class Sources:
         if scheme in ("", "file"):
             if self.remote:
                 raise Denied("it is a path on a machine of the pool")
-            return Path(unquote(urlsplit(source).path) if scheme else source).expanduser().read_bytes()
+            return expanded(unquote(urlsplit(source).path) if scheme else source).read_bytes()
         if self.remote and not any(under(source, prefix) for prefix in self.training.data_prefixes):
             raise Denied("no prefix in training.data_prefixes fits")
         return self._object(source)
@@ -99,7 +99,7 @@ class Sources:
         return bytes(found.bytes())
 
     def _web(self, url: str) -> bytes:
-        with httpx.stream("GET", url, follow_redirects=True, timeout=TIMEOUT_S) as response:
+        with through_proxies() as client, client.stream("GET", url) as response:
             return self._body(response)
 
     def _public(self, url: str) -> bytes:
@@ -137,6 +137,19 @@ class Sources:
 
 
 ALLOWED = "Upload the file (PUT /admin/uploads), or name a public http(s) URL or a URL under training.data_prefixes."
+
+
+def through_proxies() -> httpx.Client:
+    """A client that goes through the proxies of the environment. Raises `ValueError` where they cannot be used."""
+    try:
+        return httpx.Client(follow_redirects=True, timeout=TIMEOUT_S)
+    except (
+        ImportError,
+        ValueError,
+        httpx.InvalidURL,
+    ) as error:  # SOCKS needs a package; a scheme or an exception that httpx cannot read
+        names = "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY"
+        raise ValueError(f"the environment's proxies cannot be used ({error}); correct or unset {names}") from error
 
 
 def of(config: Config) -> Fetch:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from cluster.config import Training, parse
-from cluster.errors import BodyTooLarge, DataError
+from cluster.errors import BadRequest, BodyTooLarge, DataError
 from cluster.jobspec import ORIGIN
 from cluster.store.objects import Store
 from jobs import sources
@@ -186,3 +186,19 @@ def test_an_address_is_public_or_refused() -> None:
     with pytest.raises(OSError):
         public_address("no.such.host.invalid", 80)
     assert httpx.URL("http://[::1]/").host == "::1"
+
+
+@pytest.mark.parametrize("proxy", ["socks9://nowhere", "socks5://127.0.0.1:9"])
+def test_proxies_that_cannot_be_used_are_named(proxy: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """A SOCKS proxy ended a job with a traceback about a package."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(DataError, match=r"the environment's proxies cannot be used .* HTTP_PROXY"):
+        Sources().fetch("http://data.example/lines.jsonl")
+
+
+def test_a_path_that_names_nobodys_home_is_said_to(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="knows no home for it"):
+        Sources().fetch("~nobody-is-called-so/lines.jsonl")
