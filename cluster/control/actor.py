@@ -80,7 +80,7 @@ class Control:
         )
         self.slots = Allocation(self.config.pool.accelerator, self.config.training.budget, self.applications)
         self.aliases = AliasReconciler(self.hosting, self.gateways, self.slots.room)
-        announcer = Announcer(self.hosting, self.gateways, lambda app: self.cold_starts.holding(app, time.time()))
+        announcer = Announcer(self.hosting, self.gateways, lambda app: self.cold_starts.holding(app, clock.now_s()))
         fleets = FleetReconciler(self.hosting, announcer, self.slots.ceilings)
         self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, self.slots.room)
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
@@ -152,13 +152,13 @@ class Control:
     @ray.method(concurrency_group=BEATS)
     def failed(self, replica: str, app: str, weights: str, words: str, final: bool) -> None:
         """Told by a replica whose engine did not start."""
-        self.cold_starts.failed(replica, app, FailedStart(weights, words, final, time.time()))
+        self.cold_starts.failed(replica, app, FailedStart(weights, words, final, clock.now_s()))
         self.reconcilers.application_changed(app)
 
     @ray.method(concurrency_group=BEATS)
     def failure(self, app: str, weights: str) -> str:
         """Why an engine over these weights need not be started now; empty where one may be."""
-        return self.cold_starts.holding(app, time.time(), weights)
+        return self.cold_starts.holding(app, clock.now_s(), weights)
 
     @ray.method(concurrency_group=BEATS)
     def leaving(self, replica: str) -> None:
