@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, cast
 from packaging.requirements import Requirement
 
 from cluster.errors import ModelNotFound, VersionRefused
+from cluster.machine import expanded
 from cluster.store import gguf
 from cluster.store.layout import is_harmless, read_config
 from cluster.store.objects import sha256
@@ -84,7 +85,7 @@ def called(named: str) -> str:
     """
     if "@" in named and "/" not in named:
         return VersionId.parse(named).name
-    path = Path(os.path.abspath(Path(named).expanduser()))
+    path = Path(os.path.abspath(expanded(named)))
     if (repository := _repository(path)) is not None:
         return check_name(repository.name.rpartition("--")[2])
     return check_name(path.stem if path.suffix == ".gguf" else path.name)
@@ -98,7 +99,7 @@ def find(named: str, tell: Tell) -> Source:
     name = called(named)
     if named in PACKAGED:
         return _packaged(named)
-    path = Path(named).expanduser()
+    path = expanded(named)
     if os.path.exists(path):  # False also for what no path can be
         return Source(name, path)
     folder = _in_hub(named, tell)
