@@ -29,7 +29,7 @@ from packaging.requirements import Requirement
 from cluster.errors import ModelNotFound, VersionRefused
 from cluster.machine import expanded
 from cluster.store import gguf
-from cluster.store.layout import is_harmless, read_config
+from cluster.store.layout import is_configuration, is_harmless, read_config
 from cluster.store.objects import sha256
 from cluster.store.registry import Registry
 from cluster.types import Lineage, Manifest, VersionId, check_name
@@ -288,7 +288,7 @@ def _without_code(files: dict[str, Path], cleaned: Path) -> dict[str, Path]:
     architecture that vLLM has itself."""
     result = dict(files)
     for at, (name, path) in enumerate(files.items()):
-        if name.endswith("config.json") and "auto_map" in (values := read_config(path)):
+        if is_configuration(name) and "auto_map" in (values := read_config(path)):
             del values["auto_map"]
             result[name] = cleaned / f"{at}.json"
             result[name].write_text(json.dumps(values, indent=2), "utf-8")

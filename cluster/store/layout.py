@@ -50,7 +50,7 @@ def check_files(files: Mapping[str, Path], kind: Kind, origin: Path) -> None:
     if not any(name.endswith(tensors) for name in files):
         raise VersionRefused(f"{origin} has no {tensors} file.", "Save it with safe_serialization=True.")
     for name, path in files.items():
-        if name.endswith("config.json") and "auto_map" in read_config(path):
+        if is_configuration(name) and "auto_map" in read_config(path):
             raise VersionRefused(f"{origin / name} names code to run (auto_map).", "Remote code is never run; remove it.")
 
 
@@ -61,6 +61,16 @@ def is_harmless(name: str) -> bool:
     (True, True, False)
     """
     return name.endswith(ENDINGS) or Path(name).name in ("LICENSE", "NOTICE")
+
+
+def is_configuration(name: str) -> bool:
+    """Whether a loader reads the file as settings, which may name code to run. ``data_config.json`` is sentence-transformers' list of what an
+    encoder was trained on.
+
+    >>> is_configuration("generation_config.json"), is_configuration("data_config.json")
+    (True, False)
+    """
+    return name.endswith("config.json") and Path(name).name != "data_config.json"
 
 
 def _hidden(path: Path) -> bool:

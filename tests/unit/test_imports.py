@@ -122,9 +122,10 @@ def test_of_the_same_weights_in_two_formats_one_is_taken(registry: Registry, tmp
 
 def test_an_encoder_keeps_its_modules(registry: Registry, tmp_path: Path) -> None:
     modules = json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "../outside"}, {"path": "absent"}])
-    folder = write(tmp_path / "tiny", {**MODEL, "modules.json": modules, "1_Pooling/config.json": "{}"})
+    encoder = {**MODEL, "modules.json": modules, "1_Pooling/config.json": "{}", "data_config.json": '["what it was trained on"]'}
+    folder = write(tmp_path / "tiny", encoder)
     write(tmp_path / "outside", {"secret.json": "{}"})
-    assert paths(added(registry, str(folder), tmp_path / "scratch")) == {*MODEL, "modules.json", "1_Pooling/config.json"}
+    assert paths(added(registry, str(folder), tmp_path / "scratch")) == set(encoder)
 
 
 @pytest.mark.parametrize(
