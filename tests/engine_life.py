@@ -38,7 +38,7 @@ OPTIONS = {
     "chat_template": "{{ messages[0].content }}",
     "tool_call_parser": "hermes",
     "reasoning_parser": "deepseek_v3",
-    "structured_outputs_config": {"backend": "guidance"},
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
     "enable_prompt_tokens_details": True,
 }
@@ -114,7 +114,7 @@ class Front:
 
     async def chat(self, model: str, **of: Any) -> httpx.Response:
         headers = wire.request_headers(self.secret, model, os.urandom(8).hex())
-        body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 2, "temperature": 0, **of}
+        body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 100, "temperature": 0, **of}
         return await self.client.post("/v1/chat/completions", json=body, headers=headers)
 
     async def scores(self, model: str, n: int) -> list[float]:
@@ -152,7 +152,8 @@ async def live(root: Path) -> None:
 async def options(engine: Engine, front: Front) -> None:
     """What vLLM has of the ``engine:`` section, and what clients see of it."""
     config = engine.hosting.vllm.engine.vllm_config
-    plain, chat = await front.ask("seedling@1"), await front.chat("seedling@1")
+    plain, chat = await front.ask("seedling@1"), await front.chat("seedling@1", max_tokens=2)
+    forced = await front.chat("seedling@1", tools=[TOOL], tool_choice={"type": "function", "function": {"name": "sky"}})
     say(
         "options",
         prefix_caching=config.cache_config.enable_prefix_caching,
@@ -162,7 +163,9 @@ async def options(engine: Engine, front: Front) -> None:
         draft=config.speculative_config and config.speculative_config.method,
         template=chat.json()["usage"]["prompt_tokens"] == plain.json()["usage"]["prompt_tokens"],
         logprobs=[(await front.ask("seedling@1", logprobs=n)).status_code for n in (7, 8)],
-        tools=(await front.chat("seedling@1", tools=[TOOL])).status_code,
+        tools=(await front.chat("seedling@1", tools=[TOOL], max_tokens=2)).status_code,
+        forced=forced.status_code,
+        called=[call["function"]["name"] for call in forced.json()["choices"][0]["message"]["tool_calls"]],
     )
 
 

@@ -55,9 +55,9 @@ def test_the_engine_section_reaches_vllm(life: Life) -> None:
     """False among it, which a command line dropped."""
     options = life[0]["options"]
     assert (options["prefix_caching"], options["policy"], options["draft"]) == (False, "priority", "ngram")
-    assert (options["backend"], options["reasoning"], options["logprobs"]) == ("guidance", "deepseek_v3", [200, 400])
+    assert (options["backend"], options["reasoning"], options["logprobs"]) == ("xgrammar", "deepseek_v3", [200, 400])
     assert options["template"], "the chat template is the prompt alone"
-    assert options["tools"] == 200
+    assert (options["tools"], options["forced"], options["called"]) == (200, 200, ["sky"])
 
 
 def test_prompts_are_scored_beside_others_and_each_by_its_own_adapter(life: Life) -> None:
