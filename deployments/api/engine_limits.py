@@ -50,18 +50,6 @@ def refuse_misshapen(body: Body) -> None:
         raise BadRequest("`messages` is empty.", "Send at least one message.", "messages")
 
 
-def refuse_contradiction(body: Body) -> None:
-    """A grammar allows some tokens at each step, and another parameter forbids some. Where they leave none, vLLM samples a token that the
-    grammar rejects, and answers 500."""
-    others = [name for name in ("allowed_token_ids", "bad_words") if body.get(name)]
-    if others and (grammar := next(_grammars(body), None)) is not None:
-        raise BadRequest(
-            f"`{others[0]}` cannot be combined with `{grammar.param}`: together they may leave no token.",
-            "Leave one out.",
-            others[0],
-        )
-
-
 # faults that reach other clients' answers
 
 
@@ -123,7 +111,6 @@ def _refuse_above(count: int, limit: int, of_what: str, grammar: "Grammar") -> N
 
 CHECKS: tuple[Callable[[Body], None], ...] = (
     refuse_misshapen,
-    refuse_contradiction,
     refuse_chosen_logprobs,
     refuse_long_repetitions,
     refuse_many_bad_words,
@@ -148,8 +135,6 @@ def _grammars(body: Body) -> Iterator[Grammar]:
     for part in ("json", "regex", "choice", "grammar", "structural_tag"):
         if outputs.get(part) is not None:
             yield Grammar(f"structured_outputs.{part}", part if part in ("regex", "grammar") else "json", outputs[part])
-    if outputs.get("json_object"):
-        yield Grammar("structured_outputs.json_object", "json", {})
     for param, form in (("response_format", body.get("response_format")), ("text.format", _dict(body.get("text")).get("format"))):
         if _dict(form).get("type") not in (None, "text"):
             yield Grammar(param, "json", form)

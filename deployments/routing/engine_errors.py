@@ -28,6 +28,11 @@ NO_TOOL_PARSER = re.compile(
 
 DEAD = "EngineCore encountered an issue"
 """How vLLM 0.29 begins to say that its engine process has ended."""
+NO_ANSWER = "Internal server error"
+"""All that vLLM 0.29 says (``GenerationError``) where it could not compile a request's grammar, or the grammar allowed none of the tokens that
+other parameters left. The engine is well: ``root ::= root`` is such a grammar."""
+MOST_CHARACTERS = 2_000
+"""Of the engine's words. They may quote all of what the client sent."""
 
 
 class EngineFailed(ReplicaLost):
@@ -62,6 +67,8 @@ def engine_error(status: int, body: bytes, task: str = "", path: str = "") -> Sp
         return NotSupported(said.words, param=said.param)
     if status >= 500 and said.words.startswith(DEAD):
         return EngineDied("The engine ended while it answered.", AGAIN, words=said.words)
+    if status == 500 and said == (NO_ANSWER, None, True):
+        return BadRequest("The engine could not follow the request's grammar.", "See that some answer of it is possible.")
     if status >= 500:
         return EngineFailed(
             "The engine failed over the request.", "Send it again; the gateway's log has the reason.", words=said.words
@@ -91,6 +98,6 @@ def stream_error(events: bytes) -> SpringtideError:
 def _said(body: bytes) -> _Said:
     try:
         error = orjson.loads(body)["error"]
-        return _Said(str(error["message"]), error.get("param"))
+        return _Said(str(error["message"])[:MOST_CHARACTERS], error.get("param"))
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return _Said(body[:200].decode(errors="replace") or "the engine gave no reason", is_engines=False)

@@ -121,9 +121,10 @@ def test_vllm_scores_a_prompt_with_the_indices_of_the_whole_batch() -> None:
 
 
 def test_a_dead_engine_is_said_in_the_words_that_the_gateway_knows() -> None:
-    from deployments.routing.engine_errors import DEAD
+    from deployments.routing.engine_errors import DEAD, NO_ANSWER
 
     assert f'ENGINE_DEAD_MESSAGE = "{DEAD}' in (VLLM / "v1/engine/exceptions.py").read_text()
+    assert f'raise GenerationError("{NO_ANSWER}")' in (VLLM / "entrypoints/generate/base/serving.py").read_text()
 
 
 def test_the_first_grammars_backend_compiles_all_others() -> None:
@@ -153,7 +154,6 @@ def test_grammars_are_checked_in_the_loop_that_serves_tokens() -> None:
         ("v1/sample/sampler.py", ["logprobs_tensors = logprob_token_ids_tensors"]),
         ("v1/core/sched/utils.py", ["for pattern_len in range("]),
         ("sampling_params.py", ["for bad_word in self.bad_words:", "prompt_token_ids = tokenizer.encode("]),
-        ("v1/core/sched/scheduler.py", ['"Unexpected: grammar rejected tokens %s for request %s. "']),
         ("sampling_params.py", ["skip_guidance = has_guidance_unsupported_json_features(schema)"]),
     ],
 )  # fmt: skip

@@ -34,8 +34,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a tool without a name": ({"tool_choice": {"type": "function"}, "tools": [TOOL, {"type": "function"}]}, "tools[1].function.name"),
     "a tool that is a number": ({"tool_choice": {}, "tools": [1]}, "tools[0].function.name"),
     "no messages": ({"messages": []}, "messages"),
-    "a grammar and few tokens": ({"structured_outputs": {"regex": "a+"}, "allowed_token_ids": [1]}, "allowed_token_ids"),
-    "a schema and bad words": ({**formatted({"type": "object"}), "bad_words": ["{"]}, "bad_words"),
     "logprobs of chosen tokens": ({"logprobs": 1, "logprob_token_ids": [5]}, "logprob_token_ids"),
     "endless repetitions": ({"repetition_detection": {"max_pattern_size": 10**6, "min_count": 2}}, "repetition_detection"),
     "a book of bad words": ({"bad_words": ["a" * 20_000]}, "bad_words"),

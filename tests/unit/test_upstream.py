@@ -332,6 +332,17 @@ def test_a_replica_that_took_too_long_sees_its_client_leave() -> None:
     assert left and (caught.value.status, caught.value.code) == (504, "timeout")
 
 
+def test_a_grammar_that_allows_nothing_is_its_senders_fault_and_costs_no_replica_its_name() -> None:
+    """`root ::= root` was a 502, after two replicas."""
+    for status, words, kind in ((500, "Internal server error", BadRequest), (500, "list index out of range", ReplicaLost)):
+        assert isinstance(engine_error(status, orjson.dumps({"error": {"message": words, "param": None, "code": status}})), kind)
+
+
+def test_what_the_engine_quotes_of_a_client_is_cut() -> None:
+    """A million characters of a wrong `stop` came back."""
+    assert len(str(engine_error(400, orjson.dumps({"error": {"message": "x" * 10**6, "code": 400}})))) <= 2_000
+
+
 def test_no_address_of_a_replica_reaches_a_client() -> None:
     """The message was `Cannot connect to host 127.0.0.1:43211`."""
     with pytest.raises(ReplicaLost) as caught:
