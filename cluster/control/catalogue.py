@@ -57,5 +57,5 @@ def rollout(registry: Registry, alias: str) -> Rollout:
     """The newest rollout of an alias. Raises `ModelNotFound`."""
     one = registry.rollout(alias)
     if one is None:
-        raise ModelNotFound(f"There was no rollout of {alias}.", "`springtide publish` begins one.", param="model")
+        raise ModelNotFound(f"No rollout of {alias} has begun yet.", "`springtide publish` begins one.", param="model")
     return one
