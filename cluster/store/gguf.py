@@ -8,6 +8,7 @@ give the same bytes.
 Numbers keep their type where the file has whole ones (F32, F16); blocks become bfloat16.
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -16,12 +17,26 @@ import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
+
 from cluster.errors import ModelNotFound, VersionRefused
+from cluster.store import gguf_header
+from cluster.store.gguf_header import MAGIC, NUMBERS, STRING, Field, Header, Tensor
 
 ENDING = ".gguf"
-MAGIC = b"GGUF"
+WHOLE = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I8": np.int8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+}
+"""Kinds of tensors that hold numbers and no blocks."""
 PART = re.compile(r"-\d{5}-of-(\d{5})$")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -74,11 +89,14 @@ def convert(file: Path, folder: Path, tell: Callable[[str], None]) -> None:
 
 def write(file: Path, folder: Path) -> None:
     """Convert ``file``, and print each step. Raises whatever transformers raises."""
-    tensors = _tensors(file)  # first, so that a damaged file fails within a second
-    if "rope_freqs.weight" in tensors:  # transformers leaves it out without a word, and long contexts would be answered badly
+    header = gguf_header.read(file)  # first, so that a damaged file fails at once
+    if (
+        "rope_freqs.weight" in header.tensors
+    ):  # transformers leaves it out without a word, and long contexts would be answered badly
         sys.exit("transformers cannot read its rotary scaling (rope_freqs); take the model's safetensors")
-    dtype = _dtype({kind for kind, dimensions in tensors.values() if dimensions > 1})
-    print(f"{len(tensors)} tensors as {dtype}", flush=True)
+    dtype = as_dtype(header)
+    print(f"{len(header.tensors)} tensors as {dtype}", flush=True)
+    read_once(file, header)
     import torch
     import transformers
 
@@ -96,12 +114,47 @@ def write(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _tensors(file: Path) -> dict[str, tuple[str, int]]:
-    """Name → (how its numbers are written, number of dimensions), of every tensor."""
-    from gguf import GGUFReader  # pyright: ignore[reportMissingTypeStubs]
+def read_once(file: Path, header: Header) -> None:
+    """Let transformers have the file as it was read here. It would parse it four times by the reader of the package gguf, which takes three
+    seconds each time, and make the map of names once for each module of the model."""
+    import gguf  # pyright: ignore[reportMissingTypeStubs]
 
-    tensors: list[Any] = list(GGUFReader(file).tensors)
-    return {str(tensor.name): (str(tensor.tensor_type.name), len(tensor.shape)) for tensor in tensors}
+    package, read = cast(Any, gguf), given(file, header)
+    package.GGUFReader = lambda *_: read  # pyright: ignore[reportUnknownLambdaType]
+    package.get_tensor_name_map = functools.cache(package.get_tensor_name_map)
+
+
+def given(file: Path, header: Header) -> Any:
+    """What transformers uses of a ``gguf.GGUFReader``."""
+    from gguf import GGMLQuantizationType  # pyright: ignore[reportMissingTypeStubs]
+
+    data: Any = np.asarray(np.memmap(file, mode="r"))
+    tensors = [
+        SimpleNamespace(name=name, tensor_type=GGMLQuantizationType(tensor.kind), data=_blocks(tensor, data))
+        for name, tensor in header.tensors.items()
+    ]
+    return SimpleNamespace(fields={name: _Parts(field) for name, field in header.fields.items()}, tensors=tensors)
+
+
+def _blocks(tensor: Tensor, data: Any) -> Any:
+    """A tensor's numbers, or its rows of blocks as bytes. Nothing is copied."""
+    held = data[tensor.begin : tensor.end].view(WHOLE.get(tensor.dtype, np.uint8))
+    return held.reshape(*tensor.shape[:-1], -1)
+
+
+class _Parts:
+    """A setting as ``gguf.ReaderField`` has it: every number is a list of one."""
+
+    def __init__(self, field: Field) -> None:
+        kind = field.types[-1]
+        self.types = field.types
+        self.parts = field.items if kind == STRING else np.array(field.items, NUMBERS[kind])[:, None]
+        self.data = range(len(field.items))
+
+
+def as_dtype(header: Header) -> str:
+    """The type in which a model's numbers are written."""
+    return _dtype({tensor.dtype for tensor in header.tensors.values() if len(tensor.shape) > 1})
 
 
 def _dtype(types: set[str]) -> str:
@@ -115,4 +168,5 @@ def _dtype(types: set[str]) -> str:
 
 
 if __name__ == "__main__":
+    sys.modules["mistral_common"] = cast(Any, None)  # the package gguf would import it, for a second, to write files of Mistral's
     write(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -8,13 +8,15 @@ import pytest
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed; `make setup` installs it")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from gguf.gguf_reader import GGUFReader  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from cluster.errors import VersionRefused  # noqa: E402
 from cluster.store import gguf as conversion  # noqa: E402
-from cluster.store import imports  # noqa: E402
+from cluster.store import gguf_header, imports  # noqa: E402
 from cluster.store.objects import Store  # noqa: E402
 from cluster.store.registry import Registry  # noqa: E402
 from jobs.pretrain import grow_tokenizer, seedling  # noqa: E402
@@ -106,6 +108,42 @@ def test_a_gguf_file_becomes_a_version_that_is_the_same_model(made: Any, tmp_pat
     conversion.write(tmp_path / "tiny.gguf", tmp_path / "again")
     again = registry.register("again", "weights", None, tmp_path / "again", registry.manifest(id).lineage)
     assert again.digest == registry.manifest(id).digest, "another process, another time, the same bytes"
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_1", "BF16"])
+def test_a_header_says_what_the_readers_package_says(made: Any, tmp_path: Path, kind: str) -> None:
+    model, tokenizer = made
+    write_gguf(tmp_path / "tiny.gguf", model, tokenizer, gguf.GGMLQuantizationType[kind])
+    header = gguf_header.read(tmp_path / "tiny.gguf")
+    theirs = GGUFReader(tmp_path / "tiny.gguf")
+    own = {name: field for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    assert {name: header.value(name) for name in header.fields} == {name: field.contents() for name, field in own.items()}
+    assert [*header.tensors] == [tensor.name for tensor in theirs.tensors]
+    for given, expected in zip(conversion.given(tmp_path / "tiny.gguf", header).tensors, theirs.tensors, strict=True):
+        assert given.tensor_type == expected.tensor_type and given.data.dtype == expected.data.dtype
+        assert np.array_equal(given.data, expected.data), expected.name
+
+
+def test_the_kinds_of_blocks_are_those_of_the_package() -> None:
+    sizes = {kind.value: (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    assert sizes == gguf_header.BLOCKS
+
+
+def test_the_files_are_those_that_transformers_writes_by_itself(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = made
+    write_gguf(tmp_path / "tiny.gguf", model, tokenizer, gguf.GGMLQuantizationType.Q4_1)
+    monkeypatch.setattr(conversion, "read_once", lambda *_: None)
+    monkeypatch.setattr(gguf, "GGUFReader", GGUFReader)
+    conversion.write(tmp_path / "tiny.gguf", tmp_path / "slow")
+    monkeypatch.undo()
+    conversion.write(tmp_path / "tiny.gguf", tmp_path / "fast")
+    assert contents(tmp_path / "fast") == contents(tmp_path / "slow")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_blocks_become_bfloat16(made: Any, tmp_path: Path) -> None:
