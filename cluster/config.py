@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cluster import engine_options
 from cluster.address import LOOPBACK, bare
+from cluster.capacity import options
 from cluster.capacity.arbiter import Budget
-from cluster.capacity.fit import Fit, Slot
+from cluster.capacity.fit import Fit
+from cluster.capacity.kv_cache import Slot
 from cluster.errors import BadRequest, ConfigError
 from cluster.machine import expanded
 from cluster.publishing.gate import GatePolicy
@@ -228,6 +230,7 @@ class FleetSpec(Section):
             max_model_len=fleet.max_model_len,
             max_loras=fleet.max_loras if fleet.task == "generate" else 0,
             max_lora_rank=fleet.max_lora_rank,
+            **options.changed(fleet.engine),
         )
 
     def fitted(self, found: Fit) -> Self:

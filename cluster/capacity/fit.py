@@ -1,7 +1,7 @@
 """Does a model fit on a slot? What its weights, its adapters and its KV cache need, and the longest context for which there is room.
 
-Computed as vLLM 0.29 computes it (``vllm/v1/core/kv_cache_utils.py``, ``kv_cache_interface.py``), from the configuration and the tensors'
-headers alone, before anything starts. A contract test compares the two. What a fleet leaves open (`max_model_len`, and without a GPU
+Computed as vLLM 0.29 computes it, from the configuration and the tensors' headers alone, before anything starts. `python -m tests.fit_table`
+prints the two beside each other. What a fleet leaves open (`max_model_len`, and without a GPU
 `kv_cache_bytes`) is chosen here too, by the same function for whoever prints it and for the engine that starts.
 
 Example: SmolLM2-135M on a laptop with 16 GiB. One token takes 45 KiB, so the whole context of 8,192 tokens fits. In a KV cache of 128 MiB
@@ -17,12 +17,13 @@ Example: SmolLM2-135M on a laptop with 16 GiB. One token takes 45 KiB, so the wh
 2688
 """
 
-from bisect import bisect_right
 from collections.abc import Mapping
 from math import prod
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from cluster.capacity import options
 from cluster.capacity.attention import Attention, attention
+from cluster.capacity.kv_cache import Cache, Slot, cache_of, longest_tokens, requests
 from cluster.capacity.lora import takes_adapters
 
 GIB = 1 << 30
@@ -31,11 +32,6 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 OTHER_BYTES: dict[str, int] = {"slot": 2 * GIB, "gpu": 3 * GIB}
 """Accelerator → allowance for what an engine needs beside weights, adapters and KV cache: activations, graphs, libraries. On two cores an
 engine with a small model took 2.3 GB with its KV cache. On GPUs it is an estimate."""
-BLOCK_TOKENS: dict[str, int] = {"slot": 128, "gpu": 16}
-"""Accelerator → tokens of one block of the KV cache. vLLM takes 16 on CPUs too where the attention is latent."""
-BATCH_TOKENS: dict[str, int] = {"slot": 2048, "gpu": 2 * 8192}
-"""Accelerator → tokens in flight: a sliding window keeps them beside its own. One batch on CPUs and two on GPUs; 8192 is what vLLM takes on
-GPUs of 70 to 160 GiB."""
 PARALLEL, MOST_UTILIZATION, LEAST_TOKENS = (1, 2, 4, 8), 0.95, 16
 """What is proposed of `tensor_parallel_size`, of `gpu_memory_utilization` at most, and of `max_model_len` at least."""
 LEAST_CONTEXT_TOKENS = 1024
@@ -67,65 +63,6 @@ class Model(NamedTuple):
     config: dict[str, Any]
     """The raw config.json."""
     tensors: Mapping[str, Tensor]
-
-
-class Slot(NamedTuple):
-    """Where the model shall run, and what a fleet's configuration says of its engine. The names are the configuration's."""
-
-    accelerator: Literal["slot", "gpu"]
-    memory_bytes: int | None = None
-    """Of one device, or of the machine where there is no GPU. None: not known."""
-    gpu_memory_utilization: float = 0.9
-    kv_cache_bytes: int | None = None
-    tensor_parallel_size: int = 1
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    max_loras: int = 4
-    max_lora_rank: int = 16
-
-    @property
-    def element_bytes(self) -> int:
-        """With ``auto`` vLLM takes two bytes, for models that were saved with four as well."""
-        return 4 if self.dtype == "float32" else 2
-
-    @property
-    def engine_bytes(self) -> int | None:
-        """What vLLM takes of a device at most. With a KV cache of a given size it does not look at the share."""
-        share = self.gpu_memory_utilization if self.kv_cache_bytes is None else 1
-        return None if self.memory_bytes is None else int(self.memory_bytes * share)
-
-
-class Cache(NamedTuple):
-    """vLLM's KV cache on one device. Blocks of all groups of layers come from one pool, so they have one size."""
-
-    kept: Attention
-    layer_token_bytes: int
-    """Bytes of one token in one layer."""
-    block_tokens: int
-    batch_tokens: int
-
-    @property
-    def groups(self) -> tuple[int, int]:
-        """How many groups the full and the sliding layers are divided into. Each group has about as many layers as there are of the rarer
-        kind, and tables of blocks of its own."""
-        few, many = sorted((self.kept.full_layers, self.kept.sliding_layers))
-        layers = few if few and many >= 1.5 * few else max(1, many)
-        return -(-self.kept.full_layers // layers), -(-self.kept.sliding_layers // layers)
-
-    @property
-    def block_bytes(self) -> int:
-        counts = zip((self.kept.full_layers, self.kept.sliding_layers), self.groups, strict=True)
-        layers = max(-(-layers // max(1, groups)) for layers, groups in counts)
-        return layers * self.block_tokens * self.layer_token_bytes
-
-    def blocks(self, tokens: int) -> int:
-        """The blocks that one request of ``tokens`` takes at most. A window may begin in the middle of a block."""
-        within = min(self.kept.window_tokens - 1 + self.batch_tokens, tokens)
-        full, sliding = -(-tokens // self.block_tokens), -(-within // self.block_tokens) + 1
-        return self.groups[0] * full + self.groups[1] * sliding
-
-    def request_bytes(self, tokens: int) -> int:
-        return self.blocks(tokens) * self.block_bytes
 
 
 class Fit(NamedTuple):
@@ -186,8 +123,11 @@ def fit(model: Model, slot: Slot) -> Fit:
 
 def measure(model: Model, slot: Slot) -> Fit:
     """`fit`, without what to change."""
-    kept, adapters = attention(model.config), takes_adapters(model.config)
-    cache = cache_of(kept, slot)
+    config = options.merged(model.config, slot.overrides)
+    smaller = slot.unknown or _why_smaller(model, slot)
+    adapters, kept = takes_adapters(config), attention(config)
+    cache = cache_of(kept._replace(unknown=smaller or kept.unknown or slot.kv_unknown), slot)
+    kept = cache.kept
     weights, places = weights_bytes(model, slot), adapters_bytes(model, slot) if adapters else 0
     other, room = OTHER_BYTES[slot.accelerator], slot.engine_bytes
     left = None if room is None else max(0, room - weights - places - other)
@@ -209,9 +149,9 @@ def measure(model: Model, slot: Slot) -> Fit:
         request_bytes=cache.request_bytes(context),
         kv_budget_bytes=budget,
         longest_tokens=None if most is None or kept.unknown else longest_tokens(cache, most),
-        requests=None if budget is None or not kept.layers else requests(cache, budget, context),
+        requests=None if budget is None or kept.unknown or not kept.layers else requests(cache, budget, context),
     )
-    return found._replace(problem=_problem(found, slot))
+    return found._replace(problem=_problem(found, slot, smaller))
 
 
 def _most_kv_bytes(slot: Slot, left_bytes: int | None) -> int | None:
@@ -224,7 +164,7 @@ def _most_kv_bytes(slot: Slot, left_bytes: int | None) -> int | None:
 def _context(cache: Cache, most_bytes: int | None) -> int:
     """The context of an engine whose fleet does not say it: the model's own, or as much of it as there is room for."""
     own = cache.kept.default_tokens
-    if most_bytes is None or not cache.kept.layers:
+    if most_bytes is None or cache.kept.unknown or not cache.kept.layers:
         return own
     return min(own, max(LEAST_CONTEXT_TOKENS, longest_tokens(cache, most_bytes)))
 
@@ -237,33 +177,27 @@ def _chosen_kv_bytes(cache: Cache, context_tokens: int, most_bytes: int | None) 
     return wanted if most_bytes is None else max(1 << 20, min(wanted, most_bytes))
 
 
-def cache_of(kept: Attention, slot: Slot) -> Cache:
-    """The KV cache on one device. Tensor parallelism divides the heads; a latent vector has none to divide."""
-    heads = 1 if kept.latent else max(1, kept.kv_heads // slot.tensor_parallel_size)
-    layer_token_bytes = heads * kept.head_size * (1 if kept.latent else 2) * slot.element_bytes
-    block_tokens = 16 if kept.latent else BLOCK_TOKENS[slot.accelerator]
-    return Cache(kept, layer_token_bytes, block_tokens, BATCH_TOKENS[slot.accelerator])
-
-
-def longest_tokens(cache: Cache, budget_bytes: int) -> int:
-    """The longest context of one request that ``budget_bytes`` hold; 0 where they hold none. vLLM never gives one of the blocks away."""
-    room = budget_bytes - cache.block_bytes
-    return bisect_right(range(1, cache.kept.max_tokens + 1), room, key=cache.request_bytes)
-
-
-def requests(cache: Cache, budget_bytes: int, tokens: int) -> int:
-    """How many requests of ``tokens`` there is room for at once."""
-    return max(0, budget_bytes // cache.block_bytes - 1) // cache.blocks(tokens)
-
-
 def weights_bytes(model: Model, slot: Slot) -> int:
-    """Of one device, as the engine holds them: in its own dtype. An output layer that is tied to the embedding is the same tensor."""
+    """Of one device, as the engine holds them: in its own dtype, or as it quantizes them. An output layer that is tied to the embedding is the
+    same tensor. The draft model's are among them."""
     tied = model.config.get("tie_word_embeddings") is True
-    held = [tensor for name, tensor in model.tensors.items() if not (tied and name == "lm_head.weight")]
-    total = sum(
-        prod(tensor.shape) * slot.element_bytes if tensor.dtype in FLOATS else tensor.end - tensor.begin for tensor in held
-    )
-    return -(-total // slot.tensor_parallel_size)
+    held = {name: tensor for name, tensor in model.tensors.items() if not (tied and name == "lm_head.weight")}
+    method = "" if "quantization_config" in model.config else slot.quantization
+    total = sum(_tensor_bytes(name, tensor, method, slot) for name, tensor in held.items())
+    return -(-(int(total) + (slot.draft_bytes or 0)) // slot.tensor_parallel_size)
+
+
+def _tensor_bytes(name: str, tensor: Tensor, method: str, slot: Slot) -> float:
+    if tensor.dtype not in FLOATS:
+        return tensor.end - tensor.begin
+    return prod(tensor.shape) * (options.quantized_bytes(method, name, len(tensor.shape)) or slot.element_bytes)
+
+
+def _why_smaller(model: Model, slot: Slot) -> str:
+    """Why the weights may be smaller than they are computed: what vLLM makes of them is not known here."""
+    if not slot.quantization or "quantization_config" in model.config or slot.quantization in options.WEIGHT_BYTES:
+        return ""
+    return f"what {slot.quantization} makes of the weights is not computed here (engine.quantization)"
 
 
 def adapters_bytes(model: Model, slot: Slot) -> int:
@@ -276,11 +210,12 @@ def adapters_bytes(model: Model, slot: Slot) -> int:
     return slot.max_loras * slot.max_lora_rank * sides * slot.element_bytes
 
 
-def _problem(found: Fit, slot: Slot) -> str:
+def _problem(found: Fit, slot: Slot, smaller: str) -> str:
+    """``smaller``: why it may need less than was computed. Then nothing is refused for want of memory."""
     if found.attention.heads % slot.tensor_parallel_size:
         return f"tensor_parallel_size {slot.tensor_parallel_size} does not divide the model's {found.attention.heads} attention heads"
     held = found.weights_bytes + found.adapters_bytes + found.other_bytes + (slot.kv_cache_bytes or 0)
-    if found.engine_bytes is not None and held > found.engine_bytes:
+    if found.engine_bytes is not None and held > found.engine_bytes and not smaller:
         parts = "weights, adapters and the engine itself" + (" with its KV cache" if slot.kv_cache_bytes else "")
         return f"{parts} need {size_words(held)}, and there are {size_words(found.engine_bytes)}"
     if found.context_tokens > found.attention.max_tokens:
@@ -309,6 +244,7 @@ def _candidates(slot: Slot, found: Fit) -> list[dict[str, Any]]:
         ("dtype", "bfloat16" if slot.dtype == "float32" else None),
         ("gpu_memory_utilization", MOST_UTILIZATION if slot.gpu_memory_utilization < MOST_UTILIZATION else None),
         *(("tensor_parallel_size", size) for size in PARALLEL if slot.accelerator == "gpu"),
+        ("quantization", "fp8" if slot.accelerator == "gpu" and not slot.quantization else None),
     ]
     return [{key: value} for key, value in values if value]
 
@@ -321,8 +257,12 @@ def _enough(model: Model, slot: Slot, changes: list[dict[str, Any]]) -> tuple[di
 
 def changes_in_words(found: Fit) -> str:
     """What to do about a model that does not fit: the keys of the fleet to change."""
-    changes = [" and ".join(f"fleet.{key}={value}" for key, value in change.items()) for change in found.changes]
+    changes = [" and ".join(f"fleet.{_key(key)}={value}" for key, value in change.items()) for change in found.changes]
     return f"Set {', or '.join(changes)}." if changes else "Take a smaller or a quantized model, or more memory."
+
+
+def _key(name: str) -> str:
+    return f"engine.{name}" if name == "quantization" else name
 
 
 def size_words(count: int) -> str:

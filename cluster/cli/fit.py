@@ -1,15 +1,14 @@
 """What fits, for commands: `springtide fit MODEL` for one model on one slot, and `springtide up` for every fleet before Ray starts."""
 
 import contextlib
-from pathlib import Path
 from typing import NamedTuple
 
-from cluster.capacity.fit import Fit, Model, Slot, changes_in_words
+from cluster.capacity.fit import Fit, Model, changes_in_words
+from cluster.capacity.kv_cache import Slot
 from cluster.config import Config, FleetSpec
 from cluster.errors import ModelNotFound, RecordDamaged, VersionRefused
-from cluster.machine import expanded
 from cluster.memory import device_bytes
-from cluster.store import fitting
+from cluster.store import fitting, imports
 from cluster.store.objects import Store
 from cluster.store.registry import Registry, registry_of
 from cluster.types import NAME, VersionId
@@ -25,7 +24,8 @@ class Fitted(NamedTuple):
 
 
 def read(named: str, config: Config) -> tuple[str, Model]:
-    """What a model is called, and what is known of it. ``named`` is a name or version in the store, or a folder; of an adapter its base counts.
+    """What a model is called, and what is known of it. ``named`` is what ``--model`` takes, if it is on this machine; of an adapter its base
+    counts.
 
     Raises `ModelNotFound`, and `VersionRefused` for files that are not what they must be.
     """
@@ -33,10 +33,10 @@ def read(named: str, config: Config) -> tuple[str, Model]:
     if "/" not in named and registry and ("@" in named or (NAME.fullmatch(named) and registry.alias(named))):
         id = registry.resolve(named).weights
         return str(id), fitting.of_version(registry, id, config.home / "cache")
-    folder = expanded(named)
-    if not folder.is_dir():
-        raise _absent(named, folder, registry)
-    return str(folder), fitting.of_folder(folder)
+    source = None if "@" in named and "/" not in named else imports.here(named)
+    if source is None:
+        raise _absent(named, registry)
+    return named, imports.model_of(source)
 
 
 def existing(config: Config) -> Registry | None:
@@ -45,12 +45,10 @@ def existing(config: Config) -> Registry | None:
     return None if root is not None and not root.is_dir() else registry_of(config)
 
 
-def _absent(named: str, folder: Path, registry: Registry | None) -> ModelNotFound:
-    if folder.exists():
-        return ModelNotFound(f"{folder} is a file.", "Give the folder that holds config.json and the safetensors files.", "model")
+def _absent(named: str, registry: Registry | None) -> ModelNotFound:
     known = ", ".join(registry.aliases() if registry else ()) or "none"
     return ModelNotFound(
-        f"There is no folder {named}, and no such model in the store.",
+        f"There is no folder {named}, no such model in the store, and none in the hub's cache on this machine.",
         f"Models: {known}. A version is written NAME@NUMBER. A model of a hub must be downloaded first.",
         param="model",
     )
@@ -77,7 +75,7 @@ def _fitted(spec: FleetSpec, registry: Registry, memory_bytes: int | None) -> Fi
             return None
         weights = registry.manifest(live.stable).weights
         model = fitting.of_version(registry, weights, spec.home / "cache")
-        return Fitted(spec.name, weights, spec.slot(memory_bytes), fitting.fit(spec, model, str(weights), memory_bytes))
+        return Fitted(spec.name, weights, fitting.slot(spec, memory_bytes), fitting.fit(spec, model, str(weights), memory_bytes))
     except (RecordDamaged, VersionRefused):  # it costs this fleet alone, whose engine says why
         return None
 
@@ -103,7 +101,7 @@ def verdict(found: Fit) -> str:
     if found.problem:
         return f"It does not fit: {found.problem}. {changes_in_words(found)}"
     if why := found.attention.unknown:
-        return f"It is unknown what its KV cache needs: {why}. vLLM finds out when it starts."
+        return f"It is unknown what it needs: {why}. vLLM finds out when it starts."
     if found.kv_budget_bytes is None:
         return "Whether it fits depends on the memory of one device. Give it with --memory-gib."
     at_once = "" if found.requests is None else f", {found.requests} at once"

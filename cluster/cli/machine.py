@@ -107,7 +107,7 @@ def doctor() -> None:
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(help="A folder in Hugging Face layout, or a name or version in the store.")],
+    model: Annotated[str, typer.Argument(help="What `springtide up --model` takes, if it is on this machine.")],
     memory_gib: Annotated[
         float | None, typer.Option(help="Memory of one GPU, or of the machine without GPUs. By default what is here.", min=0.1)
     ] = None,
@@ -122,11 +122,12 @@ def fit(
     from cluster.capacity import fit as capacity
     from cluster.cli import fit
     from cluster.memory import device_bytes
+    from cluster.store import fitting
 
     loaded = load(preset, config, set)
     name, read = fit.read(model, loaded)
     memory = int(memory_gib * 2**30) if memory_gib else device_bytes(loaded.pool.accelerator)
-    slot = fit.spec_for(loaded, model).slot(memory)
+    slot = fitting.slot(fit.spec_for(loaded, model), memory)
     found = capacity.fit(read, slot)
     render.fit(console, name, slot, found)
     console.print(fit.verdict(found), highlight=False)

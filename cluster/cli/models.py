@@ -9,16 +9,17 @@ from cluster import client
 from cluster.cli import fit
 from cluster.config import Config
 from cluster.errors import BadRequest
-from cluster.store import fitting, imports
+from cluster.store import imports
 from cluster.store.imports import Source
 from cluster.store.registry import Registry, registry_of
 from cluster.types import NAME, VersionId
 
 
-def alias_for(named: str, config: Config, console: Console) -> str:
+def alias_for(named: str, config: Config, console: Console, found: Callable[[], object] = lambda: None) -> str:
     """The alias that serves ``named`` when the pool starts. Moves it at once: nothing serves yet, so no replica has to confirm.
 
-    Where the alias means the same model with what was trained on it since, it stays.
+    Where the alias means the same model with what was trained on it since, it stays. ``found`` is called once the model is there and fits: what
+    follows may take long, and something else can begin.
     """
     registry = registry_of(config)
     if _is_version(named):
@@ -27,7 +28,12 @@ def alias_for(named: str, config: Config, console: Console) -> str:
         return id.name
     if _is_alias(named, registry):
         return named
-    id = _imported(named, registry, config, console, lambda source: _check_fits(source, config))
+
+    def check(source: Source) -> None:
+        _check_fits(source, config)
+        found()
+
+    id = _imported(named, registry, config, console, check)
     now = registry.alias(id.name)
     if now is None or not comes_from(registry, now.stable, id):
         _point(registry, id)
@@ -72,9 +78,8 @@ def _is_alias(named: str, registry: Registry) -> bool:
 
 
 def _check_fits(source: Source, config: Config) -> None:
-    """Raise `DoesNotFit` for a folder before it is copied, which may take long. What a GGUF file needs is known when it is converted."""
-    if source.path.is_dir() and any(source.path.glob("*.safetensors")):
-        fit.check(config, source.name, fitting.of_folder(source.path))
+    """Raise `DoesNotFit` before a model is copied or converted, which may take long."""
+    fit.check(config, source.name, imports.model_of(source))
 
 
 def _imported(

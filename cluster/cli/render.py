@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from cluster.capacity.fit import Fit, Slot, size_words
+from cluster.capacity.fit import Fit, size_words
+from cluster.capacity.kv_cache import Slot
 from cluster.cli.fit import Fitted
 from cluster.client import Answer, Job
 from cluster.config import Config
@@ -254,7 +255,9 @@ def fit(console: Console, name: str, slot: Slot, found: Fit) -> None:
     kept = found.attention
     over = f" over {slot.tensor_parallel_size} devices" if slot.tensor_parallel_size > 1 else ""
     table = _table("", "bytes", "", title=f"{name}, on each device of one slot")
-    table.add_row("weights", size_words(found.weights_bytes), f"dtype {slot.dtype}{over}")
+    quantized = f", {slot.quantization}" if slot.quantization else ""
+    draft = "" if slot.draft_bytes is None else f", {size_words(slot.draft_bytes)} of the draft model among them"
+    table.add_row("weights", size_words(found.weights_bytes), f"dtype {slot.dtype}{quantized}{over}{draft}")
     places = f"{slot.max_loras} places of rank {slot.max_lora_rank}"
     table.add_row(
         "adapters",
@@ -268,7 +271,10 @@ def fit(console: Console, name: str, slot: Slot, found: Fit) -> None:
     ):
         if layers:
             heads = "a latent vector" if kept.latent else f"keys and values of {kept.kv_heads} heads"
-            table.add_row("KV cache of a token", size_words(count), f"{tokens}: {layers} layers, {heads} of {kept.head_size}")
+            kind = "" if slot.kv_cache_dtype == "auto" else f", {slot.kv_cache_dtype}"
+            table.add_row(
+                "KV cache of a token", size_words(count), f"{tokens}: {layers} layers, {heads} of {kept.head_size}{kind}"
+            )
     if not kept.unknown:
         words = f"{found.context_tokens} tokens" if kept.layers else "an encoder keeps nothing"
         table.add_row("KV cache of a request", size_words(found.request_bytes), words)

@@ -5,20 +5,26 @@ files that it loads. So an engine starts with the numbers that were printed.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 from cluster.capacity import fit as capacity
 from cluster.capacity.fit import Fit, Model
+from cluster.capacity.kv_cache import Slot
 from cluster.config import FleetSpec
 from cluster.errors import DoesNotFit, VersionRefused
 from cluster.memory import device_bytes
+from cluster.store import gguf, gguf_config, gguf_header
 from cluster.store.headers import header
+from cluster.store.layout import check_own_weights
 from cluster.store.registry import Registry
 from cluster.types import VersionId
 
 TENSORS = ".safetensors"
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""A type in torch's words → in those of a tensor's header."""
 LIMITS = "sentence_bert_config.json"
 """Where an encoder's makers say that it takes less than its config.json does."""
 
@@ -40,6 +46,12 @@ def of_folder(folder: Path) -> Model:
     return Model(configuration(folder), {key: tensor for name in names for key, tensor in header(folder / name).items()})
 
 
+def of_gguf(file: Path) -> Model:
+    """Of a GGUF file that is not converted yet. Raises `VersionRefused` where it is damaged."""
+    header = gguf_header.read(file)
+    return Model(gguf_config.configuration(header), gguf_config.tensors(header, DTYPES[gguf.as_dtype(header)]))
+
+
 def loaded(paths: Iterable[str]) -> list[str]:
     """The files that an engine loads: a folder may hold the same weights once more, under the names of their makers' own format.
 
@@ -55,7 +67,9 @@ def configuration(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         raise VersionRefused(f"{folder} has no config.json.", "Give a folder in Hugging Face layout.", param="model")
     limits = _object(folder / LIMITS) if (folder / LIMITS).is_file() else {}
-    return {**_object(folder / "config.json"), **{key: limits[key] for key in ("max_seq_length",) if limits.get(key)}}
+    stated = _object(folder / "config.json")
+    check_own_weights(stated, folder / "config.json")
+    return {**stated, **{key: limits[key] for key in ("max_seq_length",) if limits.get(key)}}
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -68,10 +82,18 @@ def _object(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], values)
 
 
+def slot(spec: FleetSpec, memory_bytes: int | None) -> Slot:
+    """One slot as the fleet's engine uses it, with the draft model of speculative decoding where that is on this machine."""
+    found = spec.slot(memory_bytes)
+    if found.draft and os.path.isdir(found.draft):
+        return found._replace(draft_bytes=capacity.weights_bytes(of_folder(Path(found.draft)), found._replace(draft="")))
+    return found
+
+
 def fit(spec: FleetSpec, model: Model, name: str, memory_bytes: int | None) -> Fit:
     """How a fleet's engine will host the model ``name``. ``memory_bytes``: of one device. Raises `DoesNotFit` with the numbers and the keys to
     change; what is unknown is left to vLLM."""
-    found = capacity.fit(model, spec.slot(memory_bytes))
+    found = capacity.fit(model, slot(spec, memory_bytes))
     if found.problem:
         key = next((next(iter(change)) for change in found.changes), "max_model_len")
         raise DoesNotFit(f"{name} does not fit: {found.problem}.", capacity.changes_in_words(found), param=f"fleet.{key}")

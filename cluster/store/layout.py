@@ -50,8 +50,24 @@ def check_files(files: Mapping[str, Path], kind: Kind, origin: Path) -> None:
     if not any(name.endswith(tensors) for name in files):
         raise VersionRefused(f"{origin} has no {tensors} file.", "Save it with safe_serialization=True.")
     for name, path in files.items():
-        if is_configuration(name) and "auto_map" in read_config(path):
-            raise VersionRefused(f"{origin / name} names code to run (auto_map).", "Remote code is never run; remove it.")
+        if is_configuration(name):
+            values = read_config(path)
+            if "auto_map" in values:
+                raise VersionRefused(f"{origin / name} names code to run (auto_map).", "Remote code is never run; remove it.")
+            check_own_weights(values, origin / name)
+
+
+def check_own_weights(values: Mapping[str, Any], where: Path) -> None:
+    """Raise `VersionRefused` for a configuration with which vLLM loads other weights than the version's own.
+
+    ``speculators_config`` names a model, by a path or on the hub. vLLM serves that one, and takes the version for its draft model
+    (``maybe_override_with_speculators`` in ``vllm/transformers_utils/config.py``).
+    """
+    if values.get("speculators_config") is not None:
+        raise VersionRefused(
+            f"{where} names another model to be loaded in place of its own weights (speculators_config).",
+            "It is a draft model: serve the model that it was made for, and name this folder in engine.speculative_config.",
+        )
 
 
 def is_harmless(name: str) -> bool:

@@ -183,3 +183,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "vocab_size": 30522,
     },
 }
+KINDS = {
+    "gpt2": "dense",
+    "Meta-Llama-3-8B": "grouped queries",
+    "SmolLM2-135M": "grouped queries, tied",
+    "Qwen2.5-7B": "a window, off",
+    "Qwen3-0.6B": "wide heads",
+    "Mistral-7B-v0.1": "sliding window",
+    "gemma-3-4b-it": "5 of 6 layers slide",
+    "gpt-oss-20b": "MoE, every 2nd slides",
+    "falcon-7b": "one KV head (MQA)",
+    "Mixtral-8x7B-v0.1": "MoE",
+    "DeepSeek-V2-Lite": "MLA, MoE",
+    "all-MiniLM-L6-v2": "encoder",
+}
+"""What is special about each."""

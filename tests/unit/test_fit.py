@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from cluster import config as configuration
 from cluster import memory
 from cluster.capacity.attention import CONTEXT, HEADS, HIDDEN, KV_HEADS, LAYERS, UNKNOWN, attention
-from cluster.capacity.fit import CHOSEN_KV_BYTES, UNKNOWN_KV_BYTES, Model, Slot, cache_of, fit, longest_tokens, requests
+from cluster.capacity.fit import CHOSEN_KV_BYTES, UNKNOWN_KV_BYTES, Model, changes_in_words, fit
+from cluster.capacity.kv_cache import Slot, cache_of, longest_tokens, requests
 from cluster.cli import commands, demo
 from cluster.cli import fit as fits
 from cluster.errors import DoesNotFit, ModelNotFound, SpringtideError, VersionRefused
@@ -30,6 +31,8 @@ from cluster.store.registry import Registry
 from cluster.types import Lineage, VersionId
 from tests.conftest import free_ports
 from tests.support.architectures import ARCHITECTURES
+from tests.unit.test_gguf_header import SMOLLM as GGUF_LLAMA
+from tests.unit.test_gguf_header import made
 
 GIB = 1 << 30
 LLAMA = ARCHITECTURES["Meta-Llama-3-8B"]
@@ -355,7 +358,7 @@ def test_llama_3_fits_a_large_gpu_and_not_a_small_one_alone() -> None:
     large, small = fit(model, GPU), fit(model, GPU._replace(memory_bytes=16 * GIB))
     assert large.fits and large.requests and large.requests > 30
     assert small.fits is False and "weights" in small.problem
-    assert small.changes == ({"tensor_parallel_size": 2},)
+    assert small.changes == ({"tensor_parallel_size": 2}, {"quantization": "fp8"})
     assert fit(model, Slot("gpu")).fits is None, "nobody said how large the GPU is"
 
 
@@ -379,6 +382,88 @@ def test_heads_that_devices_cannot_share_are_refused() -> None:
 def test_an_encoder_needs_its_weights_alone() -> None:
     found = fit(Model(ARCHITECTURES["all-MiniLM-L6-v2"], tensors((1000, 1000))), LAPTOP)
     assert (found.fits, found.request_bytes, found.requests, found.longest_tokens) == (True, 0, None, 512)
+
+
+# what the fleet's engine: section changes
+
+MATRIX = {"model.layers.0.mlp.up_proj.weight": Tensor("BF16", (1000, 1000), 0, 2_000_000)}
+EMBEDDED = {**MATRIX, "model.embed_tokens.weight": Tensor("BF16", (1000, 1000), 2_000_000, 4_000_000)}
+
+
+def engine(**given: Any) -> dict[str, Any]:
+    """A slot's fields as `Config.spec(…).slot(…)` takes them from the section."""
+    slot = (
+        configuration.load("gpu", overrides={"fleet": {"tensor_parallel_size": 1, "engine": given}}).spec("seedling").slot(None)
+    )
+    return slot._asdict()
+
+
+def slot_with(**given: Any) -> Slot:
+    return Slot(**{**engine(**given), "memory_bytes": 80 * GIB})
+
+
+def test_a_kv_cache_in_one_byte_takes_half_and_an_unknown_type_is_unknown() -> None:
+    plain, half = fit(Model(LLAMA, {}), slot_with()), fit(Model(LLAMA, {}), slot_with(kv_cache_dtype="fp8"))
+    assert (plain.token_bytes, half.token_bytes) == (131_072, 65_536) and half.requests and plain.requests
+    assert half.requests > 1.9 * plain.requests
+    strange = fit(Model(LLAMA, {}), slot_with(kv_cache_dtype="int4_per_token_head"))
+    assert strange.fits is None and "int4_per_token_head" in strange.attention.unknown and not strange.problem
+
+
+def test_weights_that_vllm_quantizes_take_what_is_left_of_them() -> None:
+    def weights(tensors: dict[str, Tensor], config: dict[str, Any] = LLAMA, **options: Any) -> int:
+        return fit(Model(config, tensors), slot_with(**options)).weights_bytes
+
+    assert weights(EMBEDDED, quantization="fp8") == 1_000_000 + 2_000_000, "embeddings stay whole"
+    assert weights(MATRIX, quantization="mxfp8") == 1_031_250
+    stored = {**LLAMA, "quantization_config": {"quant_method": "fp8"}}
+    assert weights(MATRIX, stored, quantization="fp8") == 2_000_000, "as they are stored"
+
+
+def test_what_a_method_makes_of_the_weights_may_be_unknown_and_then_nothing_is_refused() -> None:
+    large = Model(LLAMA, tensors((1 << 20, 1 << 20)))
+    assert fit(large, slot_with()).fits is False
+    found = fit(large, slot_with(quantization="torchao"))
+    assert found.fits is None and not found.problem and "torchao" in found.attention.unknown
+    assert fit(large, slot_with(cpu_offload_gb=100)).fits is None
+
+
+def test_a_model_too_large_in_two_bytes_is_told_to_be_quantized() -> None:
+    found = fit(Model(LLAMA, tensors((50_000, 1_000_000))), slot_with())
+    assert {"quantization": "fp8"} in found.changes and "fleet.engine.quantization=fp8" in changes_in_words(found)
+
+
+def test_a_draft_models_weights_count_and_its_kv_cache_is_unknown(tmp_path: Path) -> None:
+    draft = {
+        "speculative_config": {"method": "draft_model", "model": str(folder(tmp_path / "draft")), "num_speculative_tokens": 2}
+    }
+    spec = configuration.load("gpu", overrides={"fleet": {"tensor_parallel_size": 1, "engine": draft}}).spec("seedling")
+    slot = fitting.slot(spec, 80 * GIB)
+    assert slot.draft_bytes == 8 * 576 * 2
+    found = fit(Model(LLAMA, MATRIX), slot)
+    assert found.weights_bytes == 2_000_000 + slot.draft_bytes and found.fits is None and "draft model" in found.attention.unknown
+    assert fit(Model(LLAMA, tensors((1 << 20, 1 << 20))), slot).fits is False, "the weights alone are too large"
+    absent = {"speculative_config": {**draft["speculative_config"], "model": "/absent"}}
+    spec = configuration.load("gpu", overrides={"fleet": {"engine": absent}}).spec("seedling")
+    assert fitting.slot(spec, None).draft_bytes is None
+
+
+def test_guesses_from_the_prompt_keep_nothing() -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+    assert fit(Model(LLAMA, {}), slot_with(speculative_config=ngram)) == fit(Model(LLAMA, {}), slot_with())
+
+
+def test_what_stands_in_the_place_of_the_configuration_counts() -> None:
+    longer = {"max_position_embeddings": 32_768, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    assert fit(Model(LLAMA, {}), slot_with(hf_overrides=longer)).attention.max_tokens == 131_072
+    gemma = ARCHITECTURES["gemma-3-4b-it"]
+    kept = fit(Model(gemma, {}), slot_with(hf_overrides={"text_config": {"num_hidden_layers": 17}})).attention
+    assert (kept.layers, kept.kv_heads) == (17, 4)
+
+
+def test_without_the_hybrid_manager_sliding_layers_keep_everything() -> None:
+    kept = fit(Model(ARCHITECTURES["gpt-oss-20b"], {}), slot_with(disable_hybrid_kv_cache_manager=True)).attention
+    assert (kept.full_layers, kept.sliding_layers) == (24, 0)
 
 
 # the command
@@ -430,6 +515,23 @@ def test_the_command_takes_names_and_versions_in_the_store_and_for_an_adapter_it
         assert code == 0 and "smollm@1" in said, name
 
 
+def test_the_command_takes_what_is_not_in_the_store_yet(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF file, before it is converted, and a hub's id, from its cache."""
+    (home / "tiny.gguf").write_bytes(made(GGUF_LLAMA, {"token_embd.weight": (0, (1000, 576)), "output.weight": (0, (1000, 576))}))
+    code, said = run("./tiny.gguf", "--memory-gib", "16")
+    assert code == 0 and "It fits: requests of 8192 tokens" in said and "keys and values of 3 heads of 64" in said
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+    repository = home / "hub" / "models--org--Tiny"
+    folder(repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    code, said = run("org/Tiny", "--memory-gib", "16")
+    assert code == 0 and "It fits" in said
+    with pytest.raises(ModelNotFound, match="downloaded first"):
+        run("org/Absent")
+    assert not (home / "home").exists()
+
+
 def test_what_is_not_there_is_named_with_what_to_do(home: Path) -> None:
     folder(home / "broken", "{")
     folder(home / "list", "[]")
@@ -442,7 +544,7 @@ def test_what_is_not_there_is_named_with_what_to_do(home: Path) -> None:
         "smollm": (ModelNotFound, "downloaded first"),
         "org/name": (ModelNotFound, "There is no folder org/name"),
         "smollm@1": (ModelNotFound, "no such model in the store"),
-        "model.gguf": (ModelNotFound, "is a file"),
+        "model.gguf": (VersionRefused, "is no GGUF file"),
         "empty": (VersionRefused, "no .safetensors"),
         "bare": (VersionRefused, "no config.json"),
         "broken": (VersionRefused, "cannot be read"),

@@ -300,6 +300,16 @@ def test_a_start_with_the_same_model_keeps_what_was_trained_on_it_since(
     assert str(Registry(registry.store).history("tiny")[-1].stable) == "tiny@3"
 
 
+def test_a_start_is_told_once_the_model_is_found_and_fits(config: Config, console: Console, tmp_path: Path) -> None:
+    """Ray starts then, while the files are copied."""
+    known: list[list[str]] = []
+    registry = Registry(Store(config.store))
+    models.alias_for(str(write(tmp_path / "tiny", MODEL)), config, console, lambda: known.append(registry.names()))
+    with pytest.raises(VersionRefused):
+        models.alias_for(str(write(tmp_path / "broken", {"config.json": "{}"})), config, console, lambda: known.append([]))
+    assert known == [[]], "told once, before anything was in the store"
+
+
 def test_a_name_in_the_store_comes_before_a_package(registry: Registry, config: Config, console: Console, tmp_path: Path) -> None:
     made = registry.register("smollm2", "weights", None, write(tmp_path / "own", MODEL), Lineage())
     registry.move("smollm2", made.id, "mine", "me", 0)

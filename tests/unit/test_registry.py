@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from pydantic import ValidationError
 
 from cluster.errors import BadRequest, Conflict, DigestMismatch, ModelNotFound, StoreUnavailable, VersionRefused
+from cluster.store import fitting
 from cluster.store.artefact import stated_ranks
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
@@ -113,6 +114,19 @@ def test_links_and_remote_code_are_refused(registry: Registry, source: Path, tmp
     (source / "link.json").symlink_to("/etc/passwd")
     with pytest.raises(VersionRefused, match="symbolic link"):
         registry.register("m", "weights", None, source, Lineage())
+
+
+def test_a_version_that_would_make_vllm_load_another_model_is_refused(registry: Registry, source: Path) -> None:
+    """At admission; and where an older release has admitted it, before an engine starts over it."""
+    verifier = {"verifier": {"name_or_path": "/etc"}, "proposal_methods": [{"speculative_tokens": 3}]}
+    (source / "config.json").write_text(json.dumps({"model_type": "llama", "speculators_config": verifier}))
+    for refuse in (
+        lambda: registry.register("m", "weights", None, source, Lineage()),
+        lambda: fitting.of_folder(source),
+    ):
+        with pytest.raises(VersionRefused, match=r"names another model .*speculators_config"):
+            refuse()
+    assert registry.names() == []
 
 
 def test_a_folder_that_is_not_a_model_says_what_is_missing(registry: Registry, tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.capacity.fit import Model, Slot, fit
+from cluster.capacity.fit import Model, fit
+from cluster.capacity.kv_cache import Slot
 from cluster.config import Config, Fleet, FleetSpec
 from deployments.replica.warm_pool import EngineName, fitting, name_for, outdated
 
