@@ -1,5 +1,6 @@
 """Commands that add, list and remove fleets."""
 
+import contextlib
 import time
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from cluster.cli.app import Wait, app, client, console, pairs, pool_here
 from cluster.cli.patience import Patient
 from cluster.client import Client
 from cluster.errors import EngineFailed
+from cluster.store.imports import Source
 from cluster.types import FleetPhase
 
 fleets_app = typer.Typer(invoke_without_command=True, help="Fleets: the replicas that host one base model each.")
@@ -42,10 +44,21 @@ def add(
     wait: Wait = True,
 ) -> None:
     """Host one more base model. Keys without --set are those under `fleet:` in the pool's configuration."""
-    pool, named = client(), {"model": models.version_for(model, pool_here(), console)} if model else {}
-    overrides = engine_options.with_template(configuration.from_pairs(pairs(set)))
+    pool, overrides = client(), engine_options.with_template(configuration.from_pairs(pairs(set)))
+    named = {"model": _version_for(model, name, overrides)} if model else {}
     listed = pool.add_fleet(name, {**overrides, **named})
     render.fleets(console, started(pool, name, listed) if wait else listed)
+
+
+def _version_for(model: str, fleet: str, overrides: dict[str, Any]) -> str:
+    config = pool_here()
+
+    def check(source: Source) -> None:
+        if config is not None:
+            with contextlib.suppress(ValueError):  # keys that the pool refuses in its own words
+                models.check_fits(source, config.spec_of(fleet, config.fleet_with(fleet, overrides)))
+
+    return models.version_for(model, config, console, check)
 
 
 def started(pool: Client, name: str, listed: list[dict[str, Any]]) -> list[dict[str, Any]]:

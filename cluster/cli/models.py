@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster import client
-from cluster.cli import fit
-from cluster.config import Config
+from cluster.config import Config, FleetSpec
 from cluster.errors import BadRequest
-from cluster.store import imports
+from cluster.memory import device_bytes
+from cluster.store import fitting, imports
 from cluster.store.imports import Source
 from cluster.store.registry import Registry, registry_of
 from cluster.types import NAME, VersionId
@@ -30,7 +30,7 @@ def alias_for(named: str, config: Config, console: Console, found: Callable[[], 
         return named
 
     def check(source: Source) -> None:
-        _check_fits(source, config)
+        check_fits(source, config.spec(config.default_fleet))
         found()
 
     id = _imported(named, registry, config, console, check)
@@ -40,10 +40,11 @@ def alias_for(named: str, config: Config, console: Console, found: Callable[[], 
     return id.name
 
 
-def version_for(named: str, config: Config | None, console: Console) -> str:
+def version_for(named: str, config: Config | None, console: Console, check: Callable[[Source], None] = lambda _: None) -> str:
     """What a running pool knows ``named`` as: a name or version as it stands, or the version that the model becomes in the pool's store.
 
-    ``config``: the pool's; None for a pool elsewhere, whose store may be out of reach. There a folder or file raises `BadRequest`.
+    ``config``: the pool's; None for a pool elsewhere, whose store may be out of reach. There a folder or file raises `BadRequest`. ``check`` may
+    refuse a model before it is copied.
     """
     if _is_version(named) or (config is None and NAME.fullmatch(named)):
         return named
@@ -54,7 +55,7 @@ def version_for(named: str, config: Config | None, console: Console) -> str:
             param="model",
         )
     registry = registry_of(config)
-    return named if _is_alias(named, registry) else str(_imported(named, registry, config, console))
+    return named if _is_alias(named, registry) else str(_imported(named, registry, config, console, check))
 
 
 def comes_from(registry: Registry, version: VersionId, ancestor: VersionId) -> bool:
@@ -77,14 +78,12 @@ def _is_alias(named: str, registry: Registry) -> bool:
     return NAME.fullmatch(named) is not None and registry.alias(named) is not None
 
 
-def _check_fits(source: Source, config: Config) -> None:
+def check_fits(source: Source, spec: FleetSpec) -> None:
     """Raise `DoesNotFit` before a model is copied or converted, which may take long."""
-    fit.check(config, source.name, imports.model_of(source))
+    fitting.fit(spec, imports.model_of(source), source.name, device_bytes(spec.accelerator))
 
 
-def _imported(
-    named: str, registry: Registry, config: Config, console: Console, check: Callable[[Source], None] = lambda _: None
-) -> VersionId:
+def _imported(named: str, registry: Registry, config: Config, console: Console, check: Callable[[Source], None]) -> VersionId:
     registry.store.check_writable()
     with console.status(f"Looking for {escape(named)}…") as line:
 

@@ -5,10 +5,11 @@ both versions answer for the same examples, so what an example costs any model c
 example weighs as many times as its answer has tokens, because the loss that is compared is a mean over tokens (`jobs.training.held_out`).
 """
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
-import numpy as np
 from pydantic import Field
 
 from cluster.types import Durable, Record, Version, VersionId
@@ -115,8 +116,8 @@ def token_mean(losses: Sequence[ExampleLoss]) -> float:
 
 def check_loss(policy: GatePolicy, candidate: Sequence[ExampleLoss], incumbent: Sequence[ExampleLoss] | None) -> Check:
     loss = token_mean(candidate)
-    numbers = {"loss": loss, "perplexity": float(np.exp(min(loss, 700.0))), "examples": float(len(candidate))}
-    if not np.isfinite(loss):
+    numbers = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "examples": float(len(candidate))}
+    if not math.isfinite(loss):
         return Check(
             name="held-out loss", passed=False, words="the loss is not a number", numbers={"examples": float(len(candidate))}
         )
@@ -138,7 +139,7 @@ def check_loss(policy: GatePolicy, candidate: Sequence[ExampleLoss], incumbent: 
 
 
 def check_accuracy(policy: GatePolicy, candidate: Sequence[bool], incumbent: Sequence[bool] | None) -> Check:
-    share = float(np.mean(candidate))
+    share = fmean(candidate)
     words, numbers = f"{share:.1%} of {len(candidate)} tasks", {"accuracy": share, "tasks": float(len(candidate))}
     if incumbent is None:
         return Check(name="task accuracy", passed=True, words=f"{words}, nothing to compare with", numbers=numbers)
@@ -180,6 +181,8 @@ def paired_bootstrap(
     """
     if len(candidate) != len(incumbent) or not candidate:
         raise ValueError(f"{len(candidate)} examples against {len(incumbent)}: a paired comparison needs the same ones")
+    import numpy as np  # a tenth of a second, which every command would take that reads the configuration
+
     differences = np.asarray(candidate, dtype=np.float64) - np.asarray(incumbent, dtype=np.float64)
     heavy = np.ones(len(differences)) if weights is None else np.asarray(weights, dtype=np.float64)
     random = np.random.default_rng(seed)

@@ -20,23 +20,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
-
 from cluster.errors import ModelNotFound, VersionRefused
 from cluster.store import gguf_header
 from cluster.store.gguf_header import MAGIC, NUMBERS, STRING, Field, Header, Tensor
 
 ENDING = ".gguf"
-WHOLE = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "I8": np.int8,
-    "I16": np.int16,
-    "I32": np.int32,
-    "I64": np.int64,
-}
-"""Kinds of tensors that hold numbers and no blocks."""
+WHOLE = {"F64": "f8", "F32": "f4", "F16": "f2", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8"}
+"""Kind of a tensor that holds numbers and no blocks → how numpy reads it."""
 PART = re.compile(r"-\d{5}-of-(\d{5})$")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
 
@@ -126,6 +116,7 @@ def read_once(file: Path, header: Header) -> None:
 
 def given(file: Path, header: Header) -> Any:
     """What transformers uses of a ``gguf.GGUFReader``."""
+    import numpy as np
     from gguf import GGMLQuantizationType  # pyright: ignore[reportMissingTypeStubs]
 
     data: Any = np.asarray(np.memmap(file, mode="r"))
@@ -138,7 +129,7 @@ def given(file: Path, header: Header) -> Any:
 
 def _blocks(tensor: Tensor, data: Any) -> Any:
     """A tensor's numbers, or its rows of blocks as bytes. Nothing is copied."""
-    held = data[tensor.begin : tensor.end].view(WHOLE.get(tensor.dtype, np.uint8))
+    held = data[tensor.begin : tensor.end].view(WHOLE.get(tensor.dtype, "u1"))
     return held.reshape(*tensor.shape[:-1], -1)
 
 
@@ -146,6 +137,8 @@ class _Parts:
     """A setting as ``gguf.ReaderField`` has it: every number is a list of one."""
 
     def __init__(self, field: Field) -> None:
+        import numpy as np
+
         kind = field.types[-1]
         self.types = field.types
         self.parts = field.items if kind == STRING else np.array(field.items, NUMBERS[kind])[:, None]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cluster.cli import models
 from cluster.config import Config, parse
-from cluster.errors import BadRequest, ModelNotFound, SpringtideError, VersionRefused
+from cluster.errors import BadRequest, DoesNotFit, ModelNotFound, SpringtideError, VersionRefused
 from cluster.store import gguf, imports
 from cluster.store.imports import INDEX, Source
 from cluster.store.objects import Store
@@ -323,6 +323,15 @@ def test_a_fleet_is_added_for_the_version_that_a_folder_becomes(config: Config, 
     assert models.version_for(str(folder), config, console) == "tiny@1"
     assert models.version_for("tiny@1", config, console) == "tiny@1"
     assert Registry(Store(config.store)).alias("tiny") is None, "control moves aliases while the pool runs"
+
+
+def test_a_fleet_is_refused_before_its_model_is_copied(config: Config, console: Console, tmp_path: Path) -> None:
+    def refuse(source: Source) -> None:
+        raise DoesNotFit(f"{source.name} does not fit")
+
+    with pytest.raises(DoesNotFit, match="tiny does not fit"):
+        models.version_for(str(write(tmp_path / "tiny", MODEL)), config, console, refuse)
+    assert Registry(Store(config.store)).names() == []
 
 
 def test_a_pool_elsewhere_takes_names_only(console: Console, tmp_path: Path) -> None:
