@@ -27,6 +27,16 @@ def formatted(schema: Any) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
 
 
+def properties(count: int, one: Any = None, **more: Any) -> dict[str, Any]:
+    """A schema of an object. ``#`` in ``one`` becomes the property's number."""
+    text = json.dumps(one or {"type": "string"})
+    return {"type": "object", "properties": {f"p{n}": json.loads(text.replace("#", str(n))) for n in range(count)}, **more}
+
+
+def tool(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "structured_outputs as a list": ({"structured_outputs": []}, "structured_outputs"),
     "structured_outputs as no text": ({"structured_outputs": ""}, "structured_outputs"),
@@ -50,6 +60,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "patterns for names": (formatted({"type": "object", "patternProperties": {"^a": {}}}), "response_format"),
     "many choices": ({"structured_outputs": {"choice": ["abc"] * 20_000}}, "structured_outputs.choice"),
+    "some of many properties": (formatted(properties(200, minProperties=100)), "response_format"),
+    "all but one of many properties": (formatted(properties(300, maxProperties=299)), "response_format"),
+    "a thousand properties": (formatted(properties(1_100)), "response_format"),
+    "a thousand properties as text": ({"structured_outputs": {"json": json.dumps(properties(1_100))}}, "structured_outputs.json"),
+    "hundreds of addresses": (formatted(properties(300, {"type": "string", "format": "uri"})), "response_format"),
+    "a hundred templates": (formatted(properties(100, {"type": "string", "format": "uri-template"})), "response_format"),
+    "hundreds of patterns": (formatted(properties(60, {"type": "string", "pattern": "^[a-z]{1,80}#$"})), "response_format"),
+    "slow tools together": ({"tools": [tool(properties(100)), tool(properties(800)), tool(properties(700))]}, "tools[1].parameters"),
     "a tag's schema": ({"response_format": {"type": "structural_tag", "format": nested(80)}}, "response_format"),
 }  # fmt: skip
 
@@ -72,6 +90,12 @@ def test_it_is_refused_and_its_parameter_is_named(case: str) -> None:
         {"structured_outputs": {"regex": r"\d{4}-\d{2}-\d{2}T[0-9:]{8}Z"}},
         {"structured_outputs": {"grammar": 'root ::= "SELECT " name\nname ::= [a-z]{1,30}'}},
         formatted(nested(20)),
+        formatted(properties(300)),
+        formatted(properties(900, required=[f"p{n}" for n in range(900)], additionalProperties=False)),
+        formatted(properties(60, {"type": "string", "format": "uri"}, minProperties=1)),
+        formatted(properties(20, {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"})),
+        {"tools": [tool(properties(30, {"type": "string", "format": "date-time", "description": "when " * 20}))] * 100},
+        {"structured_outputs": {"json": "{no JSON"}},
         formatted({"type": "string", "pattern": r"^\\((\\d{3})\\) \\d{3}-\\d{4}$", "description": "((((" * 40}),
         {"response_format": {"type": "json_object"}},
         {"response_format": {"type": "text"}, "bad_words": ["a"]},
