@@ -49,6 +49,7 @@ SERVING_ENVIRONMENT = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # its port is open to all; see deployments/ray_patches.py
     "RAY_DEDUP_LOGS": "0",  # it would swallow what a job says while its workers come and go: the same words with another number
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_XGRAMMAR_CACHE_MB": "32",  # 512 by default: compiled grammars, which an engine keeps until it has so many
     "TOKENIZERS_PARALLELISM": "false",
 }
 """What every Ray process that serves must be told, on a laptop and in a pod (`cluster.pool.k8s`) alike."""
