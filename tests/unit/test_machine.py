@@ -1,10 +1,12 @@
 """The machine and the account as users have them: names, folders and limits."""
 
+import contextlib
 import os
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,40 @@ def test_the_first_version_of_control_groups_is_read_too() -> None:
         f"{group}/memory.stat": "inactive_file 1\ntotal_inactive_file 20\n",
     }
     assert list(limits("3:cpuset:/docker/1\n4:cpu,memory:/docker/1\n0::/\n", told(files))) == [Memory(100, 60)]
+
+
+@pytest.fixture
+def container() -> Iterator[Path]:
+    """A real control group of 1.5 GiB below this process's own, where this machine lets us make one."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            parent = machine.CONTROL_GROUPS / controllers / path.lstrip("/")
+            group = parent / f"springtide-test-{os.getpid()}"
+            with contextlib.suppress(OSError):
+                group.mkdir()
+                try:
+                    (group / (machine.VERSION_1 if controllers else machine.VERSION_2).limit).write_text(str(3 * GIB // 2))
+                    yield group
+                    return
+                finally:
+                    group.rmdir()
+    pytest.skip("needs a control group that it may divide")
+
+
+def test_a_real_containers_limit_counts_and_doctor_says_so(container: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "SPRINGTIDE_HOME": str(tmp_path), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "doctor"],
+        cwd=ROOT,
+        env=environment,
+        preexec_fn=lambda: (container / "cgroup.procs").write_text(str(os.getpid())),
+        capture_output=True,
+        text=True,
+    )
+    words = " ".join((done.stdout + done.stderr).split())
+    assert "of 1.5 GiB free; one engine needs 3 GiB. Close other programs, or raise the container's limit." in words
+    assert done.returncode == 1 and "Traceback" not in words
 
 
 def test_without_control_groups_the_machine_counts() -> None:

@@ -1,6 +1,7 @@
 """A pool on the machine as users have it: what its processes are started with, and what a command says where something is in the way."""
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -158,6 +159,21 @@ def test_a_pool_is_found_after_the_machines_clock_was_set(monkeypatch: Any) -> N
 # other users: real processes
 
 
+def test_too_few_files_are_named_by_the_command_itself(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "up"],
+        cwd=ROOT,
+        env={**os.environ, "SPRINGTIDE_HOME": str(tmp_path), "COLUMNS": "200"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "A process may open only 512 files here, and the pool needs 1024. Raise the hard limit: `ulimit -Hn 65536`" in said(
+        done
+    )
+
+
 def as_nobody(*arguments: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
     """`springtide …` by a user without a name and a home."""
     needs = "needs root, setpriv, and a checkout that others may read"
@@ -211,7 +227,15 @@ def test_commands_work_for_a_user_without_a_name_and_a_home(shared: Path) -> Non
     os.chown(mine, NOBODY, NOBODY)
     config = as_nobody("config", cwd=mine)
     assert config.returncode == 0 and f"{mine}/.springtide" in config.stdout
-    assert "libraries keep their caches there" in said(as_nobody("doctor", cwd=mine))
+    for home in (
+        {},
+        {"HOME": ""},
+        {"HOME": "/nonexistent"},
+        {"HOME": "/"},
+    ):  # the last is there, and not for this user to write to
+        assert "libraries keep their caches there too, as HOME is no folder to write to" in said(
+            as_nobody("doctor", cwd=mine, **home)
+        )
     status = as_nobody("status", cwd=mine)
     assert status.returncode == 2 and "springtide up" in said(status)
     refused = as_nobody("config", cwd=mine, SPRINGTIDE_HOME="~/springtide")
