@@ -2,10 +2,10 @@
 """Started by Ray Serve in HAProxy's place (``RAY_SERVE_HAPROXY_BINARY_PATH``): closes what Ray's template leaves open, and becomes HAProxy.
 
 Ray's template (``ray/serve/_private/haproxy_templates.py`` in 2.60) binds its metrics and statistics pages to every interface, opens its
-admin socket to every user, sets no limit on slow request headers, and lets a client say that its leaving is to be ignored. It lets a client
-that reads nothing hold its stream for an hour. This file edits the configuration that Serve has written, on a laptop and in a pod alike. It
-runs at every reload and imports only the standard library, and the package that brings the binary. A contract test compares it with Ray's
-template.
+admin socket to every user, sets no limit on slow request headers, lets a client say that its leaving is to be ignored, and
+overlooks clients that leave. It lets a client that reads nothing hold its stream for an hour. This file edits the configuration that Serve
+has written, on a laptop and in a pod alike. It runs at every reload and imports only the standard library, and the package that brings the
+binary. A contract test compares it with Ray's template.
 """
 
 import os
@@ -30,6 +30,8 @@ EDITS = (
     (re.compile(r"mode 666 level admin"), "mode 600 level admin"),
     (re.compile(r"^frontend http_frontend$", re.MULTILINE), r"\g<0>\n    http-request del-header x-request-disconnect-disabled"),
     (re.compile(r"^defaults$", re.MULTILINE), r"\g<0>\n    timeout http-request 10s"),
+    # With it HAProxy does not see a client leave whose body came after its headers: the answer is written on, and HAProxy spins meanwhile.
+    (re.compile(r"^ *option splice-re(?:quest|sponse)\n", re.MULTILINE), ""),
     (re.compile(r"^( *(?:{%.*?%})?timeout client )(?:\d+|{{.*?}})s", re.MULTILINE), rf"\g<1>{UNREAD_S}s"),
 )
 

