@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import copy
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
@@ -16,9 +16,28 @@ from typing import Any, cast
 def apply() -> None:
     keep_base_rows_free_of_adapters()
     if multiprocessing.parent_process() is None:  # the engine's front
+        look_at_models_here()
         return check_grammars_beside_the_loop()
     score_prompts_with_their_own_adapter()  # elsewhere no model runs, and the import would cost 80 MB
     compile_each_grammar_by_its_own_backend()
+
+
+def look_at_models_here() -> None:
+    """Without a GPU, the first start of each architecture on a machine takes seconds more than the next.
+
+    ``_LazyRegisteredModel.inspect_model_cls`` (``model_executor/models/registry.py``, 0.29) lets a process of its own look at the model's class
+    so as not to initialize CUDA, and keeps in a file what that finds. The process imports PyTorch and vLLM once more while everything else
+    waits. Where there is no CUDA, this process can look by itself.
+    """
+    from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        registry._run_in_subprocess = _run_here  # pyright: ignore[reportPrivateUsage]
+
+
+def _run_here(work: Callable[[], Any]) -> Any:
+    return work()
 
 
 def keep_base_rows_free_of_adapters() -> None:

@@ -85,6 +85,24 @@ def test_rows_without_an_adapter_stay_free_of_adapters() -> None:
     assert base_row(lora_ops.bgmv_shrink) == base_row(wrapper.bgmv_shrink) == 0
 
 
+def test_what_a_model_can_is_looked_up_by_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The fault that `deployments.vllm_patches.look_at_models_here` is there for."""
+    from vllm.model_executor.models import registry
+
+    from deployments.vllm_patches import look_at_models_here
+
+    def refuse(_: Any) -> None:
+        raise InterruptedError("another process would start")
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(registry, "_run_in_subprocess", refuse)
+    model: Any = registry.ModelRegistry.models["LlamaForCausalLM"]
+    with pytest.raises(InterruptedError):
+        model.inspect_model_cls()
+    look_at_models_here()
+    assert model.inspect_model_cls().architecture == "LlamaForCausalLM"
+
+
 def test_one_index_may_stand_for_every_row() -> None:
     """The output layer scores a prompt with one index for all its tokens. The mask of our own patch used to be as long as the indices, so
     the first request for prompt_logprobs ended the engine."""
