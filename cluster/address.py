@@ -1,10 +1,14 @@
 """Hosts as configurations, URLs and sockets write them."""
 
 import socket
+import ssl
 
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = ("0.0.0.0", "::", "")  # noqa: S104 (compared, not bound)
 """Hosts to listen on that are no destination."""
+WITHOUT_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Knows no certificates, so nothing can be asked over TLS by it. For questions to a pool on this machine: httpx would read all certificates for
+each of them, which takes longer than the answer."""
 
 
 def bare(host: str) -> str:

@@ -24,8 +24,7 @@ IN_FLIGHT: dict[str, int] = {"slot": 1, "gpu": 2}
 
 
 class Slot(NamedTuple):
-    """Where the model shall run, and what a fleet's configuration says of its engine. The names are the configuration's
-    and vLLM's."""
+    """Where the model shall run, and what a fleet's configuration says of its engine, mostly in its words and vLLM's."""
 
     accelerator: Literal["slot", "gpu"]
     memory_bytes: int | None = None

@@ -1,8 +1,10 @@
 """`springtide run` goes through the whole loop once and shows each step. `springtide up` does the first half: it starts the pool and serves."""
 
+import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -13,7 +15,7 @@ from cluster.cli import doctor, fit, jobs, models, render
 from cluster.client import Job
 from cluster.config import Config, parse
 from cluster.errors import ConfigError, Conflict, PoolUnavailable
-from cluster.pool import graph, local, submit
+from cluster.pool import graph, local
 from cluster.store import imports
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
@@ -49,7 +51,7 @@ SERVING = {
 
 def up(config: Config, console: Console, model: str | None = None) -> Config:
     """Start the pool and serve. Returns the configuration in force. Its first fleet hosts ``model`` if one was given."""
-    began_s = time.monotonic()
+    stages = Stages()
     registry = Registry(Store(config.store))
     registry.store.check_writable()
     if local.find(config):
@@ -57,22 +59,78 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
         check_same(running, config, model)
         config = _hosting(config, running.default_model)
         console.print("The pool runs already. This command uses it.")
+        local.remember(config)
     else:
         check_machine(config)
-        config = _hosting(config, models.alias_for(model, config, console)) if model else config
-    fitted = fit.of_fleets(config, registry)  # before Ray starts: what cannot fit is refused within a second
-    with console.status("Starting Ray…"):
-        started = local.up(config)
-    local.remember(config)
-    console.print(f"Ray is up: [bold]{started.dashboard}[/]")
+        config = _started(config, console, model, stages)
     if registry.alias(config.default_model) is None:
         _grow(config, console)
-        fitted = fit.of_fleets(config, registry)
-    render.fits(console, fitted)
+        stages.end("pretraining")
+    render.fits(console, fit.of_fleets(config, registry))
     with console.status("Starting the gateway and the engine…") as line:
         graph.deploy(config, lambda states: line.update(f"Starting the gateway and the engine: {states}"))
-    console.print(f"[bold]{config.default_model}[/] is ready after {time.monotonic() - began_s:.0f} s.")
+    stages.end("the gateway and the engine")
+    console.print(f"[bold]{config.default_model}[/] is ready after {stages}.")
     return config
+
+
+class Stages:
+    """What a start took, stage after stage.
+
+    >>> stages = Stages(iter([0, 3.2, 20.9]).__next__)
+    >>> stages.end("Ray"), stages.end("the engine")
+    (None, None)
+    >>> str(stages)
+    '21 s: Ray 3 s, the engine 18 s'
+    """
+
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
+        self.now_s = now_s
+        self.ended_s = [("", now_s())]
+
+    def end(self, name: str) -> None:
+        self.ended_s.append((name, self.now_s()))
+
+    def __str__(self) -> str:
+        pairs = zip(self.ended_s, self.ended_s[1:], strict=False)
+        parts = [f"{name} {ended_s - began_s:.0f} s" for (_, began_s), (name, ended_s) in pairs]
+        return f"{self.ended_s[-1][1] - self.ended_s[0][1]:.0f} s: {', '.join(parts)}"
+
+
+def _started(config: Config, console: Console, model: str | None, stages: Stages) -> Config:
+    """Start Ray, and put the model into the store meanwhile. What cannot fit is refused before."""
+    registry = Registry(Store(config.store))
+    with _ray(config) as begin:
+        if model is not None:
+            config = _hosting(config, models.alias_for(model, config, console, begin))
+            stages.end("the model")
+        fit.of_fleets(config, registry)
+        with console.status("Starting Ray…"):
+            started = begin().result()
+        stages.end("Ray")
+        local.remember(config)
+        console.print(f"Ray is up: [bold]{started.dashboard}[/]")
+    return config
+
+
+@contextlib.contextmanager
+def _ray(config: Config) -> Generator[Callable[[], Future[local.Pool]]]:
+    """Starts Ray in a thread when it is called. Where what is done meanwhile fails, Ray ends again."""
+    starts: list[Future[local.Pool]] = []
+    with ThreadPoolExecutor(1) as beside:
+
+        def begin() -> Future[local.Pool]:
+            if not starts:
+                starts.append(beside.submit(local.up, config))
+            return starts[0]
+
+        try:
+            yield begin
+        except BaseException:
+            for start in starts:
+                start.add_done_callback(lambda _: local.down(config))  # one that had not written where it is
+                local.down(config)
+            raise
 
 
 def check_machine(config: Config) -> None:
@@ -148,6 +206,8 @@ def _grow(config: Config, console: Console) -> None:
 
 def _documents(config: Config, verb: str, **options: Any) -> Callable[[], Job]:
     """Start a job on a pool that has no gateway yet. Each call of the result reads the job's record from the store."""
+    from cluster.pool import submit  # which imports Ray
+
     documents = submit.follow(config, submit.start(config, verb, **options), interval_s=0)
     return lambda: Job.model_validate(next(documents))
 

@@ -12,10 +12,9 @@ from importlib import import_module
 from typing import Any
 
 import httpx
-from ray import serve
 
 from cluster import errors
-from cluster.address import ipv4
+from cluster.address import WITHOUT_TLS, ipv4
 from cluster.config import Config, Fleet, FleetSpec
 from cluster.errors import PoolUnavailable
 from cluster.pool import local
@@ -151,6 +150,8 @@ def start_surge(spec: FleetSpec, app: str, weights: VersionId, replicas: int) ->
 
 
 def _run(name: str, application: Any) -> None:
+    from ray import serve  # in control's process; commands only declare, and need not wait seconds for its import
+
     target = serve.RunTarget(application, name, None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 
@@ -230,9 +231,8 @@ def _answers(config: Config) -> bool:
     """Whether the gateway knows a replica for every fleet's model: its view comes from control a moment after Serve says RUNNING."""
     url = f"{local.gateway(config)}/v1/models"
     try:
-        return all(
-            httpx.get(f"{url}/{fleet.model}", timeout=2, trust_env=False).status_code == 200 for fleet in config.fleets.values()
-        )
+        with httpx.Client(timeout=2, trust_env=False, verify=WITHOUT_TLS) as client:
+            return all(client.get(f"{url}/{fleet.model}").status_code == 200 for fleet in config.fleets.values())
     except httpx.HTTPError:
         return False
 

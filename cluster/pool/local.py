@@ -258,7 +258,8 @@ def client_environment(config: Config) -> dict[str, str]:
 
 def _answers(pool: Pool) -> bool:
     try:
-        return httpx.get(f"{pool.dashboard}/api/version", timeout=2, headers=bearer(), trust_env=False).status_code == 200
+        url = f"{pool.dashboard}/api/version"
+        return httpx.get(url, timeout=2, headers=bearer(), trust_env=False, verify=addresses.WITHOUT_TLS).status_code == 200
     except httpx.HTTPError:
         return False
 

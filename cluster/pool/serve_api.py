@@ -4,6 +4,7 @@ from typing import Any
 
 import httpx
 
+from cluster.address import WITHOUT_TLS
 from cluster.errors import PoolUnavailable
 
 APPLICATIONS = "/api/serve/applications/"
@@ -30,7 +31,8 @@ class ServeApi:
         url = f"{self.dashboard}{APPLICATIONS}"
         try:
             # the shell's proxies are not for the pool's own dashboard
-            response = httpx.request(method, url, json=body, headers=self.headers, timeout=TIMEOUT_S, trust_env=False)
+            with httpx.Client(headers=self.headers, timeout=TIMEOUT_S, trust_env=False, verify=WITHOUT_TLS) as client:
+                response = client.request(method, url, json=body)
         except httpx.HTTPError as error:
             raise PoolUnavailable(
                 f"Ray's dashboard at {self.dashboard} does not answer: {error}.", "See `springtide status`."
