@@ -50,11 +50,12 @@ def check(body: Body) -> None:
 
 
 def refuse_misshapen(body: Body) -> None:
-    """vLLM reads some parameters before it has checked their types: ``{"structured_outputs": []}`` is an AttributeError in it, and a tool
-    without a name beside ``{"tool_choice": {…}}`` a KeyError."""
+    """vLLM reads some parameters before it has checked their types: ``{"structured_outputs": []}`` is an AttributeError in it, and in a chat a
+    tool without a name beside ``{"tool_choice": {"function": …}}`` a KeyError. Messages and responses name a choice, and a tool, in other
+    forms."""
     if not isinstance(body.get("structured_outputs"), dict | None):
         raise BadRequest("`structured_outputs` must be an object.", 'For example {"regex": "[a-z]+"}.', "structured_outputs")
-    if isinstance(body.get("tool_choice"), dict):
+    if "function" in as_dict(body.get("tool_choice")):
         for number, tool in enumerate(as_list(body.get("tools"))):
             if not isinstance(as_dict(as_dict(tool).get("function")).get("name"), str):
                 raise BadRequest(

@@ -37,6 +37,7 @@ def grammars(body: Body) -> Iterator[Grammar]:
     for param, form in (
         ("response_format", body.get("response_format")),
         ("text.format", as_dict(body.get("text")).get("format")),
+        ("output_config.format", as_dict(body.get("output_config")).get("format")),  # Anthropic's
     ):
         if as_dict(form).get("type") not in (None, "text"):
             yield Grammar(param, "json", form)
