@@ -27,6 +27,7 @@ from deployments.routing.router import Router
 from deployments.routing.shadow import Shadow
 from deployments.routing.table import Table
 from deployments.routing.upstream import Timeouts, Upstream
+from deployments.uvicorn_patches import expose_connections
 
 log = logs.logger(__name__)
 
@@ -36,6 +37,7 @@ log = logs.logger(__name__)
 class Gateway:
     async def __init__(self, config: Config) -> None:
         close_internal_port()
+        expose_connections()
         niceness.renice(niceness.CARRYING)
         self.config = config
         limits = config.gateway

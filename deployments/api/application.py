@@ -83,7 +83,7 @@ class Application:
             await send({"type": message["type"] + ".complete"})
             if message["type"] == "lifespan.shutdown":
                 self.routing.refresh.stop()
-                return await self.routing.upstream.close()
+                return self.routing.upstream.close()
 
 
 def error_form(path: str) -> Form:

@@ -18,6 +18,7 @@ from deployments.api import engine_limits
 from deployments.api.bodies import as_sent, check, model_name, session_of
 from deployments.api.early import EarlyStream
 from deployments.http import Headers, Receive, Scope, Send, parse_json, read_body, send_error
+from deployments.routing.answer import Answer
 from deployments.routing.budget import Budget
 from deployments.routing.engine_routes import EngineRoute
 from deployments.routing.measure import Recorder, Trace
@@ -26,7 +27,8 @@ from deployments.routing.refresh import Refresh
 from deployments.routing.router import Router
 from deployments.routing.shadow import Shadow
 from deployments.routing.table import Target
-from deployments.routing.upstream import Answer, Call, Upstream
+from deployments.routing.upstream import Call, Upstream
+from deployments.uvicorn_patches import ClientConnection, connection_of
 from deployments.wire import MODEL_GENERATION, MODEL_VERSION, REQUEST_ID, header
 
 LOOK_AGAIN_S = 0.2
@@ -53,6 +55,8 @@ class Asked(NamedTuple):
     session: str
     payload: Payload
     id: str
+    connection: ClientConnection | None
+    """What a stream is written to."""
 
 
 class Inference:
@@ -66,7 +70,7 @@ class Inference:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.routing.budget.admit() as held:
             raw = await read_body(scope, receive, self.limits.max_body_bytes, held.take)
-            asked = self._read(scope["headers"], raw)
+            asked = self._read(scope, raw)
             held.take(len(asked.payload) - len(raw))
             del raw  # a request may wait for minutes
             after_s = self.limits.early_comment_s
@@ -75,12 +79,13 @@ class Inference:
             async with EarlyStream(send, after_s, self.route.form) as early:
                 await Waiting(self, asked, early).answer()
 
-    def _read(self, headers: Headers, raw: bytes) -> Asked:
+    def _read(self, scope: Scope, raw: bytes) -> Asked:
+        headers: Headers = scope["headers"]
         body, id = parse_json(raw), request_id(headers)
         check(body, self.route, self.limits)
         engine_limits.check(body)
         payload = Payload(as_sent(body, self.route, unique(id)))
-        return Asked(model_name(body), session_of(headers, body, self.route), payload, id)
+        return Asked(model_name(body), session_of(headers, body, self.route), payload, id, connection_of(scope))
 
     async def send_error(self, send: Send, error: SpringtideError, target: Target) -> None:
         """An error too says which version it came from."""
@@ -93,7 +98,7 @@ class Inference:
         shadowed = self.routing.shadow.chosen(self.route, version, move)
         trace = self._trace(target, keep_text=shadowed)
         try:
-            await self.routing.upstream.forward(call, Answer(send, answer_headers(target), trace))
+            await self.routing.upstream.forward(call, Answer(send, answer_headers(target), trace, asked.connection))
         except NoReplica:
             raise
         except asyncio.CancelledError:

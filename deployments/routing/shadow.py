@@ -12,9 +12,11 @@ import orjson
 
 from cluster.errors import NoReplica, SpringtideError
 from cluster.types import Generation, VersionId
+from deployments.routing.answer import Answer
+from deployments.routing.connection import ConnectionLost
 from deployments.routing.engine_routes import EngineRoute
 from deployments.routing.measure import Recorder, Trace
-from deployments.routing.upstream import LOST, Answer, Call, Upstream
+from deployments.routing.upstream import Call, Upstream
 
 AT_ONCE = 4
 """Shadows in flight; what is sampled beyond them is left out, so that a slow canary costs the stable version nothing."""
@@ -49,7 +51,7 @@ class Shadow:
             await self.upstream.forward(call, Answer(_nowhere, [], trace))
         except NoReplica:  # it is starting, or taking weights over; a client would have waited
             return
-        except (SpringtideError, *LOST):
+        except (SpringtideError, ConnectionLost):
             trace.failed = True
         failed = trace.failed or not trace.text
         agrees = not failed and text_of(b"".join(trace.text or [])) == text_of(stable)

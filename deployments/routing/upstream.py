@@ -1,4 +1,4 @@
-"""Choose a replica, stream its bytes, retry before the first one. Nothing is parsed or re-serialised per token.
+"""Choose a replica, stream its bytes, retry before the first one. Nothing is parsed or re-serialised per token, and no task runs for one.
 
 A replica that dies before its first byte is tried again on another, and never on a third: the request may be what ended it
 (`deployments.routing.query_of_death`). After the first byte the client gets a well-formed error event and never a silent end: only whole
@@ -15,28 +15,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import aiohttp
-
 from cluster import logs
 from cluster.errors import AnswerTimeout, NoReplica, ReplicaLost, SpringtideError
 from cluster.types import ReplicaState, VersionId
-from deployments.http import Headers, Send
+from deployments.routing.answer import Answer
+from deployments.routing.connection import Connection, ConnectionLost, Connections, NeverConnected
 from deployments.routing.engine_errors import AGAIN, EngineDied, engine_error, stream_error
 from deployments.routing.engine_routes import EngineRoute
-from deployments.routing.forms import Form
-from deployments.routing.measure import Trace
 from deployments.routing.payload import Payload
 from deployments.routing.query_of_death import Loss, Quarantine, Shape
 from deployments.routing.table import Table
 from deployments.wire import EVENT_END, is_closed, request_headers
 
-CONNECT_TIMEOUT_S = 2
 EVENT_STREAM = "text/event-stream"
 ATTEMPTS = 2
 """A request that has cost one replica its life may cost a second; never the whole fleet."""
-LOST = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
-NEVER_ASKED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-"""Those of LOST that come before the replica has read anything."""
 
 log = logs.logger(__name__)
 
@@ -68,30 +61,6 @@ class Call:
         return self.payload.shape(self.route.path)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Where the answer goes: to the client, under ``headers``, and past the ``trace`` where one is kept."""
-
-    send: Send
-    headers: Headers
-    trace: Trace | None
-
-    async def start(self, content_type: bytes, *headers: tuple[bytes, bytes]) -> None:
-        lines = [(b"content-type", content_type), *headers, *self.headers]
-        await self.send({"type": "http.response.start", "status": 200, "headers": lines})
-
-    async def pass_on(self, chunk: bytes, more: bool) -> None:
-        if self.trace is not None:
-            self.trace.saw(chunk)
-        await self.send({"type": "http.response.body", "body": chunk, "more_body": more})
-
-    async def fail(self, error: SpringtideError, form: Form) -> None:
-        """End a stream that has begun with a well-formed error event of the route's form."""
-        if self.trace is not None:
-            self.trace.failed = True
-        await self.send({"type": "http.response.body", "body": form.event(form.body(error)), "more_body": True})
-
-
 class Upstream:
     """Connections to the replicas of every fleet, kept alive between requests."""
 
@@ -99,14 +68,10 @@ class Upstream:
         self.table = table
         self.timeouts = timeouts
         self.quarantine = Quarantine()
-        self.session = aiohttp.ClientSession(
-            auto_decompress=False,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-        )
+        self.connections = Connections()
 
-    async def close(self) -> None:
-        await self.session.close()
+    def close(self) -> None:
+        self.connections.close()
 
     async def forward(self, call: Call, answer: Answer) -> None:
         """Answer ``call``. Raises a `SpringtideError` only while nothing has been sent; `NoReplica` where a newer view may help."""
@@ -131,7 +96,7 @@ class Upstream:
         with self._counted(replica):
             try:
                 await self._ask(replica, call, answer)
-            except (ReplicaLost, *LOST) as error:  # a time-out while connecting is one of LOST
+            except (ReplicaLost, ConnectionLost) as error:
                 log.warning("replica %s failed over request %s: %s", replica.id, call.request_id, _words(error))
                 self.table.suspect(replica.id, time.monotonic())
                 self._note_loss(replica, call, error)
@@ -141,7 +106,7 @@ class Upstream:
     def _note_loss(self, replica: ReplicaState, call: Call, error: Exception) -> None:
         """Remember whether the request may have ended the engine. To be called while it counts as in flight."""
         said = isinstance(error, EngineDied)
-        if isinstance(error, NEVER_ASKED) or not isinstance(error, (EngineDied, *LOST)):
+        if isinstance(error, NeverConnected) or not isinstance(error, (EngineDied, ConnectionLost)):
             return
         log.warning("replica %s was lost over request %s: %s", replica.id, call.request_id, call.shape)
         alone = self.table.in_flight[replica.id] == 1 and replica.id not in self.table.buried
@@ -153,29 +118,30 @@ class Upstream:
         unique = f"{call.request_id}-{secrets.token_hex(4)}"  # the engine refuses an id that is in flight already
         headers = request_headers(replica.secret, str(call.version), unique)
         limit_s = self.timeouts.first_byte_s if call.payload.streams else self.timeouts.whole_s
-        post = self.session.post(replica.url + call.route.path, data=call.payload.named(call.version), headers=headers)
-        async with asyncio.timeout(limit_s) as limit, post as response:
-            first = await self._first(response, call)
+        async with asyncio.timeout(limit_s) as limit, self.connections.to(replica.url) as connection:
+            connection.ask(call.route.path, headers, call.payload.named(call.version))
+            first, streams = await self._first(connection, call)
             limit.reschedule(None)  # what follows has a limit of its own
-            if response.content_type == EVENT_STREAM:
-                return await self._relay_events(first, response, replica, call, answer)
+            if streams:
+                return await self._relay_events(first, connection, replica, call, answer)
             await answer.start(b"application/json", (b"content-length", str(len(first)).encode()))
-            await answer.pass_on(first, more=False)
+            await answer.whole(first)
             self.quarantine.answered(call.shape)
 
-    async def _first(self, response: aiohttp.ClientResponse, call: Call) -> bytes:
-        """A whole answer, or the first chunk of a stream: until it is there, another replica can still be tried."""
-        if is_closed(response.status, response.content_length):
+    async def _first(self, connection: Connection, call: Call) -> tuple[bytes, bool]:
+        """A whole answer, or the first piece of a stream, and whether it is one: until it is there, another replica can still be tried."""
+        head = await connection.head()
+        if is_closed(head.status, head.content_length):
             raise NoReplica(f"The replica is leaving {call.version}.", AGAIN)
-        if response.status != 200:
+        if head.status != 200:
             task = self.table.task(str(call.version), call.fleet)
-            raise engine_error(response.status, await response.read(), task, call.route.path)
-        if response.content_type != EVENT_STREAM:
-            return await response.read()
-        chunk = await response.content.readany()
-        if chunk.startswith(call.route.form.mark):
-            raise stream_error(chunk)
-        return chunk
+            raise engine_error(head.status, await connection.body(), task, call.route.path)
+        if head.content_type != EVENT_STREAM:
+            return await connection.body(), False
+        piece = await connection.piece()
+        if piece.startswith(call.route.form.mark):
+            raise stream_error(piece)
+        return piece, True
 
     @contextmanager
     def _counted(self, replica: ReplicaState) -> Iterator[None]:
@@ -186,33 +152,49 @@ class Upstream:
             self.table.in_flight[replica.id] -= 1
 
     async def _relay_events(
-        self, first: bytes, response: aiohttp.ClientResponse, replica: ReplicaState, call: Call, answer: Answer
+        self, first: bytes, connection: Connection, replica: ReplicaState, call: Call, answer: Answer
     ) -> None:
         """Pass whole events on. Ends with the route's terminator or with an error event of ours, never with both and never with neither."""
         await answer.start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
         try:
-            await self._relay_to_the_end(first, response, call.route, answer)
+            await self._relay_to_the_end(first, connection, call.route, answer)
             self.quarantine.answered(call.shape)
-        except (SpringtideError, TimeoutError, *LOST) as error:
+        except (SpringtideError, TimeoutError, ConnectionLost) as error:
             log.warning("a stream of request %s broke: %s", call.request_id, _words(error))
             if isinstance(error, EngineDied):  # a connection that breaks here may have been cut for a swap of weights
                 self._note_loss(replica, call, error)
-            await answer.fail(broken(error), call.route.form)
-        await answer.send({"type": "http.response.body", "body": b""})
+            return await answer.fail(broken(error), call.route.form)
+        await answer.end()
 
-    async def _relay_to_the_end(self, chunk: bytes, response: aiohttp.ClientResponse, route: EngineRoute, answer: Answer) -> None:
-        rest, done, terminator, mark = b"", False, route.terminator, route.form.mark
-        while chunk:
-            whole, rest = whole_events(rest + chunk if rest else chunk)
-            if mark in whole:
-                raise stream_error(whole[whole.index(mark) :])
-            if whole:
-                done = terminator in whole
-                await answer.pass_on(whole, more=True)
-            async with asyncio.timeout(self.timeouts.idle_s):
-                chunk = await response.content.readany()
-        if not done:
+    async def _relay_to_the_end(self, first: bytes, connection: Connection, route: EngineRoute, answer: Answer) -> None:
+        events = Events(route, answer)
+        if events.take(first):
+            await answer.drain()
+        await connection.relay(events.take, answer.drain, self.timeouts.idle_s)
+        if not events.done:
             raise ReplicaLost("The stream ended before it was done.", AGAIN)
+
+
+class Events:
+    """A stream's events on their way from a replica to the client."""
+
+    def __init__(self, route: EngineRoute, answer: Answer) -> None:
+        self.done = False
+        """Whether the last event that was passed on is the one that ends such a stream."""
+        self._terminator, self._mark = route.terminator, route.form.mark
+        self._answer = answer
+        self._rest = b""
+        """The beginning of an event whose end has not come yet."""
+
+    def take(self, piece: bytes) -> bool:
+        """Pass on the events that are complete. Returns whether the client must be waited for. Raises what an error event of the engine says."""
+        whole, self._rest = whole_events(self._rest + piece if self._rest else piece)
+        if self._mark in whole:
+            raise stream_error(whole[whole.index(self._mark) :])
+        if not whole:
+            return False
+        self.done = self._terminator in whole
+        return self._answer.write(whole)
 
 
 def _words(error: Exception) -> str:

@@ -98,7 +98,7 @@ def run(test: Callable[[Pool], Coroutine[Any, Any, None]]) -> None:
         try:
             await asyncio.wait_for(test(pool), 10)
         finally:
-            await pool.routing.upstream.close()
+            pool.routing.upstream.close()
             await runner.cleanup()
         budget = pool.routing.budget
         assert (budget.requests, budget.bytes, budget.waiting) == (0, 0, {}), "everything is given back"

@@ -19,12 +19,13 @@ from cluster.errors import (
     WrongTask,
 )
 from cluster.types import Generation, ReplicaState, VersionId, View
+from deployments.routing.answer import Answer
 from deployments.routing.engine_errors import engine_error
 from deployments.routing.engine_routes import DONE, ENGINE_ROUTES, EngineRoute
 from deployments.routing.measure import Trace
 from deployments.routing.payload import Payload
 from deployments.routing.table import Table
-from deployments.routing.upstream import Answer, Call, Timeouts, Upstream
+from deployments.routing.upstream import Call, Timeouts, Upstream
 
 ONE = VersionId("m", 1)
 EVENTS = [b'data: {"choices": [{"delta": {"content": "a"}}]}\n\n', b'data: {"choices": [{"finish_reason": "stop"}]}\n\n']
@@ -102,7 +103,7 @@ def forward(*handlers: Handler, stream: bool = True, timeouts: Timeouts = PATIEN
             call = Call(ONE, route, Payload({"stream": stream}), "id")
             await upstream.forward(call, Answer(send, [(b"x-model-version", b"m@1")], trace))
         finally:
-            await upstream.close()
+            upstream.close()
             for runner, _ in servers:
                 await runner.cleanup()
         assert (b"x-model-version", b"m@1") in sent[0]["headers"] and not sent[-1].get("more_body")
@@ -181,7 +182,7 @@ class Gateway:
         return self
 
     async def __aexit__(self, *why: object) -> None:
-        await self.upstream.close()
+        self.upstream.close()
         for runner, _ in self.servers:
             await runner.cleanup()
 
@@ -196,7 +197,8 @@ class Gateway:
             await self.upstream.forward(Call(ONE, CHAT, Payload(body), "mine"), Answer(send, [], None))
         except SpringtideError as error:
             return error.code
-        return last_event(sent[-2]["body"])["error"]["code"] if body.get("stream") and DONE not in sent[-2]["body"] else ""
+        body_sent = b"".join(message["body"] for message in sent[1:])
+        return last_event(body_sent)["error"]["code"] if body.get("stream") and DONE not in body_sent else ""
 
 
 def test_what_has_ended_two_engines_is_asked_of_no_third() -> None:

@@ -1,0 +1,61 @@
+"""uvicorn's connection to a client, for the bytes of a stream: below ASGI, where a piece is written without a task, a dict and five coroutines.
+
+Ray Serve starts uvicorn itself and takes no protocol class, so `expose_connections` has uvicorn put each request's connection into its scope.
+A contract test names uvicorn's version, and what this file relies on: ``RequestResponseCycle`` has the transport, the flow control, and what
+was sent so far (``uvicorn/protocols/http/httptools_impl.py``).
+"""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from uvicorn.protocols.http import httptools_impl
+
+KEY = "springtide.connection"
+
+
+class ClientConnection:
+    """The client's end of one request."""
+
+    def __init__(self, cycle: Any) -> None:
+        self._cycle = cycle
+
+    @property
+    def streams(self) -> bool:
+        """Whether a body is under way, in chunks. Its beginning and its end belong to ASGI."""
+        cycle = self._cycle
+        started = cycle.response_started and not cycle.response_complete
+        return started and bool(cycle.chunked_encoding) and cycle.scope["method"] != "HEAD"
+
+    def write(self, piece: bytes) -> None:
+        """Send a piece of the body, as one chunk of HTTP. It may only be called while `streams` holds. What has left hears nothing."""
+        if not self._cycle.disconnected:
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+    @property
+    def full(self) -> bool:
+        """Whether the client reads more slowly than it is written to."""
+        return self._cycle.flow.write_paused
+
+    async def drain(self) -> None:
+        """Return once the client has read enough, or has left."""
+        await self._cycle.flow.drain()
+
+
+def expose_connections() -> None:
+    """Have uvicorn put a `ClientConnection` into the scope of each request that this process serves from now on."""
+    cycle: Any = httptools_impl.RequestResponseCycle
+    if getattr(cycle.__init__, "patched", False):
+        return
+    init = cycle.__init__
+
+    def exposed(self: Any, scope: MutableMapping[str, Any], *more: Any, **named: Any) -> None:
+        init(self, scope, *more, **named)
+        scope[KEY] = ClientConnection(self)
+
+    exposed.patched = True  # pyright: ignore[reportFunctionMemberAccess]
+    cycle.__init__ = exposed
+
+
+def connection_of(scope: MutableMapping[str, Any]) -> ClientConnection | None:
+    """The connection that a request came by; None where another server than a patched uvicorn serves it."""
+    return scope.get(KEY)
