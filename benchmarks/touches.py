@@ -22,6 +22,7 @@ from typing import NamedTuple
 PACKAGES = ("cluster", "deployments", "jobs", "benchmarks")
 NAMED = (
     "cluster/control/ray_autoscaling.py",
+    "cluster/control/serve_details.py",
     "cluster/pool/haproxy.py",
     "deployments/ray_patches.py",
     "deployments/vllm_patches.py",

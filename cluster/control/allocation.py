@@ -1,6 +1,8 @@
 """The slot loop: count what serving and jobs hold and want, divide the slots, take the lease, and say so to whoever measures.
 
-A loop of its own, three times a second, because a slot's way from training to serving must not wait for a store or a gateway.
+A loop of its own, because a slot's way from training to serving must not wait for a store or a gateway. It turns three times a second while
+slots may change hands, and once a second while nothing is trained and no replica comes or goes: each turn asks Serve's controller and Ray's
+head, which share their processors with engines.
 """
 
 import threading
@@ -12,12 +14,13 @@ from cluster.capacity.allocator import Allocator, Grant, Heartbeat
 from cluster.capacity.arbiter import SERVING, Budget, FleetDemand
 from cluster.capacity.ceiling import room
 from cluster.config import FleetSpec
-from cluster.control import clock, metrics
+from cluster.control import clock, metrics, ray_autoscaling
 from cluster.control.applications import Applications
 from cluster.control.lease import Lease
 from cluster.control.slots import Served, ServingFleet, resource, served, slots, together
 
-TURN_S = 0.3
+TURN_S, REST_S = 0.3, 1.0
+"""The pause between two turns while slots may change hands, and otherwise."""
 
 log = logs.logger(__name__)
 
@@ -36,6 +39,7 @@ class Allocation:
         """The most slots that Ray's autoscaler gives, as far as the last turn knew; see `Lease.ceiling`."""
         self._lock = threading.Lock()
         """Around the allocator. Nobody is asked for anything while it is held."""
+        self._wake = threading.Event()
 
     def start(self) -> None:
         threading.Thread(target=self._run, daemon=True, name="slots-loop").start()
@@ -49,6 +53,7 @@ class Allocation:
     def watch(self, serving: tuple[ServingFleet, ...]) -> None:
         """Count these fleets from now on."""
         self.serving = serving
+        self._wake.set()
 
     def ceilings(self) -> dict[str, int | None]:
         """Fleet → the most replicas that it may have now; None where nothing but its own ``max_replicas`` limits it."""
@@ -58,7 +63,11 @@ class Allocation:
 
     def heartbeat(self, beat: Heartbeat) -> Grant:
         with self._lock:
-            return self.allocator.heartbeat(beat, clock.now_s())
+            first = not self.allocator.heartbeats
+            grant = self.allocator.heartbeat(beat, clock.now_s())
+        if first:
+            self._wake.set()
+        return grant
 
     def leave(self, job: str, driver: str) -> None:
         with self._lock:
@@ -97,11 +106,17 @@ class Allocation:
                 # Serve or the coordinator is away for a moment; grants stay as they are, and the loop must go on.
                 log.exception("a turn of the allocator")
             time.sleep(TURN_S)
+            self._wake.wait(0 if self._slots_may_change_hands else REST_S - TURN_S)
+            self._wake.clear()
+
+    @property
+    def _slots_may_change_hands(self) -> bool:
+        return bool(self.allocator.heartbeats) or not all(app.steady for app in self.applications.known.values())
 
     def _turn(self) -> None:
         self.applications.refresh()
-        there, lease = self.slots(), self.lease
-        total, free = int(there["total"]), int(there["free"])
+        lease, nodes = self.lease, ray_autoscaling.slots_of_nodes(resource(self.accelerator))
+        total, free = int(sum(node.total for node in nodes.values())), int(sum(node.free for node in nodes.values()))
         of_fleets = {one.spec.name: self._served(one) for one in self.serving}
         demands = [demand(one.spec, of_fleets[one.spec.name], one.floor) for one in self.serving]
         self.ceiling = ceiling = lease.ceiling(total)
@@ -110,7 +125,7 @@ class Allocation:
             kept = self.allocator.turn(total, held, demands, clock.now_s(), free, ceiling)
             requested = self.allocator.requested(kept, ceiling)
         metrics.publish(self.board, self.allocator.snapshots, self.allocator.changes, self.allocator.decision.fleets)
-        lease.hold(kept + requested, ceiling)
+        lease.hold(kept + requested, ceiling, {node: slots.in_use for node, slots in nodes.items()})
 
     def _served(self, one: ServingFleet) -> Served:
         return together(served(self.applications.known.get(app), one.spec.fleet.tensor_parallel_size) for app in one.apps)

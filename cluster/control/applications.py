@@ -13,15 +13,14 @@ A redeployment of the declared applications leaves these alone (``ray/serve/_pri
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from ray import serve
-from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatusOverview
 
 from cluster import logs
 from cluster.config import FleetSpec
+from cluster.control import serve_details
 from cluster.pool import graph
 from cluster.pool.serve_api import DECLARATIVE, ServeApi
 from cluster.types import NAME, VersionId
@@ -45,6 +44,11 @@ class Application(NamedTuple):
     """Serve lists one until it has heard of its end, and one that ends before it had a slot as well."""
 
     @property
+    def steady(self) -> bool:
+        """Whether no replica comes or goes."""
+        return self.status == "RUNNING" and not (self.starting or self.ending)
+
+    @property
     def failed(self) -> str:
         """Serve's own words where its replicas could not start, else empty."""
         return graph.cause(self.message) if self.status in ("DEPLOY_FAILED", "UNHEALTHY") else ""
@@ -63,10 +67,7 @@ class Applications:
         """Applications for which a thread waits until they are gone."""
 
     def refresh(self) -> None:
-        try:
-            found = serve.status().applications
-        except RayServeException:  # nothing is served yet
-            found = {}
+        found = serve_details.applications()
         self.known = {name: _counted(app) for name, app in found.items()}
         self.read = True
 
@@ -141,13 +142,17 @@ def hosted_by(app: str) -> VersionId:
     return VersionId(name, int(n))
 
 
-def _counted(app: ApplicationStatusOverview) -> Application:
-    counts = Counter[str]()
-    for deployment in app.deployments.values():
-        counts.update({_word(state): n for state, n in deployment.replica_states.items()})
+def _counted(app: Mapping[str, Any]) -> Application:
+    """
+    >>> replicas = [{"state": "RUNNING"}, {"state": "STARTING"}]
+    >>> _counted({"status": "DEPLOYING", "message": "", "deployments": {"Replica": {"message": "", "replicas": replicas}}})
+    Application(status='DEPLOYING', message='', running=1, starting=1, ending=0)
+    """
+    deployments = app["deployments"].values()
+    counts = Counter(_word(replica["state"]) for one in deployments for replica in one["replicas"])
     starting, ending = counts["STARTING"], counts["STOPPING"]
-    message = graph.message_of(app.message, (one.message for one in app.deployments.values()))
-    return Application(_word(app.status), message, counts.total() - starting - ending, starting, ending)
+    message = graph.message_of(app["message"], (one["message"] for one in deployments))
+    return Application(_word(app["status"]), message, counts.total() - starting - ending, starting, ending)
 
 
 def _word(state: object) -> str:

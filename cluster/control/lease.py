@@ -11,6 +11,7 @@ Two things are decided here:
 """
 
 import time
+from collections.abc import Mapping
 
 from cluster.capacity.ceiling import Ceiling
 from cluster.control import ray_autoscaling
@@ -66,10 +67,11 @@ class Lease:
         elif refused is not None:
             self.known = self.known.granted(asked, self.allowed)
 
-    def hold(self, slots: int, ceiling: int | None) -> None:
-        """Request so many slots; ``ceiling`` was the most allowed. Cheap if nothing changed. Raises what Ray raises if it does not answer."""
+    def hold(self, slots: int, ceiling: int | None, in_use: Mapping[str, int]) -> None:
+        """Request so many slots; ``ceiling`` was the most allowed. ``in_use``: node → its slots that somebody uses. Cheap if nothing changed.
+        Raises what Ray raises if it does not answer."""
         now_s = time.monotonic()
-        selectors = selectors_for(slots, ray_autoscaling.slots_in_use(self.resource))
+        selectors = selectors_for(slots, in_use)
         if selectors == self.selectors and now_s - self.renewed_s < RENEW_S:
             self.allowed = ceiling
             return
@@ -79,7 +81,7 @@ class Lease:
         self.selectors, self.allowed, self.renewed_s = selectors, ceiling, now_s
 
 
-def selectors_for(slots: int, used: dict[str, int]) -> list[dict[str, str]]:
+def selectors_for(slots: int, used: Mapping[str, int]) -> list[dict[str, str]]:
     """A label selector for each slot. Those in use must not be on an idle node; those that are not in use yet may be anywhere.
 
     >>> selectors_for(3, {"a": 0, "b": 2})

@@ -19,7 +19,7 @@ What this file relies on, in Ray 2.60:
 # (Ray's own annotations are partial; what comes back is typed at once.)
 import math
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray._private.state as cluster_state
@@ -88,9 +88,24 @@ def _ours(request: Any, resource: str, slots: int) -> bool:
     )
 
 
-def slots_in_use(resource: str) -> dict[str, int]:
-    """Each node that has slots → how many of them are in use, by anybody."""
+class NodeSlots(NamedTuple):
+    """One node's slots."""
+
+    total: float
+    free: float
+
+    @property
+    def in_use(self) -> int:
+        """By anybody."""
+        return math.ceil(round(self.total - self.free, 3))
+
+
+def slots_of_nodes(resource: str) -> dict[str, NodeSlots]:
+    """Each node that has slots."""
     free: dict[str, dict[str, float]] = cluster_state.available_resources_per_node()
     total = cluster_state.total_resources_per_node()
-    there = {node: has[resource] for node, has in total.items() if has.get(resource) and node in free}
-    return {node: math.ceil(round(slots - free[node].get(resource, 0), 3)) for node, slots in there.items()}
+    return {
+        node: NodeSlots(has[resource], free[node].get(resource, 0.0))
+        for node, has in total.items()
+        if has.get(resource) and node in free
+    }

@@ -51,13 +51,27 @@ class EngineLoad:
         """The fields of `deployments.autoscaling.Load`: means over the last `STEPS_S`. ``idle``: no request has been in flight for so long.
         vLLM reports no step then, and its last one may have been a busy one."""
         recent = sorted(took_s for at_s, took_s in self.first_tokens if at_s > now_s - WINDOW_S)
-        steps = () if idle else self.steps
+        steps = () if idle else since(self.steps, now_s - STEPS_S)
         return {
             "running": mean(steps, "running", now_s),
             "waiting": mean(steps, "waiting", now_s),
             "kv_use": mean(steps, "kv_use", now_s),
             "ttft_s": recent[int(0.9 * (len(recent) - 1))] if recent else 0.0,
         }
+
+
+def since(steps: deque[Step], at_s: float) -> list[Step]:
+    """The steps that ended after ``at_s``, from the newest back: a busy engine has a thousand, and is asked twice a second.
+
+    >>> since(deque([Step(1.0, 1, 0, 0), Step(2.0, 2, 0, 0), Step(3.0, 3, 0, 0)]), 2.5)
+    [Step(at_s=2.0, running=2, waiting=0, kv_use=0), Step(at_s=3.0, running=3, waiting=0, kv_use=0)]
+    """
+    found: list[Step] = []
+    for step in reversed(steps):
+        found.append(step)
+        if step.at_s <= at_s:
+            break
+    return found[::-1]
 
 
 def mean(steps: Collection[Step], field: str, now_s: float) -> float:

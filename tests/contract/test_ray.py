@@ -28,6 +28,19 @@ def test_serve_still_binds_its_internal_port_where_the_patch_expects_it() -> Non
     assert source.count('add_port_to_grpc_server(self._server, "[::]:0")') == 1
 
 
+def test_what_serve_says_of_applications_is_what_its_public_status_is_made_of() -> None:
+    """cluster/control/serve_details.py"""
+    from ray import serve
+    from ray.serve import schema
+    from ray.serve._private.client import ServeControllerClient
+
+    assert "ServeInstanceDetails(**client.get_serve_details())" in inspect.getsource(serve.status)
+    assert hasattr(ServeControllerClient, "get_serve_details") and "applications" in schema.ServeInstanceDetails.model_fields
+    assert {"status", "message", "deployments"} <= schema.ApplicationDetails.model_fields.keys()
+    assert {"message", "replicas"} <= schema.DeploymentDetails.model_fields.keys()
+    assert "state" in schema.ReplicaDetails.model_fields
+
+
 def test_handles_broadcast_in_public() -> None:
     from ray.serve.handle import DeploymentHandle
 
