@@ -37,15 +37,16 @@ def used(root: psutil.Process) -> dict[int, Used]:
 
 
 def spent(before: Mapping[int, Used], after: Mapping[int, Used]) -> dict[str, float]:
-    """Name of a process → processor seconds between the two looks. Processes with one name are summed; one that ended meanwhile is missing.
+    """Name of a process → processor seconds between the two looks. Processes with one name are summed; one that ended meanwhile is missing. Ray
+    renames its workers while they run.
 
-    >>> spent({1: Used("engine", 2.0)}, {1: Used("engine", 5.0), 2: Used("engine", 0.5)})
+    >>> spent({1: Used("ray::IDLE", 2.0)}, {1: Used("engine", 5.0), 2: Used("engine", 0.5)})
     {'engine': 3.5}
     """
     found: dict[str, float] = {}
     for pid, (name, cpu_s) in after.items():
         known = before.get(pid)
-        found[name] = found.get(name, 0.0) + cpu_s - (known.cpu_s if known and known.name == name else 0.0)
+        found[name] = found.get(name, 0.0) + cpu_s - (known.cpu_s if known else 0.0)
     return found
 
 
