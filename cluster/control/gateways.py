@@ -98,7 +98,7 @@ class Gateways:
         self.background.forget(lambda key: key[0] == alias)
 
     def _measured(self, alias: str, rollout: int) -> dict[str, Tally]:
-        answers = broadcast(graph.GATEWAY_APP, "measured", alias, rollout, timeout_s=MEASURE_TIMEOUT_S)
+        answers = self._tell("measured", alias, rollout, timeout_s=MEASURE_TIMEOUT_S)
         tallies = [cast(dict[str, Tally], answer) for answer in answers if isinstance(answer, dict)]
         ids = {id for tally in tallies for id in tally}
         return {id: merge(tally[id] for tally in tallies if id in tally) for id in ids}
