@@ -64,6 +64,7 @@ def test_a_fleet_that_nobody_asks_sleeps_and_the_next_request_wakes_it(pool: Run
         when(lambda: replicas(pool) == 1, 60)
 
 
+@pytest.mark.chaos
 def test_engines_with_too_much_to_do_get_another_beside_them(pool: Running) -> None:
     """The first burst waits for an engine to start; the next finds it asleep.
 

@@ -202,6 +202,7 @@ def test_weights_of_the_same_shape_are_swapped_in_place(pool: Running, tmp_path:
     print(f"{len(events)} requests, the longest took {longest_s:.2f} s")
 
 
+@pytest.mark.chaos
 def test_weights_of_another_shape_go_live_through_a_second_fleet(pool: Running, tmp_path: Path) -> None:
     """Its own replicas answer for the new shape while the fleet's change their engines; then they go, and nothing has failed."""
     base = pool.registry.fetch(pool.registry.manifest(ONE), tmp_path / "cache")
