@@ -37,6 +37,7 @@ def grammars(body: Body) -> Iterator[Grammar]:
     for param, form in (
         ("response_format", body.get("response_format")),
         ("text.format", as_dict(body.get("text")).get("format")),
+        ("output_config.format", as_dict(body.get("output_config")).get("format")),  # Anthropic's
     ):
         if as_dict(form).get("type") not in (None, "text"):
             yield Grammar(param, "json", form)
@@ -128,20 +129,23 @@ def compile_ms(grammar: Grammar) -> float:
 
 def _node_ms(node: dict[str, Any]) -> float:
     """One JSON object of a schema, without what is in it."""
-    ms = FORMAT_MS.get(format, 0.0) if isinstance(format := node.get("format"), str) else 0.0
-    for pattern in (node.get("pattern"), node.get("regex")):
-        ms += PATTERN_MS * written_out(pattern) if isinstance(pattern, str) else 0
-    properties = as_dict(node.get("properties"))
-    if not properties:
-        return ms
-    required = {name for name in as_list(node.get("required")) if isinstance(name, str)}
-    optional = len(properties.keys() - required)
-    bounds = [node[key] for key in ("minProperties", "maxProperties") if isinstance(node.get(key), int | float)]
-    return (
-        ms
-        + PROPERTY_MS * optional**2
-        + BOUNDED_MS * len(properties) * max([0, *(min(len(properties), bound) for bound in bounds)])
-    )
+    format, properties = node.get("format"), as_dict(node.get("properties"))
+    ms = FORMAT_MS.get(format, 0.0) if isinstance(format, str) else 0.0
+    ms += PATTERN_MS * sum(written_out(one) for one in (node.get("pattern"), node.get("regex")) if isinstance(one, str))
+    if properties:
+        required = {name for name in as_list(node.get("required")) if isinstance(name, str)}
+        bound = min(len(properties), _most(node, "minProperties", "maxProperties"))
+        ms += PROPERTY_MS * len(properties.keys() - required) ** 2 + BOUNDED_MS * len(properties) * bound
+    return ms
+
+
+def _most(node: dict[str, Any], *keys: str) -> float:
+    """The greatest of the numbers under these keys; 0 where there is none.
+
+    >>> _most({"minProperties": 3, "maxProperties": "9"}, "minProperties", "maxProperties")
+    3
+    """
+    return max([0, *(value for key in keys if isinstance(value := node.get(key), int | float))])
 
 
 def _objects(document: Any) -> Iterator[dict[str, Any]]:

@@ -41,8 +41,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "structured_outputs as a list": ({"structured_outputs": []}, "structured_outputs"),
     "structured_outputs as no text": ({"structured_outputs": ""}, "structured_outputs"),
     "structured_outputs as text": ({"structured_outputs": "[a-z]"}, "structured_outputs"),
-    "a tool without a name": ({"tool_choice": {"type": "function"}, "tools": [TOOL, {"type": "function"}]}, "tools[1].function.name"),
-    "a tool that is a number": ({"tool_choice": {}, "tools": [1]}, "tools[0].function.name"),
+    "a tool without a name": ({"tool_choice": {"function": {"name": "f"}}, "tools": [TOOL, {"name": "f"}]}, "tools[1].function.name"),
+    "a tool that is a number": ({"tool_choice": {"function": {"name": "f"}}, "tools": [1]}, "tools[0].function.name"),
     "no messages": ({"messages": []}, "messages"),
     "logprobs of chosen tokens": ({"logprobs": 1, "logprob_token_ids": [5]}, "logprob_token_ids"),
     "endless repetitions": ({"repetition_detection": {"max_pattern_size": 10**6, "min_count": 2}}, "repetition_detection"),
@@ -52,6 +52,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a regex of a million": ({"structured_outputs": {"regex": "(a{1000}){1000}"}}, "structured_outputs.regex"),
     "a grammar of a million": ({"structured_outputs": {"grammar": 'root ::= ("a"{1000}){1000}'}}, "structured_outputs.grammar"),
     "a deep schema": (formatted(nested(100)), "response_format"),
+    "a deep schema in Anthropic's form": ({"output_config": {"format": {"type": "json_schema", "schema": nested(100)}}}, "output_config.format"),
     "a schema deeper than JSON is written": (formatted(nested(300)), "response_format"),
     "a schema as text": ({"structured_outputs": {"json": json.dumps(nested(100))}}, "structured_outputs.json"),
     "a pattern in a schema": (formatted({"type": "string", "pattern": "(a{1000}){1000}"}), "response_format"),
@@ -67,7 +68,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "hundreds of addresses": (formatted(properties(300, {"type": "string", "format": "uri"})), "response_format"),
     "a hundred templates": (formatted(properties(100, {"type": "string", "format": "uri-template"})), "response_format"),
     "hundreds of patterns": (formatted(properties(60, {"type": "string", "pattern": "^[a-z]{1,80}#$"})), "response_format"),
-    "slow tools together": ({"tools": [tool(properties(100)), tool(properties(800)), tool(properties(700))]}, "tools[1].parameters"),
+    "slow tools together": ({"tools": [tool(properties(100)), tool(properties(800)), tool(properties(700))]}, "tools[2].parameters"),
+    "megabytes of tools": ({"tools": [tool({"enum": ["a"] * 15_000})] * 100}, "tools[8].parameters"),
     "a tag's schema": ({"response_format": {"type": "structural_tag", "format": nested(80)}}, "response_format"),
 }  # fmt: skip
 
@@ -85,12 +87,18 @@ def test_it_is_refused_and_its_parameter_is_named(case: str) -> None:
     [
         {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.7, "tools": [TOOL], "tool_choice": "auto"},
         {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"tools": [{"name": "f", "input_schema": {"type": "object"}}], "tool_choice": {"type": "any"}},
+        {"tools": [{"type": "function", "name": "f", "parameters": {}}], "tool_choice": {"type": "function", "name": "f"}},
+        {"output_config": {"format": {"type": "json_schema", "schema": nested(20)}}},
         {"prompt": "a", "echo": True, "logprobs": 5, "bad_words": ["never"], "allowed_token_ids": [1, 2]},
         {"structured_outputs": {"choice": ["yes", "no"]}},
         {"structured_outputs": {"regex": r"\d{4}-\d{2}-\d{2}T[0-9:]{8}Z"}},
         {"structured_outputs": {"grammar": 'root ::= "SELECT " name\nname ::= [a-z]{1,30}'}},
         formatted(nested(20)),
         formatted(properties(300)),
+        formatted({"type": "array", "minItems": 1, "maxItems": 2**31 - 1}),
+        formatted({"type": "object", "properties": {"format": {"type": "string"}, "minItems": {}, "properties": {"type": "object"}}}),
+        formatted({"properties": [], "required": 1, "format": [], "pattern": {}, "maxItems": None, "minProperties": "x"}),
         formatted(properties(900, required=[f"p{n}" for n in range(900)], additionalProperties=False)),
         formatted(properties(60, {"type": "string", "format": "uri"}, minProperties=1)),
         formatted(properties(20, {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"})),
@@ -113,7 +121,8 @@ json_values = st.recursive(
     max_leaves=8,
 )
 NAMES = [
-    "structured_outputs", "response_format", "text", "tools", "tool_choice", "bad_words", "messages", "repetition_detection", "allowed_token_ids",
+    "structured_outputs", "response_format", "text", "output_config", "tools", "tool_choice", "bad_words", "messages",
+    "repetition_detection", "allowed_token_ids",
 ]  # fmt: skip
 
 
