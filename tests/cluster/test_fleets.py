@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from tests.cluster.test_autoscaling import engines
 from tests.cluster.test_publish import ONE, TIDE, ask, wait_until
 from tests.conftest import Running
 from tests.history import expected_of, problems, recording
+from tests.unit.test_fit import huge
 
 SPROUT = VersionId("sprout", 1)
 
@@ -219,6 +221,17 @@ def test_an_engine_that_does_not_start_says_why_once_and_wherever_it_is_asked(po
     assert words in refused.json()["error"]["message"] and time.time() - asked_s < 5
     client.of(pool.config).remove_fleet("broken", force=True)
     wait_until(lambda: phases(pool) == {"seedling": "serving"}, timeout_s=60)
+
+
+def test_a_fleet_whose_model_cannot_fit_is_refused_with_the_numbers_before_anything_is_copied(
+    pool: Running, tmp_path: Path
+) -> None:
+    """`springtide up` and `run` refuse in the same words (`tests/unit/test_refusal.py`), and so does a publish (`test_rollout`)."""
+    added = pool.command("fleets", "add", "huge", "--model", str(huge(tmp_path / "huge", 800)))
+    assert added.returncode == 2 and "huge" not in pool.registry.names(), "nothing was copied"
+    assert re.search(
+        r"huge does not fit: weights, adapters and the engine itself need 1602\.\d GiB, and there are [\d.]+ GiB", added.stderr
+    )
 
 
 def test_the_engine_has_the_context_and_the_kv_cache_that_were_printed(pool: Running) -> None:
