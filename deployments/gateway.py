@@ -32,7 +32,7 @@ from deployments.uvicorn_patches import expose_connections
 log = logs.logger(__name__)
 
 
-@serve.deployment
+@serve.deployment(logging_config={"enable_access_log": False})  # a line for each request, with neither its path nor its model
 @serve.ingress()
 class Gateway:
     async def __init__(self, config: Config) -> None:
