@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: run setup test check chaos bench clean
+.PHONY: run setup test test-clients check chaos bench clean
 
 run: setup ## The whole loop on this machine, then serve until Ctrl-C. With a real chat model: make run MODEL=smollm2
 	@$(BIN)/springtide run $(if $(MODEL),--model "$(MODEL)")
@@ -33,11 +33,14 @@ check: setup ## Lint, format, types, import direction.
 test: check ## Everything that fits into 20 minutes on 2 cores.
 	$(BIN)/pytest
 
+test-clients: setup ## Clients as people have them, each in an environment of its own, against one pool of real models.
+	$(BIN)/python -m tests.clients
+
 chaos: setup ## What takes longer: failures over minutes.
 	$(BIN)/pytest -m chaos
 
 bench: setup ## The serving comparison of the README.
 	$(BIN)/python -m benchmarks serving
 
-clean: ## Remove the environment and the local store.
-	rm -rf $(VENV) .springtide
+clean: ## Remove the environments and the local store.
+	rm -rf $(VENV) .clients .springtide

@@ -16,3 +16,14 @@ compile() { # extras output options
 }
 compile cpu requirements/cpu.txt "--extra models --override $overrides --extra-index-url https://download.pytorch.org/whl/cpu"
 compile gpu requirements/gpu.txt ""
+client() { # name requirement…
+    name=$1
+    shift
+    printf '%s\n' "$@" | uv pip compile - --quiet --universal --python-version 3.11 --no-annotate --no-header --output-file "requirements/clients/$name.txt"
+}
+client openai openai==3.54.0
+client anthropic anthropic==2.12.0
+client langchain langchain-openai==1.7.4
+client litellm litellm==1.110.2
+client lm_eval "lm-eval[api]==0.4.13" transformers==5.19.0
+# tests/clients/node/package-lock.json: npm install --package-lock-only
