@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from benchmarks.adapters import adapters
 from benchmarks.curve import curve
 from benchmarks.memory import memory
+from benchmarks.parity.run import parity
 from benchmarks.publish import publish
 from benchmarks.report import SYSTEMS
 from benchmarks.serving import serving
@@ -77,6 +78,11 @@ VERBS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         MODEL,
         file("--json", "write one object with the figures"),
         file("--png", "write the chart"),
+    ),
+    parity: (
+        option("--every", type=int, default=1, metavar="N", help="only every Nth request"),
+        file("--json", "write both answers to each request"),
+        file("--markdown", "write the tables"),
     ),
     adapters: (MODEL, file("--json", "write one row per number of adapters")),
     tide: (

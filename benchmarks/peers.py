@@ -65,20 +65,22 @@ class Served:
 
 
 @contextmanager
-def serving(system: str, config: Config, model: Path, port: int) -> Iterator[Served]:
+def serving(
+    system: str, config: Config, model: Path, port: int, fleet: str = "", variables: dict[str, str] | None = None
+) -> Iterator[Served]:
     """Run one of `SYSTEMS` with ``model`` (Hugging Face layout) until the block ends, then end every process of it.
 
+    ``fleet``: whose arguments its engine gets, by default the first one's. ``variables``: more for its environment.
     Raises `PoolUnavailable` with the end of its log where it does not start.
     """
     check_free(port)
-    log = config.home / f"{system}.log"
+    spec = config.spec(fleet or config.default_fleet)
+    log = config.home / f"{system}-{spec.name}.log"
     with tempfile.TemporaryDirectory(prefix="peer-") as run:  # not in the home: a socket's path must stay under 97 characters
-        process = _start(
-            command(system, config, model, port), environment(system, config.spec(config.default_fleet), Path(run)), log
-        )
+        process = _start(command(system, spec, model, port), {**environment(system, spec, Path(run)), **(variables or {})}, log)
         try:
-            served = Served(f"http://{HOST}:{port}/v1", config.default_model, psutil.Process(process.pid))
-            wait(served, lambda: _check(process, log))
+            served = Served(f"http://{HOST}:{port}/v1", spec.fleet.model, psutil.Process(process.pid))
+            wait(served, lambda: _check(process, log), spec.fleet.task)
             yield served
         finally:
             end(process)
@@ -96,9 +98,9 @@ def _start(command: list[str], environment: dict[str, str], log: Path) -> "subpr
         )
 
 
-def command(system: str, config: Config, model: Path, port: int) -> list[str]:
-    name = config.default_model
-    engine = fitting.fitted(config.spec(config.default_fleet), model, name).engine_arguments()
+def command(system: str, spec: FleetSpec, model: Path, port: int) -> list[str]:
+    name = spec.fleet.model
+    engine = fitting.fitted(spec, model, name).engine_arguments()
     if system != "bare_vllm":
         return [
             sys.executable,
@@ -111,6 +113,8 @@ def command(system: str, config: Config, model: Path, port: int) -> list[str]:
             json.dumps(engine),
         ]
     server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--disable-uvicorn-access-log", f"--host={HOST}"]
+    if "tool_call_parser" in engine:
+        engine["enable_auto_tool_choice"] = True  # as `deployments.replica.arguments.namespace` does
     return [*server, f"--port={port}", f"--model={model}", f"--served-model-name={name}", *flags(engine)]
 
 
@@ -181,15 +185,16 @@ def _check(process: "subprocess.Popen[bytes]", log: Path) -> None:
         raise PoolUnavailable(f"It ended with status {process.returncode}:\n{words}\n", "Is another process using its ports?")
 
 
-def wait(served: Served, check: Callable[[], None] = lambda: None) -> None:
-    """Block until the system answers a chat completion. ``check`` raises where waiting is useless."""
-    question = {"model": served.model, "messages": [{"role": "user", "content": "Ready?"}], "max_tokens": 1}
+def wait(served: Served, check: Callable[[], None] = lambda: None, task: str = "generate") -> None:
+    """Block until the system chats, or makes a vector. ``check`` raises where waiting is useless."""
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "Ready?"}], "max_tokens": 1}
+    path, question = ("chat/completions", chat) if task == "generate" else ("embeddings", {"input": "Ready?"})
     deadline_s = time.monotonic() + START_TIMEOUT_S
     answer = "nothing"
     while time.monotonic() < deadline_s:
         check()
         try:
-            response = httpx.post(f"{served.url}/chat/completions", json=question, timeout=30)
+            response = httpx.post(f"{served.url}/{path}", json={"model": served.model, **question}, timeout=30)
         except httpx.HTTPError as error:
             answer = repr(error)
         else:

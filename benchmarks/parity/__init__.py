@@ -1,0 +1,1 @@
+"""The same requests to bare vLLM and to Springtide, and what differs."""
