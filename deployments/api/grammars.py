@@ -39,12 +39,8 @@ def grammars(body: Body) -> Iterator[Grammar]:
         ("text.format", as_dict(body.get("text")).get("format")),
         ("output_config.format", as_dict(body.get("output_config")).get("format")),  # Anthropic's
     ):
-        if as_dict(form).get("type") not in (None, "text"):
+        if as_dict(form).get("type") not in (None, "text") or as_dict(form).get("schema"):  # Anthropic's type may be left out
             yield Grammar(param, "json", form)
-    if schema := as_dict(as_dict(body.get("output_config")).get("format")).get(
-        "schema"
-    ):  # Anthropic's, whose type may be left out
-        yield Grammar("output_config.format.schema", "json", schema)
     for number, tool in enumerate(as_list(body.get("tools"))):
         function = as_dict(as_dict(tool).get("function")) or as_dict(tool)
         for name in ("parameters", "input_schema"):  # OpenAI's name, and Anthropic's

@@ -69,10 +69,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a hundred templates": (formatted(properties(100, {"type": "string", "format": "uri-template"})), "response_format"),
     "hundreds of patterns": (formatted(properties(60, {"type": "string", "pattern": "^[a-z]{1,80}#$"})), "response_format"),
     "slow tools together": ({"tools": [tool(properties(100)), tool(properties(800)), tool(properties(700))]}, "tools[2].parameters"),
-    "a deep schema in Anthropic's form": ({"output_config": {"format": {"schema": nested(100)}}}, "output_config.format.schema"),
-    "a slow schema in Anthropic's form": (
-        {"output_config": {"format": {"type": "json_schema", "schema": properties(1_100)}}}, "output_config.format.schema",
-    ),
+    "a slow schema in Anthropic's form, without a type": ({"output_config": {"format": {"schema": properties(1_100)}}}, "output_config.format"),
     "megabytes of tools": ({"tools": [tool({"enum": ["a"] * 15_000})] * 100}, "tools[8].parameters"),
     "a tag's schema": ({"response_format": {"type": "structural_tag", "format": nested(80)}}, "response_format"),
 }  # fmt: skip
