@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -427,3 +429,40 @@ def test_the_base_answers_as_itself_beside_as_many_adapters_as_there_are_slots(p
     ):
         time.sleep(4)
     assert problems([*base, *live], expected) == [] and len(base) > 10 and len(live) > 10
+
+
+def with_settings(pool: Running, folder: Path, **changed: int) -> Path:
+    """The seedling's files under another configuration."""
+    shutil.copytree(pool.registry.fetch(pool.registry.manifest(ONE), folder.parent / "cache"), folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**settings, **{key: (settings.get(key) or 0) + value for key, value in changed.items()}})
+    )
+    return folder
+
+
+def test_weights_that_cannot_fit_are_refused_with_the_numbers_and_the_keys(pool: Running, tmp_path: Path) -> None:
+    folder = with_settings(pool, tmp_path / "wide", head_dim=1 << 20)
+    wide = pool.registry.register("seedling", "weights", None, folder, Lineage()).id
+    refused = pool.command("publish", str(wide))
+    said = " ".join(refused.stderr.split())
+    numbers = rf"{wide} does not fit: one request of \d+ tokens needs 128\.0 GiB of KV cache, and there are [\d.]+ GiB\. "
+    assert refused.returncode == 2 and re.search(numbers + "(Set fleet|Take a smaller)", said), said
+    assert all(str(wide) not in replica["held"] for replica in client.of(pool.config).status()["replicas"])
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+def test_a_rollout_whose_engine_does_not_start_has_vllms_words_for_its_reason(pool: Running, tmp_path: Path) -> None:
+    words = "not initialized from checkpoint"
+    broken = pool.registry.register(
+        "seedling", "weights", None, with_settings(pool, tmp_path / "broken", num_hidden_layers=1), Lineage()
+    ).id
+    published = pool.command("publish", str(broken))
+    said = " ".join((published.stdout + published.stderr).split())
+    rollout = pool.registry.rollout("seedling")
+    assert rollout is not None and (rollout.version, rollout.stage) == (broken, "rolled_back") and words in rollout.reason, (
+        rollout
+    )
+    assert published.returncode != 0 and words in said, said
+    assert ask(pool, "seedling").status_code == 200
