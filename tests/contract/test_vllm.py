@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster.pool.local import SERVING_ENVIRONMENT
 from deployments.routing.engine_routes import ENGINE_ROUTES
 
 VLLM = Path(importlib.util.find_spec("vllm").origin).parent  # pyright: ignore
@@ -45,7 +46,10 @@ def test_streams_end_as_the_table_of_routes_says() -> None:
     assert 'wrap_data_with_event(data, "message_stop")' in messages
     responses = (VLLM / "entrypoints/openai/responses/api_router.py").read_text()
     assert 'f"event: {event_type}\\ndata: "' in responses
-    assert 'type="response.completed"' in (VLLM / "entrypoints/openai/responses/serving.py").read_text()
+    served = (VLLM / "entrypoints/openai/responses/serving.py").read_text()
+    assert served.count("ResponseCompletedEvent(") == 1 and 'type="response.completed"' in served
+    for other in ("incomplete", "failed", "cancelled"):  # OpenAI's own API has these ends too
+        assert f"response.{other}" not in served, "the table of routes needs one more terminator"
 
 
 def test_adapters_are_loaded_by_the_name_that_requests_use() -> None:
@@ -151,6 +155,16 @@ def test_the_first_grammars_backend_compiles_all_others() -> None:
     assert "if self.backend is None:" in manager and "_backend" in manager
     assert "grammar = self.executor.submit(self._create_grammar, request)" in manager
     assert 'self.structured_outputs._backend = "guidance"' in (VLLM / "sampling_params.py").read_text()
+
+
+def test_a_variable_bounds_the_compiled_grammars_that_an_engine_keeps() -> None:
+    """An engine would keep half a gigabyte of them."""
+    assert (
+        "cache_limit_bytes=vllm.envs.VLLM_XGRAMMAR_CACHE_MB * 1024"
+        in (VLLM / "v1/structured_output/backend_xgrammar.py").read_text()
+    )
+    assert 'os.getenv("VLLM_XGRAMMAR_CACHE_MB", "512")' in (VLLM / "envs.py").read_text()
+    assert int(SERVING_ENVIRONMENT["VLLM_XGRAMMAR_CACHE_MB"]) < 512
 
 
 def test_grammars_are_checked_in_the_loop_that_serves_tokens() -> None:
