@@ -276,9 +276,9 @@ async def send_all(url: str, asked: Iterable[Asked], figures: Figures) -> None:
         await asyncio.gather(*(send(session, url, one, figures) for one in asked))
 
 
-def fuzz(url: str, models: Sequence[str], count: int, fixed: bool = True) -> Figures:
-    """Send about ``count`` requests. ``fixed``: the same ones each time. Goes on after a fault."""
-    figures = Figures()
+def fuzz(url: str, models: Sequence[str], count: int, fixed: bool = True, figures: Figures | None = None) -> Figures:
+    """Send about ``count`` requests. ``fixed``: the same ones each time. Goes on after a fault. Adds to ``figures`` where they are given."""
+    figures = Figures() if figures is None else figures
 
     @settings(
         max_examples=max(1, count // TOGETHER),
@@ -305,9 +305,29 @@ def engines(pids: Iterable[int]) -> list[psutil.Process]:
     return [process for front in fronts for process in (front, *front.children(recursive=True))]
 
 
-def resident_mb(processes: Iterable[psutil.Process]) -> float:
-    """Memory that they take. A process that has ended takes none."""
-    return sum(process.memory_info().rss for process in processes if process.is_running()) / 2**20
+class Memory(NamedTuple):
+    """Of some processes together, in MiB."""
+
+    resident: float
+    proportional: float
+    """With pages that several share divided among them."""
+
+    def __str__(self) -> str:
+        return f"{self.resident:.0f} MB resident, {self.proportional:.0f} MB proportional"
+
+
+def memory(processes: Iterable[psutil.Process]) -> Memory:
+    """What they take. A process that has ended takes none."""
+    found = [process.memory_full_info() for process in processes if process.is_running()]
+    return Memory(sum(one.rss for one in found) / 2**20, sum(one.pss for one in found) / 2**20)
+
+
+def grown(before: Memory, after: Memory) -> float:
+    """
+    >>> grown(Memory(100, 50), Memory(125, 75))
+    0.5
+    """
+    return max(now / then for then, now in zip(before, after, strict=True)) - 1
 
 
 def main(count: int) -> None:
@@ -318,11 +338,17 @@ def main(count: int) -> None:
     status = client.of(configuration).status()
     pids = [replica["pid"] for replica in status["replicas"]]
     models = sorted({*status["aliases"], *(id for replica in status["replicas"] for id in replica["held"])})
-    before = engines(pids)
-    fuzz(url := f"http://{configuration.gateway.host}:{configuration.gateway.port}", models, 200)
-    began_mb, figures = resident_mb(before), fuzz(url, models, count, fixed=False)
+    before, url, figures = engines(pids), local.gateway(configuration), Figures()
+    fuzz(url, models, count // 3, fixed=False, figures=figures)
+    warm = memory(before)
+    fuzz(url, models, count - count // 3, fixed=False, figures=figures)
     ended = sum(not process.is_running() for process in before)
-    print(figures, f"{ended} engines ended; their memory went from {began_mb:.0f} to {resident_mb(before):.0f} MB", sep="\n")
+    print(
+        figures,
+        f"{ended} engines ended; after a third of the requests they took {warm}",
+        f"and in the end {memory(before)}",
+        sep="\n",
+    )
     print(*figures.faults, sep="\n\n")
 
 

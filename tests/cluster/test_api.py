@@ -195,6 +195,9 @@ def test_responses_come_whole_and_as_a_stream_and_nothing_is_kept(client: openai
     events: list[Any] = list(client.responses.create(**asked, stream=True))
     assert events[-1].type == "response.completed" and events[-1].response.output_text == whole.output_text
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    cut: Any = list(client.responses.create(**{**asked, "max_output_tokens": 3}, stream=True))[-1]
+    assert (cut.type, cut.response.status) == ("response.completed", "incomplete"), "OpenAI's own would be response.incomplete"
+    assert cut.response.incomplete_details.reason == "max_output_tokens"
     with pytest.raises(openai.BadRequestError, match="no replica keeps any"):
         client.responses.create(**asked, previous_response_id=whole.id)
     with pytest.raises(openai.NotFoundError, match="No answer is kept"):
