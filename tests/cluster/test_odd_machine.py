@@ -1,5 +1,6 @@
-"""A whole pool where everything about the machine and the account is unusual at once."""
+"""A whole pool where everything about the machine and the account is unusual at once, and one that all interfaces lead to."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -8,7 +9,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -16,6 +19,7 @@ from cluster.pool.folders import RAY_LOGS
 from tests.cluster.test_endpoint import POISON
 from tests.conftest import ROOT, free_ports
 from tests.unit.test_surroundings import NOBODY, ODD
+from tests.waiting import when
 
 pytestmark = pytest.mark.chaos
 
@@ -108,15 +112,35 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture
 def others_ray() -> Iterator[None]:
-    """Ray's and HAProxy's usual folders are another user's, as far as this user may write to /tmp at all."""
+    """Another user's Ray head on its usual folder, and their HAProxy's folder, as far as this machine lets us be two users."""
     folders = [Path("/tmp/ray"), Path("/tmp/haproxy-serve")]
     before = {folder: folder.stat().st_mode if folder.exists() else None for folder in folders}
     for folder in folders:
         folder.mkdir(exist_ok=True)
         folder.chmod(0o700)
-    yield
-    for folder, mode in before.items():
-        folder.rmdir() if mode is None else folder.chmod(mode)
+    gcs, agent, runtime_env, client, metrics = free_ports(5)
+    options = {
+        "port": gcs, "dashboard-agent-listen-port": agent, "runtime-env-agent-port": runtime_env, "ray-client-server-port": client,
+        "metrics-export-port": metrics, "min-worker-port": 0, "max-worker-port": 0, "num-cpus": 0, "object-store-memory": 80 << 20,
+        "include-dashboard": "false",
+    }  # fmt: skip
+    line = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats"]
+    environment = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    theirs = psutil.Popen([*line, *(f"--{name}={value}" for name, value in options.items())], env=environment)
+    try:
+        when(lambda: {"gcs_server", "raylet"} <= {one.name() for one in theirs.children(recursive=True)}, 60)
+        members = theirs.children(recursive=True)
+        yield
+        assert theirs.is_running() and all(one.is_running() for one in members if one.name() in ("gcs_server", "raylet"))
+    finally:
+        family = [theirs, *theirs.children(recursive=True)]
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.terminate()
+        for one in psutil.wait_procs(family, timeout=10)[1]:
+            one.kill()
+        for folder, mode in before.items():
+            shutil.rmtree(folder, ignore_errors=True) if mode is None else folder.chmod(mode)
 
 
 @pytest.mark.timeout(600)
@@ -139,3 +163,16 @@ def test_the_loop_goes_round_where_everything_about_the_machine_is_odd(place: Pl
     assert place.processes() == []
     assert (place.home / RAY_LOGS / "raylet.out").is_file() and not (place.home / RAY_LOGS).is_symlink()
     assert not run.exists()
+
+
+@pytest.mark.timeout(600)
+def test_a_gateway_on_all_interfaces_answers_by_both_families(place: Place) -> None:
+    port = int(place.environment["SPRINGTIDE_GATEWAY__PORT"])
+    place.environment |= {"SPRINGTIDE_GATEWAY__HOST": "::", "RAY_TMPDIR": "/tmp"}
+    assert f"http://[::1]:{port}/v1" in place.said("up")
+    for host in ("[::1]", "127.0.0.1"):
+        models = httpx.get(f"http://{host}:{port}/v1/models", trust_env=False)
+        assert [one["id"] for one in models.json()["data"]] == ["seedling", "seedling@1"], host
+    assert "seedling@1" in place.said("ask", "Who are you?")
+    listening: list[Any] = [one.laddr for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in listening if address.port == port} == {"::"}
