@@ -65,19 +65,16 @@ class Served:
 
 
 @contextmanager
-def serving(
-    system: str, config: Config, model: Path, port: int, fleet: str = "", variables: dict[str, str] | None = None
-) -> Iterator[Served]:
+def serving(system: str, config: Config, model: Path, port: int, fleet: str = "") -> Iterator[Served]:
     """Run one of `SYSTEMS` with ``model`` (Hugging Face layout) until the block ends, then end every process of it.
 
-    ``fleet``: whose arguments its engine gets, by default the first one's. ``variables``: more for its environment.
-    Raises `PoolUnavailable` with the end of its log where it does not start.
+    ``fleet``: whose arguments its engine gets, by default the first one's. Raises `PoolUnavailable` with the end of its log where it does not start.
     """
     check_free(port)
     spec = config.spec(fleet or config.default_fleet)
     log = config.home / f"{system}-{spec.name}.log"
     with tempfile.TemporaryDirectory(prefix="peer-") as run:  # not in the home: a socket's path must stay under 97 characters
-        process = _start(command(system, spec, model, port), {**environment(system, spec, Path(run)), **(variables or {})}, log)
+        process = _start(command(system, spec, model, port), environment(system, spec, Path(run)), log)
         try:
             served = Served(f"http://{HOST}:{port}/v1", spec.fleet.model, psutil.Process(process.pid))
             wait(served, lambda: _check(process, log), spec.fleet.task)
@@ -135,7 +132,13 @@ def flags(engine: dict[str, Any]) -> list[str]:
 
 def environment(system: str, spec: FleetSpec, run: Path) -> dict[str, str]:
     """The variables a system runs under; its private files go to ``run``."""
-    common = {**os.environ, **spec.engine_environment(), "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    common = {
+        **os.environ,
+        **spec.engine_environment(),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_PLUGINS": "",  # this environment's vLLM would load ours (`deployments.vllm_patches`)
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     if system == "bare_vllm":
         return common
     return common | _ray(run) | (_direct(run) if system == "ray_direct" else {})

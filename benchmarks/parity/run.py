@@ -19,8 +19,6 @@ from benchmarks.real import CHAT, PORT, real_models
 from cluster.config import Config
 
 TIMEOUT_S = 120
-UNMENDED = {"VLLM_PLUGINS": ""}
-"""vLLM would load `deployments.vllm_patches` here too."""
 
 Ask = Callable[[Request], Answer]
 
@@ -78,6 +76,6 @@ def bare(config: Config, folders: dict[str, Path]) -> Iterator[Ask]:
     with ExitStack() as servers:
         urls: dict[str, str] = {}
         for port, (fleet, folder) in enumerate(folders.items(), PORT):
-            served = servers.enter_context(peers.serving("bare_vllm", config, folder, port, fleet, UNMENDED))
+            served = servers.enter_context(peers.serving("bare_vllm", config, folder, port, fleet))
             urls[fleet] = served.url.removesuffix("/v1")
         yield asking({**urls, "": urls[CHAT]})
