@@ -5,6 +5,7 @@ A contract test names uvicorn's version, and what this file relies on: ``Request
 was sent so far (``uvicorn/protocols/http/httptools_impl.py``).
 """
 
+import asyncio
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -18,13 +19,15 @@ class ClientConnection:
 
     def __init__(self, cycle: Any) -> None:
         self._cycle = cycle
+        self._loop = asyncio.get_running_loop()
 
     @property
     def streams(self) -> bool:
-        """Whether a body is under way, in chunks. Its beginning and its end belong to ASGI."""
+        """Whether a body is under way, in chunks, and this is the connection's event loop. Its beginning and its end belong to ASGI."""
         cycle = self._cycle
         started = cycle.response_started and not cycle.response_complete
-        return started and bool(cycle.chunked_encoding) and cycle.scope["method"] != "HEAD"
+        in_chunks = bool(cycle.chunked_encoding) and cycle.scope["method"] != "HEAD"
+        return started and in_chunks and asyncio.get_running_loop() is self._loop
 
     def write(self, piece: bytes) -> None:
         """Send a piece of the body, as one chunk of HTTP. It may only be called while `streams` holds. What has left hears nothing."""
@@ -57,5 +60,6 @@ def expose_connections() -> None:
 
 
 def connection_of(scope: MutableMapping[str, Any]) -> ClientConnection | None:
-    """The connection that a request came by; None where another server than a patched uvicorn serves it."""
-    return scope.get(KEY)
+    """Take the connection that a request came by out of its scope, which would keep it alive in a circle. None where another server than a
+    patched uvicorn serves the request."""
+    return scope.pop(KEY, None)

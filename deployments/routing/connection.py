@@ -57,6 +57,7 @@ class Connection(asyncio.Protocol):
         self._lost = False
         self._waiter: asyncio.Future[None] | None = None
         self._begin()
+        self._complete = True  # nothing has been asked
 
     def _begin(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
@@ -66,13 +67,15 @@ class Connection(asyncio.Protocol):
         self._complete = self._keep_alive = False
         self._failure: Exception | None = None
         self._take: Callable[[bytes], bool] | None = None
-        self._full = False
+        self._full = self._paused = False
         self._heard_s = self._loop.time()
 
     # one request
 
     def ask(self, path: str, headers: Mapping[str, str], body: bytes) -> None:
-        """Send a POST."""
+        """Send a POST. Raises `NeverConnected` where the replica has closed the connection."""
+        if self.lost:
+            raise NeverConnected("The replica closed the connection.")
         self._begin()
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = f"POST {path} HTTP/1.1\r\nhost: replica\r\n{lines}content-length: {len(body)}\r\n\r\n"
@@ -84,11 +87,12 @@ class Connection(asyncio.Protocol):
             await self._progress()
         return self._head
 
-    async def piece(self) -> bytes:
-        """What has come of the body, as soon as there is something. Empty at its end."""
+    async def peek(self) -> bytes:
+        """What has come of the body, as soon as there is something; `relay` hands it on. Empty at its end. No more is read before `relay`."""
         while not self._pieces and not self._complete:
             await self._progress()
-        return self._taken()
+        self._pause()
+        return b"".join(self._pieces)
 
     async def body(self) -> bytes:
         """All that is left of the body."""
@@ -110,7 +114,7 @@ class Connection(asyncio.Protocol):
                     await drain()
                     self._full = False
                     self._heard_s = self._loop.time()  # the pause was the client's
-                    self._resume()
+                self._resume()
                 if self._complete and self._failure is None:
                     return
                 await self._progress()
@@ -118,8 +122,14 @@ class Connection(asyncio.Protocol):
             self._watch.cancel()
             self._take = None
 
+    def _pause(self) -> None:
+        if not self._paused and not self.lost:
+            self._paused = True
+            self._transport.pause_reading()
+
     def _resume(self) -> None:
-        if not self.lost:
+        if self._paused and not self.lost:
+            self._paused = False
             self._transport.resume_reading()
 
     def _taken(self) -> bytes:
@@ -150,7 +160,7 @@ class Connection(asyncio.Protocol):
             except Exception as error:  # noqa: BLE001 (a callback's edge: `relay` raises it in its caller's task)
                 self._failure = error
             if self._full:
-                self._transport.pause_reading()
+                self._pause()
         if self._full or self._complete or self._failure is not None:
             self._wake()
 
@@ -167,7 +177,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        return self._keep_alive and not self._lost and self._failure is None
+        return self._keep_alive and not self._lost and not self._paused and self._failure is None
 
     @property
     def lost(self) -> bool:
@@ -183,34 +193,48 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
+        if self._complete:  # nobody asked for this
+            return self._transport.abort()
         self._heard_s = self._loop.time()
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._failure = ConnectionLost(f"The replica's answer is no HTTP: {error}.")
+            self._fail(error)
         if self._take is None:
             self._wake()
         else:
             self._pass_on()
+
+    def _fail(self, error: Exception) -> None:
+        """What follows a complete answer cannot make it worse, but the connection is of no more use."""
+        self._keep_alive = False
+        if not self._complete:
+            self._failure = ConnectionLost(f"The replica's answer is no HTTP: {error}.")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost = True
         self._wake()
         self.closed(self)
 
-    # called by the parser
+    # called by the parser, which goes on where more bytes follow an answer
+
+    def on_message_begin(self) -> None:
+        self._keep_alive = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
-        self._head = Head(self._parser.get_status_code(), self._headers)
+        if not self._complete:
+            self._head = Head(self._parser.get_status_code(), self._headers)
 
     def on_body(self, body: bytes) -> None:
-        self._pieces.append(body)
+        if not self._complete:
+            self._pieces.append(body)
 
     def on_message_complete(self) -> None:
-        self._complete, self._keep_alive = True, self._parser.should_keep_alive()  # which the parser knows in this callback only
+        if not self._complete:
+            self._complete, self._keep_alive = True, self._parser.should_keep_alive()  # which it knows in this callback only
 
 
 class Connections:
@@ -260,8 +284,11 @@ class Connections:
     def _keep(self, url: str, connection: Connection) -> None:
         if not connection.reusable or connection.lost:
             return connection.abort()
-        connection.idle_since_s = time.monotonic()
-        self._idle.setdefault(url, []).append(connection)
+        connection.idle_since_s = now_s = time.monotonic()
+        idle = self._idle.setdefault(url, [])
+        idle.append(connection)
+        while now_s - idle[0].idle_since_s > KEEP_S:
+            idle.pop(0).abort()
 
     def _forget(self, url: str, connection: Connection) -> None:
         if connection in (idle := self._idle.get(url, [])):

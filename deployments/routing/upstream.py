@@ -120,16 +120,16 @@ class Upstream:
         limit_s = self.timeouts.first_byte_s if call.payload.streams else self.timeouts.whole_s
         async with asyncio.timeout(limit_s) as limit, self.connections.to(replica.url) as connection:
             connection.ask(call.route.path, headers, call.payload.named(call.version))
-            first, streams = await self._first(connection, call)
+            whole = await self._first(connection, call)
             limit.reschedule(None)  # what follows has a limit of its own
-            if streams:
-                return await self._relay_events(first, connection, replica, call, answer)
-            await answer.start(b"application/json", (b"content-length", str(len(first)).encode()))
-            await answer.whole(first)
+            if whole is None:
+                return await self._relay_events(connection, replica, call, answer)
+            await answer.start(b"application/json", (b"content-length", str(len(whole)).encode()))
+            await answer.whole(whole)
             self.quarantine.answered(call.shape)
 
-    async def _first(self, connection: Connection, call: Call) -> tuple[bytes, bool]:
-        """A whole answer, or the first piece of a stream, and whether it is one: until it is there, another replica can still be tried."""
+    async def _first(self, connection: Connection, call: Call) -> bytes | None:
+        """A whole answer, or None once a stream has begun: until then, another replica can still be tried."""
         head = await connection.head()
         if is_closed(head.status, head.content_length):
             raise NoReplica(f"The replica is leaving {call.version}.", AGAIN)
@@ -137,11 +137,11 @@ class Upstream:
             task = self.table.task(str(call.version), call.fleet)
             raise engine_error(head.status, await connection.body(), task, call.route.path)
         if head.content_type != EVENT_STREAM:
-            return await connection.body(), False
-        piece = await connection.piece()
-        if piece.startswith(call.route.form.mark):
-            raise stream_error(piece)
-        return piece, True
+            return await connection.body()
+        first = await connection.peek()
+        if first.startswith(call.route.form.mark):
+            raise stream_error(first)
+        return None
 
     @contextmanager
     def _counted(self, replica: ReplicaState) -> Iterator[None]:
@@ -151,13 +151,11 @@ class Upstream:
         finally:
             self.table.in_flight[replica.id] -= 1
 
-    async def _relay_events(
-        self, first: bytes, connection: Connection, replica: ReplicaState, call: Call, answer: Answer
-    ) -> None:
+    async def _relay_events(self, connection: Connection, replica: ReplicaState, call: Call, answer: Answer) -> None:
         """Pass whole events on. Ends with the route's terminator or with an error event of ours, never with both and never with neither."""
         await answer.start(b"text/event-stream; charset=utf-8", (b"cache-control", b"no-cache"))
         try:
-            await self._relay_to_the_end(first, connection, call.route, answer)
+            await self._relay_to_the_end(connection, call.route, answer)
             self.quarantine.answered(call.shape)
         except (SpringtideError, TimeoutError, ConnectionLost) as error:
             log.warning("a stream of request %s broke: %s", call.request_id, _words(error))
@@ -166,10 +164,8 @@ class Upstream:
             return await answer.fail(broken(error), call.route.form)
         await answer.end()
 
-    async def _relay_to_the_end(self, first: bytes, connection: Connection, route: EngineRoute, answer: Answer) -> None:
+    async def _relay_to_the_end(self, connection: Connection, route: EngineRoute, answer: Answer) -> None:
         events = Events(route, answer)
-        if events.take(first):
-            await answer.drain()
         await connection.relay(events.take, answer.drain, self.timeouts.idle_s)
         if not events.done:
             raise ReplicaLost("The stream ended before it was done.", AGAIN)

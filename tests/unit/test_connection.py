@@ -138,7 +138,7 @@ def test_a_request_that_is_given_up_closes_its_connection() -> None:
         async with replica(waits) as (url, _):
             async with Connections().to(url) as connection:
                 connection.ask("/v1/x", {}, b"{}")
-                assert (await connection.piece()).startswith(b"a")
+                assert (await connection.peek()).startswith(b"a")
             await asyncio.sleep(0.1)
 
     run_on_both(run)
@@ -161,6 +161,10 @@ async def relayed(
         await connection.relay(take, drain, idle_s)
         assert connection.reusable
     return len(drained)
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
 
 
 async def dribbles(writer: Writer) -> None:
@@ -203,3 +207,105 @@ def test_a_stream_that_stands_still_is_given_up_and_a_slow_client_is_no_such_str
     with pytest.raises(TimeoutError):
         run_on_both(lambda: relayed(stops, lambda _: False, idle_s=0.1))
     assert min(run_on_both(lambda: relayed(dribbles, lambda _: True, drain_s=0.3, idle_s=0.2))) >= 1
+
+
+def test_a_connection_whose_client_left_while_it_stood_still_is_not_used_again() -> None:
+    """The last piece and the end came in one read, and filled the client. The next request over the connection was sent and never read."""
+
+    async def run() -> None:
+        answer = says(HEAD, chunk(b"a"), END)
+        async with replica(answer, answer) as (url, carried):
+            connections = Connections()
+
+            async def first() -> None:
+                async with connections.to(url) as connection:
+                    connection.ask("/v1/x", {}, b"{}")
+                    await connection.relay(lambda _: True, never, 5)
+
+            task = asyncio.create_task(first())
+            await asyncio.sleep(0.1)
+            task.cancel()
+            assert await asyncio.wait_for(ask(connections, url), 5) == b"a" and carried == [1, 1]
+            connections.close()
+
+    run_on_both(run)
+
+
+@pytest.mark.parametrize("more", [HEAD + chunk(b"b") + END, b"garbage", HEAD[:10]])
+@pytest.mark.parametrize("later", [False, True])
+def test_what_comes_after_a_complete_answer_is_no_answer(more: bytes, later: bool) -> None:
+    async def talks(writer: Writer) -> None:
+        writer.write(HEAD + chunk(b"a") + END + (b"" if later else more))
+        await asyncio.sleep(0.05)
+        if later:
+            writer.write(more)
+
+    async def run() -> None:
+        async with replica(talks, says(HEAD, chunk(b"c"), END)) as (url, carried):
+            connections = Connections()
+            assert await ask(connections, url) == b"a"
+            await asyncio.sleep(0.1)
+            assert await ask(connections, url) == b"c" and carried == [1, 1]
+            connections.close()
+
+    run_on_both(run)
+
+
+def test_nothing_is_read_on_before_it_is_known_where_a_stream_goes() -> None:
+    """A stream piled up while its client's headers were being written."""
+    written: list[int] = []
+
+    async def floods(writer: Writer) -> None:
+        writer.write(HEAD)
+        for n in range(400):
+            writer.write(chunk(b"x" * 65536))
+            written.append(n)
+            await writer.drain()
+        writer.write(END)
+
+    async def run() -> int:
+        written.clear()
+        async with replica(floods) as (url, _), Connections().to(url) as connection:
+            connection.ask("/v1/x", {}, b"{}")
+            await connection.head()
+            assert (await connection.peek()).startswith(b"x")
+            await asyncio.sleep(0.2)
+            before, got = len(written), list[int]()
+
+            def take(piece: bytes) -> bool:
+                got.append(len(piece))
+                return False
+
+            await connection.relay(take, never, 5)
+            assert sum(got) == 400 * 65536, "what was looked at is handed on as well"
+            return before
+
+    assert max(run_on_both(run)) < 200
+
+
+def test_a_replica_that_closes_at_once_was_never_asked() -> None:
+    async def run() -> None:
+        async with replica() as (url, _), Connections().to(url) as connection:
+            connection.abort()
+            await asyncio.sleep(0.01)
+            with pytest.raises(NeverConnected):
+                connection.ask("/v1/x", {}, b"{}")
+
+    run_on_both(run)
+
+
+def test_old_connections_that_nobody_needs_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        answer = says(HEAD, chunk(b"a"), END)
+        async with replica(*[answer] * 6) as (url, carried):
+            connections = Connections()
+            await asyncio.gather(*(ask(connections, url) for _ in range(4)))
+            monkeypatch.setattr("deployments.routing.connection.KEEP_S", 0.05)
+            await asyncio.sleep(0.1)
+            await ask(connections, url)
+            await asyncio.sleep(0.05)
+            assert len(carried) == 5 and [len(idle) for idle in connections._idle.values()] == [1]
+            connections.close()
+            monkeypatch.undo()
+
+    run_on_both(run)
