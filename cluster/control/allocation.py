@@ -52,8 +52,9 @@ class Allocation:
 
     def watch(self, serving: tuple[ServingFleet, ...]) -> None:
         """Count these fleets from now on."""
-        self.serving = serving
-        self._wake.set()
+        if serving != self.serving:
+            self.serving = serving
+            self._wake.set()
 
     def ceilings(self) -> dict[str, int | None]:
         """Fleet → the most replicas that it may have now; None where nothing but its own ``max_replicas`` limits it."""

@@ -12,6 +12,7 @@ A redeployment of the declared applications leaves these alone (``ray/serve/_pri
 # (Ray's own annotations are partial; what comes back is typed at once.)
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ from cluster.pool.serve_api import DECLARATIVE, ServeApi
 from cluster.types import NAME, VersionId
 
 PREFIX = "surge-"
+SHOWN_S = 10.0
+"""Serve shows an application at once; a look that began before it was asked for does not."""
 SURGE = re.compile(rf"{PREFIX}({NAME.pattern})@{NAME.pattern}-[1-9][0-9]*")
 
 log = logs.logger(__name__)
@@ -54,6 +57,10 @@ class Application(NamedTuple):
         return graph.cause(self.message) if self.status in ("DEPLOY_FAILED", "UNHEALTHY") else ""
 
 
+STARTING = Application("DEPLOYING", starting=1)
+"""What Serve was just asked for."""
+
+
 class Applications:
     """What Serve has, as of the last look. One thread looks (`refresh`); others read ``known``, which is replaced and never changed."""
 
@@ -63,13 +70,21 @@ class Applications:
         self.known: dict[str, Application] = {}
         self.read = False
         """Whether Serve was ever asked: before that an application that is not known may well exist."""
+        self._started: dict[str, float] = {}
+        """Applications that Serve was asked for and has not shown yet → when that was. To start one again would deploy it again."""
         self._deletions: set[str] = set()
         """Applications for which a thread waits until they are gone."""
 
     def refresh(self) -> None:
         found = serve_details.applications()
-        self.known = {name: _counted(app) for name, app in found.items()}
+        now_s = time.monotonic()
+        self._started = {app: at_s for app, at_s in self._started.items() if app not in found and now_s - at_s < SHOWN_S}
+        self.known = {**dict.fromkeys(self._started, STARTING), **{name: _counted(app) for name, app in found.items()}}
         self.read = True
+
+    def _start(self, app: str) -> None:
+        self._started = {**self._started, app: time.monotonic()}
+        self.known = {**self.known, app: STARTING}
 
     def sources(self) -> dict[str, str]:
         """Application → who has deployed it: `IMPERATIVE` or `DECLARATIVE`. It blocks. Raises `PoolUnavailable`."""
@@ -89,11 +104,14 @@ class Applications:
         """Ask Serve for the fleet's application; returns at once."""
         log.info("the fleet %s for %s", spec.name, spec.fleet.model)
         graph.start_fleet(spec)
+        self._start(graph.fleet_app(spec.name))
 
     def start_surge(self, spec: FleetSpec, weights: VersionId, replicas: int) -> None:
         """Ask Serve for a surge of the fleet that hosts ``weights``; returns at once."""
         log.info("a surge of %d for %s on %s", replicas, spec.name, weights)
-        graph.start_surge(spec, surge_app(spec.name, weights), weights, replicas)
+        app = surge_app(spec.name, weights)
+        graph.start_surge(spec, app, weights, replicas)
+        self._start(app)
 
     def end(self, name: str) -> None:
         """Let it finish its streams and go; returns at once. Serve's own call waits for the end, so a thread of its own makes it."""
