@@ -60,7 +60,7 @@ MODEL = option("--model", type=Path, help="folder in Hugging Face layout; by def
 VERBS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
     serving: (
         option("--rounds", type=int, default=3),
-        option("--streams", type=numbers, default=(1, 8, 32), metavar="N,N,…", help="concurrent requests"),
+        option("--streams", type=numbers, default=(1, 8, 32, 64), metavar="N,N,…", help="concurrent requests"),
         option("--requests", type=int, default=480, help="at the most streams; fewer streams send fewer"),
         option("--tokens", type=int, default=32, help="length of every answer"),
         option("--neighbours", type=int, default=0, help="busy processes beside every system"),

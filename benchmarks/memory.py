@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks.place import ask, changes, console, finish, machine, passed, springtide, workplace
 
 POOL_LIMIT_BYTES = 5.5e9
-GATEWAY_LIMIT_BYTES = 250e6
+GATEWAY_LIMIT_BYTES = 200e6
 GATEWAY_GROWTH_LIMIT_BYTES = 10e6
 """What counts as flat between the first thousand requests and the last."""
 MEMORY_STREAMS = 8
