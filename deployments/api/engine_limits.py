@@ -7,17 +7,19 @@ from collections.abc import Callable
 
 from cluster.errors import BadRequest
 from deployments.api.grammars import (
-    CLASS,
-    ESCAPE,
+    CAPTURE,
+    JSON_STRING,
     Body,
     Grammar,
     as_dict,
     as_list,
-    brackets,
     compile_ms,
     depth,
+    document,
+    expressions,
     grammars,
-    patterns,
+    objects,
+    plain,
     written,
     written_out,
 )
@@ -111,14 +113,30 @@ def refuse_bombs(body: Body) -> None:
         _refuse_above(count, MAX_ALL_CHARACTERS, "characters, together with those before it", grammar)
         limit = MAX_REGEX_CHARACTERS if grammar.kind == "regex" else MAX_CHARACTERS
         _refuse_above(len(text), limit, "characters", grammar)
-        if sum(map(text.count, "([{")) > MAX_DEPTH:  # most have too few to be so deep
-            _refuse_above(depth(brackets(grammar, text)), MAX_DEPTH, "levels of brackets", grammar)
-        for pattern in patterns(grammar, text):
-            _refuse_above(depth(ESCAPE.sub("", CLASS.sub("", pattern))), MAX_DEPTH, "levels of brackets", grammar)
-            _refuse_above(written_out(pattern), MAX_REPEATED, "characters once its repetitions are written out", grammar)
-        if '"patternProperties"' in text:
-            # Only the backend outlines reads them. It builds its automaton over the whole vocabulary, which has no bound in time.
-            raise BadRequest(f"`{grammar.param}` uses `patternProperties`.", "Name the properties.", grammar.param)
+        if grammar.kind == "json":
+            _refuse_documents(grammar, text)
+        for expression in expressions(grammar):
+            _refuse_expressions(expression)
+
+
+def _refuse_documents(grammar: Grammar, text: str) -> None:
+    if sum(map(text.count, "[{")) > MAX_DEPTH:  # most have too few to be so deep
+        _refuse_above(depth(JSON_STRING.sub("", text)), MAX_DEPTH, "levels of brackets", grammar)
+    if any("patternProperties" in node for node in objects(document(grammar))):
+        # Only the backend outlines reads them. It builds its automaton over the whole vocabulary, which has no bound in time.
+        raise BadRequest(f"`{grammar.param}` uses `patternProperties`.", "Name the properties.", grammar.param)
+
+
+def _refuse_expressions(expression: Grammar) -> None:
+    """A regular expression or an EBNF grammar, alone or in a JSON document."""
+    simple = plain(expression.text, expression.kind)
+    _refuse_above(depth(simple), MAX_DEPTH, "levels of brackets", expression)
+    _refuse_above(written_out(simple), MAX_REPEATED, "characters once its repetitions are written out", expression)
+    if expression.kind == "grammar" and ("Regex(" in simple or CAPTURE.search(expression.text)):
+        # xgrammar's own: a literal that is a regular expression, and a quoted name in which a bracket does not end the attribute.
+        raise BadRequest(
+            f"`{expression.param}` uses `Regex(…)` or `capture`.", "Write it with rules and classes.", expression.param
+        )
 
 
 def refuse_slow_schemas(body: Body) -> None:

@@ -58,80 +58,136 @@ def written(grammar: Grammar) -> str:
         raise BadRequest(f"`{grammar.param}` is nested too deeply.", "Make it simpler.", grammar.param) from None
 
 
-STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
-CLASS = re.compile(r"\[\^?\]?(?:[^\]\\]|\\.)*\]", re.DOTALL)
+JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 ESCAPE = re.compile(r"\\.", re.DOTALL)
-PATTERN = re.compile(r'"(?:pattern|regex)"\s*:\s*"((?:[^"\\]|\\.)*)"')
+OPAQUE = {
+    "regex": re.compile(r"(?P<one>\\.|\[(?:[^\]\\]++|\\.)*+\]?)", re.DOTALL),
+    "grammar": re.compile(
+        r"""
+        "(?P<literal>(?:[^"\\\r\n]++|\\.)*+)"?
+        | (?P<one>\[(?:[^\]\\\r\n]++|\\.)*+\]?)
+        | (?:\#[^\r\n]*+ | \s++)++
+        """,
+        re.VERBOSE,
+    ),
+}
+"""What a compiler reads as one, from left to right: of a regular expression escapes and classes; of EBNF literals, classes, comments and blanks.
+As xgrammar has it: ``]`` ends a class, also as its first character, and in EBNF a line ends a literal and a class. One that is never closed
+reaches as far as it can: if each were given up, and tried again from the next bracket, the time would grow with the square of the length."""
+PART = re.compile(r"\{\s*+([0-9]*+)\s*+(?:,\s*+-?([0-9]*+)\s*+)?+\}|[^(){|*+?]++|.", re.DOTALL)
+"""A repetition, a run of characters, or another character."""
 BRACKET = re.compile(r"[()\[\]{}]")
-REPEATED = re.compile(r"\{\s*(\d{1,9})\s*,?\s*(\d{0,9})\s*\}")
+CAPTURE = re.compile(r'\[[^\[\]"\r\n]*capture[ \t]*=[ \t]*"')
+MANY = 10**9
+"""All sizes above are one: nobody needs their digits."""
 
 
-def brackets(grammar: Grammar, text: str) -> str:
-    """The text without what only looks like a bracket."""
-    return ESCAPE.sub("", CLASS.sub("", text)) if grammar.kind == "regex" else STRING.sub("", text)
+def document(grammar: Grammar) -> Any:
+    """The JSON document. Raises `BadRequest` for text that is none, and for text in text, which xgrammar would read."""
+    if not isinstance(grammar.text, str):
+        return grammar.text
+    try:
+        found = orjson.loads(grammar.text)
+    except orjson.JSONDecodeError:
+        found = ""
+    if isinstance(found, str):
+        raise BadRequest(f"`{grammar.param}` is a text, but no JSON document.", "Send the document itself.", grammar.param)
+    return found
 
 
-def patterns(grammar: Grammar, text: str) -> list[str]:
-    """The regular expressions in a grammar. EBNF repeats in the same way."""
-    return PATTERN.findall(text) if grammar.kind == "json" else [text]
+def expressions(grammar: Grammar) -> Iterator[Grammar]:
+    """The regular expressions and EBNF grammars in a grammar, which may be itself.
+
+    >>> [one.text for one in expressions(Grammar("response_format", "json", {"items": {"pattern": "a+"}}))]
+    ['a+']
+    """
+    if grammar.kind != "json":
+        yield grammar._replace(text=written(grammar))
+        return
+    for node in objects(document(grammar)):
+        for name, kind in (("pattern", "regex"), ("regex", "regex"), ("grammar", "grammar")):
+            if isinstance(text := node.get(name), str):
+                yield Grammar(grammar.param, kind, text)
+
+
+def plain(text: str, kind: str = "regex") -> str:
+    r"""The expression with ``x`` for each character or class that is written otherwise: every bracket left is one.
+
+    >>> plain(r"\[([(]a\))"), plain('root ::= ("[" [a-z] {3} "abc" )  # (', "grammar")
+    ('x(xax)', 'root::=(xx{3}x{3})')
+    """
+    return OPAQUE[kind].sub(_plain, text)
+
+
+def _plain(found: re.Match[str]) -> str:
+    if found["one"] is not None:
+        return "x"
+    if (literal := found.groupdict().get("literal")) is None:
+        return ""
+    size = len(ESCAPE.sub("x", literal))
+    return "x" if size < 2 else f"x{{{size}}}"  # what repeats a literal repeats all of it
 
 
 def depth(text: str) -> int:
     """
-    >>> depth('{"a": [[1]]}'), depth("((a)|(b))"), depth("a(")
-    (3, 2, 1)
+    >>> depth('{"a": [[1]]}'), depth("((a)|(b))"), depth("a("), depth("))))((")
+    (3, 2, 1, 2)
     """
     most = level = 0
     for bracket in BRACKET.findall(text):
-        level += 1 if bracket in "([{" else -1
+        level = level + 1 if bracket in "([{" else max(0, level - 1)
         most = max(most, level)
     return most
 
 
-def written_out(pattern: str) -> int:
-    """How many characters and classes a regular expression has once its repetitions are written out.
+def written_out(simple: str) -> int:
+    """How many characters and classes a plain expression has once its repetitions are written out; at most `MANY`.
 
-    >>> written_out("a{3}b"), written_out("(a{10}b){10}"), written_out("[a-z]+"), written_out("(a|bc){3,}")
+    >>> written_out("a{3}b"), written_out("(a{10}b){10}"), written_out("x+"), written_out("(a|bc){3,}")
     (4, 110, 1, 9)
+    >>> written_out("a" + "{999999999}" * 500) == MANY
+    True
     """
-    text = ESCAPE.sub("x", CLASS.sub("x", pattern))
-    groups, last, at = [0], 0, 0
+    groups, last = [0], 0
     """Sizes of the groups that are open, and of what a repetition would repeat."""
-    while at < len(text):
-        character = text[at]
-        if repeated := REPEATED.match(text, at):
-            last *= max(1, *(int(count or 0) for count in repeated.groups()))
-        elif character == ")" and len(groups) > 1:
+    for part in PART.finditer(simple):
+        one = part[0]
+        if part[1] is not None:
+            last = min(MANY, last * max(1, _number(part[1]), _number(part[2] or "")))
+        elif one == ")" and len(groups) > 1:
             last += groups.pop()
-        elif character not in "*+?":
-            groups[-1] += last
-            last = int(character not in "(|")
-            groups += [0] if character == "(" else []
-        at = repeated.end() if repeated else at + 1
-    return sum(groups) + last
+        elif one not in "*+?":
+            groups[-1] += last + len(one) - 1
+            last = int(one not in "(|")
+            groups += [0] if one == "(" else []
+    return min(MANY, sum(groups) + last)
+
+
+def _number(digits: str) -> int:
+    """
+    >>> _number("0004000"), _number(""), _number("9" * 5_000)
+    (4000, 0, 1000000000)
+    """
+    digits = digits.lstrip("0")
+    return int(digits or 0) if len(digits) < 10 else MANY
 
 
 def compile_ms(grammar: Grammar) -> float:
-    """About how long the engine takes to compile a JSON schema. 0 for everything else, and for text that is no JSON.
+    """About how long the engine takes to compile a JSON schema. 0 for everything else.
 
     >>> compile_ms(Grammar("response_format", "json", {"type": "string", "format": "uri"}))
     20.0
     >>> compile_ms(Grammar("response_format", "json", {"properties": {"a": {}, "b": {}, "c": {}}, "required": ["a", "b"]}))
     0.005
     """
-    if grammar.kind != "json":
-        return 0
-    try:
-        return sum(map(_node_ms, _objects(orjson.loads(grammar.text) if isinstance(grammar.text, str) else grammar.text)))
-    except orjson.JSONDecodeError:
-        return 0
+    return sum(map(_node_ms, objects(document(grammar)))) if grammar.kind == "json" else 0
 
 
 def _node_ms(node: dict[str, Any]) -> float:
     """One JSON object of a schema, without what is in it."""
     format, properties = node.get("format"), as_dict(node.get("properties"))
     ms = FORMAT_MS.get(format, 0.0) if isinstance(format, str) else 0.0
-    ms += PATTERN_MS * sum(written_out(one) for one in (node.get("pattern"), node.get("regex")) if isinstance(one, str))
+    ms += PATTERN_MS * sum(written_out(plain(one)) for one in (node.get("pattern"), node.get("regex")) if isinstance(one, str))
     if properties:
         required = {name for name in as_list(node.get("required")) if isinstance(name, str)}
         bound = min(len(properties), _most(node, "minProperties", "maxProperties"))
@@ -148,7 +204,7 @@ def _most(node: dict[str, Any], *keys: str) -> float:
     return max([0, *(value for key in keys if isinstance(value := node.get(key), int | float))])
 
 
-def _objects(document: Any) -> Iterator[dict[str, Any]]:
+def objects(document: Any) -> Iterator[dict[str, Any]]:
     """Every JSON object in a document, itself included."""
     left = [document]
     while left:

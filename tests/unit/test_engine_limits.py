@@ -1,6 +1,8 @@
 """What vLLM cannot bear is refused in the client's terms, and what real clients send is not."""
 
 import json
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -8,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import BadRequest
-from deployments.api.engine_limits import MAX_DEPTH, MAX_REPEATED, check, depth, written_out
+from deployments.api.engine_limits import (
+    MAX_CHARACTERS,
+    MAX_DEPTH,
+    MAX_REGEX_CHARACTERS,
+    MAX_REPEATED,
+    check,
+    depth,
+    plain,
+    written_out,
+)
+from deployments.api.grammars import MANY
 
 TOOL = {
     "type": "function",
@@ -37,6 +49,15 @@ def tool(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "f", "parameters": schema}}
 
 
+def tag(format: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "structural_tag", "format": format}
+
+
+def deep(levels: int, one: str = "a") -> str:
+    return "(" * levels + one + ")" * levels
+
+
+DEEP_EBNF = "root ::= " + deep(9_000, '"a"')
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "structured_outputs as a list": ({"structured_outputs": []}, "structured_outputs"),
     "structured_outputs as no text": ({"structured_outputs": ""}, "structured_outputs"),
@@ -71,6 +92,49 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "slow tools together": ({"tools": [tool(properties(100)), tool(properties(800)), tool(properties(700))]}, "tools[2].parameters"),
     "a slow schema in Anthropic's form, without a type": ({"output_config": {"format": {"schema": properties(1_100)}}}, "output_config.format"),
     "megabytes of tools": ({"tools": [tool({"enum": ["a"] * 15_000})] * 100}, "tools[8].parameters"),
+    "text that is no JSON": ({"structured_outputs": {"json": "{no JSON"}}, "structured_outputs.json"),
+    "text that only Python takes for JSON": ({"structured_outputs": {"json": '{"pattern": "a", "x": NaN}'}}, "structured_outputs.json"),
+    "a schema as text in text": ({"structured_outputs": {"json": json.dumps(json.dumps(nested(100)))}}, "structured_outputs.json"),
+    "a deep grammar in a tag": ({"response_format": tag({"type": "grammar", "grammar": DEEP_EBNF})}, "response_format"),
+    "a deep grammar in a tag as text": (
+        {"structured_outputs": {"structural_tag": json.dumps(tag({"type": "grammar", "grammar": DEEP_EBNF}))}},
+        "structured_outputs.structural_tag",
+    ),
+    "a deep regex after an escaped bracket": ({"structured_outputs": {"regex": rf"\[{deep(1000)}]"}}, "structured_outputs.regex"),
+    "a deep pattern after an escaped bracket": (formatted({"pattern": rf"\[{deep(1000)}]"}), "response_format"),
+    "a deep regex after an empty class": ({"structured_outputs": {"regex": f"[^]{deep(1000)}]"}}, "structured_outputs.regex"),
+    "a regex of millions after an escaped bracket": ({"structured_outputs": {"regex": r"\[(a{4000}){4000}]"}}, "structured_outputs.regex"),
+    "a regex with leading zeros": ({"structured_outputs": {"regex": "(a{" + "0" * 20 + "4000}){4000}"}}, "structured_outputs.regex"),
+    "a regex of more than digits tell": ({"structured_outputs": {"regex": "a{" + "9" * 20 + "}"}}, "structured_outputs.regex"),
+    "a pattern of a number too long to print": (formatted({"pattern": "a" + "{999999999}" * 500}), "response_format"),
+    "a pattern of a number too large for a fraction": (
+        {"structured_outputs": {"json": '{"p\\u0061ttern": "a' + "{999999999}" * 40 + '"}'}}, "structured_outputs.json",
+    ),
+    "a grammar of millions between literals": (
+        {"structured_outputs": {"grammar": 'root ::= "[" ("a"{4000}){4000} "]"'}}, "structured_outputs.grammar",
+    ),
+    "a grammar of millions behind a comment": (
+        {"structured_outputs": {"grammar": 'root ::= ("a"{1900} ) #x\n {1900 #"\n}'}}, "structured_outputs.grammar",
+    ),
+    "a grammar with a long literal": ({"structured_outputs": {"grammar": f'root ::= "{"a" * 1900}"{{1900}}'}}, "structured_outputs.grammar"),
+    "a grammar without a last number": ({"structured_outputs": {"grammar": 'root ::= ("a"{4000,-1}){4000,-1}'}}, "structured_outputs.grammar"),
+    "a deep grammar behind a comment": ({"structured_outputs": {"grammar": f'a ::= "a" # "\n{DEEP_EBNF}'}}, "structured_outputs.grammar"),
+    "a deep grammar behind an empty class": (
+        {"structured_outputs": {"grammar": f'root ::= [] {deep(9_000, "[a]")} "]"'}}, "structured_outputs.grammar",
+    ),
+    "a regex in a grammar": ({"structured_outputs": {"grammar": f'root ::= Regex("{deep(9_000)}")'}}, "structured_outputs.grammar"),
+    "a quoted bracket in a rule's name": (
+        {"structured_outputs": {"grammar": f'root[capture = "]"] ::= {deep(9_000, "[a]")} "a"'}}, "structured_outputs.grammar",
+    ),
+    "an escaped name": (
+        {"structured_outputs": {"json": '{"p\\u0061ttern": "' + deep(3_000) + '"}'}}, "structured_outputs.json",
+    ),
+    "escaped brackets": (
+        {"structured_outputs": {"json": '{"pattern": "' + r"\u0028" * 300 + "a" + r"\u0029" * 300 + '"}'}}, "structured_outputs.json",
+    ),
+    "escaped patterns for names": (
+        {"structured_outputs": {"json": '{"type": "object", "p\\u0061tternProperties": {"^a": {}}}'}}, "structured_outputs.json",
+    ),
     "a tag's schema": ({"response_format": {"type": "structural_tag", "format": nested(80)}}, "response_format"),
 }  # fmt: skip
 
@@ -104,7 +168,12 @@ def test_it_is_refused_and_its_parameter_is_named(case: str) -> None:
         formatted(properties(60, {"type": "string", "format": "uri"}, minProperties=1)),
         formatted(properties(20, {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"})),
         {"tools": [tool(properties(30, {"type": "string", "format": "date-time", "description": "when " * 20}))] * 100},
-        {"structured_outputs": {"json": "{no JSON"}},
+        {"structured_outputs": {"json": '{"type": "string", "pattern": "\\u0028a\\u0029"}'}},
+        {"structured_outputs": {"regex": r"\[(a|b)\]\(\{[^\](){}]{1,9}\}\)"}},
+        {"structured_outputs": {"grammar": 'root ::= "[" ("(" [^\\]"(] ")"){1,9} "]" # "(("' + " \n#(" * 100}},
+        {"structured_outputs": {"grammar": "root ::= " + " | ".join(f'"keyword {n}"' for n in range(300))}},
+        {"structured_outputs": {"structural_tag": json.dumps(tag({"type": "grammar", "grammar": 'root ::= "(" [a-z]{1,9} ")"'}))}},
+        formatted({"enum": ["patternProperties"], "properties": {"pattern": {"type": "string"}, "grammar": {"type": "string"}}}),
         formatted({"type": "string", "pattern": r"^\\((\\d{3})\\) \\d{3}-\\d{4}$", "description": "((((" * 40}),
         {"response_format": {"type": "json_object"}},
         {"response_format": {"type": "text"}, "bad_words": ["a"]},
@@ -114,6 +183,30 @@ def test_it_is_refused_and_its_parameter_is_named(case: str) -> None:
 )  # fmt: skip
 def test_what_real_clients_send_passes(body: dict[str, Any]) -> None:
     check(body)
+
+
+def slow(text: str) -> dict[str, dict[str, Any]]:
+    """The text as each kind of grammar, up to its limit."""
+    return {
+        "grammar": {"structured_outputs": {"grammar": text[:MAX_CHARACTERS]}},
+        "regex": {"structured_outputs": {"regex": text[:MAX_REGEX_CHARACTERS]}},
+        "schema": {"tools": [tool({"pattern": text[: MAX_CHARACTERS // 2 - 20]})]},
+        "text": {"structured_outputs": {"json": text[:MAX_CHARACTERS]}},
+    }
+
+
+@pytest.mark.parametrize("kind", ["grammar", "regex", "schema", "text"])
+@pytest.mark.parametrize(
+    "text",
+    ['root ::= "' + "[" * 70_000 + '"', "[" * 70_000, '"' + '\\"' * 35_000, "[" + "\\]" * 35_000, "a{" + " " * 70_000, "a{1" + " " * 70_000,
+     "a{1," + " " * 70_000, "{1" * 35_000, "(" * 70_000, "a[" * 35_000, "[capture " * 8_000, "#" * 70_000, '"\n' * 35_000, "(|" * 35_000],
+)  # fmt: skip
+def test_the_time_that_a_body_takes_does_not_grow_with_the_square_of_its_length(text: str, kind: str) -> None:
+    body = slow(text)[kind]
+    began_s = time.process_time()
+    with suppress(BadRequest):
+        check(body)
+    assert time.process_time() - began_s < 0.2  # a few milliseconds
 
 
 json_values = st.recursive(
@@ -135,9 +228,10 @@ def test_any_body_passes_or_is_a_bad_request(body: dict[str, Any]) -> None:
         assert error.param
 
 
-@given(st.text("ab()[]{}|*+?\\,019", max_size=40))
-def test_any_pattern_has_a_size_and_a_depth(pattern: str) -> None:
-    assert 0 <= depth(pattern) <= len(pattern) and written_out(pattern) >= 0
+@given(st.text('ab()[]{}|*+?\\,019"# \n', max_size=40), st.sampled_from(["regex", "grammar"]))
+def test_any_pattern_has_a_size_and_a_depth(pattern: str, kind: str) -> None:
+    simple = plain(pattern, kind)
+    assert 0 <= depth(simple) <= len(pattern) + 1 and 0 <= written_out(simple) <= MANY
 
 
 @pytest.mark.parametrize(
@@ -146,9 +240,9 @@ def test_any_pattern_has_a_size_and_a_depth(pattern: str) -> None:
      (r"\{3\}", 3), ("[{}]{7}", 7)],
 )  # fmt: skip
 def test_repetitions_are_written_out(pattern: str, size: int) -> None:
-    assert written_out(pattern) == size
+    assert written_out(plain(pattern)) == size
 
 
 def test_the_limits_are_what_a_compiler_bears_and_more_than_clients_need() -> None:
-    assert written_out("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}") < MAX_REPEATED / 50
+    assert written_out(plain("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")) < MAX_REPEATED / 50
     assert depth(json.dumps(nested(20))) < MAX_DEPTH
