@@ -14,6 +14,9 @@ from cluster.errors import VersionRefused
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = 32
+MAX_ITEMS = 10_000_000
+"""Settings, tensors and items of lists together. Each takes up to 200 bytes of memory here, where a byte of the file may be one. The largest
+vocabularies have 300,000 tokens, in three or four lists."""
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Kind of a value → how ``struct`` reads it."""
 STRING, ARRAY = 8, 9
@@ -104,7 +107,7 @@ class _Reader:
     """Reads on from where it is. Beyond the end of the file ``struct`` raises."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, len(MAGIC)
+        self.data, self.at, self.left = data, len(MAGIC), MAX_ITEMS
 
     def header(self) -> Header:
         version, tensors, fields = self._numbers("IQQ")
@@ -112,8 +115,8 @@ class _Reader:
             raise ValueError("it begins with something else")
         if version not in VERSIONS:
             raise ValueError(f"its version is {version}")
-        named = dict(self._field() for _ in range(fields))
-        found = [self._tensor() for _ in range(tensors)]
+        named = dict(self._field() for _ in range(self._counted(fields)))
+        found = [self._tensor() for _ in range(self._counted(tensors))]
         stated = named.get("general.alignment", Field([4], (ALIGNMENT,)))
         if stated.types != [4] or (alignment := stated.items[0]) < 1:
             raise ValueError("its general.alignment is no size")
@@ -134,6 +137,12 @@ class _Reader:
         self.at += layout.size
         return values
 
+    def _counted(self, count: int) -> int:
+        self.left -= count
+        if self.left < 0:
+            raise ValueError(f"it has more than {MAX_ITEMS:,} settings, tensors and items of lists")
+        return count
+
     def _text(self) -> bytes:
         (length,) = self._numbers("Q")
         if self.at + length > len(self.data):
@@ -146,15 +155,13 @@ class _Reader:
         if kind != ARRAY:
             return name, Field([kind], self._items(kind, 1))
         item, count = self._numbers("IQ")
-        return name, Field([kind, item], self._items(item, count))
+        return name, Field([kind, item], self._items(item, self._counted(count)))
 
     def _items(self, kind: int, count: int) -> Sequence[Any]:
         if kind == STRING:
             return [self._text() for _ in range(count)]
         if kind not in NUMBERS:
             raise ValueError(f"it has a value of kind {kind}")
-        if count > len(self.data):
-            raise ValueError(f"a list of {count} numbers is longer than the file")
         return self._numbers(f"{count}{NUMBERS[kind]}")
 
     def _tensor(self) -> tuple[str, Tensor]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import VersionRefused
 from cluster.store import gguf_header
-from cluster.store.gguf_header import ARRAY, BLOCKS, NUMBERS, STRING, Tensor
+from cluster.store.gguf_header import ARRAY, BLOCKS, MAX_ITEMS, NUMBERS, STRING, Tensor
 
 F32, Q8_0 = 0, 8
 SMOLLM: dict[str, Any] = {
@@ -86,6 +86,29 @@ def test_settings_and_tensors_are_read(file: Path) -> None:
 def test_a_damaged_file_is_refused_in_words(file: Path, broken: bytes) -> None:
     file.write_bytes(broken)
     with pytest.raises(VersionRefused, match=r"tiny.gguf is not a whole GGUF file: .+ Download it again"):
+        gguf_header.read(file)
+
+
+def listed(name: str, kind: int, count: int) -> bytes:
+    """The beginning of a setting that is a list."""
+    return text(name) + struct.pack("<IIQ", ARRAY, kind, count)
+
+
+U8 = 0
+TOO_MANY: dict[str, tuple[int, int, bytes]] = {
+    "a list": (0, 1, listed("a", U8, MAX_ITEMS + 1) + bytes(MAX_ITEMS + 1)),
+    "two lists": (0, 2, listed("a", U8, MAX_ITEMS // 2) + bytes(MAX_ITEMS // 2) + listed("b", U8, MAX_ITEMS // 2) + bytes(MAX_ITEMS // 2)),
+    "a list of texts": (0, 1, listed("a", STRING, MAX_ITEMS)),
+    "settings": (0, MAX_ITEMS + 1, b""),
+    "tensors": (MAX_ITEMS + 1, 0, b""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TOO_MANY)
+def test_a_file_of_too_many_items_is_refused_before_they_take_memory(file: Path, case: str) -> None:
+    tensors, fields, lists = TOO_MANY[case]
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + lists + bytes(64))
+    with pytest.raises(VersionRefused, match="it has more than 10,000,000 settings, tensors and items of lists"):
         gguf_header.read(file)
 
 
