@@ -1,7 +1,7 @@
 """``python -m tests.clients [CLIENT …]``: clients as people have them, each in an environment of its own, against one pool of real models.
 
-Prints each failed check with its words, and one table. Ends with 1 where a check failed. A client that cannot be installed here is skipped,
-and the table says so.
+Prints each failed check with its words, and one table. Ends with 1 where a check failed, or no client was tried. A client that cannot be
+installed here is skipped, and the table says so.
 """
 
 import json
@@ -63,7 +63,7 @@ def main(names: Sequence[str]) -> int:
         return 2
     results = list(checked({name: CLIENTS[name] for name in names or CLIENTS}))
     console.print(table(results), closing(results), sep="\n", highlight=False)
-    return int(any(result.failed for result in results))
+    return status(results)
 
 
 def checked(clients: dict[str, Prepare]) -> Iterator[Result]:
@@ -143,13 +143,25 @@ def table(results: Sequence[Result]) -> Table:
     return drawn
 
 
+def status(results: Sequence[Result]) -> int:
+    """What the process ends with: a run that tried nothing must not look like one that passed.
+
+    >>> status([Result("a", passed=3), Result("b")]), status([Result("a", passed=3, failed=1)]), status([Result("a"), Result("b")])
+    (0, 1, 1)
+    """
+    return int(any(result.failed for result in results) or all(result.skipped for result in results))
+
+
 def closing(results: Sequence[Result]) -> str:
     """
     >>> closing([Result("a", passed=3), Result("b", passed=1, failed=1), Result("c", words="no wheel")])
     '4 passed, 1 failed, 1 skipped'
+    >>> closing([Result("a", words="no wheel")])
+    '0 passed, 0 failed, 1 skipped: no client was tried'
     """
     passed, failed = sum(one.passed for one in results), sum(one.failed for one in results)
-    return f"{passed} passed, {failed} failed, {sum(one.skipped for one in results)} skipped"
+    tried = "" if passed or failed else ": no client was tried"
+    return f"{passed} passed, {failed} failed, {sum(one.skipped for one in results)} skipped{tried}"
 
 
 if __name__ == "__main__":

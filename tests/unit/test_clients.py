@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients import __main__ as runner
 from tests.clients import environments
-from tests.clients.__main__ import CLIENTS, Result, closing, said
+from tests.clients.__main__ import CLIENTS, Result, closing, main, said
 from tests.clients.environments import NotInstalled
 
 LAST = '{"version": "1.2", "passed": 3, "failed": 1}'
@@ -22,6 +23,16 @@ def test_a_skipped_client_is_counted_as_such_and_hides_no_failure() -> None:
         closing([Result("x", "1.2", 3, 1), Result("y", words="no wheel"), Result("z", failed=1)])
         == "3 passed, 2 failed, 1 skipped"
     )
+
+
+def test_a_run_in_which_every_client_was_skipped_has_failed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [Result("x", words="no wheel"), Result("y", words="no node")]
+    monkeypatch.setattr(runner, "checked", lambda clients: iter(results))  # pyright: ignore[reportUnknownLambdaType]
+    assert main([]) == 1 and "2 skipped: no client was tried" in capsys.readouterr().out
+    results.append(Result("z", "1.2", passed=1))
+    assert main([]) == 0
 
 
 def test_every_client_has_its_script_and_its_lock() -> None:
