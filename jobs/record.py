@@ -218,7 +218,7 @@ def record(config: Config, options: Options) -> Iterator[JobRecord]:
         job.end(JobStatus.FAILED, str(error), error.code)
         raise
     except SystemExit as error:
-        if error.code in ASKED:
+        if error.code in ASKED or cancelled_by(job):  # Ray's own code, too, may end a process that is asked to
             job.end(JobStatus.CANCELLED, stopped(job), within_s=STOPPED_S)
         else:
             job.end(JobStatus.FAILED, f"It exited with {error.code}.")
@@ -232,11 +232,18 @@ def record(config: Config, options: Options) -> Iterator[JobRecord]:
     job.end(JobStatus.SUCCEEDED)
 
 
-def stopped(job: JobRecord) -> str:
-    """Why a job was stopped from outside, and what to do."""
+def cancelled_by(job: JobRecord) -> str:
+    """Who cancelled the job; empty where nobody did, or the store does not say."""
     with contextlib.suppress(SpringtideError):
         if asked := job.store.cancel_asked(job.id):
-            return f"Cancelled by {asked.author}."
+            return asked.author
+    return ""
+
+
+def stopped(job: JobRecord) -> str:
+    """Why a job was stopped from outside, and what to do."""
+    if author := cancelled_by(job):
+        return f"Cancelled by {author}."
     go_on = f" Continue with --resume {job.snapshot.run}." if job.snapshot.run else ""
     return f"It was stopped from outside: the pool stopped, or somebody ended its process.{go_on}"
 

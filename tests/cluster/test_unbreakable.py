@@ -55,7 +55,7 @@ def test_requests_of_all_kinds_end_no_engine_and_find_no_500(pool: Running, mode
     with unharmed(pool):
         figures = fuzz.fuzz(pool.url, models, 320)
     print(figures)
-    assert figures.faults == [] and figures.statuses[200] > 100, "\n\n".join(figures.faults)
+    assert figures.faults == [] and figures.statuses[200] > 60, "\n\n".join(figures.faults)
 
 
 @pytest.mark.chaos
@@ -338,7 +338,7 @@ def test_clients_that_read_nothing_cost_others_no_more_than_clients_that_read(po
         f"median {statistics.median(alone):.3f} s alone, {medians[True]:.3f} s beside twenty that read, {medians[False]:.3f} s beside twenty"
         f" that do not (longest {max(beside[True]):.2f} and {max(beside[False]):.2f} s); the gateway grew by {grown_mb:.0f} MB"
     )
-    assert grown_mb < 40 and medians[False] < 1.3 * medians[True] + 0.02 and max(beside[False]) < 2
+    assert grown_mb < 40 and medians[False] < 1.3 * medians[True] + 0.02 and max(beside[False]) < max(2, 1.5 * max(beside[True]))
 
 
 CROWD = 2_000

@@ -123,6 +123,19 @@ def test_an_error_is_the_result_in_its_own_words(config: Config) -> None:
     assert result.message == "x.jsonl, line 2: not JSON. Write one object per line."
 
 
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_job_that_was_cancelled_is_cancelled_whatever_it_exits_with(config: Config, cancelled: bool) -> None:
+    """Ray answered the signal before the job did, with status 1: the job had failed, and its checkpoints stayed."""
+    with pytest.raises(SystemExit), record(config, OPTIONS) as job:
+        if cancelled:
+            job.store.ask_to_cancel(job.id, "anna")
+        raise SystemExit(1)
+    jobs, id = only(config)
+    result = jobs.result(id)
+    words = "Cancelled by anna." if cancelled else "It exited with 1."
+    assert result and (result.status, result.message) == (JobStatus.CANCELLED if cancelled else JobStatus.FAILED, words)
+
+
 def test_store_trouble_never_stops_a_job_and_is_made_good_later(config: Config, capsys: Any, monkeypatch: Any) -> None:
     away = True
     put = Store.put_new
