@@ -122,12 +122,18 @@ def verdicts(measurements: Sequence[Measurement]) -> list[str]:
     return [*filter(None, lines), f"{failed} failed requests; {passed(failed == 0)}"]
 
 
+def plural(count: int) -> str:
+    return "" if count == 1 else "s"
+
+
 def _rate(measurements: Sequence[Measurement], other: str, streams: int, required: float) -> str:
     """Empty where one of the two was not measured so."""
     found = ratio(measurements, "springtide", other, streams)
     if found is None:
         return ""
-    text = f"Springtide makes {found.text(2, '×')} the requests per second of {LABELS[other]} at {streams} streams"
+    text = (
+        f"Springtide makes {found.text(2, '×')} the requests per second of {LABELS[other]} at {streams} stream{plural(streams)}"
+    )
     return f"{text}; {passed(found.median >= required)} (≥ {required:g}×)"
 
 
@@ -135,7 +141,7 @@ def _first_token(measurements: Sequence[Measurement], streams: int, most_ms: flo
     found = extra_ttft_ms(measurements, "springtide", "bare_vllm", streams)
     if found is None:
         return ""
-    text = f"its first token at {streams} streams comes {found.text(1, ' ms')} after bare vLLM's"
+    text = f"its first token at {streams} stream{plural(streams)} comes {found.text(1, ' ms')} after bare vLLM's"
     return f"{text}; {passed(found.median <= most_ms)} (≤ {most_ms:g} ms)"
 
 

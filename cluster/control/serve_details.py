@@ -1,7 +1,7 @@
 """Ray Serve's private API for what runs: the answer of Serve's controller as it comes. A contract test names Ray 2.60.
 
 The public ``serve.status()`` asks the same question, and makes Serve's own objects of the answer first. Those pickle every application's
-routing and scaling policy again: 15 ms of a processor for two applications, three times a second, which was most of what control took.
+routing and scaling policies again, which was most of what control's process did.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

@@ -47,7 +47,7 @@ SERVING_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # a gateway writes to its clients' connections itself
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.2",  # 0.1 by default, which takes 6 % of a core while nothing happens
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.2",  # 0.1 by default; each turn asks Ray, also while nothing happens
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # the gateway counts requests then, and no process reads HAProxy's log of each
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",  # its port is open to all; see deployments/ray_patches.py
     "RAY_DEDUP_LOGS": "0",  # it would swallow what a job says while its workers come and go: the same words with another number

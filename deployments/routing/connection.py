@@ -1,7 +1,7 @@
 """HTTP/1.1 to a replica, for streams: pieces of an answer are handed on from the socket's callback, without a task or a queue between.
 
-Parsing is httptools' (the parser of Node.js). A client library wakes a task for each piece, which costs more than the rest of a token's way
-through the gateway. Example: at 2,600 tokens/s a gateway on aiohttp took 105 µs of a processor for each.
+Parsing is httptools' (the parser of Node.js). A client library wakes a task for each piece. docs/benchmarks.md has what a token cost the gateway
+with one and without.
 
 A connection carries one request at a time and is kept for the next.
 """
