@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.pool.local import SERVING_ENVIRONMENT
+from deployments import vllm_patches
 from deployments.routing.engine_routes import ENGINE_ROUTES
 
 VLLM = Path(importlib.util.find_spec("vllm").origin).parent  # pyright: ignore
@@ -77,16 +78,52 @@ def base_row(shrink: Any) -> float:
 
 
 def test_rows_without_an_adapter_stay_free_of_adapters() -> None:
-    """The first half fails when vLLM has mended it itself; then `deployments.vllm_patches` can lose the function."""
+    """The first half fails when vLLM has mended it itself; then `deployments.vllm_patches` can lose the functions."""
     from vllm.lora.ops.torch_ops import lora_ops
 
-    from deployments.vllm_patches import keep_base_rows_free_of_adapters as apply
+    from deployments.vllm_patches import multiply_once_per_adapter as apply
 
-    assert base_row(lora_ops.bgmv_shrink) > 0, "vLLM's own is still wrong"
+    own = vllms_own_products()
+    assert base_row(own["bgmv_shrink"]) > 0, "vLLM's own is still wrong"
     apply()
     apply()
     wrapper: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu")
     assert base_row(lora_ops.bgmv_shrink) == base_row(wrapper.bgmv_shrink) == 0
+    for name in own:
+        assert getattr(lora_ops, name) is getattr(wrapper, name) is getattr(vllm_patches, name)
+
+
+def vllms_own_products() -> dict[str, Any]:
+    """As they are in the sources, whatever has been patched in this process."""
+    names = dict[str, Any]()
+    exec((VLLM / "lora/ops/torch_ops/lora_ops.py").read_text(), names)
+    return {name: names[name] for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")}
+
+
+@pytest.mark.parametrize("indices", [[0, 1, 1, 2], [2, 2, 2, 2], [1], [0, -1, 2, -1], [-1, -1, -1, -1], [-1]])
+@pytest.mark.parametrize("stacked", [True, False], ids=["four dimensions", "three dimensions"])
+def test_products_by_adapter_are_vllms_own_but_for_rows_of_no_adapter(indices: list[int], stacked: bool) -> None:
+    import torch
+
+    own, generator = vllms_own_products(), torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> Any:
+        drawn = torch.randn(*shape, generator=generator)
+        return drawn if stacked or len(shape) < 4 else drawn[:, 0]
+
+    a, b, inputs, slots = some(3, 1, 8, 16), some(3, 1, 24, 8), some(4, 16), torch.tensor(indices)
+    ours, theirs = torch.ones(4, 8), torch.ones(4, 8)
+    vllm_patches.bgmv_shrink(inputs, a, ours, slots, 0.5)
+    own["bgmv_shrink"](inputs, a, theirs, slots, 0.5)
+    theirs[(slots < 0).expand(4)] = 0
+    torch.testing.assert_close(ours, theirs)
+    for add in (True, False):
+        for name, columns, where in (("bgmv_expand_slice", 40, (10, 24)), ("bgmv_expand", 30, ()), ("bgmv_expand", 20, ())):
+            before = some(4, columns)
+            one, other = before.clone(), before.clone()
+            getattr(vllm_patches, name)(ours, b, one, slots, *where, add)
+            own[name](ours, b, other, slots, *where, add)
+            torch.testing.assert_close(one, other)
 
 
 def test_what_a_model_can_is_looked_up_by_another_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -108,13 +145,13 @@ def test_what_a_model_can_is_looked_up_by_another_process(monkeypatch: pytest.Mo
 
 
 def test_one_index_may_stand_for_every_row() -> None:
-    """The output layer scores a prompt with one index for all its tokens. The mask of our own patch used to be as long as the indices, so
-    the first request for prompt_logprobs ended the engine."""
+    """The output layer scores a prompt with one index for all its tokens. A patch of ours that expected one for each token ended the engine
+    at the first request for prompt_logprobs."""
     from vllm.lora.ops.torch_ops import lora_ops
 
-    from deployments.vllm_patches import keep_base_rows_free_of_adapters
+    from deployments.vllm_patches import multiply_once_per_adapter
 
-    keep_base_rows_free_of_adapters()
+    multiply_once_per_adapter()
     assert [scored(lora_ops.bgmv_shrink, rows=5, indices=[slot]) for slot in (-1, 1)] == [0.0, 40.0]
     assert scored(lora_ops.bgmv_shrink, rows=2, indices=[-1, 1]) == 8.0
 
