@@ -54,6 +54,17 @@ def multiply_once_per_adapter() -> None:
     for product in (bgmv_shrink, bgmv_expand, bgmv_expand_slice):
         for user in (lora_ops, punica_cpu):
             setattr(user, product.__name__, product)
+    wrapper: Any = punica_cpu.PunicaWrapperCPU
+    if getattr(wrapper.add_lora_linear, "patched", False):
+        return
+    add = wrapper.add_lora_linear
+
+    def add_lora_linear(self: Any, *given: Any, **named: Any) -> None:
+        if not self.no_lora:  # vLLM looks at this too, after it has made the buffers
+            add(self, *given, **named)
+
+    add_lora_linear.patched = True  # pyright: ignore[reportFunctionMemberAccess]
+    wrapper.add_lora_linear = add_lora_linear
 
 
 def bgmv_shrink(inputs: Any, weights: Any, output: Any, indices: Any, scaling: float = 1.0) -> None:

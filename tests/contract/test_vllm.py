@@ -89,6 +89,11 @@ def test_rows_without_an_adapter_stay_free_of_adapters() -> None:
     apply()
     wrapper: Any = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu")
     assert base_row(lora_ops.bgmv_shrink) == base_row(wrapper.bgmv_shrink) == 0
+    source = (VLLM / "lora/punica_wrapper/punica_cpu.py").read_text()
+    assert source.count("if self.no_lora:\n            return") == 3, "a batch of no adapter is told by this"
+    assert "is_prefill=True" in (VLLM / "v1/worker/lora_model_runner_mixin.py").read_text(), (
+        "which vLLM finds out for prefills alone"
+    )
     for name in own:
         assert getattr(lora_ops, name) is getattr(wrapper, name) is getattr(vllm_patches, name)
 
