@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.load import percentile
 from cluster import client
 from cluster.errors import Conflict, SpringtideError, VersionRefused
 from cluster.publishing.canary import Margins, takes_canary
@@ -23,10 +24,11 @@ from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import Lineage, Manifest, VersionId
 from tests.adapters import make_adapter, make_smaller, make_weights, spoil
-from tests.cluster.test_publish import ONE, adapter, ask, wait_until
+from tests.cluster.test_publish import ONE, adapter, ask, named, wait_until
 from tests.conftest import ROOT, Running
 from tests.history import Event, expected_of, problems, recording
 from tests.s3 import serving
+from tests.waiting import when
 
 ANY = Margins(error_rate=1, ttft_ratio=1000, itl_ratio=1000, finish=1)
 """For adapters of random numbers, whose answers end otherwise than the seedling's."""
@@ -431,13 +433,11 @@ def test_the_base_answers_as_itself_beside_as_many_adapters_as_there_are_slots(p
     assert problems([*base, *live], expected) == [] and len(base) > 10 and len(live) > 10
 
 
-def with_settings(pool: Running, folder: Path, **changed: int) -> Path:
+def with_settings(pool: Running, folder: Path, **changed: object) -> Path:
     """The seedling's files under another configuration."""
     shutil.copytree(pool.registry.fetch(pool.registry.manifest(ONE), folder.parent / "cache"), folder)
     settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**settings, **{key: (settings.get(key) or 0) + value for key, value in changed.items()}})
-    )
+    (folder / "config.json").write_text(json.dumps({**settings, **changed}))
     return folder
 
 
@@ -451,18 +451,46 @@ def test_weights_that_cannot_fit_are_refused_with_the_numbers_and_the_keys(pool:
     assert all(str(wide) not in replica["held"] for replica in client.of(pool.config).status()["replicas"])
 
 
+UNFIT: dict[str, tuple[dict[str, object], str]] = {
+    "a layer without weights": ({"num_hidden_layers": 9}, "not initialized from checkpoint"),
+    "a function that vLLM does not know": ({"hidden_act": "nonsense"}, "nonsense"),
+    "an architecture that vLLM does not know": ({"architectures": ["NonsenseForCausalLM"]}, "NonsenseForCausalLM"),
+}
+"""Settings over the seedling's weights with which vLLM starts no engine, and its words."""
+
+
 @pytest.mark.chaos
 @pytest.mark.timeout(300)
-def test_a_rollout_whose_engine_does_not_start_has_vllms_words_for_its_reason(pool: Running, tmp_path: Path) -> None:
-    words = "not initialized from checkpoint"
-    broken = pool.registry.register(
-        "seedling", "weights", None, with_settings(pool, tmp_path / "broken", num_hidden_layers=1), Lineage()
-    ).id
-    published = pool.command("publish", str(broken))
-    said = " ".join((published.stdout + published.stderr).split())
-    rollout = pool.registry.rollout("seedling")
-    assert rollout is not None and (rollout.version, rollout.stage) == (broken, "rolled_back") and words in rollout.reason, (
-        rollout
-    )
+@pytest.mark.parametrize(("changed", "words"), UNFIT.values(), ids=UNFIT)
+def test_a_rollout_whose_engine_does_not_start_costs_the_live_version_nothing(
+    pool: Running, tmp_path: Path, changed: dict[str, object], words: str
+) -> None:
+    """S17: while traffic runs. The live version answers all of it, and the rollout's reason is what vLLM said."""
+    unfit = pool.registry.register("seedling", "weights", None, with_settings(pool, tmp_path / "unfit", **changed), Lineage()).id
+    expected, before, live = expected_of(pool.url, [str(ONE)]), engines(pool), pool.registry.aliases()["seedling"]
+    with recording(pool.url, "seedling", SESSIONS) as events:
+        time.sleep(5)
+        began_s, published = time.monotonic(), pool.command("publish", str(unfit))
+        ended_s = time.monotonic()
+        time.sleep(1)
+    said, told = " ".join((published.stdout + published.stderr).split()), client.of(pool.config).rollout("seedling").record
+    assert (told.version, told.stage) == (unfit, "rolled_back") and words in told.reason, told
     assert published.returncode != 0 and words in said, said
-    assert ask(pool, "seedling").status_code == 200
+    assert problems(events, expected) == [] and {(e.version, e.generation) for e in events} == {(str(ONE), live.generation)}
+    assert pool.registry.aliases()["seedling"] == live
+    when(lambda: engines(pool) == before, 20)
+    alone, beside = p99_s(events, 0, began_s), p99_s(events, began_s, ended_s)
+    print(f"{len(events)} requests; P99 {alone:.2f} s before, {beside:.2f} s in the {ended_s - began_s:.0f} s of the rollout")
+    assert beside < 3 * alone + 0.3, "an engine's start takes one of two cores"
+
+
+def engines(pool: Running) -> set[int]:
+    """The processes of vLLM, by number."""
+    return {process.pid for process in named(pool, "VLLM::")}
+
+
+def p99_s(events: list[Event], since_s: float, until_s: float) -> float:
+    """Of the requests that began then, from their start to their end."""
+    found = percentile([event.end_s - event.start_s for event in events if since_s <= event.start_s < until_s], 99)
+    assert found is not None, "none began then"
+    return found
