@@ -7,11 +7,13 @@ connection that breaks, or an answer that is no JSON. Prints how many were sent,
 
 import asyncio
 import json
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -21,6 +23,8 @@ from hypothesis import strategies as st
 
 TOGETHER = 8
 TIMEOUT_S = 60
+DRAW = "draw"
+"""The command that prints requests instead of sending them."""
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 # values
@@ -276,9 +280,34 @@ async def send_all(url: str, asked: Iterable[Asked], figures: Figures) -> None:
         await asyncio.gather(*(send(session, url, one, figures) for one in asked))
 
 
-def fuzz(url: str, models: Sequence[str], count: int, fixed: bool = True, figures: Figures | None = None) -> Figures:
-    """Send about ``count`` requests. ``fixed``: the same ones each time. Goes on after a fault. Adds to ``figures`` where they are given."""
+def fuzz(url: str, models: Sequence[str], count: int, figures: Figures | None = None) -> Figures:
+    """Send about ``count`` requests, others each time. Goes on after a fault. Adds to ``figures`` where they are given."""
     figures = Figures() if figures is None else figures
+    draw(models, count, lambda asked: asyncio.run(send_all(url, asked, figures)))
+    return figures
+
+
+def fuzz_alike(url: str, models: Sequence[str], count: int) -> Figures:
+    """The same with the same requests each time, whichever tests run."""
+    figures = Figures()
+    for asked in alike(models, count):
+        asyncio.run(send_all(url, asked, figures))
+    return figures
+
+
+def alike(models: Sequence[str], count: int) -> list[list[Asked]]:
+    """About ``count`` requests, the same each time.
+
+    A process of their own draws them. Hypothesis also draws from the constants in the source of every module of ours that its process has
+    imported, so in a run of all tests, or after a change anywhere, three quarters of the requests were others.
+    """
+    line = [sys.executable, "-m", "tests.fuzz", DRAW, str(count), *models]
+    done = subprocess.run(line, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
+    return [[Asked(path, bytes.fromhex(raw)) for path, raw in json.loads(group)] for group in done.stdout.splitlines()]
+
+
+def draw(models: Sequence[str], count: int, each: Callable[[list[Asked]], None], fixed: bool = False) -> None:
+    """Call ``each`` with one group of requests after the other. ``fixed``: the same in every process that has imported nothing else."""
 
     @settings(
         max_examples=max(1, count // TOGETHER),
@@ -290,10 +319,9 @@ def fuzz(url: str, models: Sequence[str], count: int, fixed: bool = True, figure
     )
     @given(st.lists(requests(models), min_size=TOGETHER, max_size=TOGETHER))
     def group(asked: list[Asked]) -> None:
-        asyncio.run(send_all(url, asked, figures))
+        each(asked)
 
     group()
-    return figures
 
 
 # engines
@@ -339,9 +367,9 @@ def main(count: int) -> None:
     pids = [replica["pid"] for replica in status["replicas"]]
     models = sorted({*status["aliases"], *(id for replica in status["replicas"] for id in replica["held"])})
     before, url, figures = engines(pids), local.gateway(configuration), Figures()
-    fuzz(url, models, count // 3, fixed=False, figures=figures)
+    fuzz(url, models, count // 3, figures)
     warm = memory(before)
-    fuzz(url, models, count - count // 3, fixed=False, figures=figures)
+    fuzz(url, models, count - count // 3, figures)
     ended = sum(not process.is_running() for process in before)
     print(
         figures,
@@ -353,4 +381,12 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2_000)
+    if sys.argv[1:2] == [DRAW]:
+        draw(
+            sys.argv[3:],
+            int(sys.argv[2]),
+            lambda asked: print(json.dumps([(path, raw.hex()) for path, raw in asked])),
+            fixed=True,
+        )
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 2_000)

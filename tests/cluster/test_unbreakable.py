@@ -51,11 +51,11 @@ def unharmed(pool: Running) -> Iterator[None]:
 
 
 def test_requests_of_all_kinds_end_no_engine_and_find_no_500(pool: Running, models: list[str]) -> None:
-    """The same few hundred each time. `python -m tests.fuzz` sends others."""
+    """The same few hundred each time, of which 127 were answered. `python -m tests.fuzz` sends others."""
     with unharmed(pool):
-        figures = fuzz.fuzz(pool.url, models, 320)
+        figures = fuzz.fuzz_alike(pool.url, models, 320)
     print(figures)
-    assert figures.faults == [] and figures.statuses[200] > 60, "\n\n".join(figures.faults)
+    assert figures.faults == [] and figures.statuses[200] > 100, "\n\n".join(figures.faults)
 
 
 @pytest.mark.chaos
@@ -65,9 +65,9 @@ def test_thousands_of_requests_end_no_engine_and_leave_its_memory_alone(pool: Ru
     figures = fuzz.Figures()
     with unharmed(pool):
         before = processes(pool)
-        fuzz.fuzz(pool.url, models, 2_700, fixed=False, figures=figures)
+        fuzz.fuzz(pool.url, models, 2_700, figures)
         warm = fuzz.memory(before)
-        fuzz.fuzz(pool.url, models, 5_300, fixed=False, figures=figures)
+        fuzz.fuzz(pool.url, models, 5_300, figures)
         after = fuzz.memory(before)
     print(figures, f"the engines' memory: {warm} after a third, {after} in the end: {fuzz.grown(warm, after):+.1%}", sep="\n")
     assert figures.faults == [], "\n\n".join(figures.faults)
