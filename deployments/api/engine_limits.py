@@ -32,7 +32,8 @@ MAX_REGEX_CHARACTERS = 4 << 10
 MAX_DEPTH = 64
 """Levels of brackets in a grammar, a schema or a regular expression. Their compilers call themselves for each level."""
 MAX_REPEATED = 4_000
-"""Characters and classes of a regular expression once its repetitions are written out. Each becomes a state of an automaton."""
+"""Characters and classes of a regular expression once its repetitions are written out. Each becomes a state of an automaton. In an EBNF grammar, as
+many more than it has characters: xgrammar compiles 64 KiB of keywords or rules in a second, and a grammar of a programming language has thousands."""
 MAX_COMPILE_S = 5.0
 """Of all JSON schemas of a request together. A schema cannot be given up on once it is being compiled, and on two cores an engine compiles one
 grammar at a time. vLLM itself gives up on a regular expression after as long."""
@@ -131,7 +132,9 @@ def _refuse_expressions(expression: Grammar) -> None:
     """A regular expression or an EBNF grammar, alone or in a JSON document."""
     simple = plain(expression.text, expression.kind)
     _refuse_above(depth(simple), MAX_DEPTH, "levels of brackets", expression)
-    _refuse_above(written_out(simple), MAX_REPEATED, "characters once its repetitions are written out", expression)
+    # The text of an EBNF grammar counts too, names of rules as well, and is bounded already: what may be added is what repetitions make of it.
+    limit = MAX_REPEATED + (len(expression.text) if expression.kind == "grammar" else 0)
+    _refuse_above(written_out(simple), limit, "characters once its repetitions are written out", expression)
     if expression.kind == "grammar" and ("Regex(" in simple or CAPTURE.search(expression.text)):
         # xgrammar's own: a literal that is a regular expression, and a quoted name in which a bracket does not end the attribute.
         raise BadRequest(

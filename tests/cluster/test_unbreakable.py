@@ -138,6 +138,7 @@ ABUSE: dict[str, tuple[bytes, set[int]]] = {
     "a regex without an end": (chat(structured_outputs={"regex": "(((("}), {400}),
     "a deep regex": (chat(structured_outputs={"regex": "(" * 2_000 + "a" + ")" * 2_000}), {400}),
     "a deep grammar": (chat(structured_outputs={"grammar": "root ::= " + "(" * 9_000 + '"a"' + ")" * 9_000}), {400}),
+    "a grammar of many words": (chat(structured_outputs={"grammar": "root ::= " + " | ".join(f'"word {n}"' for n in range(3_000))}), {200}),
     "a grammar of itself": (chat(structured_outputs={"grammar": "root ::= root"}), {200, 400}),
     "a schema of many properties of which some are needed": (chat(response_format=schema(named(500, {"type": "string"}, minProperties=200))), {400}),
     "a schema of a thousand addresses": (chat(response_format=schema(named(1_000, {"type": "string", "format": "uri"}))), {400}),
