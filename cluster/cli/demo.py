@@ -49,8 +49,9 @@ SERVING = {
 """The last line, by whether this command started the pool."""
 
 
-def up(config: Config, console: Console, model: str | None = None) -> Config:
-    """Start the pool and serve. Returns the configuration in force. Its first fleet hosts ``model`` if one was given."""
+def up(config: Config, console: Console, model: str | None = None, began: list[local.Pool] | None = None) -> Config:
+    """Start the pool and serve. Returns the configuration in force. Its first fleet hosts ``model`` if one was given. ``began`` gets the pool
+    where this command starts it, as soon as it has a process."""
     stages = Stages()
     registry = Registry(Store(config.store))
     registry.store.check_writable()
@@ -62,7 +63,7 @@ def up(config: Config, console: Console, model: str | None = None) -> Config:
         local.remember(config)
     else:
         check_machine(config)
-        config = _started(config, console, model, stages)
+        config = _started(config, console, model, stages, [] if began is None else began)
     if registry.alias(config.default_model) is None:
         _grow(config, console)
         stages.end("pretraining")
@@ -97,10 +98,10 @@ class Stages:
         return f"{self.ended_s[-1][1] - self.ended_s[0][1]:.0f} s: {', '.join(parts)}"
 
 
-def _started(config: Config, console: Console, model: str | None, stages: Stages) -> Config:
+def _started(config: Config, console: Console, model: str | None, stages: Stages, began: list[local.Pool]) -> Config:
     """Start Ray, and put the model into the store meanwhile. What cannot fit is refused before."""
     registry = Registry(Store(config.store))
-    with _ray(config) as begin:
+    with _ray(config, began) as begin:
         if model is not None:
             config = _hosting(config, models.alias_for(model, config, console, begin))
             stages.end("the model")
@@ -114,23 +115,29 @@ def _started(config: Config, console: Console, model: str | None, stages: Stages
 
 
 @contextlib.contextmanager
-def _ray(config: Config) -> Generator[Callable[[], Future[local.Pool]]]:
-    """Starts Ray in a thread when it is called. Where what is done meanwhile fails, Ray ends again."""
+def _ray(config: Config, began: list[local.Pool]) -> Generator[Callable[[], Future[local.Pool]]]:
+    """Starts Ray in a thread when it is called. Where what is done meanwhile fails, Ray ends again; another command may have been faster, and its
+    pool stays."""
     starts: list[Future[local.Pool]] = []
     with ThreadPoolExecutor(1) as beside:
 
         def begin() -> Future[local.Pool]:
             if not starts:
-                starts.append(beside.submit(local.up, config))
+                starts.append(beside.submit(local.up, config, began=began.append))
             return starts[0]
 
         try:
             yield begin
         except BaseException:
             for start in starts:
-                start.add_done_callback(lambda _: local.down(config))  # one that had not written where it is
-                local.down(config)
+                start.add_done_callback(lambda _: _stop_all(config, began))  # one that had no process yet
+                _stop_all(config, began)
             raise
+
+
+def _stop_all(config: Config, began: list[local.Pool]) -> None:
+    for pool in began:
+        local.stop(config, pool)
 
 
 def check_machine(config: Config) -> None:
@@ -164,35 +171,37 @@ def run(config: Config, console: Console, keep_serving: bool, model: str | None 
     """Serve, ask, fine-tune, publish, and ask again. Then keep serving until Ctrl-C, which leaves no process behind.
 
     The command stops only a pool that it started. Raises `PoolUnavailable` if somebody else stops the pool meanwhile."""
-    began_s, ours = time.monotonic(), local.find(config) is None
+    began_s, began = time.monotonic(), list[local.Pool]()
     for number in (signal.SIGTERM, signal.SIGHUP):  # a service manager's stop and a closed terminal count as Ctrl-C
         signal.signal(number, signal.default_int_handler)
     check_room(config)
     started = False
     try:
-        config = up(config, console, model)
+        config = up(config, console, model, began)
         started = True
         _loop(config, console)
         console.print(f"The loop took {time.monotonic() - began_s:.0f} s.")
         if keep_serving:
             render.serving(console, config)
-            console.print(SERVING[ours])
+            console.print(SERVING[bool(began)])
             while local.find(config):
                 time.sleep(0.5)
     except KeyboardInterrupt:
         pass
     finally:
-        _stop(config, console, ours, started)
+        _stop(config, console, [pool for pool in began if pool.alive], started)
 
 
-def _stop(config: Config, console: Console, ours: bool, started: bool) -> None:
-    if local.find(config) is None and started:
+def _stop(config: Config, console: Console, ours: list[local.Pool], started: bool) -> None:
+    """``ours``: what this command started and still runs. The home may have another's pool by now, and no pool at all."""
+    running = bool(ours) or local.find(config) is not None
+    if not running and started:
         raise PoolUnavailable("The pool was stopped, or has ended by itself.", f"Its log is {config.home / 'pool.log'}.")
-    if local.find(config) is None:
+    if not running:
         return  # the error says why it did not start
     if ours:
         with console.status("Stopping every process of the pool…"):
-            local.down(config)
+            _stop_all(config, ours)
         console.print("Stopped. The store keeps every version, and `make run` continues from it.")
     else:
         console.print("The pool keeps running. `springtide down` stops it.")

@@ -94,8 +94,9 @@ class Pool:
         return psutil.Process(self.pid).children(recursive=True)
 
 
-def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
-    """Start Ray for ``config`` unless its pool already runs. ``watch`` hears what is being waited for.
+def up(config: Config, watch: Callable[[str], None] = lambda _: None, began: Callable[[Pool], None] = lambda _: None) -> Pool:
+    """Start Ray for ``config`` unless its pool already runs. ``watch`` hears what is being waited for, and ``began`` of the pool that this call
+    starts, as soon as there is one: whoever interrupts the start can stop that one.
 
     Raises `PoolUnavailable` with the end of Ray's log where it does not come up.
     """
@@ -115,7 +116,8 @@ def up(config: Config, watch: Callable[[str], None] = lambda _: None) -> Pool:
         )
     began_s, ticks = psutil.Process(supervisor.pid).create_time(), machine.start_ticks(supervisor.pid)
     pool = Pool(supervisor.pid, began_s, address(config), dashboard(config), gateway(config), token(), ticks)
-    write_json(config.home / "pool.json", asdict(pool))  # at once: whoever interrupts the start can stop it
+    began(pool)
+    write_json(config.home / "pool.json", asdict(pool))  # at once: `springtide down` can stop it while it starts
     _wait(lambda: _answers(pool), supervisor, log)
     return pool
 
@@ -183,14 +185,28 @@ def down(config: Config) -> bool:
     pool = find(config)
     if pool is None:
         return False
+    stop(config, pool)
+    return True
+
+
+def stop(config: Config, pool: Pool) -> None:
+    """Stop this pool and everything it started, and no other that runs from the same home by now. It may have ended already."""
+    if pool.alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _terminate(pool)
+    path = config.home / "pool.json"
+    written = _read(path)
+    if written is not None and (written.pid, written.started_ticks) == (pool.pid, pool.started_ticks):
+        path.unlink(missing_ok=True)
+
+
+def _terminate(pool: Pool) -> None:
     process = psutil.Process(pool.pid)
     process.terminate()
     try:
         process.wait(START_TIMEOUT_S)
     except psutil.TimeoutExpired:
         _end([*pool.descendants(), process], grace_s=0)
-    (config.home / "pool.json").unlink(missing_ok=True)
-    return True
 
 
 def address(config: Config) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,12 +193,16 @@ def ended(monkeypatch: Any) -> Iterator[list[str]]:
     """A pool that runs until it is in the list, and a loop that was gone through."""
     ended: list[str] = []
     monkeypatch.setattr(demo, "check_room", lambda _: None)
-    monkeypatch.setattr(demo, "up", lambda config, *_: config)
+    monkeypatch.setattr(demo, "up", lambda config, *_: config)  # another command has started it
     monkeypatch.setattr(demo, "_loop", lambda *_: None)
     monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(demo.local, "down", lambda _: ended.append("by us"))
+    monkeypatch.setattr(demo.local, "stop", lambda _, pool: ended.append(pool.name))
     monkeypatch.setattr(demo.local, "find", lambda _: None if ended else local)
     yield ended
+
+
+OURS = SimpleNamespace(name="ours", alive=True)
+"""A pool that the command itself has started."""
 
 
 def interrupted(_: float) -> None:
@@ -212,12 +217,23 @@ def test_a_run_that_did_not_start_the_pool_says_so_and_leaves_it(config: Config,
 
 
 def test_a_run_that_started_the_pool_says_so_and_stops_it(config: Config, ended: list[str], monkeypatch: Any) -> None:
-    found = iter([None])  # before it is started
-    monkeypatch.setattr(demo.local, "find", lambda _: next(found, local))
+    monkeypatch.setattr(demo, "up", lambda config, _console, _model, began: began.append(OURS) or config)
     monkeypatch.setattr(demo.time, "sleep", interrupted)
     file = io.StringIO()
     demo.run(config, Console(file=file, width=160), keep_serving=True)
-    assert ended == ["by us"] and "Ctrl-C, which stops the pool" in file.getvalue()
+    assert ended == ["ours"] and "Ctrl-C, which stops the pool" in file.getvalue()
+
+
+def test_a_run_whose_start_fails_leaves_the_pool_that_another_command_started_meanwhile(
+    config: Config, ended: list[str], monkeypatch: Any
+) -> None:
+    """It found no pool when it began, and took any that ran in the end for its own."""
+    found = iter([None])
+    monkeypatch.setattr(demo.local, "find", lambda _: next(found, local))
+    monkeypatch.setattr(demo, "up", lambda *_: demo.local.find(config) or interrupted(0))
+    file = io.StringIO()
+    demo.run(config, Console(file=file, width=160), keep_serving=True)
+    assert ended == [] and "The pool keeps running" in file.getvalue()
 
 
 def test_a_pool_that_ends_under_a_run_is_an_error(config: Config, ended: list[str], monkeypatch: Any) -> None:
