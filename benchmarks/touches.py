@@ -24,6 +24,7 @@ NAMED = (
     "cluster/control/ray_autoscaling.py",
     "cluster/control/serve_details.py",
     "cluster/pool/haproxy.py",
+    "cluster/pool/lean.py",
     "deployments/ray_patches.py",
     "deployments/vllm_patches.py",
     "deployments/replica/arguments.py",

@@ -33,6 +33,7 @@ from cluster.control.reconcile import Reconcilers
 from cluster.control.replicas import Replicas
 from cluster.control.slots import device_bytes
 from cluster.pool import graph, local
+from cluster.pool.lean import WHOLE
 from cluster.pool.serve_api import ServeApi
 from cluster.pool.submit import JobServer
 from cluster.publishing.rollout import Policy, Rollout
@@ -56,7 +57,12 @@ OPTIONS: dict[str, Any] = {
     "max_restarts": -1,
     "max_concurrency": 32,
     "num_cpus": 0,
-    "runtime_env": {"env_vars": {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}},  # this actor has no event loop to route in
+    "runtime_env": {
+        "env_vars": {
+            **WHOLE,
+            "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # this actor has no event loop to route in
+        }
+    },
 }
 
 

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import ray
 import ray._private.state as cluster_state
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # pyright: ignore[reportAttributeAccessIssue, reportMissingTypeStubs]
-from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator  # pyright: ignore[reportPrivateImportUsage]
 from ray.exceptions import RpcError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
@@ -41,6 +40,9 @@ STATUS_S = 1
 def request(resource: str, selectors: list[dict[str, str]]) -> None:
     """Ask for one ``resource`` for each label selector, in place of what was asked for before. Raises what Ray raises if the coordinator
     does not answer."""
+    # Imported here: whoever has a handle of control imports this module with it, and Ray Data needs pandas (`cluster.pool.lean`).
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinator  # pyright: ignore[reportPrivateImportUsage]
+
     actor: Any = coordinator.get_or_create_autoscaling_coordinator()
     asked = actor.request_resources.remote(
         requester_id=REQUESTER,

@@ -18,6 +18,7 @@ from cluster.address import WITHOUT_TLS, ipv4
 from cluster.config import Config, Fleet, FleetSpec
 from cluster.errors import PoolUnavailable
 from cluster.pool import local
+from cluster.pool.lean import LEAN
 from cluster.pool.serve_api import ServeApi
 from cluster.types import VersionId
 
@@ -170,7 +171,7 @@ def _gateway(config: Config) -> dict[str, Any]:
                 "max_ongoing_requests": 10_000,  # the engine queues by itself; limits per tenant come with tenants
                 "health_check_period_s": 2,  # a gateway that hangs holds up every move until Serve replaces it
                 "health_check_timeout_s": 10,
-                "ray_actor_options": {"num_cpus": 0},
+                "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": LEAN}},
             }
         ],
     }

@@ -14,8 +14,6 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ray.job_submission import JobSubmissionClient
-
 from cluster import __version__, machine
 from cluster.config import Config
 from cluster.errors import BadRequest, JobFailed, JobNotFound, PoolUnavailable
@@ -72,6 +70,10 @@ class JobServer:
     def __init__(self, address: str) -> None:
         """``address``: its URL, or ``host:port`` of the pool's GCS, which knows it."""
         with _unavailable(), _told_nothing():
+            from ray.job_submission import (
+                JobSubmissionClient,  # a gateway has this file beside control's handle, and submits nothing
+            )
+
             self.ray = JobSubmissionClient(address)
         for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
             logging.getLogger(name).setLevel(logging.ERROR)  # what it leaves out of an upload, and that it uploads, is no news

@@ -292,3 +292,23 @@ def test_an_autoscaler_is_there_once_it_has_answered(monkeypatch: pytest.MonkeyP
     assert alone.ceiling(total=1) is None and not alone.grows
     status.autoscaling_state.last_seen_cluster_resource_state_version = 3
     assert beside_one.ceiling(total=1) is None and beside_one.grows
+
+
+def test_a_workers_hook_runs_before_its_code_and_serve_does_without_pandas() -> None:
+    """cluster/pool/lean.py. In a process of its own, since this one has both."""
+    from ray._private import ray_constants
+    from ray._private.workers import default_worker
+
+    from cluster.pool.lean import HOOK, LEAN
+
+    assert ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR == HOOK
+    worker = Path(default_worker.__file__).read_text()
+    assert worker.index("load_and_execute_setup_hook(worker_process") < worker.index("worker.main_loop()")
+    code = (
+        "import sys; from ray._common.utils import load_class as load\n"
+        f"load({LEAN[HOOK]!r})()\n"
+        "import deployments.gateway, cluster.control.actor\n"
+        "print(sys.modules['pandas'], 'pyarrow' in sys.modules, 'ray.data' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "False", "False"], "what a gateway loads needs pandas, or brings Ray Data with it"
