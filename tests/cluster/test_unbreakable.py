@@ -146,6 +146,10 @@ ABUSE: dict[str, tuple[bytes, set[int]]] = {
     "a schema of references to references": (chat(response_format=schema(chained(200))), {200}),
     "a schema of itself": (chat(response_format=schema({"$ref": "#"})), {200, 400}),
     "a large enum": (chat(response_format=schema({"enum": [f"v{n}" for n in range(5_000)]})), {200}),
+    # More than 128 repetitions in a schema's pattern fail to compile in xgrammar 0.2.8 (mlc-ai/xgrammar#863), and not in 0.2.9. The engine lives on.
+    "a pattern of 255 characters": (chat(response_format=schema({"type": "string", "pattern": "^[a-z]{1,255}$"})), {200, 400}),
+    "a text of 255 characters": (chat(response_format=schema({"type": "string", "maxLength": 255})), {200}),
+    "a regex of 255 characters": (chat(structured_outputs={"regex": "[a-z]{1,255}"}), {200}),
     "a schema that refers to nothing": (chat(response_format=schema({"$ref": "#/nope"})), {400}),
     "other machines' memory": (chat(kv_transfer_params={"do_remote_prefill": True, "remote_host": "10.0.0.1"}), {200}),
 }  # fmt: skip
