@@ -16,9 +16,21 @@ from benchmarks.load import Summary
 from benchmarks.place import machine, passed
 
 SYSTEMS = (*peers.SYSTEMS, "springtide")
-LABELS = {"bare_vllm": "bare vLLM", "ray_default": "Ray default", "ray_direct": "Ray direct", "springtide": "Springtide"}
+LABELS = {
+    "bare_vllm": "bare vLLM",
+    "bare_plain": "bare, no adapters",
+    "ray_default": "Ray default",
+    "ray_direct": "Ray direct",
+    "springtide": "Springtide",
+}
 HEADINGS = ("Load", "System", "Requests/s", "Tokens/s", "First token ms", "Between tokens ms", "Failed")
-COLOURS = {"bare_vllm": "#9aa5b1", "ray_default": "#e0b265", "ray_direct": "#cf7f3f", "springtide": "#0f7c8a"}
+COLOURS = {
+    "bare_vllm": "#9aa5b1",
+    "bare_plain": "#c6ced6",
+    "ray_default": "#e0b265",
+    "ray_direct": "#cf7f3f",
+    "springtide": "#0f7c8a",
+}
 
 
 class Measurement(NamedTuple):
@@ -117,6 +129,7 @@ def verdicts(measurements: Sequence[Measurement]) -> list[str]:
     levels = sorted({one.streams for one in measurements})
     lines = [_rate(measurements, other, levels[-1], required) for other, required in REQUIRED.items()]
     lines += [_rate(measurements, "bare_vllm", streams, OF_BARE_VLLM) for streams in levels]
+    lines += [_rate(measurements, "bare_plain", streams, None) for streams in levels]
     lines += [_first_token(measurements, streams, most_ms) for streams, most_ms in FIRST_TOKEN_MS.items()]
     failed = sum(one.summary.failed for one in measurements)
     return [*filter(None, lines), f"{failed} failed requests; {passed(failed == 0)}"]
@@ -126,15 +139,15 @@ def plural(count: int) -> str:
     return "" if count == 1 else "s"
 
 
-def _rate(measurements: Sequence[Measurement], other: str, streams: int, required: float) -> str:
-    """Empty where one of the two was not measured so."""
+def _rate(measurements: Sequence[Measurement], other: str, streams: int, required: float | None) -> str:
+    """Empty where one of the two was not measured so. ``required``: the bar, where there is one."""
     found = ratio(measurements, "springtide", other, streams)
     if found is None:
         return ""
     text = (
         f"Springtide makes {found.text(2, '×')} the requests per second of {LABELS[other]} at {streams} stream{plural(streams)}"
     )
-    return f"{text}; {passed(found.median >= required)} (≥ {required:g}×)"
+    return text if required is None else f"{text}; {passed(found.median >= required)} (≥ {required:g}×)"
 
 
 def _first_token(measurements: Sequence[Measurement], streams: int, most_ms: float) -> str:
