@@ -32,7 +32,11 @@ BODY_TIMEOUT_S = 60
 BODY_PAUSE_S = 10
 """How long it may send nothing of it."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIPPED = ("gzip", "x-gzip")
+"""One encoding by two names (RFC 9110, section 8.4.1.3)."""
 GZIP = zlib.MAX_WBITS | 16
+NAMES = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+"""JSON's names for what is no object; what is missing is a number."""
 PIECE_BYTES = 64 << 10
 MOST_MEMBERS = 1000
 """A gzip body may consist of members, one after the other (RFC 1952). Each costs time however small it is."""
@@ -73,7 +77,7 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int, took: Call
     Raises `BodyTooLarge` before more than ``limit_bytes`` are held, and `BodyTimeout` where they do not come.
     """
     encoding = header(scope["headers"], "content-encoding").lower()
-    if encoding not in ("", "identity", "gzip"):
+    if encoding not in ("", "identity", *GZIPPED):
         raise UnsupportedEncoding(f"The body is packed with {encoding[:40]!r}.", "Send it as it is, or with gzip.")
     now_s = asyncio.get_running_loop().time
     ends_s = now_s() + BODY_TIMEOUT_S
@@ -88,7 +92,7 @@ async def read_body(scope: Scope, receive: Receive, limit_bytes: int, took: Call
     except TimeoutError:
         words = f"Nothing of the body came for {BODY_PAUSE_S} s, or not all of it within {BODY_TIMEOUT_S} s."
         raise BodyTimeout(words, "Send it faster.") from None
-    if encoding != "gzip":
+    if encoding not in GZIPPED:
         return raw
     body = await asyncio.to_thread(_unpack, raw, limit_bytes)
     took(len(body) - len(raw))
@@ -175,9 +179,9 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(raw.removeprefix(BYTE_ORDER_MARK))
     except orjson.JSONDecodeError as error:
-        raise BadRequest(f"The body is not valid JSON: {error}.", "Send one JSON object.") from None
+        raise BadRequest(f"The body is not valid JSON: {error}.", "Send one JSON object, in UTF-8.") from None
     if not isinstance(body, dict):
-        raise BadRequest(f"The body is a JSON {type(body).__name__}.", "Send one JSON object.")
+        raise BadRequest(f"The body is a JSON {NAMES.get(type(body), 'number')}.", "Send one JSON object.")
     return body
 
 
@@ -200,6 +204,8 @@ async def send_error(
         more.append((b"connection", b"close"))
     if error.retry_after_s:
         more.append((b"retry-after", str(error.retry_after_s).encode()))
+    if isinstance(error, UnsupportedEncoding):
+        more.append((b"accept-encoding", b"gzip"))
     if isinstance(error, MethodNotAllowed) and error.allow:
         more.append((b"allow", ", ".join(error.allow).encode()))
     await send_json(send, error.status, form(error), more)

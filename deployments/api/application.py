@@ -11,7 +11,7 @@ from cluster.errors import ResponseNotFound, SpringtideError
 from cluster.types import ColdStage
 from deployments.api import models
 from deployments.api.admin import Admin
-from deployments.api.cors import allowed_origin, answer_preflight, is_preflight, shown_to
+from deployments.api.cors import allowed_origin, answer_preflight, is_preflight, shown_to, varying
 from deployments.api.inference import Inference, Routing
 from deployments.http import Receive, Scope, Send, ignores_leaving, send_error, send_json, until_left
 from deployments.routes import ANY, Route, Routes, plain_path
@@ -45,6 +45,8 @@ class Application:
             if is_preflight(scope):
                 return await answer_preflight(scope, send, origin)
             send = shown_to(origin, send)
+        elif self.cors_origins:
+            send = varying(send)
         try:
             if ignores_leaving(scope):
                 return await until_left(self.routes, scope, receive, send)

@@ -15,6 +15,10 @@ from deployments.wire import SESSION, header
 OPERATORS = ("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "request_id", "priority")
 """Keys by which engines and their operators speak with each other. What a client writes there is left out. Engines schedule by priority
 (`deployments.replica.arguments.OURS`): with ``"priority": -1`` one client would go before all others."""
+BOOLEANS: dict[bool, tuple[str | int, ...]] = {
+    True: ("1", "on", "t", "true", "y", "yes", 1),
+    False: ("0", "off", "f", "false", "n", "no", 0),
+}
 LISTS_OF_OBJECTS = ("messages", "input")
 """Keys whose objects may have nulls for what is absent."""
 
@@ -140,10 +144,27 @@ def as_sent(body: dict[str, Any], route: EngineRoute, id: str) -> dict[str, Any]
     """
     dropped = (*OPERATORS, *(() if route.terminator else ("stream",)))
     sent = {key: value for key, value in body.items() if value is not None and key not in dropped}
+    if "stream" in sent:
+        sent["stream"] = as_boolean(sent["stream"])
     for key in LISTS_OF_OBJECTS:
         if isinstance(value := sent.get(key), list):
             sent[key] = [_without_nulls(one) if isinstance(one, dict) else one for one in value]
     return {**sent, **dict(route.overrides), **({"request_id": f"{route.own_id}{id}"} if route.own_id else {})}
+
+
+def as_boolean(value: Any) -> Any:
+    """A boolean as vLLM's classes read it (pydantic's lax mode); anything else as it is, which vLLM refuses. What the gateway takes for a stream
+    must be one to the engine as well.
+
+    >>> as_boolean("false"), as_boolean(1.0), as_boolean("maybe")
+    (False, True, 'maybe')
+    """
+    word = value.strip().lower() if isinstance(value, str) else value
+    return (
+        next((truth for truth, words in BOOLEANS.items() if word in words), value)
+        if isinstance(word, str | int | float)
+        else value
+    )
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:

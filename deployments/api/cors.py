@@ -12,6 +12,7 @@ from deployments.routes import plain_path
 from deployments.wire import MODEL_GENERATION, MODEL_VERSION, REQUEST_ID, header
 
 EVERY = "*"
+VARY = (b"vary", b"origin")
 REMEMBER_S = 600
 """How long a browser need not ask again."""
 EXPOSED = ", ".join((REQUEST_ID, MODEL_VERSION, MODEL_GENERATION, "retry-after"))
@@ -55,5 +56,16 @@ def shown_to(origin: str, send: Send) -> Send:
     return shown
 
 
+def varying(send: Send) -> Send:
+    """``send`` with what keeps a cache from handing an answer without those headers to such a page."""
+
+    async def marked(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], VARY]}
+        await send(message)
+
+    return marked
+
+
 def _names(origin: str) -> Headers:
-    return [(b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin")]
+    return [(b"access-control-allow-origin", origin.encode("latin-1")), VARY]

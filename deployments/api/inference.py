@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from cluster.config import Gateway
-from cluster.errors import BadRequest, EngineFailed, NoReplica, SpringtideError
+from cluster.errors import BadRequest, EngineFailed, NoReplica, Quarantined, SpringtideError
 from cluster.types import FleetState
 from deployments.api import engine_limits
 from deployments.api.bodies import as_sent, check, model_name, session_of
@@ -106,7 +106,9 @@ class Inference:
             raise
         except SpringtideError as error:  # nothing was sent yet
             await self.send_error(send, error, target)
-            return None if isinstance(error, BadRequest) else self.note_failure(target)
+            return (
+                None if isinstance(error, BadRequest | Quarantined) else self.note_failure(target)
+            )  # no engine was asked, or none failed
         if trace is not None and move is not None:
             self.routing.recorder.record(move, version, trace)
             if shadowed and move.canary is not None:

@@ -72,6 +72,11 @@ def test_an_answer_that_is_not_kept_is_said_to_be_so(application: Application, m
     assert status == 404 and "No answer is kept" in orjson.loads(body)["error"]["message"]
 
 
+def test_whoever_packs_a_body_in_another_way_hears_which_way_is_taken(application: Application) -> None:
+    status, headers, _ = ask(application, "POST", "/v1/chat/completions", {"model": "m"}, content_encoding="br")
+    assert (status, headers["accept-encoding"]) == (415, "gzip")
+
+
 def test_the_list_of_models_says_what_each_is_for(application: Application) -> None:
     assert {entry["task"] for entry in orjson.loads(ask(application, "GET", "/v1/models")[2])["data"]} == {"embed"}
 
@@ -92,6 +97,7 @@ def test_a_page_of_an_allowed_origin_may_ask_and_read_the_answer(application: Ap
 def test_no_other_page_may(application: Application, origin: str) -> None:
     status, headers, _ = ask(application, "OPTIONS", "/v1/chat/completions", origin=origin, **PREFLIGHT)
     assert (status, headers["allow"]) == (405, "POST, OPTIONS") and "access-control-allow-origin" not in headers
+    assert ask(application, "GET", "/v1/models")[1]["vary"] == "origin", "or a cache would hand this answer to a page that may"
     assert "access-control-allow-origin" not in ask(application, "GET", "/v1/models", origin=origin)[1]
 
 

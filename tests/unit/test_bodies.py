@@ -29,7 +29,7 @@ def read(raw: bytes, encoding: str = "", limit: int = 1000, took: Any = lambda c
 def test_a_packed_body_is_unpacked_and_counts_by_what_it_unpacks_to() -> None:
     """gzip was `not valid JSON`."""
     raw, counts = b'{"a": "' + b"x" * 500 + b'"}', list[int]()
-    assert read(gzip.compress(raw), "gzip", took=counts.append) == raw
+    assert read(gzip.compress(raw), "gzip", took=counts.append) == raw == read(gzip.compress(raw), "x-gzip")
     assert sum(counts) == len(raw)
 
 
@@ -60,6 +60,12 @@ def test_every_member_of_a_packed_body_is_read(members: list[bytes], piece_bytes
 def test_a_body_that_cannot_be_unpacked_is_refused(raw: bytes, encoding: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         read(raw, encoding)
+
+
+@pytest.mark.parametrize(("raw", "name"), [(b"null", "null"), (b"[]", "array"), (b"7", "number"), (b'"a"', "string")])
+def test_what_is_no_object_is_named_in_jsons_words(raw: bytes, name: str) -> None:
+    with pytest.raises(BadRequest, match=f"The body is a JSON {name}"):
+        parse_json(raw)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_json() -> None:

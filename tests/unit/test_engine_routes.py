@@ -9,6 +9,7 @@ from cluster.errors import BadRequest
 from cluster.types import TASKS
 from deployments.api.bodies import as_sent, check, session_of
 from deployments.routing.engine_routes import ENGINE_ROUTES, paths_of
+from deployments.routing.payload import Payload
 from deployments.routing.shadow import text_of
 
 LIMITS = Gateway(max_choices=4, max_prompts=20, max_inputs=30)
@@ -71,6 +72,13 @@ def test_a_null_is_an_absent_key_and_a_schemas_null_stays() -> None:
 def test_a_route_without_streams_is_not_asked_for_one() -> None:
     assert as_sent({"input": "a", "stream": True}, EMBEDDINGS, "r") == {"input": "a"}
     assert as_sent({"messages": [], "stream": True}, MESSAGES, "r")["stream"] is True
+
+
+@pytest.mark.parametrize(("value", "streams"), [("false", False), ("No", False), (0.0, False), ("true", True), (1, True)])
+def test_a_stream_is_one_to_the_gateway_where_it_is_one_to_the_engine(value: Any, streams: bool) -> None:
+    """ "false" was a stream to the gateway alone, so a whole answer was cut by the limit for first bytes."""
+    assert Payload(as_sent({"messages": [], "stream": value}, CHAT, "r")).streams is streams
+    assert as_sent({"messages": [], "stream": value}, CHAT, "r")["stream"] is streams
 
 
 @pytest.mark.parametrize(

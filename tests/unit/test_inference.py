@@ -1,6 +1,7 @@
 """One request from its body to its answer: which fleet it wakes, how long it waits, and what it hears in the end. Sockets are real."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -15,6 +16,8 @@ from deployments.api.inference import Inference, Routing
 from deployments.routing.budget import Budget
 from deployments.routing.engine_routes import ENGINE_ROUTES
 from deployments.routing.measure import Recorder
+from deployments.routing.payload import Payload
+from deployments.routing.query_of_death import Loss
 from deployments.routing.refresh import Refresh
 from deployments.routing.router import Router
 from deployments.routing.shadow import Shadow
@@ -63,6 +66,16 @@ class Pool:
         }
         replicas = tuple(ReplicaState(f"r-{n}", self.url, "s", f"{n}@1", {f"{n}@1": "d"}, {}, 0, app=f"fleet-{n}") for n in names)
         await self.routing.router.adopt(View(self.revision, moves, replicas, FLEETS))
+
+    async def canary(self) -> None:
+        """The alias m moves from m@1 to m@2, which gets half of the requests."""
+        await self.running("m")
+        table = self.routing.router.table
+        move = table.view.aliases["m"].model_copy(
+            update={"generation": 2, "canary": VersionId("m", 2), "percent": 50, "rollout": 1}
+        )
+        replica = table.replicas["r-m"]._replace(held={"m@1": "d", "m@2": "d"})
+        await self.routing.router.adopt(table.view._replace(revision=9, aliases={"m": move}, replicas=(replica,)))
 
     async def ask(self, model: str, **body: Any) -> tuple[int, dict[str, str], Any]:
         return await self.post(orjson.dumps({"model": model, **body}))
@@ -215,18 +228,26 @@ def test_a_request_that_only_its_sender_got_wrong_counts_neither_for_nor_against
     """A 501 of the engine counted against the version."""
 
     async def test(pool: Pool) -> None:
-        await pool.running("m")
+        await pool.canary()
         table = pool.routing.router.table
-        move = table.view.aliases["m"].model_copy(
-            update={"generation": 2, "canary": VersionId("m", 2), "percent": 50, "rollout": 1}
-        )
-        replica = table.replicas["r-m"]._replace(held={"m@1": "d", "m@2": "d"})
-        await pool.routing.router.adopt(table.view._replace(revision=9, aliases={"m": move}, replicas=(replica,)))
         assert [(await pool.ask("m", answered_with=status))[0] for status in (400, 422, 501)] == [400, 400, 501]
         assert pool.routing.recorder.measured("m", 1) == {} and table.suspects == {}
         assert (await pool.ask("m", answered_with=500))[0] == 502 and (await pool.ask("m"))[0] == 200
         tallies = pool.routing.recorder.measured("m", 1).values()
         assert (sum(one.requests for one in tallies), sum(one.errors for one in tallies)) == (2, 1)
+
+    run(test)
+
+
+def test_a_request_that_no_engine_is_asked_counts_neither_for_nor_against_a_canary() -> None:
+    async def test(pool: Pool) -> None:
+        await pool.canary()
+        asked = {"prompt": "x", "echo": True, "logprobs": 1}
+        shape = Payload(asked).shape("/v1/completions")
+        for replica in ("r-1", "r-2"):
+            pool.routing.upstream.quarantine.lost(shape, Loss(replica, said=True, alone=True), time.monotonic())
+        assert [(await pool.ask("m", **asked))[0] for _ in range(3)] == [503, 503, 503]
+        assert pool.routing.recorder.measured("m", 1) == {}
 
     run(test)
 
