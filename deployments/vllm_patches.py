@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import copy
 import multiprocessing
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -17,6 +18,7 @@ def apply() -> None:
     multiply_once_per_adapter()
     if multiprocessing.parent_process() is None:  # the engine's front
         look_at_models_here()
+        give_long_repetitions_to_guidance()
         return check_grammars_beside_the_loop()
     score_prompts_with_their_own_adapter()  # elsewhere no model runs, and the import would cost 80 MB
     compile_each_grammar_by_its_own_backend()
@@ -184,6 +186,44 @@ def compile_each_grammar_by_its_own_backend() -> None:
 
     grammar_init.patched = True  # pyright: ignore[reportFunctionMemberAccess]
     manager.grammar_init = grammar_init
+
+
+LONG_REPETITION = re.compile(r"[{,]\s*0*(?:129|1[3-9]\d|[2-9]\d\d|[1-9]\d{3,})\s*[,}]")
+
+
+def give_long_repetitions_to_guidance() -> None:
+    """A schema's pattern that repeats more than 128 times is checked by xgrammar, and then fails in the engine: an error 400 without a reason.
+
+    Example: ``^[a-z]{1,255}$``, which Pydantic and Zod users write. xgrammar 0.2.8 loses what such a repetition refers to
+    (mlc-ai/xgrammar#863; mended in 0.2.9). vLLM gives guidance what ``has_xgrammar_unsupported_json_features``
+    (``v1/structured_output/backend_xgrammar.py``, 0.29) finds in a schema. With this patch it finds these patterns too.
+    """
+    from vllm.v1.structured_output import backend_xgrammar
+
+    backend: Any = backend_xgrammar
+    if getattr(backend.has_xgrammar_unsupported_json_features, "patched", False):
+        return
+    unsupported = backend.has_xgrammar_unsupported_json_features
+
+    def has_unsupported(schema: Any) -> bool:
+        return unsupported(schema) or repeats_often(schema)
+
+    has_unsupported.patched = True  # pyright: ignore[reportFunctionMemberAccess]
+    backend.has_xgrammar_unsupported_json_features = has_unsupported
+
+
+def repeats_often(schema: Any) -> bool:
+    """
+    >>> repeats_often({"items": [{"pattern": "^a{1,255}$"}]}), repeats_often({"pattern": "^a{1,128}$"}), repeats_often({"pattern": {}})
+    (True, False, False)
+    """
+    left = [schema]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict) and isinstance(pattern := one.get("pattern"), str) and LONG_REPETITION.search(pattern):
+            return True
+        left += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return False
 
 
 def check_grammars_beside_the_loop() -> None:

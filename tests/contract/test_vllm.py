@@ -199,6 +199,15 @@ def test_the_first_grammars_backend_compiles_all_others() -> None:
     assert 'self.structured_outputs._backend = "guidance"' in (VLLM / "sampling_params.py").read_text()
 
 
+def test_guidance_gets_what_a_function_of_this_name_finds_in_a_schema() -> None:
+    """`deployments.vllm_patches.give_long_repetitions_to_guidance` extends it; `tests.contract.test_xgrammar` shows the fault."""
+    backend = (VLLM / "v1/structured_output/backend_xgrammar.py").read_text()
+    assert "        if has_xgrammar_unsupported_json_features(schema):\n            raise VLLMValidationError(" in backend
+    parameters = (VLLM / "sampling_params.py").read_text()
+    assert "from vllm.v1.structured_output.backend_xgrammar import validate_xgrammar_grammar" in parameters
+    assert "            except VLLMValidationError:\n                # The request either failed validation" in parameters
+
+
 def test_a_variable_bounds_the_compiled_grammars_that_an_engine_keeps() -> None:
     """An engine would keep half a gigabyte of them."""
     assert (
