@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import orjson
 
 from cluster.errors import BadRequest
+from deployments.api.repetitions import distinct, plain, written_out
+from deployments.api.runs import run_ms
 
 Body = Mapping[str, Any]
 
@@ -14,6 +16,8 @@ FORMAT_MS = {"uri-template": 70.0, "uri": 20.0, "uri-reference": 20.0, "email": 
 """Of a JSON schema's ``format``: milliseconds that xgrammar 0.2 takes to compile one, with a vocabulary of 49,152 tokens."""
 PATTERN_MS = 1.7
 """One character or class of a ``pattern``, with its repetitions written out."""
+REPEATED_MS = 2.0
+"""One state of a repetition in EBNF or in a regular expression of its own: ``[a-z]{0,70} "a" [a-z]{0,71} "b" …`` × 50 takes 9.5 s."""
 PROPERTY_MS = 0.005
 """A property that may be absent, times the number of those in its object: each may follow each."""
 BOUNDED_MS = 1.0
@@ -59,27 +63,8 @@ def written(grammar: Grammar) -> str:
 
 
 JSON_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-ESCAPE = re.compile(r"\\.", re.DOTALL)
-OPAQUE = {
-    "regex": re.compile(r"(?P<one>\\.|\[(?:[^\]\\]++|\\.)*+\]?)", re.DOTALL),
-    "grammar": re.compile(
-        r"""
-        "(?P<literal>(?:[^"\\\r\n]++|\\.)*+)"?
-        | (?P<one>\[(?:[^\]\\\r\n]++|\\.)*+\]?)
-        | (?:\#[^\r\n]*+ | \s++)++
-        """,
-        re.VERBOSE,
-    ),
-}
-"""What a compiler reads as one, from left to right: of a regular expression escapes and classes; of EBNF literals, classes, comments and blanks.
-As xgrammar has it: ``]`` ends a class, also as its first character, and in EBNF a line ends a literal and a class. One that is never closed
-reaches as far as it can: if each were given up, and tried again from the next bracket, the time would grow with the square of the length."""
-PART = re.compile(r"\{\s*+([0-9]*+)\s*+(?:,\s*+-?([0-9]*+)\s*+)?+\}|[^(){|*+?]++|.", re.DOTALL)
-"""A repetition, a run of characters, or another character."""
 BRACKET = re.compile(r"[()\[\]{}]")
 CAPTURE = re.compile(r'\[[^\[\]"\r\n]*capture[ \t]*=[ \t]*"')
-MANY = 10**9
-"""All sizes above are one: nobody needs their digits."""
 
 
 def document(grammar: Grammar) -> Any:
@@ -110,24 +95,6 @@ def expressions(grammar: Grammar) -> Iterator[Grammar]:
                 yield Grammar(grammar.param, kind, text)
 
 
-def plain(text: str, kind: str = "regex") -> str:
-    r"""The expression with ``x`` for each character or class that is written otherwise: every bracket left is one.
-
-    >>> plain(r"\[([(]a\))"), plain('root ::= ("[" [a-z] {3} "abc" )  # (', "grammar")
-    ('x(xax)', 'root::=(xx{3}x{3})')
-    """
-    return OPAQUE[kind].sub(_plain, text)
-
-
-def _plain(found: re.Match[str]) -> str:
-    if found["one"] is not None:
-        return "x"
-    if (literal := found.groupdict().get("literal")) is None:
-        return ""
-    size = len(ESCAPE.sub("x", literal))
-    return "x" if size < 2 else f"x{{{size}}}"  # what repeats a literal repeats all of it
-
-
 def depth(text: str) -> int:
     """
     >>> depth('{"a": [[1]]}'), depth("((a)|(b))"), depth("a("), depth("))))((")
@@ -140,54 +107,31 @@ def depth(text: str) -> int:
     return most
 
 
-def written_out(simple: str) -> int:
-    """How many characters and classes a plain expression has once its repetitions are written out; at most `MANY`.
-
-    >>> written_out("a{3}b"), written_out("(a{10}b){10}"), written_out("x+"), written_out("(a|bc){3,}")
-    (4, 110, 1, 9)
-    >>> written_out("a" + "{999999999}" * 500) == MANY
-    True
-    """
-    groups, last = [0], 0
-    """Sizes of the groups that are open, and of what a repetition would repeat."""
-    for part in PART.finditer(simple):
-        one = part[0]
-        if part[1] is not None:
-            last = min(MANY, last * max(1, _number(part[1]), _number(part[2] or "")))
-        elif one == ")" and len(groups) > 1:
-            last += groups.pop()
-        elif one not in "*+?":
-            groups[-1] += last + len(one) - 1
-            last = int(one not in "(|")
-            groups += [0] if one == "(" else []
-    return min(MANY, sum(groups) + last)
-
-
-def _number(digits: str) -> int:
-    """
-    >>> _number("0004000"), _number(""), _number("9" * 5_000)
-    (4000, 0, 1000000000)
-    """
-    digits = digits.lstrip("0")
-    return int(digits or 0) if len(digits) < 10 else MANY
-
-
 def compile_ms(grammar: Grammar) -> float:
-    """About how long the engine takes to compile a JSON schema. 0 for everything else.
+    """About how long the engine takes to compile it.
 
     >>> compile_ms(Grammar("response_format", "json", {"type": "string", "format": "uri"}))
     20.0
     >>> compile_ms(Grammar("response_format", "json", {"properties": {"a": {}, "b": {}, "c": {}}, "required": ["a", "b"]}))
     0.005
+    >>> compile_ms(Grammar("structured_outputs.regex", "regex", "[a-z]?" * 50))
+    5000.0
     """
-    return sum(map(_node_ms, objects(document(grammar)))) if grammar.kind == "json" else 0
+    ms = sum(_expression_ms(one, grammar.kind == "json") for one in expressions(grammar))
+    return ms + sum(map(_node_ms, objects(document(grammar)))) if grammar.kind == "json" else ms
+
+
+def _expression_ms(one: Grammar, in_json: bool) -> float:
+    """In a JSON string, xgrammar writes out a regular expression's repetitions."""
+    if in_json and one.kind == "regex":
+        return run_ms(one.text, in_json=True) + PATTERN_MS * written_out(plain(one.text))
+    return run_ms(one.text, one.kind) + REPEATED_MS * distinct(one.text, one.kind)
 
 
 def _node_ms(node: dict[str, Any]) -> float:
-    """One JSON object of a schema, without what is in it."""
+    """One JSON object of a schema, without what is in it and without its expressions."""
     format, properties = node.get("format"), as_dict(node.get("properties"))
     ms = FORMAT_MS.get(format, 0.0) if isinstance(format, str) else 0.0
-    ms += PATTERN_MS * sum(written_out(plain(one)) for one in (node.get("pattern"), node.get("regex")) if isinstance(one, str))
     if properties:
         required = {name for name in as_list(node.get("required")) if isinstance(name, str)}
         bound = min(len(properties), _most(node, "minProperties", "maxProperties"))

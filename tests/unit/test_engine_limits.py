@@ -17,10 +17,8 @@ from deployments.api.engine_limits import (
     MAX_REPEATED,
     check,
     depth,
-    plain,
-    written_out,
 )
-from deployments.api.grammars import MANY
+from deployments.api.repetitions import MANY, plain, written_out
 
 TOOL = {
     "type": "function",
@@ -57,6 +55,34 @@ def deep(levels: int, one: str = "a") -> str:
     return "(" * levels + one + ")" * levels
 
 
+PATTERNS = [
+    r"^[a-zA-Z0-9._%+-]+@[a-zA-Z0-9.-]+\.[a-zA-Z]{2,}$",
+    r"^\d{4}-\d{2}-\d{2}(T\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?(Z|[+-]\d{2}:?\d{2})?)?$",
+    r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$",
+    r"^(https?:\/\/)?(www\.)?[-a-zA-Z0-9@:%._\+~#=]{1,128}\.[a-zA-Z0-9()]{1,6}([-a-zA-Z0-9()@:%_\+.~#?&//=]*)$",
+    r"^\+?1?[ -.]?\(?\d{3}\)?[ -.]?\d{3}[ -.]?\d{4}$", r"^\+?[1-9]\d{1,14}$", r"^-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?$",
+    r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?"
+    r"(?:\+([0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?$",
+    "^[a-z]{0,64}$", "^[a-z]{1,255}$", "^.{1,128}$", r"^[a-z0-9]+(?:-[a-z0-9]+)*$", r"^[A-Z][a-z]{1,30}( [A-Z][a-z]{1,30}){0,4}$",
+    r"^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$", r"^(/[^/ ]{1,100}){1,5}$",
+    r"^P(\d+Y)?(\d+M)?(\d+W)?(\d+D)?(T(\d+H)?(\d+M)?(\d+(\.\d+)?S)?)?$", "^M{0,3}(CM|CD|D?C{0,3})(XC|XL|L?X{0,3})(IX|IV|V?I{0,3})$",
+    r"^(January|February|March|April|May|June|July|August|September|October|November|December)?( \d{1,2})?$", r"^(\w+\s+){0,30}\w+$",
+]  # fmt: skip
+"""What people write: addresses, dates, UUIDs, URLs, telephone numbers, numbers, versions, names, paths, durations, and lengths."""
+SENTENCE = r"^(\w{1,20} ){0,30}\w{1,20}$"
+SQL = """
+root ::= "SELECT" ws ("DISTINCT" ws)? columns ws "FROM" ws name (ws join)* (ws where)? (ws group)? (ws having)? (ws order)? (ws limit)? ";"?
+columns ::= "*" | name (ws? "," ws? name)*
+join ::= ("LEFT" ws | "RIGHT" ws | "INNER" ws)? "JOIN" ws name ws "ON" ws name ws? "=" ws? name
+where ::= "WHERE" ws name ws? ("=" | "<" | ">") ws? value
+group ::= "GROUP BY" ws name
+having ::= "HAVING" ws name
+order ::= "ORDER BY" ws name (ws "ASC" | ws "DESC")?
+limit ::= "LIMIT" ws [0-9]{1,9}
+value ::= "-"? [0-9]+ ("." [0-9]+)? | "'" [^']{0,60} "'"
+name ::= [a-zA-Z_] [a-zA-Z0-9_]{0,62} ("." [a-zA-Z_] [a-zA-Z0-9_]{0,62})?
+ws ::= [ \\n\\t]+
+"""
 DEEP_EBNF = "root ::= " + deep(9_000, '"a"')
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "structured_outputs as a list": ({"structured_outputs": []}, "structured_outputs"),
@@ -135,6 +161,27 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "escaped patterns for names": (
         {"structured_outputs": {"json": '{"type": "object", "p\\u0061tternProperties": {"^a": {}}}'}}, "structured_outputs.json",
     ),
+    **{f"{name}, as EBNF": ({"structured_outputs": {"grammar": f"root ::= {text}"}}, "structured_outputs.grammar") for name, text in {
+        "150 optional classes": "[a-z]? " * 150, "51 optional classes": "[a-z]? " * 51, "300 optional literals": '"a"* ' * 300,
+        "a long class behind a comment": "[a-z]{60000} #" + "#" * 60_000,
+        "fifty repetitions that differ": " ".join(f'[a-z]{{0,{70 + n}}} "{n}"' for n in range(50)) + " #" + "#" * 9_000,
+        "optional names among optional classes": "[a-z]? a? " * 50,
+    }.items()},
+    **{f"{text[:24]}, {len(text)} characters, as a pattern": (formatted({"type": "string", "pattern": f"^{text}$"}), "response_format") for text in (
+        "[a-z]?" * 51, "[a-z]?" * 100, "([a-z]? ?){80}", r"(\w+ )*" * 64, r"\w{0,20}[a-z]{0,20}" * 10, r"(\w{1,20}x?)?" * 20, "[a-z]{1,20}" * 20,
+        "[a-z]{0,20}[a-z]" * 20, "[a-z]{0,20}(a|b|c|d)" * 20, ("(" + "|".join(f"[{a}-z][a-z]?" for a in "abcdefghij") + ")?") * 20,
+        "(?:[a-z]?){0,60}",
+    )},
+    **{f"{text[:24]}, {len(text)} characters, as a regex": ({"structured_outputs": {"regex": text}}, "structured_outputs.regex") for text in (
+        "[a-z]?" * 100, r"(\w+ )*" * 64, ".?" * 51,
+    )},
+    "optional classes in a hundred patterns": (
+        formatted(properties(100, {"type": "string", "pattern": "^" + "[a-z]?" * 20 + "#$"})), "response_format",
+    ),
+    "optional classes in a tag": ({"response_format": tag({"type": "regex", "pattern": "[a-z]?" * 100})}, "response_format"),
+    "optional classes in a tag's grammar": (
+        {"response_format": tag({"type": "grammar", "grammar": "root ::= " + "[a-z]? " * 100})}, "response_format",
+    ),
     "a tag's schema": ({"response_format": {"type": "structural_tag", "format": nested(80)}}, "response_format"),
 }  # fmt: skip
 
@@ -176,6 +223,15 @@ def test_it_is_refused_and_its_parameter_is_named(case: str) -> None:
         {"structured_outputs": {"structural_tag": json.dumps(tag({"type": "grammar", "grammar": 'root ::= "(" [a-z]{1,9} ")"'}))}},
         formatted({"enum": ["patternProperties"], "properties": {"pattern": {"type": "string"}, "grammar": {"type": "string"}}}),
         formatted({"type": "string", "pattern": r"^\\((\\d{3})\\) \\d{3}-\\d{4}$", "description": "((((" * 40}),
+        *({"structured_outputs": {"grammar": "root ::= " + " | ".join(f'"keyword {n}"' for n in range(count))}} for count in (400, 1_000)),
+        {"structured_outputs": {"grammar": SQL}},
+        {"structured_outputs": {"grammar": 'root ::= [a-z]{0,60} # ' + "why " * 5_000}},
+        {"structured_outputs": {"regex": "[a-z]{0,300}"}}, {"structured_outputs": {"regex": SENTENCE}},
+        formatted({"type": "string", "pattern": SENTENCE}),
+        {"structured_outputs": {"grammar": "root ::= ([a-z]? [0-9]?){0,80}"}},
+        {"structured_outputs": {"regex": "[a-z]{0,3900}"}},
+        *(formatted({"type": "object", "properties": {f"p{n}": {"type": "string", "pattern": one} for n in range(2)}}) for one in PATTERNS),
+        *({"structured_outputs": {"regex": one.strip("^$")}} for one in PATTERNS),
         {"response_format": {"type": "json_object"}},
         {"response_format": {"type": "text"}, "bad_words": ["a"]},
         {"response_format": None, "structured_outputs": None, "tools": None, "bad_words": None, "repetition_detection": None},
