@@ -6,8 +6,7 @@ variables for the engine's processes (`FleetSpec.engine_environment`) and one en
 ``bare_vllm``
     vLLM's own API server, ``python -m vllm.entrypoints.openai.api_server``, without its access log.
 ``bare_plain``
-    The same without adapters (``--enable-lora`` and what goes with it), which Springtide cannot publish to: on CPUs adapters that nobody uses
-    cost vLLM up to a third of its time.
+    The same without ``--enable-lora`` and what goes with it: what somebody runs who publishes no adapters.
 ``ray_default``
     ``ray.serve.llm.build_openai_app`` under Ray Serve's and Ray Serve LLM's defaults: two ingress replicas, Serve's Python proxy,
     tokens batched for 50 ms.

@@ -159,7 +159,7 @@ def as_boolean(value: Any) -> Any:
     >>> as_boolean("false"), as_boolean(1.0), as_boolean("maybe")
     (False, True, 'maybe')
     """
-    word = value.strip().lower() if isinstance(value, str) else value
+    word = value.lower() if isinstance(value, str) else value
     return (
         next((truth for truth, words in BOOLEANS.items() if word in words), value)
         if isinstance(word, str | int | float)

@@ -360,7 +360,7 @@ def test_a_wrong_command_gets_one_message_and_no_traceback(pool: Running, argume
 
 
 def test_a_gateway_stays_small(pool: Running, client: openai.OpenAI) -> None:
-    """`python -m benchmarks memory` has the bar of 200 MB, on a pool that did nothing else. pandas alone would be 70 more."""
+    """`python -m benchmarks memory` has the bar of 200 MB, on a pool that did nothing else. This bound leaves no room for pandas."""
     for _ in range(50):
         client.completions.create(model="seedling", prompt="What is", max_tokens=1)
     gateway = gateway_in(processes(psutil.Process(pool.pool.pid)))
