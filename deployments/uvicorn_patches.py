@@ -1,12 +1,14 @@
-"""uvicorn's connection to a client, for the bytes of a stream: below ASGI, where a piece is written without a task, a dict and five coroutines.
+"""uvicorn's connection to a client, below ASGI: a piece of a stream is written without a task, a dict and five coroutines, and a client's
+leaving ends its request without three tasks that wait for it.
 
 Ray Serve starts uvicorn itself and takes no protocol class, so `expose_connections` has uvicorn put each request's connection into its scope.
 A contract test names uvicorn's version, and what this file relies on: ``RequestResponseCycle`` has the transport, the flow control, and what
-was sent so far (``uvicorn/protocols/http/httptools_impl.py``).
+was sent so far; ``HttpToolsProtocol.connection_lost`` marks it as disconnected (``uvicorn/protocols/http/httptools_impl.py``).
 """
 
 import asyncio
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 from uvicorn.protocols.http import httptools_impl
@@ -43,9 +45,20 @@ class ClientConnection:
         """Return once the client has read enough, or has left."""
         await self._cycle.flow.drain()
 
+    @property
+    def left(self) -> bool:
+        """Whether the client left before its answer was complete."""
+        return self._cycle.disconnected
+
+    def when_left(self, tell: Callable[[], Any]) -> None:
+        """Call ``tell`` in this event loop as soon as `left` holds."""
+        loop = asyncio.get_running_loop()
+        self._cycle.when_left = lambda: loop.call_soon_threadsafe(tell)
+
 
 def expose_connections() -> None:
-    """Have uvicorn put a `ClientConnection` into the scope of each request that this process serves from now on."""
+    """Have uvicorn put a `ClientConnection` into the scope of each request that this process serves from now on, and tell it of a client's
+    leaving."""
     cycle: Any = httptools_impl.RequestResponseCycle
     if getattr(cycle.__init__, "patched", False):
         return
@@ -57,9 +70,39 @@ def expose_connections() -> None:
 
     exposed.patched = True  # pyright: ignore[reportFunctionMemberAccess]
     cycle.__init__ = exposed
+    protocol: Any = httptools_impl.HttpToolsProtocol
+    lost = protocol.connection_lost
+
+    def told(self: Any, error: Exception | None) -> None:
+        lost(self, error)
+        if self.cycle is not None and self.cycle.disconnected and (tell := getattr(self.cycle, "when_left", None)):
+            tell()
+
+    protocol.connection_lost = told
 
 
 def connection_of(scope: MutableMapping[str, Any]) -> ClientConnection | None:
     """Take the connection that a request came by out of its scope, which would keep it alive in a circle. None where another server than a
     patched uvicorn serves the request."""
     return scope.pop(KEY, None)
+
+
+@contextmanager
+def ended_when_left(scope: MutableMapping[str, Any]) -> Iterator[None]:
+    """Cancel what this task does within as soon as the request's client leaves. There is nobody to be told of it then.
+
+    Ray Serve can watch for that itself, by three tasks and a queue for each request. HAProxy asks it not to (`cluster.pool.haproxy`).
+    """
+    connection: ClientConnection | None = scope.get(KEY)
+    task = asyncio.current_task()
+    if connection is None or task is None:
+        yield
+        return
+    connection.when_left(task.cancel)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not connection.left:
+            raise  # somebody else ends this task
+    finally:
+        connection.when_left(lambda: None)

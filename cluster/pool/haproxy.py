@@ -2,7 +2,7 @@
 """Started by Ray Serve in HAProxy's place (``RAY_SERVE_HAPROXY_BINARY_PATH``): closes what Ray's template leaves open, and becomes HAProxy.
 
 Ray's template (``ray/serve/_private/haproxy_templates.py`` in 2.60) binds its metrics and statistics pages to every interface, opens its
-admin socket to every user, sets no limit on slow request headers, lets a client say that its leaving is to be ignored, and
+admin socket to every user, sets no limit on slow request headers, lets a client say whether its leaving is to be ignored, and
 overlooks clients that leave. It lets a client that reads nothing hold its stream for an hour. This file edits the configuration that Serve
 has written, on a laptop and in a pod alike. It runs at every reload and imports only the standard library, and the package that brings the
 binary. A contract test compares it with Ray's template.
@@ -28,7 +28,11 @@ EDITS = (
     # "bind :9101" and "bind *:8404" are the pages. The clients' own line is "bind *:8000" too where gateway.host is 0.0.0.0, and stays so.
     (re.compile(r"^((?:frontend prometheus|listen stats)\n *bind )\*?(?=:)", re.MULTILINE), r"\g<1>127.0.0.1"),
     (re.compile(r"mode 666 level admin"), "mode 600 level admin"),
-    (re.compile(r"^frontend http_frontend$", re.MULTILINE), r"\g<0>\n    http-request del-header x-request-disconnect-disabled"),
+    # Serve would watch for a client's leaving by three tasks for each request; `deployments.uvicorn_patches.ended_when_left` needs none.
+    (
+        re.compile(r"^frontend http_frontend$", re.MULTILINE),
+        r"\g<0>\n    http-request set-header x-request-disconnect-disabled ?1",
+    ),
     # The ten seconds hold for a body's first 16 KiB too. A slow body would keep its connection for a minute, also after its 408.
     (re.compile(r"^defaults$", re.MULTILINE), r"\g<0>\n    timeout http-request 10s\n    option http-buffer-request"),
     # With it HAProxy does not see a client leave whose body came after its headers: the answer is written on, and HAProxy spins meanwhile.

@@ -32,6 +32,9 @@ UNOWNED_S = 60
 QUIET_S = 1.5
 """An engine whose replica ends must have been idle this long before it sleeps or ends."""
 
+LOOK_S = 0.1
+"""How often an engine looks for what its replica has to report."""
+
 log = logs.logger(__name__)
 
 
@@ -161,6 +164,19 @@ class Engine:
             context_tokens=self.hosting.vllm.context_tokens,
             kv_cache_tokens=self.hosting.vllm.kv_cache_tokens,
         )
+
+    async def news(self, known: ReplicaState | None, patience_s: float) -> ReplicaState:
+        """What `describe` says, once it is something else than ``known`` but for the requests that run; at the latest after ``patience_s``.
+
+        The engine looks at itself: a look from outside costs a hundred times as much.
+        """
+        state = await self.describe()
+        for _ in range(round(patience_s / LOOK_S)):
+            if known is None or state._replace(running=known.running) != known:
+                break
+            await asyncio.sleep(LOOK_S)
+            state = await self.describe()
+        return state
 
     async def hold(self, order: HoldOrder, carried: weight_distribution.Carried) -> ReplicaState:
         """Load every version of the order that is not held yet, and stage what sits on other weights.

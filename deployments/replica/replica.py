@@ -5,9 +5,7 @@ Its process is light on purpose. What takes long to start is the engine, and an 
 """
 
 import asyncio
-import contextlib
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +24,10 @@ from deployments.replica import watchdog
 from deployments.replica.lifecycle import Owner
 from deployments.replica.warm_pool import WarmPool
 
-LOOK_S = 0.4
-"""How often a replica looks whether its engine holds something else."""
 REPORT_S = 1.0
 """How often it says that it lives. Control takes it for dead after `cluster.control.replicas.SILENT_S`."""
+AGAIN_S = 0.4
+"""How long after control could not be told it is told again."""
 TELL_S = 0.2
 """How long a message to control may take to leave a process that ends."""
 
@@ -77,14 +75,18 @@ class Replica:
     async def _report(self) -> None:
         """Tell control how this replica is: at once when it holds something else, and every `REPORT_S`. Control asks no replica, so it waits
         for no slow one."""
-        line, told, told_s = Line(), None, float("-inf")
+        line, told = Line(), None
         while True:
-            with contextlib.suppress(RayError):  # the engine has ended: `_end` is called
-                state = self._of(await self.engine.describe.remote())
-                if state._replace(running=0) != told or time.monotonic() - told_s >= REPORT_S:
-                    told_s = time.monotonic()
-                    told = state._replace(running=0) if await line.tell("report", state) else None
-            await asyncio.sleep(LOOK_S)
+            try:
+                state: ReplicaState = await self.engine.news.remote(told, REPORT_S)
+            except RayError:  # the engine has ended: `_end` is called
+                await asyncio.sleep(REPORT_S)
+                continue
+            if await line.tell("report", self._of(state)):
+                told = state
+            else:
+                told = None
+                await asyncio.sleep(AGAIN_S)
 
     def _tell(self, stage: str) -> None:
         tell("starting", self.id, stage, self.app)

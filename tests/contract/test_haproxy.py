@@ -24,7 +24,7 @@ def test_haproxys_template_has_the_lines_that_the_wrapper_closes() -> None:
     binds = [line.split()[1] for line in closed.splitlines() if line.strip().startswith("bind ")]
     assert binds.count("127.0.0.1:{{") == 2 and not [bind for bind in binds if bind.startswith((":", "*"))]
     assert "mode 600 level admin" in closed and "mode 666" not in closed
-    assert "frontend http_frontend\n    http-request del-header x-request-disconnect-disabled\n" in closed
+    assert "frontend http_frontend\n    http-request set-header x-request-disconnect-disabled ?1\n" in closed
     assert "\ndefaults\n    timeout http-request 10s\n    option http-buffer-request\n" in closed
     assert f"timeout client {haproxy.UNREAD_S}s" in closed and "timeout client {{" not in closed
     assert haproxy.closed(closed) == closed

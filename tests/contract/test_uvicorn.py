@@ -11,7 +11,7 @@ import httpx
 import uvicorn
 
 from deployments.http import Receive, Scope, Send
-from deployments.uvicorn_patches import ClientConnection, connection_of, expose_connections
+from deployments.uvicorn_patches import KEY, ClientConnection, connection_of, ended_when_left, expose_connections
 from tests.conftest import free_ports
 
 START: dict[str, Any] = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
@@ -92,6 +92,66 @@ def test_a_client_that_reads_slowly_is_waited_for_and_one_that_leaves_is_not() -
             assert full and not drained.is_set()
             writer.transport.abort()
             await asyncio.wait_for(drained.wait(), 5)
+
+    asyncio.run(run())
+
+
+def test_a_request_ends_when_its_client_leaves_and_nothing_else_does() -> None:
+    """Also where Serve was told not to look: `x-request-disconnect-disabled: ?1` let anybody keep an engine busy for nobody."""
+    ended: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        with ended_when_left(scope):
+            try:
+                await send(START)
+                await send({"type": "http.response.body", "body": b"x", "more_body": True})
+                await asyncio.sleep(60 if path == "/endless" else 0.3)
+            except asyncio.CancelledError:
+                ended.append(path)
+                raise
+            await send({"type": "http.response.body"})
+            await asyncio.sleep(0.2)  # the client has its answer and may leave: what follows it is not cancelled
+        ended.append(f"{path} after its answer")
+
+    async def asked(port: int, path: str) -> asyncio.StreamWriter:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"GET {path} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+        await reader.readuntil(b"x\r\n")
+        if path == "/short":
+            await reader.readuntil(b"0\r\n\r\n")
+        return writer
+
+    async def run() -> None:
+        async with served(app) as port:
+            endless, short = await asyncio.gather(asked(port, "/endless"), asked(port, "/short"))
+            short.transport.abort()
+            await asyncio.sleep(0.3)
+            assert ended == ["/short after its answer"]
+            endless.transport.abort()
+            await asyncio.sleep(0.1)
+
+    asyncio.run(run())
+    assert ended == ["/short after its answer", "/endless", "/endless after its answer"]
+
+
+def test_a_request_that_somebody_else_ends_is_not_taken_for_one_whose_client_left() -> None:
+    async def ends(scope: Scope) -> None:
+        with ended_when_left(scope):
+            await asyncio.sleep(60)
+
+    class Connected:
+        left = False
+
+        def when_left(self, tell: Any) -> None:
+            pass
+
+    async def run() -> None:
+        task = asyncio.create_task(ends({KEY: Connected()}))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
 
     asyncio.run(run())
 
