@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ def sprout(pool: Running) -> VersionId:
     elif alias.stable != SPROUT:
         pool.registry.move("sprout", SPROUT, "again from the start", "test", alias.generation)
     return SPROUT
+
+
+@pytest.fixture(autouse=True)
+def only_seedling_stays(pool: Running) -> Iterator[None]:
+    """The pool is every test's: a test that fails must not leave its fleet on the slots of the next."""
+    yield
+    for name in phases(pool).keys() - {"seedling"}:
+        client.of(pool.config).remove_fleet(name, force=True)
 
 
 @pytest.mark.chaos
