@@ -17,7 +17,7 @@ from cluster.errors import (
     SpringtideError,
     UnsupportedEncoding,
 )
-from deployments.wire import header
+from deployments.wire import DISCONNECT_DISABLED, header
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -40,6 +40,36 @@ NAMES = {list: "array", str: "string", bool: "boolean", type(None): "null"}
 PIECE_BYTES = 64 << 10
 MOST_MEMBERS = 1000
 """A gzip body may consist of members, one after the other (RFC 1952). Each costs time however small it is."""
+
+
+async def until_left(handle: Handler, scope: Scope, receive: Receive, send: Send) -> None:
+    """Handle a request and end it when its client leaves, where neither Serve looks nor a connection tells of it
+    (`deployments.uvicorn_patches.ended_when_left`): Serve's own proxy, which HAProxy falls back on, passes it on by Ray.
+
+    One task reads ``receive`` to the client's leaving, and the handler reads the copy.
+    """
+    messages: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue(maxsize=8)
+
+    async def copy() -> None:
+        while True:
+            message = await receive()
+            await messages.put(message)
+            if message["type"] == "http.disconnect":
+                return
+
+    work, left = asyncio.ensure_future(handle(scope, messages.get, send)), asyncio.ensure_future(copy())
+    try:
+        await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        left.cancel()
+        work.cancel()  # nothing, where it is done
+    with contextlib.suppress(asyncio.CancelledError):
+        await work
+
+
+def ignores_leaving(scope: Scope) -> bool:
+    """Whether Serve was told not to look whether the client leaves: HAProxy tells it."""
+    return any(name == DISCONNECT_DISABLED for name, _ in scope["headers"])
 
 
 async def read_body(scope: Scope, receive: Receive, limit_bytes: int, took: Callable[[int], None] = lambda count: None) -> bytes:

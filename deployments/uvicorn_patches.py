@@ -54,6 +54,8 @@ class ClientConnection:
         """Call ``tell`` in this event loop as soon as `left` holds."""
         loop = asyncio.get_running_loop()
         self._cycle.when_left = lambda: loop.call_soon_threadsafe(tell)
+        if self.left:
+            loop.call_soon(tell)
 
 
 def expose_connections() -> None:
@@ -79,6 +81,19 @@ def expose_connections() -> None:
             tell()
 
     protocol.connection_lost = told
+    complete = protocol.on_message_complete
+
+    def read_on(self: Any) -> None:
+        """uvicorn stops reading while much of a body waits, and reads on with the next ``receive``. Nobody receives after the last piece, and a
+        connection that is not read from is not seen to be lost."""
+        complete(self)
+        self.flow.resume_reading()
+
+    protocol.on_message_complete = read_on
+
+
+def has_connection(scope: MutableMapping[str, Any]) -> bool:
+    return KEY in scope
 
 
 def connection_of(scope: MutableMapping[str, Any]) -> ClientConnection | None:
@@ -91,7 +106,8 @@ def connection_of(scope: MutableMapping[str, Any]) -> ClientConnection | None:
 def ended_when_left(scope: MutableMapping[str, Any]) -> Iterator[None]:
     """Cancel what this task does within as soon as the request's client leaves. There is nobody to be told of it then.
 
-    Ray Serve can watch for that itself, by three tasks and a queue for each request. HAProxy asks it not to (`cluster.pool.haproxy`).
+    Ray Serve can watch for that itself, by three tasks and a queue for each request. HAProxy asks it not to (`cluster.pool.haproxy`). Serve
+    counts such a request as answered then.
     """
     connection: ClientConnection | None = scope.get(KEY)
     task = asyncio.current_task()
@@ -106,3 +122,4 @@ def ended_when_left(scope: MutableMapping[str, Any]) -> Iterator[None]:
             raise  # somebody else ends this task
     finally:
         connection.when_left(lambda: None)
+        scope.pop(KEY, None)  # see `connection_of`

@@ -17,6 +17,8 @@ MODEL_GENERATION = "x-model-generation"
 """On every answer to a client that named an alias: the alias's generation."""
 SESSION = "x-session-id"
 """A client's own name for a session: one session stays on one side of a canary."""
+DISCONNECT_DISABLED = b"x-request-disconnect-disabled"
+"""Ray Serve's own header: with ``?1`` Serve goes on with a request that the client has left. HAProxy sets it (`cluster.pool.haproxy`)."""
 EVENT_END = b"\n\n"
 """Ends one server-sent event of a stream, from a replica and to a client."""
 

@@ -13,12 +13,12 @@ from deployments.api import models
 from deployments.api.admin import Admin
 from deployments.api.cors import allowed_origin, answer_preflight, is_preflight, shown_to, varying
 from deployments.api.inference import Inference, Routing
-from deployments.http import Receive, Scope, Send, send_error, send_json
+from deployments.http import Receive, Scope, Send, ignores_leaving, send_error, send_json, until_left
 from deployments.routes import ANY, Route, Routes, plain_path
 from deployments.routing.engine_routes import ENGINE_ROUTES
 from deployments.routing.forms import OPENAI, Form
 from deployments.routing.table import Table
-from deployments.uvicorn_patches import ended_when_left
+from deployments.uvicorn_patches import ended_when_left, has_connection
 
 MODELS = "/v1/models"
 
@@ -49,6 +49,8 @@ class Application:
         elif self.cors_origins:
             send = varying(send)
         try:
+            if ignores_leaving(scope) and not has_connection(scope):
+                return await until_left(self.routes, scope, receive, send)
             with ended_when_left(scope):
                 await self.routes(scope, receive, send)
         except SpringtideError as error:

@@ -168,12 +168,10 @@ class Engine:
     async def news(self, known: ReplicaState | None, patience_s: float) -> ReplicaState:
         """What `describe` says, once it is something else than ``known`` but for the requests that run; at the latest after ``patience_s``.
 
-        The engine looks at itself: a look from outside costs a hundred times as much.
+        The engine looks at itself: a look from outside is a call through Ray.
         """
-        state = await self.describe()
-        for _ in range(round(patience_s / LOOK_S)):
-            if known is None or state._replace(running=known.running) != known:
-                break
+        state, ends_s = await self.describe(), time.monotonic() + patience_s
+        while known is not None and state._replace(running=known.running) == known and time.monotonic() < ends_s:
             await asyncio.sleep(LOOK_S)
             state = await self.describe()
         return state

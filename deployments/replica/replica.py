@@ -118,6 +118,8 @@ class Replica:
         return state._replace(bounds=self.bounds)
 
     async def check_health(self) -> None:
+        if self.reporting is not None and self.reporting.done():
+            raise RuntimeError("it no longer tells control how it is; the log says why")
         await self.engine.check.remote()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

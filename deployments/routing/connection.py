@@ -1,7 +1,6 @@
 """HTTP/1.1 to a replica, for streams: pieces of an answer are handed on from the socket's callback, without a task or a queue between.
 
-Parsing is httptools' (the parser of Node.js). A client library wakes a task for each piece. docs/benchmarks.md has what a token cost the gateway
-with one and without.
+Parsing is httptools' (the parser of Node.js). A client library wakes a task for each piece.
 
 A connection carries one request at a time and is kept for the next.
 """

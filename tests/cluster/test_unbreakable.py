@@ -172,7 +172,7 @@ def test_headers_of_ours_from_a_client_change_nothing(pool: Running) -> None:
     forged = {
         "x-springtide-secret": "guess",
         "x-springtide-version": "seedling@9",
-        "x-request-disconnect-disabled": "?1",
+        "x-request-disconnect-disabled": "?0",
         "host": "evil.example",
     }
     answer = httpx.post(f"{pool.url}/v1/chat/completions", content=chat(), headers=forged, timeout=60)

@@ -135,6 +135,32 @@ def test_a_request_ends_when_its_client_leaves_and_nothing_else_does() -> None:
     assert ended == ["/short after its answer", "/endless", "/endless after its answer"]
 
 
+def test_a_client_that_leaves_after_a_long_body_is_noticed() -> None:
+    """uvicorn stops reading once 64 KiB of a body wait, and nobody asks for more after the last piece."""
+    ended = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        with ended_when_left(scope):
+            try:
+                while (await receive()).get("more_body"):
+                    pass
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+
+    async def run() -> None:
+        async with served(app) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 101000\r\n\r\n" + b"a" * 1000)
+            await asyncio.sleep(0.1)
+            writer.write(b"b" * 100_000)
+            await asyncio.sleep(0.2)
+            writer.close()
+            await asyncio.wait_for(ended.wait(), 2)
+
+    asyncio.run(run())
+
+
 def test_a_request_that_somebody_else_ends_is_not_taken_for_one_whose_client_left() -> None:
     async def ends(scope: Scope) -> None:
         with ended_when_left(scope):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.errors import BadRequest, BodyTimeout, BodyTooLarge, Overloaded, UnsupportedEncoding
 from cluster.types import VersionId
 from deployments import http
-from deployments.http import parse_json, read_body, send_error
+from deployments.http import ignores_leaving, parse_json, read_body, send_error, until_left
 from deployments.routing.budget import Budget
 from deployments.routing.payload import Payload
 
@@ -109,6 +109,34 @@ def request(*messages: Any) -> Any:
         return message
 
     return receive
+
+
+def test_a_request_ends_when_its_client_leaves_also_where_serve_was_told_not_to_look() -> None:
+    """By Serve's own proxy, which passes requests on without a connection of theirs."""
+    assert ignores_leaving({"headers": [(b"x-request-disconnect-disabled", b"?1")]}) and not ignores_leaving({"headers": []})
+    seen: list[Any] = []
+
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(await receive())
+        try:
+            await asyncio.sleep(60)
+        finally:
+            seen.append("ended")
+
+    asyncio.run(until_left(endless, {}, request({"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}), nowhere))  # pyright: ignore
+    assert seen == [{"type": "http.request", "body": b"{}"}, "ended"]
+
+
+def test_a_request_that_is_answered_ends_with_its_answer_and_its_error() -> None:
+    async def answers(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+
+    async def raises(scope: Any, receive: Any, send: Any) -> None:
+        raise BadRequest("no")
+
+    asyncio.run(until_left(answers, {}, request({"type": "http.request", "body": b""}), nowhere))
+    with pytest.raises(BadRequest):
+        asyncio.run(until_left(raises, {}, request(), nowhere))
 
 
 # what a gateway holds
