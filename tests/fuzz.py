@@ -119,10 +119,11 @@ schemas, regexes, grammars, tags = (st.sampled_from(some) for some in (SCHEMAS, 
 regexes |= st.text("ab()[]{}|*+?.\\^$,09", max_size=12)
 
 
-def runs(ones: Sequence[str], between: str) -> st.SearchStrategy[str]:
-    """Optional and repeated elements in a row, some in groups: up to hundreds, which take minutes to compile where nobody refuses them."""
+def runs(ones: Sequence[str], between: str, nothing: str) -> st.SearchStrategy[str]:
+    """Optional and repeated elements in a row, some in groups: up to hundreds, which take minutes to compile where nobody refuses them.
+    ``nothing``: how an alternative is written that is empty."""
     times = st.sampled_from(["?", "*", "+", "?", "*"]) | st.integers(1, 200).map(lambda most: f"{{0,{most}}}")
-    element = st.tuples(st.sampled_from(ones), times).map("".join)
+    element = st.tuples(st.sampled_from(ones), times).map("".join) | st.sampled_from(ones).map(lambda one: f"({one}|{nothing})")
     group = st.tuples(st.lists(element, min_size=1, max_size=3).map(between.join), times).map(
         lambda pair: f"({pair[0]}){pair[1]}"
     )
@@ -132,8 +133,8 @@ def runs(ones: Sequence[str], between: str) -> st.SearchStrategy[str]:
     )
 
 
-regexes |= runs(["[a-z]", "a", "\\w", ".", "\\d", "(\\w+ )", "(ab|c)", "[a-z]-"], "")
-grammars |= runs(["[a-z]", '"a"', "[^a]", '("ab" | "c")', "r"], " ").map(lambda one: f"root ::= {one}\nr ::= [a-z]?")
+regexes |= runs(["[a-z]", "a", "\\w", ".", "\\d", "(\\w+ )", "(ab|c)", "[a-z]-"], "", "")
+grammars |= runs(["[a-z]", '"a"', "[^a]", '("ab" | "c")', "r"], " ", '""').map(lambda one: f"root ::= {one}\nr ::= [a-z]?")
 schemas |= regexes.map(lambda one: {"type": "string", "pattern": f"^{one}$"})
 structured = st.one_of(
     schemas.map(lambda one: {"json": one}),

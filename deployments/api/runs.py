@@ -2,7 +2,7 @@
 
 xgrammar tries every token of the vocabulary in every state of the automaton. Where ``[a-z]?`` stands fifty times in a row, a token may begin at
 each of them, go on at every later one, and end anywhere: the work grows with the cube of their number. Where something that must be there
-stands between them, it does not. A *block* is an element that a token may skip or leave at any time: ``x?``, ``x*``, ``x{1,20}``, ``(…)?``.
+stands between them, it does not. A *block* is an element that a token may skip or leave at any time: ``x?``, ``x*``, ``x{1,20}``, ``(…)?``, ``(x|)``.
 """
 
 import re
@@ -46,7 +46,8 @@ CLASS, WALL, LETTER, BLANK = "\1", "\2", "\3", "\4"
 ONES = {CLASS: Part(1, head=Run(1)), WALL: Part(1, tail=Run(), wall=True), LETTER: Part(1, tail=Run())}
 WITHOUT_LETTERS = re.compile(r"\\(?:[dsntrfv]|\W)|\[-?(?:\\[dsntrfv]|\\\W|0-9|[^\\\-\]\^A-Za-z\x80-\U0010ffff])*+-?\]", re.DOTALL)
 ANY_LETTER = re.compile(r"[A-Za-z\x80-\U0010ffff]")
-QUANTIFIER = re.compile(r"[?*+{]")
+MAY_SKIP = {"regex": re.compile(r"[?*+{]|\|[|)]|[(:>]\|"), "grammar": re.compile(r"[?*+{|]")}
+"""What an expression has that holds a block: a repetition, or an alternative that is empty."""
 BRACKETS = r"(?P<open>\((?:\?(?:P?<\w+>|<?[=!]|:))?+)|(?P<close>\))|(?P<bar>\|)|(?P<mark>[\1\2\3])"
 TIMES = r"(?P<times>\{\s*+(?P<least>[0-9]*+)\s*+(?P<comma>,\s*+-?(?P<most>[0-9]*+)\s*+)?+\}|[*+?])"
 TOKENS = {
@@ -65,8 +66,10 @@ def run_ms(text: str, kind: str = "regex", in_json: bool = False) -> float:
     5000.04
     >>> run_ms("([a-z]? ?){80}", in_json=True), run_ms("([a-z]? ?){80}")
     (163840.0, 0.32)
+    >>> run_ms("([a-z]|)" * 50), run_ms("root ::= " + '([a-z] | "") ' * 50, "grammar"), run_ms("(a|b)" * 50)
+    (5000.0, 5000.0, 0.0)
     """
-    if not QUANTIFIER.search(text):  # most have none
+    if not MAY_SKIP[kind].search(text):  # most have none
         return 0.0
     done, groups, last = 0.0, [[NOTHING]], NOTHING
     """Milliseconds of the rules that have ended, the alternatives of each group that is open, and what a repetition would repeat."""
@@ -99,6 +102,8 @@ def _begun(token: re.Match[str], groups: list[list[Part]]) -> Part:
             return ONES[token[0]]
         case "text":
             return _characters(token[0])
+        case "name":
+            return Part()  # not `NOTHING`: an alternative that has only a name is none that is empty
         case _:
             pass
     return NOTHING
@@ -178,9 +183,12 @@ def apart(part: Part, least: int, most: int | None) -> Part:
 
 
 def either(parts: list[Part]) -> Part:
-    """One of several. It ends a run where each of them has a wall: ``(a|e|i)`` is a class in other words."""
+    """One of several. It ends a run where each of them has a wall: ``(a|e|i)`` is a class in other words. An empty one makes the others
+    optional."""
     if len(parts) == 1:
         return parts[0]
+    if len(some := [one for one in parts if one is not NOTHING]) < len(parts):
+        return repeated(either(some), 0, 1) if some else NOTHING
     states, ms = min(MANY, sum(one.states for one in parts)), sum(one.ms for one in parts)
     heads, tails = [one.head for one in parts], [one.tail or Run() for one in parts]
     if all(one.wall for one in parts):

@@ -63,7 +63,7 @@ def text(answer: httpx.Response) -> str:
 
 
 def test_train_publish_and_roll_back_under_load(pool: Running) -> None:
-    """The issue's second point: 8 streaming clients for the whole of train + publish + rollback."""
+    """8 streaming clients for the whole of train + publish + rollback."""
     before, (*earlier, live) = text(ask(pool)), pool.registry.history("seedling")
     with traffic(pool) as samples:
         time.sleep(1)
@@ -202,7 +202,7 @@ def gateways(pool: Running) -> list[psutil.Process]:
 
 
 def test_when_vllm_dies_health_says_so_and_requests_fail_fast_or_wait_for_the_next_engine(pool: Running) -> None:
-    """S3 of the fault list. /health used to say ok for half a minute, while every request failed in words about a missing attribute."""
+    """/health used to say ok for half a minute, while every request failed in words about a missing attribute."""
     live, unusual = pool.registry.aliases()["seedling"], {"min_p": 0.05, "ignore_eos": True, "max_tokens": 900}
     (core,) = cores(pool)
     with ThreadPoolExecutor() as threads:

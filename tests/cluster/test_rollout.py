@@ -465,7 +465,7 @@ UNFIT: dict[str, tuple[dict[str, object], str]] = {
 def test_a_rollout_whose_engine_does_not_start_costs_the_live_version_nothing(
     pool: Running, tmp_path: Path, changed: dict[str, object], words: str
 ) -> None:
-    """S17: while traffic runs. The live version answers all of it, and the rollout's reason is what vLLM said."""
+    """While traffic runs. The live version answers all of it, and the rollout's reason is what vLLM said."""
     unfit = pool.registry.register("seedling", "weights", None, with_settings(pool, tmp_path / "unfit", **changed), Lineage()).id
     expected, before, live = expected_of(pool.url, [str(ONE)]), engines(pool), pool.registry.aliases()["seedling"]
     with recording(pool.url, "seedling", SESSIONS) as events:

@@ -165,12 +165,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "150 optional classes": "[a-z]? " * 150, "51 optional classes": "[a-z]? " * 51, "300 optional literals": '"a"* ' * 300,
         "a long class behind a comment": "[a-z]{60000} #" + "#" * 60_000,
         "fifty repetitions that differ": " ".join(f'[a-z]{{0,{70 + n}}} "{n}"' for n in range(50)) + " #" + "#" * 9_000,
-        "optional names among optional classes": "[a-z]? a? " * 50,
+        "optional names among optional classes": "[a-z]? a? " * 50, "51 classes or nothing": '([a-z] | "") ' * 51,
     }.items()},
     **{f"{text[:24]}, {len(text)} characters, as a pattern": (formatted({"type": "string", "pattern": f"^{text}$"}), "response_format") for text in (
         "[a-z]?" * 51, "[a-z]?" * 100, "([a-z]? ?){80}", r"(\w+ )*" * 64, r"\w{0,20}[a-z]{0,20}" * 10, r"(\w{1,20}x?)?" * 20, "[a-z]{1,20}" * 20,
         "[a-z]{0,20}[a-z]" * 20, "[a-z]{0,20}(a|b|c|d)" * 20, ("(" + "|".join(f"[{a}-z][a-z]?" for a in "abcdefghij") + ")?") * 20,
-        "(?:[a-z]?){0,60}",
+        "(?:[a-z]?){0,60}", "([a-z]|)" * 51, "(?:|[a-z])" * 51, "((a|)(b|))" * 30,
     )},
     **{f"{text[:24]}, {len(text)} characters, as a regex": ({"structured_outputs": {"regex": text}}, "structured_outputs.regex") for text in (
         "[a-z]?" * 100, r"(\w+ )*" * 64, ".?" * 51,

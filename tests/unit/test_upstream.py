@@ -318,7 +318,7 @@ def test_a_whole_answer_is_not_limited_like_a_first_byte() -> None:
 
 
 def test_a_replica_that_took_too_long_sees_its_client_leave() -> None:
-    """S15 of the fault list: vLLM ends a request whose client has left."""
+    """vLLM ends a request whose client has left."""
     left: list[bool] = []
 
     async def waits(request: web.Request) -> web.StreamResponse:
