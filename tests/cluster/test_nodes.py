@@ -64,7 +64,8 @@ def held(members: Sequence[psutil.Process]) -> Iterator[None]:
 
 def end(process: "subprocess.Popen[bytes]") -> None:
     for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        one.kill()
+        with suppress(psutil.NoSuchProcess):  # it was about to end
+            one.kill()
     process.wait(10)
 
 
