@@ -87,12 +87,14 @@ def expose_connections() -> None:
         """uvicorn stops reading while much of a body waits, and reads on with the next ``receive``. Nobody receives after the last piece, and a
         connection that is not read from is not seen to be lost."""
         complete(self)
-        self.flow.resume_reading()
+        if not self.pipeline:  # else it has stopped because requests wait behind this one, and they are to stay few
+            self.flow.resume_reading()
 
     protocol.on_message_complete = read_on
 
 
 def has_connection(scope: MutableMapping[str, Any]) -> bool:
+    """Whether `connection_of` would find one."""
     return KEY in scope
 
 

@@ -27,7 +27,7 @@ from deployments.replica.warm_pool import WarmPool
 REPORT_S = 1.0
 """How often it says that it lives. Control takes it for dead after `cluster.control.replicas.SILENT_S`."""
 AGAIN_S = 0.4
-"""How long after control could not be told it is told again."""
+"""How long a replica waits before it tells control again what did not reach it."""
 TELL_S = 0.2
 """How long a message to control may take to leave a process that ends."""
 
