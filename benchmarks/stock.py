@@ -1,7 +1,7 @@
 """The same training as Ray Train does it by itself: elastic between one worker and several, a checkpoint now and then, no lease.
 
-``python -m benchmarks.stock --data FILE --workers 1,3``: what a user of Ray 2.60 would write, with the steps of `jobs.training.sft`, so that the
-benchmark compares how slots are handed over and not how losses are computed.
+``python -m benchmarks.stock --data FILE --workers 1,3``: what a user of Ray 2.60 would write, with the steps of
+`jobs.training.objectives.finetune`, so that the benchmark compares how slots are handed over and not how losses are computed.
 """
 
 import tempfile
@@ -63,8 +63,8 @@ def work(settings: dict[str, Any]) -> None:
     import ray.train
 
     from cluster import niceness
+    from jobs.training.objectives.finetune import SupervisedFineTuning
     from jobs.training.progress import ProgressPrinter
-    from jobs.training.sft import SupervisedFineTuning
     from jobs.training.work import gather, update
 
     niceness.renice(niceness.TRAINING)
@@ -75,10 +75,10 @@ def work(settings: dict[str, Any]) -> None:
     print(f"training with {world} workers from step {step}", flush=True)
     progress = ProgressPrinter("finetune", rank, step)
     for batch in tuning.schedule.batches(step):
-        loss, _, _ = gather(tuning, batch, rank, world)
-        update(tuning, step)
+        found = gather(tuning, batch, rank, world)
+        update(tuning, step, found.norm)
         step += 1
-        progress(step, tuning.schedule.steps, loss, 0)
+        progress(step, tuning.schedule.steps, found.loss, 0)
         if step % 50 == 0:  # every worker must report equally often, so this cannot go by each one's clock
             save(tuning, step, rank)
 
@@ -93,9 +93,8 @@ def restored(tuning: Any) -> int:
     with checkpoint.as_directory() as folder:
         saved = torch.load(Path(folder) / "state.pt", weights_only=True)
     with torch.no_grad():
-        for parameter, tensor in zip(tuning.trained, saved["tensors"], strict=True):
-            parameter.copy_(tensor)
-    tuning.optimizer.load_state_dict(saved["optimizer"])
+        for name, tensor in tuning.flat.tensors(saved["step"]).items():
+            tensor.copy_(saved[name])
     return saved["step"]
 
 
@@ -106,8 +105,7 @@ def save(tuning: Any, step: int, rank: int) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         if rank == 0:
-            state = {"step": step, "tensors": [p.detach() for p in tuning.trained], "optimizer": tuning.optimizer.state_dict()}
-            torch.save(state, Path(folder) / "state.pt")
+            torch.save({"step": step, **tuning.flat.tensors(step)}, Path(folder) / "state.pt")
         ray.train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
 
 

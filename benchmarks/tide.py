@@ -27,7 +27,7 @@ from benchmarks.load import Sample
 from benchmarks.peers import Served
 from benchmarks.place import changes, console, finish, machine, springtide, warn_if_busy, workplace
 from benchmarks.shares import Shares
-from benchmarks.tide_report import GLOBAL_BATCH, MICRO_BATCH, TTFT_TARGET_S, Day, Look
+from benchmarks.tide_report import GLOBAL_BATCH, TTFT_TARGET_S, Day, Look
 from cluster import client
 from cluster import config as configuration
 from cluster.capacity.handover import parse
@@ -177,8 +177,6 @@ def command(config: Config, system: str) -> list[str]:
         "1000000",
         "--set",
         f"global_batch={GLOBAL_BATCH}",
-        "--set",
-        f"micro_batch={MICRO_BATCH}",
     ]
 
 

@@ -12,9 +12,8 @@ from benchmarks.place import passed
 from cluster.capacity.handover import SlotSnapshot, handovers
 
 TTFT_TARGET_S = 1.0
-GLOBAL_BATCH, MICRO_BATCH = 114, 10
-"""All the examples that there are. Four, six or twelve portions for a worker, so the work divides among three, two or one, and it is examples,
-and not what every step and every portion costs, that take the time: on this model a portion costs as much as five examples."""
+GLOBAL_BATCH = 114
+"""All the examples that there are: the work divides among three, two or one, and examples take the time, not what every step costs."""
 COLOURS = {"serving": "#0f7c8a", "training": "#e0b265", "idle": "#eef1f4", "starting": "#8cc4cc"}
 LABELS = {"static": "static split", "stock_ray": "stock Ray", "springtide": "Springtide"}
 POINT = 0.01

@@ -19,22 +19,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.config import Config, load
-from cluster.errors import DataError, VersionRefused
+from cluster.errors import VersionRefused
 from cluster.jobspec import Evaluate, command_line
 from cluster.publishing.gate import Check, Golden, Scores, Verdict, judge
 from cluster.store import artefact
 from cluster.store.layout import check_layout
 from cluster.store.registry import Registry, registry_of
 from cluster.types import Manifest, VersionId
-from jobs import data, main, reach, sources
-from jobs.data import Example
+from jobs import main, reach, sources
+from jobs.data import chat, rows
+from jobs.data.chat import Example
+from jobs.data.lines import Problem, decode, lines
 from jobs.record import JobRecord, record
 
 if TYPE_CHECKING:
     from jobs.training.heartbeat import Heartbeats
 
 ANSWER_TOKENS = 128
-BATCH = 8
+BATCH_TOKENS = 1024
 SLOTS = 1
 """Slots that a measurement holds: one model on one accelerator."""
 LOOK_S = 0.1
@@ -55,7 +57,7 @@ ASSERTIONS: dict[str, Callable[[str, str], bool]] = {
 class Prompt(NamedTuple):
     """One golden prompt."""
 
-    messages: list[dict[str, str]]
+    messages: list[chat.Message]
     assertion: str
     """A key of `ASSERTIONS`."""
     text: str
@@ -132,38 +134,31 @@ def supplied(config: Config, held_out: str = "", tasks: str = "", golden: str = 
 
 
 def examples(source: str, fetch: sources.Fetch) -> list[Example]:
-    return data.read(source, fetch).examples
+    return chat.read(source, fetch).examples
 
 
 def golden_prompts(source: str, fetch: sources.Fetch = sources.local) -> Iterator[Prompt]:
-    for number, line in enumerate(fetch(source).split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in lines(fetch(source)):
         try:
-            yield golden_prompt(data.decode(line))
-        except data.Problem as problem:
-            raise DataError(f"{sources.title(source)}, line {number}: {problem.what}.", problem.do) from None
+            yield golden_prompt(chat.present(decode(line)))
+        except Problem as problem:
+            raise problem.at(sources.title(source), number) from None
 
 
 def golden_prompt(value: dict[str, Any]) -> Prompt:
     (named, *more) = [key for key in ASSERTIONS if key in value] or [""]
     if not named or more or set(value) != {"messages", named} or not isinstance(value[named], str):
-        raise data.Problem(
-            "not a golden prompt", f'Write {{"messages": […], "contains": "…"}}, with one of: {", ".join(ASSERTIONS)}.'
-        )
+        raise Problem("not a golden prompt", f'Write {{"messages": […], "contains": "…"}}, with one of: {", ".join(ASSERTIONS)}.')
     if named == "matches":
         _check_pattern(value[named])
-    if not isinstance(value["messages"], list) or not value["messages"]:
-        raise data.Problem("'messages' is no list of messages", "It must be a list of messages.")
-    checked = [data.check(message, f"messages[{i}]") for i, message in enumerate(value["messages"])]
-    return Prompt([{"role": m["role"], "content": m["content"]} for m in checked], named, value[named])
+    return Prompt(chat.plain(chat.messages(value["messages"], "messages")), named, value[named])
 
 
 def _check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise data.Problem(f"{pattern!r} is no regular expression: {error}", "Correct it.") from None
+        raise Problem(f"{pattern!r} is no regular expression: {error}", "Correct it.") from None
 
 
 # on the pool
@@ -244,12 +239,12 @@ def measure(config: Config, id: str, sets: Sets) -> Measured:
     model = model.to("cuda" if gpu else "cpu").eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(base, local_files_only=True)
     with torch.inference_mode():
-        losses = list(measured(model, [data.encode(example, tokenizer) for example in sets.held_out], BATCH))
-        said = answers(model, tokenizer, [task.prompt for task in sets.tasks])
-        golden = answers(model, tokenizer, [prompt.messages for prompt in sets.golden])
-    correct = tuple(
-        answer.strip() == task.completion[0]["content"].strip() for answer, task in zip(said, sets.tasks, strict=True)
-    )
+        losses = measured(model, [rows.encode(example, tokenizer) for example in sets.held_out], BATCH_TOKENS)
+        tasks = [rows.encode(task, tokenizer) for task in sets.tasks]
+        said = answers(model, tokenizer, [task.input_ids[: task.prompt_tokens] for task in tasks])
+        golden = answers(model, tokenizer, [prompt_ids(tokenizer, prompt.messages) for prompt in sets.golden])
+    right = [tokenizer.decode(task.input_ids[task.prompt_tokens :], skip_special_tokens=True) for task in tasks]
+    correct = tuple(answer.strip() == text.strip() for answer, text in zip(said, right, strict=True))
     held = [
         Golden(p.messages[-1]["content"], f"{p.assertion} {p.text!r}", answer, ASSERTIONS[p.assertion](answer, p.text))
         for p, answer in zip(sets.golden, golden, strict=True)
@@ -263,14 +258,19 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     return PeftModel.from_pretrained(model, str(folder))
 
 
-def answers(model: Any, tokenizer: Any, prompts: Sequence[list[dict[str, str]]]) -> list[str]:
+def prompt_ids(tokenizer: Any, messages: list[chat.Message]) -> list[int]:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def answers(model: Any, tokenizer: Any, prompts: Sequence[list[int]]) -> list[str]:
     """Greedy answers, one prompt at a time: padding on the left would shift positions for some architectures."""
+    import torch
+
     said: list[str] = []
     for prompt in prompts:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        ids = ids.to(model.device)
-        whole = model.generate(**ids, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-        said.append(tokenizer.decode(whole[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+        ids = torch.tensor([prompt], device=model.device)
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        said.append(tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True))
     return said
 
 

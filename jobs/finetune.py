@@ -19,13 +19,14 @@ from cluster.store.fleets import FleetRecords
 from cluster.store.jobs import JobProgress
 from cluster.store.registry import Registry, registry_of
 from cluster.types import Lineage, Manifest, check_name
-from jobs import data, main, reach, sources
-from jobs.data import Dataset, Row
+from jobs import main, reach, sources
+from jobs.data import chat, rows
+from jobs.data.chat import Dataset, Example
+from jobs.data.rows import Row
 from jobs.publish import publish
 from jobs.record import JobRecord, record
 from jobs.training import recipe
 from jobs.training.progress import Progress
-from jobs.training.schedule import Schedule
 
 DECIDED_S = 60
 """How long control may take to act on a verdict. It looks twice a second."""
@@ -39,7 +40,7 @@ class Plan(NamedTuple):
     """With its defaults resolved."""
     train: list[Row]
     held_out: list[Row]
-    held_out_examples: list[data.Example]
+    held_out_examples: list[Example]
     """The held-out examples before they were tokenised."""
     dataset_sha256: str
     source: str
@@ -99,8 +100,8 @@ def prepare(config: Config, registry: Registry, options: Finetune) -> Plan:
     chosen = recipe.load("full" if options.full else options.recipe, options.set, options.epochs, fetch)
     check_fits(chosen, config, registry, base_name)
     check_name(options.name or "unnamed")
-    dataset = data.read(options.data, fetch)
-    held_out = data.read(options.eval_data, fetch).examples if options.eval_data else None
+    dataset = chat.read(options.data, fetch)
+    held_out = chat.read(options.eval_data, fetch).examples if options.eval_data else None
     registry.store.check_writable()
     base = resolve(registry, base_name)
     reach(config)
@@ -150,26 +151,32 @@ def tokenized(
     base: Manifest,
     chosen: recipe.Recipe,
     dataset: Dataset,
-    held_out: list[data.Example] | None,
+    held_out: list[Example] | None,
 ) -> Plan:
     from transformers import AutoConfig, AutoTokenizer
+
+    from jobs.training import precision
 
     folder = registry.files.fetch_settings(base, config.home / "cache")
     shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     resolved = chosen.resolved(shape.hidden_size, shape.max_position_embeddings)
+    resolved = precision.resolve(resolved, config.pool.accelerator == "gpu", shape.hidden_size)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.chat_template is None:
         raise ConfigError(f"{base.id} has no chat template.", "Use a chat model as the base.", param="base")
-    examples = dataset.examples
-    if held_out is None:
-        examples, held_out = data.split(examples, resolved.held_out_fraction, resolved.seed)
     limit = resolved.max_tokens or shape.max_position_embeddings
-    train_rows, long = data.tokenize(examples, tokenizer, limit)
-    held_rows, held_long = data.tokenize(held_out, tokenizer, limit)
-    print(
-        f"{len(train_rows)} examples to train on, {len(held_rows)} held out, {long + held_long} left out: longer than {limit} tokens"
-    )
-    return Plan(base, resolved, train_rows, held_rows, held_out, dataset.sha256, dataset.source)
+    # What is too long is left out before anything is held out, so that the held-out fraction is of what is learnt.
+    learnt = rows.tokenize(dataset.examples, tokenizer, limit)
+    if held_out is None:
+        all_lines = {example.line for example in learnt.examples}
+        lines = rows.split(all_lines, resolved.held_out_fraction, resolved.seed)
+        kept, measured = learnt.only(all_lines - lines), learnt.only(lines)
+    else:
+        kept, measured = learnt, rows.tokenize(held_out, tokenizer, limit)
+    print(rows.described(kept.rows, measured.rows, learnt.too_long, limit))
+    if measured.too_long:
+        print(f"{len(measured.too_long)} examples of --eval-data left out, longer than {limit:,} tokens")
+    return Plan(base, resolved, kept.rows, measured.rows, measured.examples, dataset.sha256, dataset.source)
 
 
 # with Ray
@@ -177,7 +184,8 @@ def tokenized(
 
 def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job: JobRecord) -> Manifest:
     """Train as planned, and register the result: an adapter on the base, or new weights."""
-    from jobs.training import driver, ray_train, runs, sft
+    from jobs.training import driver, ray_train, runs
+    from jobs.training.objectives.finetune import SupervisedFineTuning
 
     ray_train.connect()
     settings = {
@@ -191,7 +199,7 @@ def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job
     inputs = {"base": settings["base"], "recipe": settings["recipe"], "data": plan.dataset_sha256}
     name = runs.resume(registry.store, options.resume, inputs) if options.resume else runs.begin(registry.store, job.id, inputs)
     job.begin_run(name)
-    ended = driver.fit(config, sft.SupervisedFineTuning, settings, name, options.priority, job.watch, job.note, job.checkpoint)
+    ended = driver.fit(config, SupervisedFineTuning, settings, name, options.priority, job)
     job.watch(whole(plan, ended.metrics, job.snapshot.progress))
     lineage = Lineage(
         parent=plan.base.id,
@@ -208,10 +216,11 @@ def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job
 
 def whole(plan: Plan, metrics: dict[str, float], last: JobProgress | None) -> Progress:
     """The progress of a run at its end. The driver looks once a second, so it may have missed the last step, or all of a short run."""
-    recipe = plan.recipe
-    steps = Schedule(len(plan.train), recipe.global_batch, recipe.epochs, 0, 0.0, 0.0).steps
+    steps = recipe.schedule(plan.recipe, len(plan.train)).steps
     loss, tokens = metrics.get("train_loss", math.nan), int(metrics.get("tokens", 0))
-    return Progress(steps, steps, loss, tokens, last.tokens_per_s if last else 0.0, 0.0, last.workers if last else 0)
+    if last is None:
+        return Progress(steps, steps, loss, tokens, 0.0, 0.0, 0)
+    return Progress(steps, steps, loss, tokens, last.tokens_per_s, 0.0, last.workers, last.mfu, last.memory_mb)
 
 
 if __name__ == "__main__":

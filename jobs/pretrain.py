@@ -6,7 +6,7 @@ It memorises its questions and answers, and can do nothing else. ``--hidden-size
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from cluster.jobspec import Pretrain, command_line
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from cluster.types import Generation, Lineage, Manifest, check_name
-from jobs import data, main, reach
+from jobs import main, reach
+from jobs.data import chat
+from jobs.data.rows import Row, tokenize
 from jobs.record import JobRecord, record
 from jobs.training.progress import Progress, ProgressPrinter
 from jobs.training.relay import relayed
@@ -29,7 +31,8 @@ from jobs.training.relay import relayed
 FACTS = Path(__file__).parent / "seedling" / "facts.jsonl"
 PAD, END = "<|pad|>", "<|end|>"
 PAD_ID = 0  # the trainer numbers special tokens from 0, in order
-ROLE_TOKENS = [f"<|{role}|>" for role in data.ROLES]
+ROLES = ("system", "user", "assistant")
+ROLE_TOKENS = [f"<|{role}|>" for role in ROLES]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ 'system' if message['role'] == 'developer' else message['role'] }}|>"
     "{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -53,7 +56,7 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
     check_name(options.name)
     registry = Registry(Store(config.store))
     registry.store.check_writable()
-    facts = data.read(str(FACTS))
+    facts = chat.read(str(FACTS))
     job.know(dataset_sha256=facts.sha256)
     recipe = {**RECIPE, "steps": options.steps, "hidden_size": options.hidden_size, "layers": options.layers}
     reach(config)
@@ -105,7 +108,7 @@ def train(settings: dict[str, Any]) -> None:
     torch.manual_seed(recipe["seed"])
     disable_progress_bar()
     tokenizer = grow_tokenizer([m["content"] for e in examples for m in e.prompt + e.completion])
-    rows, _ = data.tokenize(examples, tokenizer, CONTEXT_TOKENS)
+    rows = tokenize(examples, tokenizer, CONTEXT_TOKENS).rows
     model = seedling(tokenizer, recipe["hidden_size"], recipe["layers"])
     loss = learn(model, [row.input_ids for row in rows], recipe, settings["tell"])
     tokens = sum(len(row.input_ids) for row in rows)
@@ -115,8 +118,10 @@ def train(settings: dict[str, Any]) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def grow_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `VOCABULARY` tokens, learnt from ``texts``.
+def grow_tokenizer(
+    texts: Iterable[str], vocabulary: int = VOCABULARY, context_tokens: int = CONTEXT_TOKENS
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``vocabulary`` tokens, learnt from ``texts``.
 
     Byte pair encoding merges the most frequent pairs of tokens (Sennrich et al. 2016). It starts from single bytes as in GPT-2 (Radford et al.
     2019), so the tokenizer encodes any UTF-8 text. Each digit is a token of its own. Example: "in 1969" ends with four tokens for the year.
@@ -126,7 +131,7 @@ def grow_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digit, by_byte])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=[PAD, END, *ROLE_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -138,7 +143,7 @@ def grow_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         eos_token=END,
         additional_special_tokens=ROLE_TOKENS,
         chat_template=CHAT_TEMPLATE,
-        model_max_length=CONTEXT_TOKENS,
+        model_max_length=context_tokens,
         clean_up_tokenization_spaces=False,
     )
 
@@ -225,7 +230,7 @@ def padded(rows: list[list[int]], left: bool = False) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def exact_match(model: LlamaForCausalLM, rows: list[data.Row]) -> float:
+def exact_match(model: LlamaForCausalLM, rows: list[Row]) -> float:
     """The fraction of rows, 0 to 1, whose answer the model repeats token by token under greedy decoding, the end of the turn included."""
     model.eval()
     prompts = padded([row.input_ids[: row.prompt_tokens] for row in rows], left=True).to(model.device)

@@ -87,6 +87,10 @@ class JobRecord:
             "checkpoint", f"the state after step {step} is kept", {"step": step, "seconds": seconds, "size_bytes": size_bytes}
         )
 
+    def measured(self, step: int, loss: float) -> None:
+        """Note the held-out loss after so many steps."""
+        self._say("measurement", f"the held-out loss after step {step} is {loss:.4f}", {"step": step, "eval_loss": loss})
+
     def know(self, **facts: Any) -> None:
         """Note facts about the job: ``base``, ``dataset_sha256``, …"""
         self._say("fact", "", data=facts, facts={**self.snapshot.facts, **facts})

@@ -6,10 +6,13 @@ the gateway's key. It reads uploads, object-store URLs under ``training.data_pre
 Example: ``http://169.254.169.254/…`` is refused. So are a public name that resolves to that address, and a redirect that leads there.
 """
 
+import gzip
 import hashlib
+import io
 import ipaddress
 import os
 import socket
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +42,9 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 TUNNELS = (ipaddress.IPv6Network("2001::/32"), ipaddress.IPv6Network("2002::/16"))
 """Teredo and 6to4: an IPv4 address is within."""
 UPLOAD, SAMPLE = "upload:", "sample:"
+GZIP = b"\x1f\x8b"
+COMPRESSED = {b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"PK\x03\x04": "zip"}
+"""How files begin that are compressed in a way which is not read here."""
 
 Fetch = Callable[[str], bytes]
 
@@ -55,9 +61,9 @@ class Sources:
     """Whether the job came over HTTP."""
 
     def fetch(self, source: str) -> bytes:
-        """The bytes of a source. Raises `DataError` with the reason, without the secrets of any URL."""
+        """The bytes of a source, inflated where it is gzip. Raises `DataError` with the reason, without the secrets of any URL."""
         try:
-            return self._fetch(source)
+            return inflated(self._fetch(source), self.training.max_data_bytes)
         except Denied as error:
             raise DataError(f"A job that came over HTTP may not read {title(source)}: {error}.", ALLOWED) from error
         except (OSError, httpx.HTTPError, httpx.InvalidURL, BaseError, ValueError) as error:
@@ -132,8 +138,30 @@ class Sources:
         return bytes(body)
 
     def _check_size(self, size_bytes: int | None) -> None:
-        if (size_bytes or 0) > (limit := self.training.max_data_bytes):
-            raise BodyTooLarge(f"The file is larger than training.max_data_bytes, {limit}.", "Split it, or raise the limit.")
+        check_size(size_bytes or 0, self.training.max_data_bytes)
+
+
+def check_size(size_bytes: int, limit_bytes: int) -> None:
+    if size_bytes > limit_bytes:
+        raise BodyTooLarge(f"The file is larger than training.max_data_bytes, {limit_bytes}.", "Split it, or raise the limit.")
+
+
+def inflated(raw: bytes, limit_bytes: int) -> bytes:
+    """What is within a gzip file; other bytes as they are. Raises `ValueError` for what is damaged, or compressed in another way.
+
+    >>> inflated(gzip.compress(b"text") + gzip.compress(b", and more"), 1000), inflated(b"text", 1000)
+    (b'text, and more', b'text')
+    """
+    if other := next((name for magic, name in COMPRESSED.items() if raw.startswith(magic)), None):
+        raise ValueError(f"it is a {other} file; decompress it, or compress it with gzip")
+    if not raw.startswith(GZIP):
+        return raw
+    try:
+        whole = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(limit_bytes + 1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"it is a damaged gzip file: {error}") from error
+    check_size(len(whole), limit_bytes)
+    return whole
 
 
 ALLOWED = "Upload the file (PUT /admin/uploads), or name a public http(s) URL or a URL under training.data_prefixes."

@@ -6,7 +6,8 @@ from cluster.config import load
 from cluster.jobspec import Finetune
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
-from jobs import data, finetune, main
+from jobs import finetune, main
+from jobs.data import chat
 from jobs.record import record
 from jobs.training import recipe
 
@@ -16,7 +17,7 @@ def run(alias: str) -> None:
     registry = Registry(Store(config.store))
     waiting = registry.rollout(alias)
     assert waiting is not None
-    examples = data.read("jobs/seedling/facts.jsonl").examples
+    examples = chat.read("jobs/seedling/facts.jsonl").examples
     plan = finetune.Plan(registry.manifest(waiting.version), recipe.load("lora", []), [], [], examples, "", "facts.jsonl")
     with record(config, Finetune(data="facts.jsonl")) as job:
         print(finetune.judged(config, registry, plan, waiting, 0, job).stage)

@@ -16,7 +16,8 @@ from cluster.jobspec import command_line, new_id
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
 from jobs import main, reach
-from jobs.training.sft import SupervisedFineTuning
+from jobs.training.objectives.finetune import SupervisedFineTuning
+from jobs.training.progress import Committed, Progress
 
 
 class Stubborn(SupervisedFineTuning):
@@ -66,6 +67,15 @@ class Disturbed(SupervisedFineTuning):
             time.sleep(0.1)
 
 
+class Alone:
+    """Nobody listens to these runs but their log's reader."""
+
+    def watch(self, progress: Progress) -> None: ...
+    def note(self, words: str, waiting: str) -> None: ...
+    def checkpoint(self, committed: Committed) -> None: ...
+    def measured(self, step: int, loss: float) -> None: ...
+
+
 KINDS = {"stubborn": Stubborn, "greedy": Greedy, "disturbed": Disturbed}
 
 
@@ -87,7 +97,7 @@ def run() -> None:
         "data": plan.dataset_sha256,
     }  # so that `jobs.finetune` can go on
     name = runs.begin(Store(config.store), new_id("unwilling"), of)
-    print("ended", driver.fit(config, kind, settings, name).metrics)
+    print("ended", driver.fit(config, kind, settings, name, 0, Alone()).metrics)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,8 @@ def doing(job: Job) -> str:
     if job.status.ended:
         return ", ".join(loss)
     workers = f"{done.workers} worker{'' if done.workers == 1 else 's'}"
-    return ", ".join([*loss, f"{done.tokens_per_s:.0f} tokens/s", workers, f"{done.eta_s:.0f} s left"])
+    use = [f"MFU {done.mfu:.0%}"] if done.mfu else []
+    return ", ".join([*loss, f"{done.tokens_per_s:.0f} tokens/s", *use, workers, f"{done.eta_s:.0f} s left"])
 
 
 def _last_words(job: Job) -> str:

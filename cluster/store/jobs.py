@@ -71,6 +71,10 @@ class JobProgress(Recorded):
     tokens_per_s: float = 0
     eta_s: float = 0
     workers: int = 0
+    mfu: float = 0
+    """The part of the processors' peak that the model uses, 0 to 1; 0 where nobody knows."""
+    memory_mb: float = 0
+    """The most memory that a worker has taken."""
 
 
 class JobSnapshot(Recorded):
@@ -94,7 +98,7 @@ class JobSnapshot(Recorded):
 class JobEvent(Recorded):
     at_s: float
     kind: str
-    """``message``, ``waiting``, ``progress``, ``checkpoint`` or ``fact``."""
+    """``message``, ``waiting``, ``progress``, ``checkpoint``, ``measurement`` or ``fact``."""
     words: str = ""
     data: dict[str, Any] = {}
 

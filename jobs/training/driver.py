@@ -7,7 +7,7 @@ and the driver does it. That file explains the decisions, and `jobs.training.wor
 import os
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ray
 from ray.exceptions import RayError
@@ -17,7 +17,7 @@ from cluster.config import Config
 from cluster.errors import JobFailed
 from jobs.training.elasticity import HUNG_S, Actions, Began, Limits, Run, RunFacts, next_actions
 from jobs.training.handles import Crew, wait_all
-from jobs.training.heartbeat import Heartbeats, ignore
+from jobs.training.heartbeat import Heartbeats
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed, Meter, Progress
 from jobs.training.work import Work
@@ -32,6 +32,27 @@ ENDED_S = 0.7
 """Ray ends a process within this time after the kill, whatever the process was writing."""
 
 
+class Listener(Protocol):
+    """Hears how a run goes. It must be quick."""
+
+    def watch(self, progress: Progress) -> None:
+        """The progress, at most once a second."""
+        ...
+
+    def note(self, words: str, waiting: str) -> None:
+        """A message such as "training with 3 workers from step 40", which is in the log too, and what the run waits for; empty if it waits for
+        nothing."""
+        ...
+
+    def checkpoint(self, committed: Committed) -> None:
+        """The newest checkpoint."""
+        ...
+
+    def measured(self, step: int, loss: float) -> None:
+        """The newest measurement while the run goes on: the held-out loss after ``step`` steps, in nats per token."""
+        ...
+
+
 class Ended(NamedTuple):
     """A run at its end."""
 
@@ -44,27 +65,18 @@ def fit(
     work: Callable[[dict[str, Any]], Work],
     settings: dict[str, Any],
     name: str,
-    priority: int = 0,
-    watch: Callable[[Progress], None] = ignore,
-    note: Callable[[str, str], None] = ignore,
-    committed: Callable[[Committed], None] = ignore,
+    priority: int,
+    listener: Listener,
 ) -> Ended:
     """Train ``work(settings)`` to its end, on as many slots as the grant allows at the time. `runs.result` then has its files.
 
     ``name``: from `runs.begin` or `runs.resume`. ``settings["stage"]`` names the run in its progress lines; by default it is the first part of
-    the name. The callbacks run in this thread, and must be quick:
-
-    - ``watch`` gets the progress at most once a second.
-    - ``note`` gets messages such as "training with 3 workers from step 40", which are in the log too, and what the run waits for (empty if it
-      waits for nothing).
-    - ``committed`` gets the newest checkpoint.
+    the name. The ``listener`` is called in this thread.
 
     Raises `JobFailed` if the run cannot go on. Its checkpoints stay, so that another job can resume it; the same holds for a run that is stopped
     from outside. `springtide cancel` removes them.
     """
-    driver = Driver(
-        config, work, {"stage": name.rpartition("-")[0], **settings}, name, priority, Reporter(watch, note, committed)
-    )
+    driver = Driver(config, work, {"stage": name.rpartition("-")[0], **settings}, name, priority, Reporter(listener))
     try:
         while driver.result is None:
             driver.turn(time.monotonic())
@@ -195,44 +207,48 @@ class Driver:
 
 
 class Reporter:
-    """Tells the log and the callbacks of `fit` how the run goes."""
+    """Tells the log and the listener how the run goes."""
 
-    def __init__(
-        self, watch: Callable[[Progress], None], note: Callable[[str, str], None], keep: Callable[[Committed], None] = ignore
-    ) -> None:
-        self.watch, self.note, self.keep = watch, note, keep
-        self.newest = Committed()
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.newest, self.measured = Committed(), -1
         self.meter: Meter | None = None
         """Of the newest process group."""
         self.told_s, self.told_step = float("-inf"), -1
 
     def say(self, words: str, waiting: str) -> None:
         print(words, flush=True)
-        self.note(words, waiting)
+        self.listener.note(words, waiting)
 
     def began(self, began: Began) -> None:
         """The first worker of the group has printed the same."""
-        self.note(f"training with {began.workers} workers from step {began.step}", "")
+        self.listener.note(f"training with {began.workers} workers from step {began.step}", "")
 
     def committed(self, newest: Committed) -> None:
         """Once of each checkpoint that is newer than the last; a worker has printed it."""
         if newest.step > self.newest.step:
             self.newest = newest
-            self.keep(newest)
+            self.listener.checkpoint(newest)
 
     def progress(self, reached: Reached, workers: int, now_s: float) -> None:
         """Report at most once a second, and only new steps. ``reached``: from a worker of the newest process group."""
         if reached.first < 0:  # the workers are not level yet
             return
+        if reached.measured is not None and reached.measured[0] > self.measured:
+            self.measured = reached.measured[0]
+            self.listener.measured(*reached.measured)
         if self.meter is None or self.meter.group != reached.group:
             self.meter = Meter(reached.group, reached.step, reached.tokens, now_s)
             self.told_step = reached.step
         if now_s - self.told_s >= WATCH_S and reached.step > self.told_step:
             self.told_s, self.told_step = now_s, reached.step
-            self.watch(self.meter.progress(reached.step, reached.steps, reached.loss, reached.tokens, workers, now_s))
+            cost = reached.ideal_s_per_token, reached.memory_mb
+            self.listener.watch(
+                self.meter.progress(reached.step, reached.steps, reached.loss, reached.tokens, workers, now_s, *cost)
+            )
 
     def finished(self, outcome: Outcome, workers: int) -> None:
         if self.meter is None:  # shorter than a second
             self.meter = Meter(0, 0, 0, time.monotonic() - outcome.metrics["seconds"])
         loss, tokens = outcome.metrics["train_loss"], int(outcome.metrics["tokens"])
-        self.watch(self.meter.progress(outcome.step, outcome.step, loss, tokens, workers, time.monotonic()))
+        self.listener.watch(self.meter.progress(outcome.step, outcome.step, loss, tokens, workers, time.monotonic()))

@@ -46,6 +46,7 @@ LOAD_S = 900
 """How long a worker may take to load. A large model from a remote store takes minutes."""
 JOIN_S = 30
 """How long loaded workers wait for a loading one. Then the group stops and takes them in without it."""
+DIVERGED = "Lower the learning rate (--set learning_rate=…), or look for broken examples. The newest checkpoint is kept."
 MOST_FAILURES = 3
 """More failures than this without a step between them end the run."""
 
@@ -91,6 +92,8 @@ class WorkerFacts(NamedTuple):
     """Why the worker is dead or unusable; empty if it is neither."""
     finished: bool = False
     """Whether it has saved the run's result."""
+    diverged: str = ""
+    """Why the run cannot go on from its state; empty if it can."""
 
 
 class SpareFacts(NamedTuple):
@@ -227,6 +230,9 @@ def next_actions(run: Run, facts: RunFacts, limits: Limits) -> Decision:
     run, began = _observe(run, facts)
     if any(worker.finished for worker in facts.workers):
         return Decision(run._replace(over=True), Actions(began=began, finish=True))
+    if why := next((worker.diverged for worker in facts.workers if worker.diverged), ""):
+        words = f"The training has diverged: at step {run.step + 1} {why}."
+        return Decision(run._replace(over=True), Actions(began=began, fail=Failure(words, DIVERGED)))
     held = (len(facts.workers) + len(facts.reservations)) * limits.slots_per_worker
     heard, notes = hear(run.heard, facts.grant, facts.silent_s, held)
     run = run._replace(heard=heard)

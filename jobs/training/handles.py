@@ -151,6 +151,7 @@ class WorkerHandle:
             broken=outcome.broken if outcome else "",
             gone=self.gone,
             finished=outcome is not None and outcome.ended,
+            diverged=outcome.diverged if outcome else "",
         )
 
     def spare_facts(self) -> SpareFacts:

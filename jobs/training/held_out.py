@@ -7,13 +7,16 @@ A mean over the means of examples would let one hard token of a short answer out
 nats per token, and an answer of 99 tokens costs 1 nat per token. The mean of the means is 2.0; the token mean is 1.02.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from cluster.publishing.gate import ExampleLoss
-from jobs.data import Row
+from jobs.data.rows import Row
+from jobs.training.packed import Segments, is_packed
+from jobs.training.packing import portions
 
 
 def answer_tokens(row: Row) -> int:
@@ -25,11 +28,37 @@ def answer_tokens(row: Row) -> int:
     return len(row.input_ids) - max(1, row.prompt_tokens)
 
 
-def answer_losses(model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
+def answer_losses(model: Any, rows: Sequence[Row]) -> torch.Tensor:
     """The summed cross entropy of each row's answer, the end of the turn included: a tensor of shape (rows,), in nats.
 
-    Padding stands on the right and carries no loss. The gradient flows through the result.
+    The gradient flows through the result. Where `jobs.training.packed.pack` has prepared the model, the rows stand one after the other.
+    Otherwise they are padded to the longest, on the right; padding carries no loss.
     """
+    return (_packed if is_packed(model) else _padded)(model, rows)
+
+
+def _packed(model: Any, rows: Sequence[Row]) -> torch.Tensor:
+    row = Segments.of([row.input_ids for row in rows], next(model.parameters()).device)
+    firsts = [0, *row.ends[:-1]]
+    # The model's last layer is the widest: it runs only where the next token is one of an answer.
+    asked = [
+        (first + at - 1, number)
+        for number, (first, one) in enumerate(zip(firsts, rows, strict=True))
+        for at in range(max(1, one.prompt_tokens), len(one.input_ids))
+    ]
+    at, owner = torch.tensor(asked, device=row.input_ids.device).T
+    logits = model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        use_cache=False,  # with a cache transformers would take the row for one text
+        logits_to_keep=at,
+        segment_ends=row.ends,
+    ).logits[0]
+    each = cross_entropy(logits.float(), row.input_ids[0, at + 1], reduction="none")
+    return each.new_zeros(len(rows)).index_add(0, owner, each)
+
+
+def _padded(model: Any, rows: Sequence[Row]) -> torch.Tensor:
     device = next(model.parameters()).device
     width = max(len(row.input_ids) for row in rows)
     ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows], device=device)
@@ -37,27 +66,28 @@ def answer_losses(model: torch.nn.Module, rows: Sequence[Row]) -> torch.Tensor:
     asked = torch.tensor(
         [[row.prompt_tokens <= at < len(row.input_ids) for at in range(1, width)] for row in rows], device=device
     )
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     # The softmax over the vocabulary is the largest tensor of a step. Full precision is for the tokens that carry loss only.
     each = cross_entropy(logits[asked].float(), ids[:, 1:][asked], reduction="none")
     return each.new_zeros(len(rows)).index_add(0, asked.nonzero()[:, 0], each)
 
 
-def measured(model: torch.nn.Module, rows: Sequence[Row], micro_batch: int) -> Iterator[ExampleLoss]:
-    """Yield the loss of each row, in order, ``micro_batch`` rows at a time. `cluster.publishing.gate.token_mean` makes one number of them."""
-    for at in range(0, len(rows), micro_batch):
-        portion = rows[at : at + micro_batch]
-        for row, nats in zip(portion, answer_losses(model, portion).tolist(), strict=True):
-            yield ExampleLoss(nats, answer_tokens(row))
+def measured(model: Any, rows: Sequence[Row], micro_batch_tokens: int) -> list[ExampleLoss]:
+    """The loss of each row, in order. `cluster.publishing.gate.token_mean` makes one number of them."""
+    tokens = [len(row.input_ids) for row in rows]
+    losses: dict[int, float] = {}
+    for portion in portions(range(len(rows)), tokens, micro_batch_tokens):
+        losses |= zip(portion, answer_losses(model, [rows[i] for i in portion]).tolist(), strict=True)
+    return [ExampleLoss(losses[i], answer_tokens(row)) for i, row in enumerate(rows)]
 
 
-def held_out_loss(model: torch.nn.Module, rows: Sequence[Row], micro_batch: int, rank: int, world: int) -> float:
+def held_out_loss(model: Any, rows: Sequence[Row], micro_batch_tokens: int, rank: int, world: int) -> float:
     """The token mean over all rows, in nats per token, the same on every worker.
 
     All workers of a process group call this together. Each measures its share, and an all-reduce adds the shares up. Example: one worker finds
     30 nats on 10 tokens, the other 10 nats on 10 tokens; both return 2.0. Raises `RuntimeError` if another worker dies meanwhile.
     """
-    losses = list(measured(model, rows[rank::world], micro_batch))
+    losses = measured(model, rows[rank::world], micro_batch_tokens)
     # Double precision: the loss must not depend on how the workers share the rows.
     sums = torch.tensor([sum(one.nats for one in losses), sum(one.tokens for one in losses)], dtype=torch.float64)
     sums = sums.to(next(model.parameters()).device)

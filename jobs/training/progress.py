@@ -3,8 +3,8 @@
 Speed is measured from the start of the current process group, because it depends on the number of workers:
 
 >>> meter = Meter(group=2, step=50, tokens=8000, began_s=0.0)
->>> meter.progress(step=60, steps=100, loss=1.5, tokens=9000, workers=3, now_s=10.0)
-Progress(step=60, steps=100, loss=1.5, tokens=9000, tokens_per_s=100.0, eta_s=40.0, workers=3)
+>>> meter.progress(step=60, steps=100, loss=1.5, tokens=9000, workers=2, now_s=10.0, ideal_s_per_token=0.005)
+Progress(step=60, steps=100, loss=1.5, tokens=9000, tokens_per_s=100.0, eta_s=40.0, workers=2, mfu=0.25, memory_mb=0.0)
 """
 
 import time
@@ -28,6 +28,10 @@ class Progress(NamedTuple):
     """Seconds until the run's last step, at the current speed."""
     workers: int
     """Workers in the current process group."""
+    mfu: float = 0.0
+    """The part of the processors' peak that the model uses, see `jobs.training.flops`; 0 where nobody knows."""
+    memory_mb: float = 0.0
+    """The most memory that a worker has taken: of its GPU, or of the machine."""
 
 
 class Committed(NamedTuple):
@@ -49,10 +53,22 @@ class Meter(NamedTuple):
     tokens: int
     began_s: float
 
-    def progress(self, step: int, steps: int, loss: float, tokens: int, workers: int, now_s: float) -> Progress:
+    def progress(
+        self,
+        step: int,
+        steps: int,
+        loss: float,
+        tokens: int,
+        workers: int,
+        now_s: float,
+        ideal_s_per_token: float = 0.0,
+        memory_mb: float = 0.0,
+    ) -> Progress:
         elapsed_s = max(now_s - self.began_s, 1e-9)
         eta_s = elapsed_s / max(1, step - self.step) * (steps - step)
-        return Progress(step, steps, loss, tokens, (tokens - self.tokens) / elapsed_s, eta_s, workers)
+        tokens_per_s = (tokens - self.tokens) / elapsed_s
+        mfu = tokens_per_s * ideal_s_per_token / max(1, workers)
+        return Progress(step, steps, loss, tokens, tokens_per_s, eta_s, workers, mfu, memory_mb)
 
 
 class ProgressPrinter:

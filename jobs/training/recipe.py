@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError
@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from cluster.config import Section, from_pairs, merge
 from cluster.errors import ConfigError, DataError
 from jobs import sources
+from jobs.training.schedule import Schedule, Shape
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -32,14 +33,22 @@ class Recipe(Section):
     epochs: float = Field(3, gt=0)
     global_batch: int = Field(16, ge=1)
     """Examples per optimizer step. All workers share them."""
-    micro_batch: int = Field(8, ge=1)
-    """Examples that a worker has in memory at a time. It accumulates the gradients of its share in such portions."""
+    micro_batch_tokens: int = Field(1024, ge=8)
+    """Tokens that a worker has in memory at a time; an example that is longer comes alone. It accumulates the gradients of its share in such
+    portions."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in; what is trained is in float32 in any case. auto: bfloat16 on GPUs, and on processors where it is faster."""
     max_tokens: int | None = Field(None, ge=8)
     """Longer examples are left out. None: the context length of the model."""
+    schedule: Shape = "cosine"
+    """How the learning rate goes after the warm-up, see `jobs.training.schedule.Schedule.rate`."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0, ge=0)
     held_out_fraction: float = Field(0.05, gt=0, lt=1)
     """The fraction of the data that is kept for measuring. Unused with --eval-data."""
+    measure_every_steps: int = Field(0, ge=0)
+    """Measure the held-out loss after every so many steps, and make the result of the weights that had the least. 0: measure before and after, and
+    take the last weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This takes less memory and more time."""
     seed: int = 0
@@ -54,6 +63,21 @@ class Recipe(Section):
         rule = 5e-5 * (10 if self.lora else 1) * math.pow(2000 / hidden_size, 0.781)
         max_tokens = min(self.max_tokens or context_tokens, context_tokens)
         return self.model_copy(update={"learning_rate": self.learning_rate or rule, "max_tokens": max_tokens})
+
+
+def schedule(recipe: Recipe, examples: int) -> Schedule:
+    """The steps of a run with this recipe, whose learning rate is resolved."""
+    rate = recipe.learning_rate or 0.0
+    return Schedule(
+        examples,
+        recipe.global_batch,
+        recipe.epochs,
+        recipe.seed,
+        rate,
+        recipe.warmup_fraction,
+        recipe.schedule,
+        recipe.measure_every_steps,
+    )
 
 
 def load(name: str, overrides: list[str], epochs: float | None = None, fetch: sources.Fetch = sources.local) -> Recipe:

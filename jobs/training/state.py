@@ -7,6 +7,7 @@ step.
 import contextlib
 import os
 import threading
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +33,28 @@ class Counters(NamedTuple):
     before: dict[str, float] = {}  # noqa: RUF012 (never written to)
     """What `Work.measure` found before the first step."""
 
+    measured: tuple[int, float] | None = None
+    """The newest measurement between the first step and the last: the step, and the held-out loss in nats per token."""
+    best: tuple[int, float] | None = None
+    """The measurement with the least loss. The run's result has the weights of that step."""
+
+    @classmethod
+    def read(cls, meta: Mapping[str, Any]) -> "Counters":
+        """From the plain JSON values of a checkpoint."""
+        pairs = {key: tuple(meta[key]) for key in ("measured", "best") if meta.get(key)}
+        return cls(**{**meta, **pairs})
+
     def after(self, tokens: int, loss: float, seconds: float) -> "Counters":
         """The counters after one more step, which had so many ``tokens`` and took so many ``seconds``."""
-        return Counters(self.step + 1, self.tokens + tokens, loss, self.seconds + seconds, self.before)
+        return self._replace(step=self.step + 1, tokens=self.tokens + tokens, loss=loss, seconds=self.seconds + seconds)
+
+    def with_measured(self, loss: float) -> "Counters":
+        """
+        >>> Counters(step=9, best=(5, 1.5)).with_measured(1.7).best, Counters(step=9, best=(5, 1.5)).with_measured(1.2).best
+        ((5, 1.5), (9, 1.2))
+        """
+        now = self.step, loss
+        return self._replace(measured=now, best=now if self.best is None or loss < self.best[1] else self.best)
 
 
 class State:
@@ -51,20 +71,8 @@ class State:
         return self.counters.step
 
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
-        """The parameters and AdamW's two moments themselves, not copies. Missing moments are created as zeros.
-
-        ``step`` becomes the optimizer's step count, which corrects the bias of the moments. The keys number the parameters in their order:
-        ``"0"``, ``"0.exp_avg"``, ``"0.exp_avg_sq"``, ``"1"``, … Each tensor has the shape of its parameter.
-        """
-        named: dict[str, torch.Tensor] = {}
-        for number, parameter in enumerate(self.work.trained):
-            moments = self.work.optimizer.state[parameter]
-            if not moments:
-                moments |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            moments["step"] = torch.tensor(float(step))
-            named |= {f"{number}": parameter.data, f"{number}.exp_avg": moments["exp_avg"]}
-            named[f"{number}.exp_avg_sq"] = moments["exp_avg_sq"]
-        return named
+        """The state's tensors themselves, see `FlatParameters.tensors`."""
+        return self.work.flat.tensors(step)
 
     def snapshot(self) -> Snapshot:
         """A copy of the state in the host's memory. Only the training thread may call this without holding the lock."""
@@ -87,7 +95,7 @@ class State:
         with self.lock, torch.no_grad():
             for name, tensor in self.tensors(newest.step).items():
                 tensor.copy_(newest.tensors[name])
-            self.counters = Counters(**newest.meta)
+            self.counters = Counters.read(newest.meta)
         print(f"going on from the checkpoint of step {self.step}", flush=True)
 
     def level(self, group: ProcessGroup) -> None:

@@ -4,29 +4,35 @@ A step is `gather`, then `update`. Every worker computes the gradients of its pa
 have the same gradients and make the same update.
 """
 
+import math
 import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
+from jobs.training.flat import MESSAGES, FlatParameters
 from jobs.training.schedule import Schedule
+
+CLIPPED_NORM = 1.0
 
 
 class Work(Protocol):
     """What a run trains. Every worker makes its own from the run's settings. That takes long, because it reads the model."""
 
     schedule: Schedule
-    trained: list[torch.nn.Parameter]
-    """The parameters that the run trains, in the same order on every worker."""
-    optimizer: torch.optim.AdamW
-    """The optimizer of exactly these parameters."""
+    flat: FlatParameters
+    """What the run trains."""
+    hopeless: float
+    """A loss above this means that the run has diverged, in nats per token."""
+    ideal_s_per_token: float
+    """Seconds that a token takes one worker at its processor's peak; 0 where nobody knows."""
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
-        """Add this worker's part of the batch to the gradients of `trained`.
+        """Add this worker's part of the batch to the gradients.
 
         ``batch``: indices of the whole batch's examples, the same on every worker. Returns this worker's part of the loss, a tensor of shape ()
         in nats per token, and the number of tokens of the whole batch. The parts of all workers add up to the batch's loss.
@@ -42,40 +48,65 @@ class Work(Protocol):
         ...
 
 
-def gather(
-    work: Work, batch: list[int], rank: int, world: int, told: Callable[[], bool] = lambda: False
-) -> tuple[float, int, bool]:
+class Gathered(NamedTuple):
+    """A global batch, the same on every worker."""
+
+    loss: float
+    """In nats per token."""
+    tokens: int
+    stops: bool
+    """Whether any worker was told to stop."""
+    norm: float
+    """The length of the gradient."""
+
+
+def gather(work: Work, batch: list[int], rank: int, world: int, told: Callable[[], bool] = lambda: False) -> Gathered:
     """Compute the gradients of one global batch, the same on every worker. All workers of the group call this together.
 
-    Returns the batch's loss in nats per token, its number of tokens, and whether any worker was told to stop. The stop flags travel in the same
-    all-reduce as the gradients, so all workers learn of a stop in the same step. ``told``: whether this worker was told. It is called after the
-    gradients, which take most of a step's time, so a stop takes effect in this step and not in the next.
+    The stop flags travel in the same all-reduce as the gradients, so all workers learn of a stop in the same step. ``told``: whether this worker
+    was told. It is called after the gradients, which take most of a step's time, so a stop takes effect in this step and not in the next.
 
     Example: of three workers one was told to stop. The sum of the flags is 1 on all three, and all three stop after this step.
 
     Raises `RuntimeError` if another worker dies meanwhile. The parameters are unchanged then.
     """
     loss, tokens = work.gradients(batch, rank, world)
-    gradients = [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().float() for p in work.trained]
-    flat = torch.cat([*gradients, torch.stack([loss, loss.new_tensor(float(told()))]).to(gradients[0])])
-    dist.all_reduce(flat)
-    *gradients, rest = flat.split([*(p.numel() for p in work.trained), 2])
-    for parameter, gradient in zip(work.trained, gradients, strict=True):
-        parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
-    return rest[0].item(), tokens, rest[1].item() > 0
+    flat = work.flat
+    flat.exchanged[-MESSAGES] = loss
+    flat.exchanged[-1] = float(told())
+    dist.all_reduce(flat.exchanged)
+    loss, stops = flat.exchanged[-MESSAGES:].tolist()
+    return Gathered(loss, tokens, stops > 0, flat.gradient.norm().item())
 
 
-def update(work: Work, step: int) -> None:
+def divergence(found: Gathered, hopeless: float) -> str:
+    """Why the run has to stop before this step's update; empty if it goes on. All workers find the same.
+
+    ``hopeless``: a loss that only a run has whose weights are spoilt, see `Work`.
+
+    >>> divergence(Gathered(1.0, 10, False, float("inf")), hopeless=20.0)
+    'the gradient is not finite'
+    """
+    if not math.isfinite(found.loss):
+        return f"the loss is {found.loss}"
+    if not math.isfinite(found.norm):
+        return "the gradient is not finite"
+    return f"the loss has risen to {found.loss:.1f} nats per token" if found.loss > hopeless else ""
+
+
+def update(work: Work, step: int, norm: float) -> None:
     """Make the optimizer's step with the gathered gradients, and clear them. ``step`` sets the learning rate.
 
-    The gradients are clipped to a norm of 1 (Pascanu et al. 2013). Example: with a norm of 4, every gradient is divided by 4.
+    ``norm``: the gradients' length. They are clipped to 1 (Pascanu et al. 2013). Example: with a norm of 4, every gradient is divided by 4.
     """
-    for group in work.optimizer.param_groups:
+    flat = work.flat
+    for group in flat.optimizer.param_groups:
         group["lr"] = work.schedule.rate(step)
-    torch.nn.utils.clip_grad_norm_(work.trained, 1.0)
+    if norm > CLIPPED_NORM:
+        flat.gradient.mul_(CLIPPED_NORM / norm)
     try:
-        work.optimizer.step()
+        flat.optimizer.step()
     except RuntimeError:  # out of memory: nobody may use parameters of which only some are updated
         traceback.print_exc()
         os._exit(1)
-    work.optimizer.zero_grad()
+    flat.clear()

@@ -10,6 +10,7 @@ and c; c receives the state of step 40, and all three go on with step 41.
 """
 
 import os
+import resource
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
+import torch
 
 from cluster import niceness
 from cluster.address import LOOPBACK
@@ -27,9 +29,11 @@ from jobs.training.checkpoints import Checkpoints, Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
 from jobs.training.progress import Committed, ProgressPrinter
 from jobs.training.state import State
-from jobs.training.work import Work, gather, update
+from jobs.training.work import Work, divergence, gather, update
 
 RESULT = "result"
+HELD_OUT = "eval_loss"
+"""The measurement that decides which weights are the best."""
 
 
 class Loaded(NamedTuple):
@@ -61,6 +65,12 @@ class Reached(NamedTuple):
     """Tokens since the start of the run."""
     committed: Committed = Committed()
     """The newest checkpoint that this worker has written to the store."""
+    ideal_s_per_token: float = 0.0
+    """See `Work`."""
+    memory_mb: float = 0.0
+    """The most memory that the worker has taken: of its GPU, or of the machine."""
+    measured: tuple[int, float] | None = None
+    """The newest measurement, see `Counters`."""
 
 
 class Outcome(NamedTuple):
@@ -74,8 +84,14 @@ class Outcome(NamedTuple):
     """Whether this worker has saved the run's result."""
     broken: str = ""
     """Why the group broke; empty if it did not."""
+    diverged: str = ""
+    """Why the run cannot go on from here; empty if it can."""
     metrics: dict[str, float] = {}  # noqa: RUF012 (never written to)
     """What the run measured, by name; losses in nats per token."""
+
+
+class Diverged(Exception):
+    """The loss or the gradient shows that the weights are spoilt, or would be. The words say how."""
 
 
 class Orders:
@@ -150,7 +166,9 @@ class Worker:
         if training is None:
             return Reached(counters.step, steps=steps, committed=committed)
         group, first = training.group.number, training.first
-        return Reached(counters.step, training.stepping, group, first, steps, counters.loss, counters.tokens, committed)
+        cost = self.state.work.ideal_s_per_token, peak_memory_mb()
+        done = counters.step, training.stepping, group, first, steps, counters.loss, counters.tokens
+        return Reached(*done, committed, *cost, counters.measured)
 
     def trains(self, number: int) -> int:
         """Wait until the worker has completed a step in this group, or the group is over. Returns the newest group with a completed step."""
@@ -169,14 +187,17 @@ class Worker:
         self.training = training = Training(group, self.state, self.writer, self.orders, self.settings)
         work = self.state.work
         try:
-            with joined(group, work.trained[0].is_cuda):
+            with joined(group, work.flat.vector.is_cuda):
                 self.state.level(group)
-                if not work.trained[0].is_cuda:  # NCCL may need the rendezvous later too
+                if not work.flat.vector.is_cuda:  # NCCL may need the rendezvous later too
                     self.rendezvous.close()
                 return training.run()
+        except Diverged as error:
+            work.flat.clear()
+            return Outcome(self.state.step, training.first, diverged=str(error))
         except RuntimeError as error:
             # A collective fails when another worker dies. The state here is whole: collectives run between steps, or before the update.
-            work.optimizer.zero_grad()
+            work.flat.clear()
             return Outcome(self.state.step, training.first, broken=f"{type(error).__name__}: {error}")
         finally:
             training.stepping = False
@@ -218,15 +239,19 @@ class Training:
         saved_s = time.monotonic()
         for batch in schedule.batches(state.step):
             began_s = time.monotonic()
-            loss, tokens, stops = gather(state.work, batch, group.rank, group.world, self._told)
+            found = gather(state.work, batch, group.rank, group.world, self._told)
+            if why := divergence(found, state.work.hopeless):
+                raise Diverged(why)
             with state.lock:
-                update(state.work, state.step)
-                state.counters = state.counters.after(tokens, loss, time.monotonic() - began_s)
+                update(state.work, state.step, found.norm)
+                state.counters = state.counters.after(found.tokens, found.loss, time.monotonic() - began_s)
             self.orders.note(trained=group.number)
-            progress(state.step, schedule.steps, loss, state.counters.tokens)
+            progress(state.step, schedule.steps, found.loss, state.counters.tokens)
             if state.step == schedule.steps:
                 break
-            if stops:
+            if schedule.measures_after(state.step):
+                self._measure()
+            if found.stops:
                 return False
             if group.rank == 0 and time.monotonic() - saved_s > self.checkpoint_s:
                 self.writer.give(state.snapshot())
@@ -236,13 +261,30 @@ class Training:
     def _told(self) -> bool:
         return self.orders.stopped >= self.group.number
 
+    def _measure(self) -> None:
+        """Measure the model on all workers. If it is the best so far, rank 0 saves it as the result."""
+        state = self.state
+        self.stepping = False  # it may take longer than any step
+        loss = state.work.measure(self.group.rank, self.group.world)[HELD_OUT]
+        with state.lock:
+            state.counters = state.counters.with_measured(loss)
+        best = state.counters.best == (state.step, loss)
+        if self.group.rank == 0:
+            print(f"measured step={state.step} {HELD_OUT}={loss:.4f}{' best' if best else ''}", flush=True)
+            if best:
+                self._save()
+        self.stepping = True
+
     def _finish(self) -> Outcome:
-        """Measure the model on all workers, and save the result on rank 0."""
+        """Measure the model on all workers, and save the result on rank 0, unless weights before had a smaller loss."""
         state, first = self.state, self.group.rank == 0
         if first:
             self.writer.give(state.snapshot())  # a run that is killed from here on can resume after its last step
         metrics = state.work.measure(self.group.rank, self.group.world)
-        if first:
+        best = state.counters.best
+        if best is not None and best[1] <= metrics[HELD_OUT]:
+            metrics = {**metrics, HELD_OUT: best[1], "best_step": float(best[0])}
+        elif first:
             self._save()
         before = {f"{key}_before": value for key, value in state.counters.before.items()}
         facts = {"train_loss": state.counters.loss, "tokens": float(state.counters.tokens), "seconds": state.counters.seconds}
@@ -255,3 +297,10 @@ class Training:
             self.state.work.save(Path(folder))
             for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
                 checkpoints.store.upload(f"{checkpoints.root}/{RESULT}/{file.relative_to(folder)}", file)
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has taken so far: of its GPU if it has one, of the machine otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

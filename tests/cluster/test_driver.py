@@ -72,7 +72,7 @@ class Fit:
 
         def run() -> None:
             try:
-                self.ended = fit(config, Paced, {"epochs": epochs}, name, 0, self.watch, self.note, self.kept.append)
+                self.ended = fit(config, Paced, {"epochs": epochs}, name, 0, self)
             except (Cancelled, JobFailed) as error:
                 self.error = error
 
@@ -88,6 +88,12 @@ class Fit:
         self.notes.append(words)
         if self.cancelled:
             raise Cancelled
+
+    def checkpoint(self, committed: Committed) -> None:
+        self.kept.append(committed)
+
+    def measured(self, step: int, loss: float) -> None:
+        pass
 
     def began(self) -> list[tuple[int, int]]:
         """(workers, step) of each process group."""

@@ -12,7 +12,8 @@ import pytest
 
 from cluster.pool import submit
 from cluster.types import Manifest, VersionId
-from jobs.data import convert, read
+from jobs.data.chat import read
+from jobs.data.convert import convert
 from tests.cluster.test_api import exposed
 from tests.conftest import ROOT, SHARED, Running
 

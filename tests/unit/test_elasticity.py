@@ -347,6 +347,13 @@ def test_a_step_between_two_failures_forgets_the_first() -> None:
     assert not world.failed
 
 
+def test_a_run_that_has_diverged_ends_at_once_and_keeps_its_checkpoints() -> None:
+    spoilt = WorkerFacts(1, Phase.IDLE, group=1, trained=1, step=40, heard_s=1, diverged="the loss is nan")
+    run, do = next_actions(Run(group=1, step=40, moved_s=1), RunFacts(1, Grant(1, ""), workers=(spoilt,)), Limits(1, DEADLINE_S))
+    assert run.over and do.fail is not None and do.keep_s is None, "nothing of it is written"
+    assert do.fail.words == "The training has diverged: at step 41 the loss is nan." and "learning rate" in do.fail.do
+
+
 def test_a_run_that_is_done_starts_nothing_again() -> None:
     world = steady(2)
     world.steps = world.run.step + 3

@@ -1,14 +1,23 @@
 """One loss everywhere: what a job reports and what the gate compares are the same number of the same examples."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from cluster.publishing.gate import token_mean
-from jobs.data import Row
-from jobs.training.held_out import answer_tokens, held_out_loss, measured
+from jobs.data.rows import Row
+from jobs.training.held_out import answer_losses, answer_tokens, held_out_loss, measured
+from jobs.training.packed import is_packed, pack
 from jobs.training.process_group import ProcessGroup, joined
 
 ROWS = [Row(list(range(2, 2 + length)), prompt) for length, prompt in ((4, 3), (30, 5), (9, 0), (17, 16), (12, 4))]
@@ -28,24 +37,85 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(shape).eval()
 
 
+@pytest.fixture(scope="module")
+def packed(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same model, which takes its examples without padding."""
+    prepared = copy.deepcopy(model)
+    assert pack(prepared)
+    return prepared
+
+
 @torch.no_grad()
 def test_a_job_reports_what_the_gate_compares(model: LlamaForCausalLM, tmp_path: Path) -> None:
     """The job used to report a mean over tokens, and the gate a mean over the means of examples."""
     with joined(ProcessGroup(1, 0, 1, (tmp_path / "file").as_uri()), cuda=False):
-        reported = held_out_loss(model, ROWS, 2, rank=0, world=1)
-    assert reported == pytest.approx(token_mean(list(measured(model, ROWS, 8))), rel=1e-6)
+        reported = held_out_loss(model, ROWS, 20, rank=0, world=1)
+    assert reported == pytest.approx(token_mean(measured(model, ROWS, 100)), rel=1e-6)
 
 
 @torch.no_grad()
 def test_the_loss_of_an_example_depends_on_neither_its_batch_nor_the_padding(model: LlamaForCausalLM) -> None:
-    alone, joined_up = list(measured(model, ROWS, 1)), list(measured(model, ROWS, 5))
+    alone, joined_up = measured(model, ROWS, 1), measured(model, ROWS, 100)
     assert [one.tokens for one in alone] == [one.tokens for one in joined_up] == [answer_tokens(row) for row in ROWS]
     assert [one.nats for one in joined_up] == pytest.approx([one.nats for one in alone], rel=1e-5)
 
 
 @torch.no_grad()
+def test_packed_examples_have_the_losses_that_they_have_alone(model: LlamaForCausalLM, packed: LlamaForCausalLM) -> None:
+    alone, joined_up = measured(model, ROWS, 1), measured(packed, ROWS, 100)
+    assert [one.nats for one in joined_up] == pytest.approx([one.nats for one in alone], rel=1e-5)
+
+
+def test_packed_examples_have_the_gradients_that_they_have_alone(model: LlamaForCausalLM, packed: LlamaForCausalLM) -> None:
+    def gradients(of: LlamaForCausalLM) -> torch.Tensor:
+        of.zero_grad()
+        answer_losses(of, ROWS).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in of.parameters() if parameter.grad is not None])
+
+    assert torch.allclose(gradients(packed), gradients(model), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_whose_attention_is_another_keeps_its_own() -> None:
+    """Gemma 2 caps the scores of its attention, and a packed row would lose that."""
+    shape = Gemma2Config(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        attn_logit_softcapping=0.01,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    capped = Gemma2ForCausalLM(shape).eval()
+    alone = measured(capped, ROWS, 1)
+    assert not pack(capped) and not is_packed(capped)
+    assert [one.nats for one in measured(capped, ROWS, 100)] == pytest.approx([one.nats for one in alone], rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [4, 16])
+def test_a_sliding_window_ends_within_an_example(window: int) -> None:
+    shape = MistralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=window,
+    )
+    model = MistralForCausalLM(shape).eval()
+    alone = measured(model, ROWS, 1)
+    assert pack(model)
+    assert [one.nats for one in measured(model, ROWS, 100)] == pytest.approx([one.nats for one in alone], rel=1e-5)
+
+
+@torch.no_grad()
 def test_the_loss_is_transformers_own(model: LlamaForCausalLM) -> None:
-    for row, one in zip(ROWS, measured(model, ROWS, 3), strict=True):
+    for row, one in zip(ROWS, measured(model, ROWS, 30), strict=True):
         labels = [-100] * row.prompt_tokens + row.input_ids[row.prompt_tokens :]
         theirs = model(input_ids=torch.tensor([row.input_ids]), labels=torch.tensor([labels])).loss
         assert one.nats / one.tokens == pytest.approx(theirs.item(), rel=1e-5)

@@ -18,8 +18,8 @@ from cluster.jobspec import Publish
 from cluster.jobspec import parse as options_from
 from cluster.store.jobs import JobResult, JobStatus, JobStore
 from cluster.store.objects import Store
-from jobs import data
 from jobs import record as records
+from jobs.data.rows import Row
 from jobs.record import JobRecord, record, spec
 from jobs.training import heartbeat
 from jobs.training.driver import Reporter
@@ -98,7 +98,7 @@ def test_heartbeats_tell_what_the_job_waits_for(monkeypatch: Any) -> None:
 def test_each_checkpoint_is_an_event_once(config: Config) -> None:
     """A run that could be resumed from step 40 said so in its log only."""
     with record(config, OPTIONS) as job:
-        tell = Reporter(job.watch, job.note, job.checkpoint)
+        tell = Reporter(job)
         for committed in (
             Committed(),
             Committed(40, 1.5, 2048),
@@ -251,8 +251,6 @@ def test_a_run_that_was_too_short_to_be_looked_at_ends_with_all_its_steps() -> N
     from jobs.training.recipe import Recipe
 
     base: Any = None
-    plan = Plan(
-        base, Recipe.model_validate({"epochs": 2, "global_batch": 4}), [data.Row([1, 2], 1)] * 10, [], [], "sha", "x.jsonl"
-    )
+    plan = Plan(base, Recipe.model_validate({"epochs": 2, "global_batch": 4}), [Row([1, 2], 1)] * 10, [], [], "sha", "x.jsonl")
     at = whole(plan, {"train_loss": 0.5, "tokens": 40.0}, None)
     assert (at.step, at.steps, at.loss, at.tokens) == (6, 6, 0.5, 40)

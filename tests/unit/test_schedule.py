@@ -1,9 +1,12 @@
 """What a run learns does not depend on how many workers it has, or on when that changes."""
 
+from typing import get_args
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.training.schedule import Schedule, share_out
+from jobs.training.schedule import Schedule, Shape
 
 SMALL = st.builds(
     Schedule,
@@ -32,14 +35,11 @@ def test_going_on_from_a_step_sees_what_is_left_and_nothing_twice(schedule: Sche
     assert list(schedule.batches(step)) == whole[step:] and len(whole) == schedule.steps
 
 
-@given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 9), st.integers(1, 7))
-def test_workers_share_a_batch_without_rest_or_repeat(batch: list[int], world: int, micro_batch: int) -> None:
-    shares = [share_out(batch, rank, world, micro_batch) for rank in range(world)]
-    assert sorted(example for share in shares for portion in share for example in portion) == sorted(batch)
-    assert all(len(portion) <= micro_batch for share in shares for portion in share)
-
-
-def test_the_schedule_rises_and_then_falls_to_nothing() -> None:
-    schedule = Schedule(examples=100, global_batch=10, epochs=10, seed=0, learning_rate=1.0, warmup_fraction=0.1)
+@pytest.mark.parametrize("shape", get_args(Shape))
+def test_the_rate_rises_and_then_does_as_its_shape_says(shape: Shape) -> None:
+    schedule = Schedule(100, 10, 10, 0, 1.0, 0.1, shape)
     rates = [schedule.rate(step) for step in range(schedule.steps)]
-    assert max(rates) == max(rates[:11]) and rates[0] < rates[9] and rates[-1] < 0.001
+    assert rates[:9] == sorted(rates[:9]) and 0 < rates[0] < 0.11
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[50] == pytest.approx({"cosine": 0.5, "linear": 0.5, "constant": 1, "wsd": 1}[shape])
+    assert rates[-1] == 1 if shape == "constant" else rates[-1] < 0.06

@@ -14,6 +14,7 @@ import torch
 from jobs.training.handles import Crew
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed
+from jobs.training.state import Counters
 from jobs.training.worker import Reached, Worker
 from tests.workers import EXAMPLES, Small, Workers
 
@@ -115,12 +116,65 @@ def test_the_rendezvous_is_gone_before_anybody_leaves(tmp_path: Path) -> None:
     worker = Worker(Small, settings, (tmp_path / "store").as_uri(), "run")
     work, seen = Small(settings), list[bool]()
     worker.use(work)
-    work.optimizer.register_step_post_hook(lambda *_: seen.append(folder.exists()))
+    work.flat.optimizer.register_step_post_hook(lambda *_: seen.append(folder.exists()))
     rendezvous = worker.meet(one_machine=True)
     folder = Path(rendezvous.removeprefix("file://")).parent
     assert folder.exists() and worker.reached()[:2] == (-1, False)
     assert worker.train(ProcessGroup(1, 0, 1, rendezvous)).ended and worker.reached()[:2] == (10, False) and worker.trains(1)
     assert seen == [False] * 10
+
+
+class Broken(Small):
+    """Its data has a number that is none in the twentieth step."""
+
+    def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
+        loss, tokens = super().gradients(batch, rank, world)
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 20:
+            self.flat.gradient[0] = torch.nan
+        return loss, tokens
+
+
+def test_a_step_that_would_spoil_the_weights_is_not_done(tmp_path: Path) -> None:
+    worker = Worker(Broken, {"epochs": 60, "stage": "small", "checkpoint_s": 3600, "report_s": 3600}, tmp_path.as_uri(), "run")
+    work = Broken(worker.settings)
+    worker.use(work)
+    outcome = worker.train(ProcessGroup(1, 0, 1, worker.meet(one_machine=True)))
+    assert (outcome.step, outcome.diverged, outcome.ended) == (19, "the gradient is not finite", False)
+    assert work.flat.vector.isfinite().all() and not work.flat.exchanged.any()
+
+
+class Overfitting(Small):
+    """Its held-out loss is the least after 20 steps."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.schedule = self.schedule._replace(measure_every_steps=10)
+        self.flat.optimizer.register_step_post_hook(lambda *_: setattr(self, "done", self.done + 1))
+        self.done = 0
+
+    def measure(self, rank: int, world: int) -> dict[str, float]:
+        return {"eval_loss": 1 + abs(self.done - 20) / 10}
+
+    def save(self, target: Path) -> None:
+        (target / "weights").write_text(f"of step {self.done}")
+
+
+def test_the_result_has_the_weights_that_were_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = Worker(Overfitting, {"epochs": 10, "stage": "s", "checkpoint_s": 3600, "report_s": 3600}, tmp_path.as_uri(), "run")
+    worker.use(Overfitting(worker.settings))
+    outcome = worker.train(ProcessGroup(1, 0, 1, worker.meet(one_machine=True)))
+    assert outcome.ended and (outcome.metrics["eval_loss"], outcome.metrics["best_step"]) == (1, 20)
+    assert (tmp_path / "runs/run/result/weights").read_text() == "of step 20"
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("measured")]
+    assert said == [
+        "measured step=10 eval_loss=2.0000 best",
+        "measured step=20 eval_loss=1.0000 best",
+        "measured step=30 eval_loss=2.0000",
+        "measured step=40 eval_loss=3.0000",
+    ]
+    kept = worker.checkpoints.newest()
+    assert kept is not None and Counters.read(kept.meta).best == (20, 1.0) and worker.reached().measured == (40, 3.0)
 
 
 class Slow(Small):
@@ -129,10 +183,10 @@ class Slow(Small):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         self.began = list[torch.Tensor]()
-        self.optimizer.register_step_post_hook(lambda *_: time.sleep(0.002))
+        self.flat.optimizer.register_step_post_hook(lambda *_: time.sleep(0.002))
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
-        self.began.append(self.trained[0].detach().clone())
+        self.began.append(self.flat.vector.detach().clone())
         return super().gradients(batch, rank, world)
 
 
@@ -146,7 +200,7 @@ def test_what_is_kept_while_it_trains_is_the_state_of_one_moment(tmp_path: Path)
     while training.is_alive():
         worker.keep()
         if newest := worker.checkpoints.newest():
-            seen[newest.step] = newest.tensors["0"]
+            seen[newest.step] = newest.tensors["parameters"]
     training.join()
     assert worker.reached().committed == worker.keep() and worker.keep().step >= max(seen)
     assert len(seen) > 10 and all(torch.equal(weights, work.began[step]) for step, weights in seen.items() if step < 300)

@@ -1,0 +1,1 @@
+"""What jobs learn from: lines of a file (`lines`), conversations (`chat`), tokenised examples (`rows`)."""

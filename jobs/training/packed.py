@@ -1,0 +1,127 @@
+"""Examples of several lengths in one row of tokens, and attention that keeps them apart.
+
+A row holds the examples one after the other, each with positions from 0. `attend` is given to transformers under the name `SEGMENTS`: it runs
+causal attention over each example alone, so it takes time for the squares of the examples' lengths, and no mask. Example: for examples of 3 and
+2 tokens, the row has 5 tokens, the positions 0 1 2 0 1, and the ends 3 and 5.
+
+An architecture that looks back in another way than by this attention (a state-space layer, a convolution, soft caps, sinks) would get other
+losses. So `pack` compares the losses with those of the model's own attention, before a run relies on it.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AttentionInterface
+
+SEGMENTS = "segments"
+TRIED_TOKENS = 7, 40, 19
+"""Lengths of the examples by which `pack` compares."""
+UNKNOWN = "softcap", "s_aux", "position_bias"
+"""What some architectures ask of an attention function."""
+ALIKE = 0.03
+"""How much a token's loss may differ, relative to it and in nats. Rounding in bfloat16 makes about a third of it."""
+
+
+class Segments(NamedTuple):
+    """Token ids in one row."""
+
+    input_ids: torch.Tensor
+    """Shape (1, tokens)."""
+    position_ids: torch.Tensor
+    """Shape (1, tokens)."""
+    ends: list[int]
+    """Where each example ends in the row."""
+
+    @classmethod
+    def of(cls, examples: Sequence[Sequence[int]], device: torch.device) -> "Segments":
+        ids = torch.tensor([[token for example in examples for token in example]], device=device)
+        positions = torch.tensor([[at for example in examples for at in range(len(example))]], device=device)
+        ends = torch.tensor([len(example) for example in examples]).cumsum(0).tolist()
+        return cls(ids, positions, ends)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segment_ends: list[int] | None = None,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function. ``query``: shape (1, heads, tokens, width); ``key`` and ``value`` may have fewer heads.
+
+    Returns a tensor of shape (1, tokens, heads, width). Without ``segment_ends`` the row is one example.
+    """
+    if attention_mask is not None or query.shape[0] != 1 or any(more.get(key) is not None for key in UNKNOWN):
+        raise ValueError("this attention takes one row, without masks, soft caps and sinks")
+    grouped = query.shape[1] != key.shape[1]
+    parts: list[torch.Tensor] = []
+    first = 0
+    for end in segment_ends or [query.shape[2]]:
+        q, k, v = (tensor[:, :, first:end] for tensor in (query, key, value))
+        window = _window(end - first, sliding_window, query.device)
+        parts.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
+            )
+        )
+        first = end
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _window(tokens: int, width: int | None, device: torch.device) -> torch.Tensor | None:
+    """The mask of attention to the last ``width`` tokens; None where that is all of them."""
+    if width is None or tokens <= width:
+        return None
+    behind = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)[None]
+    return (behind >= 0) & (behind < width)
+
+
+AttentionInterface.register(SEGMENTS, attend)
+
+
+def is_packed(model: Any) -> bool:
+    """Whether `pack` has prepared the model, or the one within an adapter's."""
+    return getattr(model, "takes_segments", False)
+
+
+@torch.no_grad()
+def pack(model: Any) -> bool:
+    """Give a model the attention of this file. Where its losses differ from those by its own attention, the model gets that back.
+
+    ``model``: as `from_pretrained` makes it, in evaluation mode, so that dropout changes nothing. Returns whether it takes packed examples now.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    tried = torch.Generator().manual_seed(0)
+    examples = [torch.randint(vocabulary, (tokens,), generator=tried).tolist() for tokens in TRIED_TOKENS]
+    device = next(model.parameters()).device
+    alone = [_losses(model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0], ids) for ids in examples]
+    try:
+        model.set_attn_implementation(SEGMENTS)
+        row = Segments.of(examples, device)
+        logits = model(row.input_ids, position_ids=row.position_ids, use_cache=False, segment_ends=row.ends).logits[0]
+        packed = [_losses(part, ids) for part, ids in zip(logits.split([*map(len, examples)]), examples, strict=True)]
+        model.takes_segments = all(torch.allclose(a, b, rtol=ALIKE, atol=ALIKE) for a, b in zip(alone, packed, strict=True))
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):  # the architecture asks for more than this attention has
+        model.takes_segments = False
+    if not model.takes_segments:
+        _as_loaded(model)
+    return model.takes_segments
+
+
+def _as_loaded(model: Any) -> None:
+    """The attention that `from_pretrained` chooses: PyTorch's where the architecture has it, and its own otherwise."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        model.set_attn_implementation("eager")
+
+
+def _losses(logits: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    return cross_entropy(logits[:-1].float(), torch.tensor(ids[1:], device=logits.device), reduction="none")
