@@ -17,6 +17,8 @@ from benchmarks.serving import serving
 from benchmarks.shape import shape
 from benchmarks.tide import SYSTEMS as DIVISIONS
 from benchmarks.tide import tide
+from benchmarks.training import CASES, training
+from benchmarks.training import SYSTEMS as TRAINERS
 from cluster.jobspec import Parser
 from jobs import main
 
@@ -31,6 +33,14 @@ def known_systems(text: str) -> tuple[str, ...]:
 
 def known_divisions(text: str) -> tuple[str, ...]:
     return known(text, DIVISIONS)
+
+
+def known_trainers(text: str) -> tuple[str, ...]:
+    return known(text, tuple(TRAINERS))
+
+
+def known_cases(text: str) -> tuple[str, ...]:
+    return known(text, tuple(CASES))
 
 
 def known(text: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -94,6 +104,15 @@ VERBS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         MODEL,
         file("--json", "write one row per system"),
         file("--png", "where the chart goes", Path("tide.png")),
+    ),
+    training: (
+        option("--rounds", type=int, default=3),
+        option("--cases", type=known_cases, default=tuple(CASES), metavar="NAME,…", help=", ".join(CASES)),
+        option("--systems", type=known_trainers, default=tuple(TRAINERS), metavar="NAME,…", help=", ".join(TRAINERS)),
+        option("--threads", type=int, default=2, help="of every trainer"),
+        file("--data", "chat JSON lines; by default the seedling's facts in conversations"),
+        file("--json", "write one row per system and case"),
+        file("--png", "where the chart goes", Path("training.png")),
     ),
     curve: (
         option("--epochs", type=float, default=600, help="how long both jobs train"),

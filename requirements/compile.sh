@@ -26,4 +26,5 @@ client anthropic anthropic==2.12.0
 client langchain langchain-openai==1.7.4
 client litellm litellm==1.110.2
 client lm_eval "lm-eval[api]==0.4.13" transformers==5.19.0
+# requirements/bench/trl.txt: what TRL needs besides cpu.txt, by hand: pip install --dry-run trl
 # tests/clients/node/package-lock.json: npm install --package-lock-only
