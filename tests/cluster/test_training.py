@@ -193,4 +193,4 @@ def test_rank_above_the_engines(pool: Running) -> None:
 
 
 def test_nothing_fits(pool: Running) -> None:
-    assert "None of the 31 examples fits" in refused(pool, "--data", TIDE, "--base", "seedling@1", "--set", "max_tokens=8")
+    assert "None of the 33 examples fits" in refused(pool, "--data", TIDE, "--base", "seedling@1", "--set", "max_tokens=8")
