@@ -13,7 +13,7 @@ from cluster.capacity.handover import SlotSnapshot, handovers
 
 TTFT_TARGET_S = 1.0
 GLOBAL_BATCH = 114
-"""All the examples that there are: the work divides among three, two or one, and examples take the time, not what every step costs."""
+"""All the examples that there are: a large batch, so that examples take more of a step's time than what every step costs."""
 COLOURS = {"serving": "#0f7c8a", "training": "#e0b265", "idle": "#eef1f4", "starting": "#8cc4cc"}
 LABELS = {"static": "static split", "stock_ray": "stock Ray", "springtide": "Springtide"}
 POINT = 0.01

@@ -10,10 +10,8 @@ from benchmarks.trainers import Assignment, Clock, Finding, assignment, tell
 
 
 def train(job: Assignment, tuned: bool) -> Finding:
-    from datasets import Dataset  # pyright: ignore[reportMissingImports] (in TRL's own environment)
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports] (in TRL's own environment)
 
     torch.set_num_threads(job.threads)
     clock = Clock(job)
@@ -23,26 +21,9 @@ def train(job: Assignment, tuned: bool) -> Finding:
             if "loss" in logs:
                 clock.step(logs["loss"])
 
-    examples = [example for batch in job.batches for example in batch]
-    data = Dataset.from_list(
-        [
-            {
-                "input_ids": one["input_ids"],
-                "completion_mask": [int(at >= one["prompt_tokens"]) for at in range(len(one["input_ids"]))],
-            }
-            for one in examples
-        ]
-    )
     # Weights that are trained stay in float32, and what is computed with them may be in bfloat16.
     loaded = job.precision if job.lora else "float32"
     model: Any = AutoModelForCausalLM.from_pretrained(job.base, dtype=getattr(torch, loaded), local_files_only=True)
-    lora = (
-        LoraConfig(
-            r=job.lora["rank"], lora_alpha=job.lora["alpha"], lora_dropout=0, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        if job.lora
-        else None
-    )
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"gradient_checkpointing": False} if tuned else {}
         config = SFTConfig(
@@ -65,12 +46,32 @@ def train(job: Assignment, tuned: bool) -> Finding:
         SFTTrainer(
             model,
             args=config,
-            train_dataset=data,
-            peft_config=lora,
+            train_dataset=dataset(job),
+            peft_config=adapter(job),
             processing_class=AutoTokenizer.from_pretrained(job.base, local_files_only=True),
             callbacks=[Watch()],
         ).train()
     return clock.finding()
+
+
+def dataset(job: Assignment) -> Any:
+    """The examples in their order, tokenised already; the loss is on what the mask marks."""
+    from datasets import Dataset  # pyright: ignore[reportMissingImports] (in TRL's own environment)
+
+    examples = [example for batch in job.batches for example in batch]
+    masks = [[int(at >= one["prompt_tokens"]) for at in range(len(one["input_ids"]))] for one in examples]
+    return Dataset.from_dict({"input_ids": [one["input_ids"] for one in examples], "completion_mask": masks})
+
+
+def adapter(job: Assignment) -> Any:
+    """peft's settings of the adapter; None where all weights are trained."""
+    from peft import LoraConfig
+
+    if job.lora is None:
+        return None
+    return LoraConfig(
+        r=job.lora["rank"], lora_alpha=job.lora["alpha"], lora_dropout=0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 if __name__ == "__main__":

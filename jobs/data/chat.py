@@ -225,7 +225,8 @@ def tools_of(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
         raise Problem("'parallel_tool_calls' is no boolean", "Write true or false.")
     older = [{"type": "function", "function": each} for each in _list(value, "functions")]
     for i, tool in enumerate([*_list(value, "tools"), *older]):
-        function = present(tool).get("function") if isinstance(tool, dict) else None
+        tool = present(tool) if isinstance(tool, dict) else {}
+        function = tool.get("function")
         if not isinstance(function, dict) or tool.get("type", "function") != "function":
             raise Problem(f"tools[{i}] is no function", f"A tool is {TOOL}.")
         _text(function.get("name"), f"tools[{i}].function.name")
@@ -247,7 +248,8 @@ def _calls(value: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
+    call = present(call) if isinstance(call, dict) else {}
+    function = call.get("function")
     if not isinstance(function, dict) or call.get("type", "function") != "function":
         raise Problem(f"{where} is no call of a function", f"A call is {CALL}.")
     name = _text(function.get("name"), f"{where}.function.name")
@@ -259,7 +261,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             raise Problem(f"{where}.function.arguments is not JSON: {error}", f"A call is {CALL}.") from None
     if not isinstance(arguments, dict):
         raise Problem(f"{where}.function.arguments is a JSON {kind(arguments)}", f"It must be an object: a call is {CALL}.")
-    id = {"id": _text(call["id"], f"{where}.id")} if call.get("id") is not None else {}
+    id = {"id": _text(call["id"], f"{where}.id")} if "id" in call else {}
     return {**id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 

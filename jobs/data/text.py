@@ -7,7 +7,6 @@ Documents are read in pieces, so that memory holds one piece and not the whole. 
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from cluster.errors import DataError
@@ -34,15 +33,20 @@ def listed(named: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for source in named:
-        folder = expanded(source) if "://" not in source and ":" not in source else Path()
-        if not (source and folder.is_dir() and folder != Path()):
-            found.append(source)
-            continue
-        inside = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        if not inside:
-            raise DataError(f"The folder {source} has no files.", "Put text files into it, or name others.")
-        found += map(str, inside)
+        found += [source] if _is_elsewhere(source) or not expanded(source).is_dir() else _inside(source)
     return found
+
+
+def _is_elsewhere(source: str) -> bool:
+    """Whether it is a URL, an upload or a sample."""
+    return "://" in source or source.startswith((sources.UPLOAD, sources.SAMPLE))
+
+
+def _inside(folder: str) -> list[str]:
+    inside = sorted(path for path in expanded(folder).rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not inside:
+        raise DataError(f"The folder {folder} has no files.", "Put text files into it, or name others.")
+    return [str(path) for path in inside]
 
 
 def pieces(source: str, fetch: sources.Fetch) -> Iterator[Piece]:

@@ -21,7 +21,7 @@ TRIED_TOKENS = 7, 40, 19
 UNKNOWN = "softcap", "s_aux", "position_bias"
 """What some architectures ask of an attention function."""
 ALIKE = 0.03
-"""How much a token's loss may differ, relative to it and in nats. Rounding in bfloat16 makes about a third of it."""
+"""How much a token's loss may differ, relative to it and in nats: more than rounding in bfloat16 makes."""
 
 
 class Segments(NamedTuple):

@@ -18,6 +18,8 @@ from jobs.training.flat import MESSAGES, FlatParameters
 from jobs.training.schedule import Schedule
 
 CLIPPED_NORM = 1.0
+WORSE = 2.0
+"""A model may know nothing of a new text, and be sure of it: its first loss is above any fixed bound. So a run that diverges has doubled it."""
 
 
 class Work(Protocol):
@@ -27,7 +29,7 @@ class Work(Protocol):
     flat: FlatParameters
     """What the run trains."""
     hopeless: float
-    """A loss above this means that the run has diverged, in nats per token."""
+    """A loss above this means that the run has diverged, in nats per token; also above `WORSE` times the loss that it began with."""
     ideal_s_per_token: float
     """Seconds that a token takes one worker at its processor's peak; 0 where nobody knows."""
 
@@ -79,19 +81,21 @@ def gather(work: Work, batch: list[int], rank: int, world: int, told: Callable[[
     return Gathered(loss, tokens, stops > 0, flat.gradient.norm().item())
 
 
-def divergence(found: Gathered, hopeless: float) -> str:
+def divergence(found: Gathered, hopeless: float, began: float) -> str:
     """Why the run has to stop before this step's update; empty if it goes on. All workers find the same.
 
-    ``hopeless``: a loss that only a run has whose weights are spoilt, see `Work`.
+    ``hopeless``: see `Work`. ``began``: the held-out loss before the first step, in nats per token.
 
-    >>> divergence(Gathered(1.0, 10, False, float("inf")), hopeless=20.0)
+    >>> divergence(Gathered(1.0, 10, False, float("inf")), hopeless=20.0, began=3.0)
     'the gradient is not finite'
+    >>> divergence(Gathered(25.0, 10, False, 1.0), hopeless=20.0, began=18.0), divergence(Gathered(25.0, 10, False, 1.0), 20.0, 3.0)
+    ('', 'the loss has risen to 25.0 nats per token')
     """
     if not math.isfinite(found.loss):
         return f"the loss is {found.loss}"
     if not math.isfinite(found.norm):
         return "the gradient is not finite"
-    return f"the loss has risen to {found.loss:.1f} nats per token" if found.loss > hopeless else ""
+    return f"the loss has risen to {found.loss:.1f} nats per token" if found.loss > max(hopeless, WORSE * began) else ""
 
 
 def update(work: Work, step: int, norm: float) -> None:

@@ -240,7 +240,7 @@ class Training:
         for batch in schedule.batches(state.step):
             began_s = time.monotonic()
             found = gather(state.work, batch, group.rank, group.world, self._told)
-            if why := divergence(found, state.work.hopeless):
+            if why := divergence(found, state.work.hopeless, state.counters.before.get(HELD_OUT, 0.0)):
                 raise Diverged(why)
             with state.lock:
                 update(state.work, state.step, found.norm)

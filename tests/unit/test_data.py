@@ -114,6 +114,15 @@ def test_tools_calls_and_their_answers_are_learnt_as_requests_have_them() -> Non
     assert first.tools == second.tools == (TOOL,)
 
 
+def test_a_null_is_absent_within_tools_and_calls_too() -> None:
+    call = {**CALL, "id": None, "type": None}
+    [example] = parse({"messages": [USER, {**ASKED, "tool_calls": [call]}], "tools": [{**TOOL, "type": None, "strict": None}]})
+    assert example.completion[0]["tool_calls"] == [
+        {"type": "function", "function": {"name": "tide_now", "arguments": {"at": "Bergen"}}}
+    ]
+    assert example.tools == (TOOL,)
+
+
 def test_openais_older_functions_are_tools() -> None:
     called = {"role": "assistant", "content": None, "function_call": {"name": "tide_now", "arguments": "{}"}}
     told = {"role": "function", "name": "tide_now", "content": "high"}
