@@ -5,31 +5,21 @@
 result with its lineage and asks control to make it live. It checks the whole request before it starts anything in Ray.
 """
 
-import math
-import tempfile
-import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.config import Config, Fleet, load
-from cluster.errors import ConfigError, VersionRefused
+from cluster.errors import ConfigError
 from cluster.jobspec import Finetune, command_line, with_workers
-from cluster.publishing.rollout import Rollout
 from cluster.store.fleets import FleetRecords
-from cluster.store.jobs import JobProgress
 from cluster.store.registry import Registry, registry_of
-from cluster.types import Lineage, Manifest, check_name
+from cluster.types import Manifest, check_name
 from jobs import main, reach, sources
 from jobs.data import chat, rows
 from jobs.data.chat import Dataset, Example
 from jobs.data.rows import Row
-from jobs.publish import publish
 from jobs.record import JobRecord, record
+from jobs.release import release
 from jobs.training import recipe
-from jobs.training.progress import Progress
-
-DECIDED_S = 60
-"""How long control may take to act on a verdict. It looks twice a second."""
 
 
 class Plan(NamedTuple):
@@ -65,30 +55,9 @@ def finetune(config: Config, options: Finetune, job: JobRecord) -> None:
 
     job.made(**result(manifest, None))  # before the publish, so that a refusal does not hide what was trained
     if options.publish:
-        rollout = publish(manifest.id, manifest.id.name, f"fine-tuned on {plan.source}", job.id)
-        if rollout.stage == "registered":
-            rollout = judged(config, registry, plan, rollout, options.priority, job)
+        reason = f"fine-tuned on {plan.source}"
+        rollout = release(config, registry, manifest, reason, plan.held_out_examples, options.priority, job)
         job.made(**result(manifest, rollout.stage))
-
-
-def judged(config: Config, registry: Registry, plan: Plan, rollout: Rollout, priority: int, job: JobRecord) -> Rollout:
-    """Measure the version for the gate, and wait for the gate's decision. Raises `VersionRefused` if the gate refuses the version.
-
-    If the configuration names no sets, the gate compares the loss on this run's held-out examples.
-    """
-    from jobs.evaluate import Sets, evaluate, supplied
-
-    sets = supplied(config)
-    sets = sets if any(sets) else Sets(plan.held_out_examples, [], [])
-    verdict = evaluate(config, registry, registry.manifest(rollout.version), rollout.incumbent, sets, priority, job)
-    print(verdict.words, flush=True)
-    deadline_s = time.monotonic() + DECIDED_S
-    while rollout.stage == "registered" and time.monotonic() < deadline_s:
-        time.sleep(0.2)
-        rollout = registry.records(rollout.alias, rollout.number)[-1]
-    if rollout.stage == "rolled_back":
-        raise VersionRefused(f"{rollout.version} is registered but not live: {rollout.reason}", "The live version is unchanged.")
-    return rollout
 
 
 # before Ray
@@ -184,43 +153,19 @@ def tokenized(
 
 def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job: JobRecord) -> Manifest:
     """Train as planned, and register the result: an adapter on the base, or new weights."""
-    from jobs.training import driver, ray_train, runs
+    from jobs.training import ray_train
+    from jobs.training.launch import Learning, begun, trained
     from jobs.training.objectives.finetune import SupervisedFineTuning
 
     ray_train.connect()
-    settings = {
-        "config": config.dump(),
-        "recipe": plan.recipe.model_dump(),
-        "base": str(plan.base.id),
-        "train": plan.train,
-        "held_out": plan.held_out,
-        "stage": "finetune",
-    }
-    inputs = {"base": settings["base"], "recipe": settings["recipe"], "data": plan.dataset_sha256}
-    name = runs.resume(registry.store, options.resume, inputs) if options.resume else runs.begin(registry.store, job.id, inputs)
-    job.begin_run(name)
-    ended = driver.fit(config, SupervisedFineTuning, settings, name, options.priority, job)
-    job.watch(whole(plan, ended.metrics, job.snapshot.progress))
-    lineage = Lineage(
-        parent=plan.base.id,
-        dataset_sha256=plan.dataset_sha256,
-        recipe=plan.recipe.model_dump(exclude_none=True),
-        job=job.id,
-        code_revision=ray_train.code_revision(),
-        metrics={**ended.metrics, "examples": len(plan.train)},
+    base = str(plan.base.id)
+    run = begun(registry, options.resume, {"base": base, "recipe": plan.recipe.model_dump(), "data": plan.dataset_sha256}, job)
+    settings = {"base": base, "train": plan.train, "held_out": plan.held_out, "stage": "finetune"}
+    name = options.name or plan.base.id.name
+    learning = Learning(
+        SupervisedFineTuning, settings, plan.recipe, len(plan.train), plan.dataset_sha256, name, parent=plan.base.id
     )
-    kind, base = ("adapter", plan.base.id) if plan.recipe.lora else ("weights", None)
-    with tempfile.TemporaryDirectory() as scratch, runs.result(config, ended.name, Path(scratch)) as folder:
-        return registry.register(options.name or plan.base.id.name, kind, base, folder, lineage)
-
-
-def whole(plan: Plan, metrics: dict[str, float], last: JobProgress | None) -> Progress:
-    """The progress of a run at its end. The driver looks once a second, so it may have missed the last step, or all of a short run."""
-    steps = recipe.schedule(plan.recipe, len(plan.train)).steps
-    loss, tokens = metrics.get("train_loss", math.nan), int(metrics.get("tokens", 0))
-    if last is None:
-        return Progress(steps, steps, loss, tokens, 0.0, 0.0, 0)
-    return Progress(steps, steps, loss, tokens, last.tokens_per_s, 0.0, last.workers, last.mfu, last.memory_mb)
+    return trained(config, registry, run, learning, options.priority, job)
 
 
 if __name__ == "__main__":

@@ -87,9 +87,10 @@ class JobRecord:
             "checkpoint", f"the state after step {step} is kept", {"step": step, "seconds": seconds, "size_bytes": size_bytes}
         )
 
-    def measured(self, step: int, loss: float) -> None:
-        """Note the held-out loss after so many steps."""
-        self._say("measurement", f"the held-out loss after step {step} is {loss:.4f}", {"step": step, "eval_loss": loss})
+    def measured(self, step: int, metrics: dict[str, float]) -> None:
+        """Note what was measured on held-out data after so many steps."""
+        words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._say("measurement", f"after step {step}: {words}", {"step": step, **metrics})
 
     def know(self, **facts: Any) -> None:
         """Note facts about the job: ``base``, ``dataset_sha256``, …"""

@@ -48,8 +48,8 @@ class Listener(Protocol):
         """The newest checkpoint."""
         ...
 
-    def measured(self, step: int, loss: float) -> None:
-        """The newest measurement while the run goes on: the held-out loss after ``step`` steps, in nats per token."""
+    def measured(self, step: int, metrics: dict[str, float]) -> None:
+        """The newest measurement while the run goes on: what `Work.measure` found after ``step`` steps."""
         ...
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cluster.errors import StoreUnavailable
 from jobs.training.checkpoints import Checkpoints, Snapshot
 from jobs.training.process_group import ProcessGroup
-from jobs.training.work import Work
+from jobs.training.work import HELD_OUT, Work
 
 
 class Counters(NamedTuple):
@@ -33,10 +33,10 @@ class Counters(NamedTuple):
     before: dict[str, float] = {}  # noqa: RUF012 (never written to)
     """What `Work.measure` found before the first step."""
 
-    measured: tuple[int, float] | None = None
-    """The newest measurement between the first step and the last: the step, and the held-out loss in nats per token."""
+    measured: tuple[int, dict[str, float]] | None = None
+    """The newest measurement between the first step and the last: the step, and what `Work.measure` found."""
     best: tuple[int, float] | None = None
-    """The measurement with the least loss. The run's result has the weights of that step."""
+    """The step with the least held-out loss, and the loss in nats per token. The run's result has the weights of that step."""
 
     @classmethod
     def read(cls, meta: Mapping[str, Any]) -> "Counters":
@@ -48,13 +48,15 @@ class Counters(NamedTuple):
         """The counters after one more step, which had so many ``tokens`` and took so many ``seconds``."""
         return self._replace(step=self.step + 1, tokens=self.tokens + tokens, loss=loss, seconds=self.seconds + seconds)
 
-    def with_measured(self, loss: float) -> "Counters":
+    def with_measured(self, metrics: dict[str, float]) -> "Counters":
         """
-        >>> Counters(step=9, best=(5, 1.5)).with_measured(1.7).best, Counters(step=9, best=(5, 1.5)).with_measured(1.2).best
+        >>> before = Counters(step=9, best=(5, 1.5))
+        >>> before.with_measured({"eval_loss": 1.7}).best, before.with_measured({"eval_loss": 1.2}).best
         ((5, 1.5), (9, 1.2))
         """
-        now = self.step, loss
-        return self._replace(measured=now, best=now if self.best is None or loss < self.best[1] else self.best)
+        loss = metrics[HELD_OUT]
+        best = (self.step, loss) if self.best is None or loss < self.best[1] else self.best
+        return self._replace(measured=(self.step, metrics), best=best)
 
 
 class State:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from jobs.training.flat import MESSAGES, FlatParameters
 from jobs.training.schedule import Schedule
 
+HELD_OUT = "eval_loss"
+"""What every `Work` measures, in nats per token. It decides which weights are the best."""
 CLIPPED_NORM = 1.0
 WORSE = 2.0
 """A model may know nothing of a new text, and be sure of it: its first loss is above any fixed bound. So a run that diverges has doubled it."""
@@ -42,7 +44,7 @@ class Work(Protocol):
         ...
 
     def measure(self, rank: int, world: int) -> dict[str, float]:
-        """Measurements of the model as it is now, by name. All workers of the process group call this together."""
+        """Measurements of the model as it is now, by name, `HELD_OUT` among them. All workers of the process group call this together."""
         ...
 
     def save(self, target: Path) -> None:

@@ -29,11 +29,9 @@ from jobs.training.checkpoints import Checkpoints, Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
 from jobs.training.progress import Committed, ProgressPrinter
 from jobs.training.state import State
-from jobs.training.work import Work, divergence, gather, update
+from jobs.training.work import HELD_OUT, Work, divergence, gather, update
 
 RESULT = "result"
-HELD_OUT = "eval_loss"
-"""The measurement that decides which weights are the best."""
 
 
 class Loaded(NamedTuple):
@@ -69,7 +67,7 @@ class Reached(NamedTuple):
     """See `Work`."""
     memory_mb: float = 0.0
     """The most memory that the worker has taken: of its GPU, or of the machine."""
-    measured: tuple[int, float] | None = None
+    measured: tuple[int, dict[str, float]] | None = None
     """The newest measurement, see `Counters`."""
 
 
@@ -265,12 +263,13 @@ class Training:
         """Measure the model on all workers. If it is the best so far, rank 0 saves it as the result."""
         state = self.state
         self.stepping = False  # it may take longer than any step
-        loss = state.work.measure(self.group.rank, self.group.world)[HELD_OUT]
+        metrics = state.work.measure(self.group.rank, self.group.world)
         with state.lock:
-            state.counters = state.counters.with_measured(loss)
-        best = state.counters.best == (state.step, loss)
+            state.counters = state.counters.with_measured(metrics)
+        best = state.counters.best == (state.step, metrics[HELD_OUT])
         if self.group.rank == 0:
-            print(f"measured step={state.step} {HELD_OUT}={loss:.4f}{' best' if best else ''}", flush=True)
+            told = " ".join(f"{name}={value:.4f}" for name, value in metrics.items())
+            print(f"measured step={state.step} {told}{' best' if best else ''}", flush=True)
             if best:
                 self._save()
         self.stepping = True

@@ -92,7 +92,7 @@ class Fit:
     def checkpoint(self, committed: Committed) -> None:
         self.kept.append(committed)
 
-    def measured(self, step: int, loss: float) -> None:
+    def measured(self, step: int, metrics: dict[str, float]) -> None:
         pass
 
     def began(self) -> list[tuple[int, int]]:

@@ -19,10 +19,10 @@ from cluster.jobspec import parse as options_from
 from cluster.store.jobs import JobResult, JobStatus, JobStore
 from cluster.store.objects import Store
 from jobs import record as records
-from jobs.data.rows import Row
 from jobs.record import JobRecord, record, spec
 from jobs.training import heartbeat
 from jobs.training.driver import Reporter
+from jobs.training.launch import whole
 from jobs.training.progress import Committed, Progress
 from tests.conftest import ROOT
 from tests.waiting import when
@@ -247,10 +247,5 @@ def test_what_a_loss_cannot_say_is_left_out(config: Config) -> None:
 
 
 def test_a_run_that_was_too_short_to_be_looked_at_ends_with_all_its_steps() -> None:
-    from jobs.finetune import Plan, whole
-    from jobs.training.recipe import Recipe
-
-    base: Any = None
-    plan = Plan(base, Recipe.model_validate({"epochs": 2, "global_batch": 4}), [Row([1, 2], 1)] * 10, [], [], "sha", "x.jsonl")
-    at = whole(plan, {"train_loss": 0.5, "tokens": 40.0}, None)
+    at = whole(6, {"train_loss": 0.5, "tokens": 40.0}, None)
     assert (at.step, at.steps, at.loss, at.tokens) == (6, 6, 0.5, 40)

@@ -174,7 +174,9 @@ def test_the_result_has_the_weights_that_were_the_best(tmp_path: Path, capsys: p
         "measured step=40 eval_loss=3.0000",
     ]
     kept = worker.checkpoints.newest()
-    assert kept is not None and Counters.read(kept.meta).best == (20, 1.0) and worker.reached().measured == (40, 3.0)
+    assert (
+        kept is not None and Counters.read(kept.meta).best == (20, 1.0) and worker.reached().measured == (40, {"eval_loss": 3.0})
+    )
 
 
 class Slow(Small):
