@@ -5,12 +5,10 @@
 result with its lineage and asks control to make it live. It checks the whole request before it starts anything in Ray.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from cluster.config import Config, Fleet, load
-from cluster.errors import ConfigError
+from cluster.config import Config, load
 from cluster.jobspec import Finetune, command_line, with_workers
-from cluster.store.fleets import FleetRecords
 from cluster.store.registry import Registry, registry_of
 from cluster.types import Manifest, check_name
 from jobs import main, reach, sources
@@ -20,6 +18,7 @@ from jobs.data.rows import Row
 from jobs.record import JobRecord, record
 from jobs.release import release
 from jobs.training import recipe
+from jobs.training.base import check_fits, opened, resolve
 
 
 class Plan(NamedTuple):
@@ -77,75 +76,28 @@ def prepare(config: Config, registry: Registry, options: Finetune) -> Plan:
     return tokenized(config, registry, base, chosen, dataset, held_out)
 
 
-def check_fits(chosen: recipe.Recipe, config: Config, registry: Registry, base: str) -> None:
-    """Raise `ConfigError` for an adapter that the engine would refuse after the training."""
-    if chosen.lora is None:
-        return
-    name, fleet = hosting_fleet(config, registry, base)
-    if chosen.lora.rank > fleet.max_lora_rank:
-        whose = f"the fleet {name}" if name else "every fleet"
-        raise ConfigError(
-            f"lora.rank {chosen.lora.rank} is above max_lora_rank {fleet.max_lora_rank} of {whose}: the engine could not load the adapter.",
-            f"Use --set lora.rank={fleet.max_lora_rank}, or host {base} with a larger max_lora_rank.",
-            param="lora.rank",
-        )
-
-
-def hosting_fleet(config: Config, registry: Registry, base: str) -> tuple[str, Fleet]:
-    """The fleet that would serve an adapter on ``base``, with its name: of the configuration, or one that was added since. Where none hosts
-    ``base`` yet, what every fleet has, without a name."""
-    fleets = FleetRecords(registry.store).with_declared(config)
-    for name, fleet in fleets.items():
-        if fleet.model == base.partition("@")[0]:
-            return name, fleet
-    weights = registry.resolve(base).weights
-    for name, fleet in fleets.items():
-        live = registry.alias(fleet.model)
-        if live is not None and registry.manifest(live.stable).weights == weights:
-            return name, fleet
-    return "", config.fleet
-
-
-def resolve(registry: Registry, base: str) -> Manifest:
-    """The weights to train on. For an adapter these are the weights under it, and the log says so."""
-    found = registry.resolve(base)
-    if found.kind == "adapter":
-        print(f"{found.id} is an adapter; training starts from its base {found.weights}")
-    return registry.manifest(found.weights)
-
-
 def tokenized(
     config: Config,
     registry: Registry,
-    base: Manifest,
+    manifest: Manifest,
     chosen: recipe.Recipe,
     dataset: Dataset,
     held_out: list[Example] | None,
 ) -> Plan:
-    from transformers import AutoConfig, AutoTokenizer
-
-    from jobs.training import precision
-
-    folder = registry.files.fetch_settings(base, config.home / "cache")
-    shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    resolved = chosen.resolved(shape.hidden_size, shape.max_position_embeddings)
-    resolved = precision.resolve(resolved, config.pool.accelerator == "gpu", shape.hidden_size)
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.chat_template is None:
-        raise ConfigError(f"{base.id} has no chat template.", "Use a chat model as the base.", param="base")
-    limit = resolved.max_tokens or shape.max_position_embeddings
+    base = opened(config, registry, manifest, chosen)
+    limit, resolved = base.limit_tokens, base.recipe
     # What is too long is left out before anything is held out, so that the held-out fraction is of what is learnt.
-    learnt = rows.tokenize(dataset.examples, tokenizer, limit)
+    learnt = rows.tokenize(dataset.examples, base.tokenizer, limit)
     if held_out is None:
         all_lines = {example.line for example in learnt.examples}
         lines = rows.split(all_lines, resolved.held_out_fraction, resolved.seed)
         kept, measured = learnt.only(all_lines - lines), learnt.only(lines)
     else:
-        kept, measured = learnt, rows.tokenize(held_out, tokenizer, limit)
+        kept, measured = learnt, rows.tokenize(held_out, base.tokenizer, limit)
     print(rows.described(kept.rows, measured.rows, learnt.too_long, limit))
     if measured.too_long:
         print(f"{len(measured.too_long)} examples of --eval-data left out, longer than {limit:,} tokens")
-    return Plan(base, resolved, kept.rows, measured.rows, measured.examples, dataset.sha256, dataset.source)
+    return Plan(manifest, resolved, kept.rows, measured.rows, measured.examples, dataset.sha256, dataset.source)
 
 
 # with Ray

@@ -10,7 +10,7 @@ from cluster.errors import ConfigError, ModelNotFound
 from cluster.store.fleets import FleetRecord, FleetRecords
 from cluster.store.registry import Registry, registry_of
 from cluster.types import Lineage, VersionId
-from jobs.finetune import check_fits
+from jobs.training.base import check_fits
 from jobs.training.recipe import Recipe
 from tests.controlled import make_base
 

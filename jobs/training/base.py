@@ -1,0 +1,72 @@
+"""What a run starts from: a version of weights, its tokenizer, and the recipe with what this model leaves no choice about."""
+
+from typing import Any, NamedTuple
+
+from cluster.config import Config, Fleet
+from cluster.errors import ConfigError
+from cluster.store.fleets import FleetRecords
+from cluster.store.registry import Registry
+from cluster.types import Manifest
+from jobs.training.recipe import Recipe
+
+
+class Base(NamedTuple):
+    manifest: Manifest
+    tokenizer: Any
+    recipe: Recipe
+    """With its defaults resolved for this model."""
+    limit_tokens: int
+    """Longer examples are left out."""
+
+
+def check_fits(chosen: Recipe, config: Config, registry: Registry, base: str) -> None:
+    """Raise `ConfigError` for an adapter that the engine would refuse after the training."""
+    if chosen.lora is None:
+        return
+    name, fleet = hosting_fleet(config, registry, base)
+    if chosen.lora.rank > fleet.max_lora_rank:
+        whose = f"the fleet {name}" if name else "every fleet"
+        raise ConfigError(
+            f"lora.rank {chosen.lora.rank} is above max_lora_rank {fleet.max_lora_rank} of {whose}: the engine could not load the adapter.",
+            f"Use --set lora.rank={fleet.max_lora_rank}, or host {base} with a larger max_lora_rank.",
+            param="lora.rank",
+        )
+
+
+def hosting_fleet(config: Config, registry: Registry, base: str) -> tuple[str, Fleet]:
+    """The fleet that would serve an adapter on ``base``, with its name: of the configuration, or one that was added since. Where none hosts
+    ``base`` yet, what every fleet has, without a name."""
+    fleets = FleetRecords(registry.store).with_declared(config)
+    for name, fleet in fleets.items():
+        if fleet.model == base.partition("@")[0]:
+            return name, fleet
+    weights = registry.resolve(base).weights
+    for name, fleet in fleets.items():
+        live = registry.alias(fleet.model)
+        if live is not None and registry.manifest(live.stable).weights == weights:
+            return name, fleet
+    return "", config.fleet
+
+
+def resolve(registry: Registry, base: str) -> Manifest:
+    """The weights to train on. For an adapter these are the weights under it, and the log says so."""
+    found = registry.resolve(base)
+    if found.kind == "adapter":
+        print(f"{found.id} is an adapter; training starts from its base {found.weights}")
+    return registry.manifest(found.weights)
+
+
+def opened(config: Config, registry: Registry, manifest: Manifest, chosen: Recipe) -> Base:
+    """Read a version's settings and tokenizer, and resolve the recipe for it. Raises `ConfigError` where it is no chat model."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from jobs.training import precision
+
+    folder = registry.files.fetch_settings(manifest, config.home / "cache")
+    shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    resolved = chosen.resolved(shape.hidden_size, shape.max_position_embeddings)
+    resolved = precision.resolve(resolved, config.pool.accelerator == "gpu", shape.hidden_size)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"{manifest.id} has no chat template.", "Use a chat model as the base.", param="base")
+    return Base(manifest, tokenizer, resolved, resolved.max_tokens or shape.max_position_embeddings)
