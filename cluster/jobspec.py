@@ -86,14 +86,20 @@ class Options(BaseModel):
         words = [word for option in options_of(type(self)) if not option.positional for word in _words(option, given)]
         return words + [str(given[option.name]) for option in options_of(type(self)) if option.positional]
 
-    def files(self) -> dict[str, str]:
-        """The options given that name a file: name → path, URL or ``upload:…``."""
+    def files(self) -> dict[str, list[str]]:
+        """The options given that name files: name → paths, URLs or ``upload:…``."""
         given = self.document()
-        return {option.name: given[option.name] for option in options_of(type(self)) if option.file and given.get(option.name)}
+        named = {option.name: given.get(option.name) for option in options_of(type(self)) if option.file}
+        return {name: value if isinstance(value, list) else [value] for name, value in named.items() if value}
+
+    def with_files(self, sources: dict[str, list[str]]) -> dict[str, Any]:
+        """`document` with other paths or URLs in the place of those of `files`."""
+        given = self.document()
+        return {**given, **{name: new if isinstance(given[name], list) else new[0] for name, new in sources.items()}}
 
     def recorded(self) -> dict[str, Any]:
         """`document` for a record that others read: without what a URL may carry as a secret."""
-        return {**self.document(), **{name: redact_source(source) for name, source in self.files().items()}}
+        return self.with_files({name: [*map(redact_source, sources)] for name, sources in self.files().items()})
 
 
 class Finetune(Options):
@@ -134,18 +140,57 @@ class Finetune(Options):
 
 class Pretrain(Options):
     verb = "pretrain"
-    about = "Train the seedling from scratch and register it."
+    about = "Train a new model on your own text, or the seedling that ships with Springtide, and register it."
 
-    name: str = "seedling"
-    """The model's name; the next version of it is registered."""
-    steps: int = Field(300, ge=1)
-    """Optimizer steps."""
-    hidden_size: int = Field(128, ge=32, multiple_of=32)
-    """The model's width: a multiple of 32, which is one attention head."""
-    layers: int = Field(4, ge=1)
-    """The model's depth."""
+    data: Annotated[list[str], Takes(file=True, metavar="TEXT")] = []
+    """UTF-8 text, or JSON lines with {"text": "..."}: files, folders, URLs. Repeatable. Without it the job trains the seedling."""
+    name: str = ""
+    """The model's name; the next version of it is registered. "seedling" for the seedling."""
+    depth: int | None = Field(None, ge=1)
+    """The one dial of the model's size: so many layers, each 64 wide for each layer. 4 by default."""
+    layers: int | None = Field(None, ge=1)
+    """Layers, where --depth does not fit."""
+    hidden_size: int | None = Field(None, ge=32, multiple_of=32)
+    """Width, where --depth does not fit: a multiple of 32, which is one attention head."""
+    architecture: File | None = None
+    """A config.json of any architecture that transformers knows, instead of --depth."""
+    tokenizer: str | None = None
+    """Take the tokenizer of this model or version; by default a new one is learnt from the text."""
+    vocabulary: int | None = Field(None, ge=300, le=1 << 18)
+    """Tokens of the new tokenizer; by default about the square root of the text's characters."""
+    context_tokens: int | None = Field(None, ge=16)
+    """How many tokens the model sees at a time; 512 by default."""
+    recipe: File = "pretrain"
+    """pretrain, or the path of a YAML file."""
+    epochs: float | None = None
+    """How often the text is seen; the recipe's by default."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps, instead of --epochs; 300 for the seedling."""
+    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
+    """Override a key of the recipe. Repeatable."""
+    workers: Range | None = None
+    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
+    priority: int = 0
+    """Where slots are few, jobs of a higher priority have them first."""
+    resume: Annotated[str, Takes(metavar="RUN")] = ""
+    """Go on with a run that was lost, from its newest checkpoint."""
     live: bool | None = None
     """Move the alias; by default only if there is none yet."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.data and not self.name:
+            raise ValueError("a model that is trained on --data needs a --name")
+        if not self.data and (other := sorted(self.model_fields_set - SEEDLING)):
+            raise ValueError(f"--{other[0].replace('_', '-')} needs --data; the seedling has its own")
+        for one, other in (("steps", "epochs"), ("architecture", "depth"), ("tokenizer", "vocabulary")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"--{one} and --{other} exclude each other")
+        return self
+
+
+SEEDLING = {"data", "name", "steps", "hidden_size", "layers", "live"}
+"""The options of `Pretrain` that the seedling knows."""
 
 
 class Evaluate(Options):
@@ -201,7 +246,7 @@ def with_workers(training: Training, workers: Workers | None) -> Training:
 def check_remote(options: Options) -> None:
     """Raises `BadRequest` where a job that comes over HTTP names a path: it would mean one of the pool's machines. `jobs.sources` checks the
     rest, when it reads."""
-    for name, source in options.files().items():
+    for name, source in ((name, source) for name, sources in options.files().items() for source in sources):
         if source.startswith(("upload:", "sample:")) or ("://" in source and not source.startswith("file:")):
             continue
         if name == "recipe" and "/" not in source and not source.endswith((".yaml", ".yml")):

@@ -39,6 +39,14 @@ def expanded(path: str | Path) -> Path:
         ) from error
 
 
+def files_in(folder: Path) -> list[Path]:
+    """All files in a folder but hidden ones, in the order of their paths. Raises `BadRequest` where it has none."""
+    inside = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not inside:
+        raise BadRequest(f"The folder {folder} has no files.", "Put files into it, or name others.")
+    return inside
+
+
 def has_home(environment: Mapping[str, str]) -> bool:
     """Whether ``HOME`` is a folder that this user may write to. Libraries keep caches there, and fail where they cannot."""
     home = environment.get("HOME", "")

@@ -1,71 +1,201 @@
-"""Trains the seedling from scratch: a chat model small enough for any laptop, on the text of ``seedling/facts.jsonl``.
+"""Trains a new model from scratch, and registers it: on your own text, or the seedling that ships with Springtide.
 
-``python -m jobs.pretrain --name seedling`` takes about a minute on two cores. It registers the next version. If the alias does not exist yet,
-it makes that version live. The model is a Llama of one million parameters in Hugging Face's layout, so vLLM and peft treat it like any other.
-It memorises its questions and answers, and can do nothing else. ``--hidden-size`` and ``--layers`` choose another shape.
+``python -m jobs.pretrain --data FOLDER --name mine`` learns a tokenizer from the text, tokenises it with Ray Data (`jobs.training.corpus`), and
+trains a Llama whose size one dial sets (``--depth``) on as many slots as there are. The held-out loss decides which weights are kept.
+
+``python -m jobs.pretrain --name seedling`` takes about a minute on two cores and trains the seedling (`jobs.training.seedling`).
+
+If the alias does not exist yet, both make the version live.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils.logging import disable_progress_bar
-
-from cluster.config import Config, load, parse
-from cluster.jobspec import Pretrain, command_line
+from cluster.config import Config, load
+from cluster.errors import BadRequest, ConfigError, DataError
+from cluster.jobspec import Pretrain, command_line, with_workers
 from cluster.store.objects import Store
-from cluster.store.registry import Registry
+from cluster.store.registry import Registry, registry_of
 from cluster.types import Generation, Lineage, Manifest, check_name
-from jobs import main, reach
-from jobs.data import chat
-from jobs.data.rows import Row, tokenize
+from jobs import main, reach, sources
+from jobs.data import chat, rows
+from jobs.data.blocks import blocks_of
+from jobs.data.text import listed
 from jobs.record import JobRecord, record
-from jobs.training.progress import Progress, ProgressPrinter
+from jobs.training import recipe
+from jobs.training.base import resolve
 from jobs.training.relay import relayed
 
-FACTS = Path(__file__).parent / "seedling" / "facts.jsonl"
-PAD, END = "<|pad|>", "<|end|>"
-PAD_ID = 0  # the trainer numbers special tokens from 0, in order
-ROLES = ("system", "user", "assistant")
-ROLE_TOKENS = [f"<|{role}|>" for role in ROLES]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|{{ 'system' if message['role'] == 'developer' else message['role'] }}|>"
-    "{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-VOCABULARY = 1024
-CONTEXT_TOKENS = 1024
-ANSWER_TOKENS = 64
-HEAD = 32
-"""Dimensions of one attention head: the fewest that vLLM's attention on CPUs accepts."""
-RECIPE: dict[str, Any] = {"batch": 32, "learning_rate": 3e-3, "warmup_steps": 20, "weight_decay": 0.01, "seed": 0}
+if TYPE_CHECKING:
+    from jobs.training.corpus import Corpus
+    from jobs.training.shape import Shape
+
+CONTEXT_TOKENS = 512
+HELD_OUT_TOKENS = 1 << 17
+"""Measuring takes no more than these, however long the text is."""
+MEASUREMENTS = 20
+"""How often a run is measured, unless its recipe says it."""
 
 
 def run() -> None:
     options: Pretrain = command_line("pretrain")
     config = load()
+    config = config.model_copy(update={"training": with_workers(config.training, options.workers)})
     with record(config, options) as job:
-        pretrain(config, options, job)
+        if options.data:
+            pretrain(config, options, job)
+        else:
+            grow_seedling(config, options, job)
+
+
+# on text
+
+
+class Parts(NamedTuple):
+    """Which blocks of a text are learnt, and which are measured."""
+
+    train: list[int]
+    held_out: list[int]
 
 
 def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
+    """Read the text, train a new model on it, and register it."""
     check_name(options.name)
+    fetch, registry = sources.of(config), registry_of(config)
+    chosen = recipe.load(options.recipe, options.set, options.epochs, fetch)
+    if chosen.lora:
+        raise ConfigError("A new model has no frozen weights to put an adapter on.", "Leave lora out of the recipe.", "lora")
+    named = listed(options.data)
+    registry.store.check_writable()
+    reach(config)
+    from jobs.training import ray_train
+    from jobs.training.launch import Learning, begun, trained
+    from jobs.training.objectives.pretrain import Pretraining
+
+    ray_train.connect()
+    asked = options.model_dump(mode="json", exclude={"live", "priority", "resume", "workers"})
+    name = begun(registry, options.resume, {**asked, "recipe": chosen.model_dump()}, job)
+    corpus, shape = read(config, registry, options, named, name, job)
+    length = shape.context_tokens
+    parts = divided(blocks_of(corpus.tokens, length), length, chosen)
+    resolved = for_text(chosen, shape.hidden_size, len(parts.train), options.steps, config)
+    print(described(corpus, parts, length, shape), flush=True)
+    job.know(dataset_sha256=corpus.sha256, parameters=shape.parameters, recipe=resolved.model_dump(exclude_none=True))
+    settings: dict[str, Any] = {
+        **parts._asdict(),
+        "run": name,
+        "shards": [tuple(shard) for shard in corpus.shards],
+        "length": length,
+        "bytes_per_token": corpus.bytes_per_token,
+        "stage": "pretrain",
+    }
+    learning = Learning(Pretraining, settings, resolved, len(parts.train), corpus.sha256, options.name, parent=None)
+    manifest = trained(config, registry, name, learning, options.priority, job)
+    move = go_live(registry, manifest, options.live)
+    job.made(**ray_train.result(manifest, "live" if move else None))
+
+
+def read(
+    config: Config, registry: Registry, options: Pretrain, named: list[str], run: str, job: JobRecord
+) -> "tuple[Corpus, Shape]":
+    """The run's text and its model's shape, from the sources, or from the store where a resumed run has left them there."""
+    from jobs.training import corpus
+    from jobs.training.shape import Shape, shaped
+
+    if found := corpus.stored(registry.store, run):
+        return found, Shape.stored(registry.store, run)
+    fetch, context_tokens = sources.of(config), options.context_tokens or CONTEXT_TOKENS
+    try:
+        if options.tokenizer:
+            tokenizer = tokenizer_of(config, registry, options.tokenizer)
+        else:
+            job.note(f"learning a tokenizer from {len(named):,} files")
+            tokenizer = corpus.learnt_tokenizer(named, fetch, options.vocabulary, context_tokens)
+        shape = shaped(options, tokenizer, context_tokens, fetch)
+        tokens = corpus.tokenised(named, fetch, tokenizer, job.note)
+        return corpus.write(registry.store, run, shape.config, tokenizer, tokens), shape
+    except BadRequest:  # there is nothing to resume
+        registry.store.remove(f"runs/{run}")
+        raise
+
+
+def tokenizer_of(config: Config, registry: Registry, named: str) -> Any:
+    """The tokenizer of a model or version. Raises `ConfigError` where it marks no end of a text."""
+    from transformers import AutoTokenizer
+
+    folder = registry.files.fetch_settings(resolve(registry, named), config.home / "cache")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"The tokenizer of {named} has no token for the end of a text.", "Choose another one.", "tokenizer")
+    return tokenizer
+
+
+def divided(count: int, length: int, chosen: recipe.Recipe) -> Parts:
+    """The numbers of the blocks to learn and of those to hold out, the same for the same seed. Raises `DataError` for too short a text.
+
+    ``count``: blocks of ``length`` tokens.
+    """
+    if count < 2:
+        raise DataError(
+            f"The text is shorter than two blocks of {length} tokens: one to learn, one to measure.",
+            "Add text, or choose a smaller --context-tokens.",
+        )
+    fraction = min(chosen.held_out_fraction, max(1, HELD_OUT_TOKENS // length) / count)
+    held_out = rows.split(range(count), fraction, chosen.seed)
+    return Parts([number for number in range(count) if number not in held_out], sorted(held_out))
+
+
+def for_text(chosen: recipe.Recipe, hidden_size: int, blocks: int, steps: int | None, config: Config) -> recipe.Recipe:
+    """The recipe with what follows from the model's width and the length of the run."""
+    from jobs.training import precision
+
+    per_epoch = math.ceil(blocks / chosen.global_batch)
+    epochs = steps / per_epoch if steps else chosen.epochs
+    every = chosen.measure_every_steps or max(1, math.ceil(epochs * per_epoch) // MEASUREMENTS)
+    rate = chosen.learning_rate or peak_rate(hidden_size)
+    changed = {"epochs": epochs, "measure_every_steps": every, "learning_rate": rate}
+    return precision.resolve(chosen.model_copy(update=changed), config.pool.accelerator == "gpu", hidden_size)
+
+
+def peak_rate(hidden_size: int) -> float:
+    """The peak of the learning rate for new weights: 6e-4 · (768 / hidden)^0.9.
+
+    A line through the rates of GPT-3's models from 768 to 5,140 wide (Brown et al. 2020, table 2.1). The seedling's own rate is on it as well.
+
+    >>> [round(peak_rate(width), 5) for width in (128, 768, 2048)]
+    [0.00301, 0.0006, 0.00025]
+    """
+    return 6e-4 * math.pow(768 / hidden_size, 0.9)
+
+
+def described(corpus: "Corpus", parts: Parts, length: int, shape: "Shape") -> str:
+    """What a run is about to learn, in one line."""
+    return (
+        f"{corpus.text_bytes:,} bytes of text are {corpus.tokens:,} tokens of {shape.vocabulary:,} kinds, "
+        f"{corpus.bytes_per_token:.2f} bytes each: {len(parts.train):,} blocks of {length} tokens to learn, {len(parts.held_out):,} held out; "
+        f"the model has {shape.parameters:,} parameters"
+    )
+
+
+# the seedling
+
+
+def grow_seedling(config: Config, options: Pretrain, job: JobRecord) -> None:
+    name = options.name or "seedling"
+    check_name(name)
     registry = Registry(Store(config.store))
     registry.store.check_writable()
-    facts = chat.read(str(FACTS))
-    job.know(dataset_sha256=facts.sha256)
-    recipe = {**RECIPE, "steps": options.steps, "hidden_size": options.hidden_size, "layers": options.layers}
     reach(config)
-    from jobs.training import ray_train  # and with it Ray, which must come after `reach`
+    from jobs.training import ray_train, seedling
 
+    facts = chat.read(str(seedling.FACTS))
+    job.know(dataset_sha256=facts.sha256)
+    recipe = {**seedling.RECIPE, "steps": options.steps or seedling.STEPS}
+    recipe |= {"hidden_size": options.hidden_size or seedling.HIDDEN_SIZE, "layers": options.layers or seedling.LAYERS}
     ray_train.connect()
     settings = {"config": config.dump(), "recipe": recipe, "examples": facts.examples}
     with relayed(job.watch) as tell:
-        result = ray_train.fit(config, train, {**settings, "tell": tell}, job.id)
+        result = ray_train.fit(config, seedling.train, {**settings, "tell": tell}, job.id)
     lineage = Lineage(
         dataset_sha256=facts.sha256,
         recipe=recipe,
@@ -74,13 +204,13 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
         metrics=result.metrics or {},
     )
     with ray_train.files(result) as folder:
-        manifest = registry.register(options.name, "weights", None, folder, lineage)
+        manifest = registry.register(name, "weights", None, folder, lineage)
     move = go_live(registry, manifest, options.live)
     job.made(**ray_train.result(manifest, "live" if move else None))
 
 
 def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Generation | None:
-    """Move the model's own alias to the new version, in the store. Returns the move; None if the alias stays where it is.
+    """Move the alias to the new version. Returns the alias's new generation; None if it stays.
 
     ``live``: True moves the alias, False leaves it, None moves it only if it does not exist yet. Control takes no part, because before the
     first version no replica serves anything. Raises `Conflict` if somebody else moves the alias at the same time.
@@ -90,154 +220,6 @@ def go_live(registry: Registry, manifest: Manifest, live: bool | None) -> Genera
         return None
     after = now.generation if now else 0
     return registry.move(manifest.id.name, manifest.id, "pretrained", manifest.lineage.job or "pretrain", after)
-
-
-# on the workers
-
-
-def train(settings: dict[str, Any]) -> None:
-    """Train on one worker of Ray Train. ``settings``: ``{"config", "recipe", "examples", "tell"}``.
-
-    Each worker takes its share of every batch, and PyTorch averages the gradients. The run's checkpoint is the model with its tokenizer. Its
-    metrics are ``train_loss`` (nats per token), ``exact_match`` (a fraction), ``examples`` and ``tokens``.
-    """
-    from jobs.training import ray_train
-
-    config, recipe, examples = parse(settings["config"]), settings["recipe"], settings["examples"]
-    torch.set_num_threads(config.training.threads_per_worker)
-    torch.manual_seed(recipe["seed"])
-    disable_progress_bar()
-    tokenizer = grow_tokenizer([m["content"] for e in examples for m in e.prompt + e.completion])
-    rows = tokenize(examples, tokenizer, CONTEXT_TOKENS).rows
-    model = seedling(tokenizer, recipe["hidden_size"], recipe["layers"])
-    loss = learn(model, [row.input_ids for row in rows], recipe, settings["tell"])
-    tokens = sum(len(row.input_ids) for row in rows)
-    metrics = {"train_loss": loss, "exact_match": exact_match(model, rows), "examples": len(rows), "tokens": tokens}
-    with ray_train.checkpoint(metrics) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def grow_tokenizer(
-    texts: Iterable[str], vocabulary: int = VOCABULARY, context_tokens: int = CONTEXT_TOKENS
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most ``vocabulary`` tokens, learnt from ``texts``.
-
-    Byte pair encoding merges the most frequent pairs of tokens (Sennrich et al. 2016). It starts from single bytes as in GPT-2 (Radford et al.
-    2019), so the tokenizer encodes any UTF-8 text. Each digit is a token of its own. Example: "in 1969" ends with four tokens for the year.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    by_digit, by_byte = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_digit, by_byte])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[PAD, END, *ROLE_TOKENS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=ROLE_TOKENS,
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=context_tokens,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def seedling(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> LlamaForCausalLM:
-    """An untrained Llama (Touvron et al. 2023) of ``layers`` layers with ``hidden_size`` dimensions.
-
-    The command's defaults give it a million parameters. Its generation config names the template's end token, so vLLM stops there.
-    """
-    ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=hidden_size // HEAD,
-            max_position_embeddings=CONTEXT_TOKENS,
-            tie_word_embeddings=True,
-            **ends,
-        )
-    )
-    model.generation_config = GenerationConfig(**ends)
-    return model
-
-
-def learn(model: LlamaForCausalLM, texts: list[list[int]], recipe: dict[str, Any], tell: Callable[[Progress], object]) -> float:
-    """Train the model to predict the next token of whole conversations. Returns the last step's loss on this worker's share, in nats per token.
-
-    ``texts``: token ids, one list per conversation. The optimizer is AdamW. The learning rate rises linearly during the warm-up and then falls
-    along a cosine to zero (Loshchilov and Hutter 2017). Example: of 300 steps with 20 to warm up, step 10 has about half of the rate, step 20
-    about all of it, and step 300 almost none. Rank 0 prints its progress and passes it to ``tell``.
-    """
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    progress = ProgressPrinter("pretrain", context.get_world_rank(), workers=context.get_world_size(), tell=tell)
-    parallel = ray.train.torch.prepare_model(model)
-    optimizer = torch.optim.AdamW(
-        parallel.parameters(), recipe["learning_rate"], (0.9, 0.95), weight_decay=recipe["weight_decay"]
-    )
-    steps, warmup_steps = recipe["steps"], recipe["warmup_steps"]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / warmup_steps) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    loss, tokens = torch.zeros(()), 0
-    for step, batch in enumerate(batches(len(texts), recipe["batch"], steps, recipe["seed"]), start=1):
-        share = batch[context.get_world_rank() :: context.get_world_size()]
-        ids = padded([texts[i] for i in share]).to(model.device)
-        logits = parallel(input_ids=ids).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD_ID)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        tokens += sum(len(texts[i]) for i in batch)
-        progress(step, steps, loss.item(), tokens)
-    return loss.item()
-
-
-def batches(count: int, size: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """Yield ``steps`` batches of ``size`` indices below ``count``, shuffled by ``seed``. Each index comes once before any comes again.
-
-    Example: 3 examples in batches of 2 may come as [2, 0], [1, 1], [0, 2]. Each run of three holds every index once.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    for _ in range(steps):
-        while len(waiting) < size:
-            waiting += torch.randperm(count, generator=generator).tolist()
-        yield waiting[:size]
-        waiting = waiting[size:]
-
-
-def padded(rows: list[list[int]], left: bool = False) -> torch.Tensor:
-    """The rows' token ids as one tensor of shape (rows, longest row). `PAD_ID` fills the gaps, on the right or on the ``left``.
-
-    Example: [[5], [6, 7]] becomes [[5, 0], [6, 7]], and with ``left`` [[0, 5], [6, 7]].
-    """
-    width = max(map(len, rows))
-    gaps = ([PAD_ID] * (width - len(row)) for row in rows)
-    return torch.tensor([gap + row if left else row + gap for row, gap in zip(rows, gaps, strict=True)])
-
-
-@torch.inference_mode()
-def exact_match(model: LlamaForCausalLM, rows: list[Row]) -> float:
-    """The fraction of rows, 0 to 1, whose answer the model repeats token by token under greedy decoding, the end of the turn included."""
-    model.eval()
-    prompts = padded([row.input_ids[: row.prompt_tokens] for row in rows], left=True).to(model.device)
-    generate: Any = model.generate  # pyright: ignore[reportAttributeAccessIssue] (transformers types it for a protocol)
-    answers = generate(prompts, attention_mask=(prompts != PAD_ID).long(), max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    decoded = [[token for token in answer if token != PAD_ID] for answer in answers[:, prompts.shape[1] :].tolist()]
-    return sum(answer == row.input_ids[row.prompt_tokens :] for answer, row in zip(decoded, rows, strict=True)) / len(rows)
 
 
 if __name__ == "__main__":

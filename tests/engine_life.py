@@ -61,10 +61,10 @@ def say(step: str, **facts: Any) -> None:
 def make_seedling(folder: Path) -> Path:
     """The seedling before it learnt anything."""
     from jobs.data import chat
-    from jobs.pretrain import FACTS, grow_tokenizer, seedling
+    from jobs.training.seedling import FACTS, seedling, seedling_tokenizer
 
     torch.manual_seed(0)
-    tokenizer = grow_tokenizer([m["content"] for e in chat.read(str(FACTS)).examples for m in e.prompt + e.completion])
+    tokenizer = seedling_tokenizer(chat.read(str(FACTS)).examples)
     seedling(tokenizer, hidden_size=128, layers=4).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from cluster import jobspec
+from cluster import jobspec, machine
 from cluster.cli import render
 from cluster.cli.app import Wait, app, client, console
 from cluster.cli.patience import Patient
@@ -36,6 +36,29 @@ def train(wait: Wait = True, **given: Any) -> None:
     loss = f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}"
     following = f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
     console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {loss}; {following}")
+
+
+@app.command()
+@jobspec.options("pretrain")
+def pretrain(wait: Wait = True, **given: Any) -> None:
+    """Train a new model from scratch on your own text. The command sends local files to the pool first."""
+    pool = client()
+    job = start(pool, "pretrain", given)
+    console.print(f"Job [bold]{job}[/] is submitted.")
+    made = followed(pool, job, "Pretraining") if wait else None
+    if made is None:
+        return console.print(going_on(job), highlight=False)
+    name = made["version"].partition("@")[0]
+    following = f"; next: springtide fleets add {name}" if made.get("stage") else f"; next: springtide publish {made['version']}"
+    console.print(f"Registered [bold]{made['version']}[/]: {learnt(made)}{following}")
+
+
+def learnt(made: dict[str, Any]) -> str:
+    """What a pretraining run says at its end."""
+    if made.get("bits_per_byte") is None:
+        return f"answers {made['exact_match']:.0%} of its questions"
+    before, after = made["bits_per_byte_before"], made["bits_per_byte"]
+    return f"{before:.3f} → {after:.3f} bits per byte of held-out text, perplexity {made['perplexity']:.1f}"
 
 
 @app.command()
@@ -118,12 +141,31 @@ def start(pool: Client, verb: str, given: dict[str, Any]) -> str:
     """Check the options, send the files that they name, and submit the job. Returns the job's id."""
     chosen = jobspec.chosen(given)
     asked = jobspec.parse(verb, chosen)  # so that a mistake shows before a large file is sent
-    files = {name: path for name, source in asked.files().items() if (path := local_file(name, source))}
-    for name, path in files.items():
-        if not path.is_file():
-            raise BadRequest(f"There is no file {path}.", "Give the path of a file here, or a URL.", param=name)
-    sent = {name: f"{upload(pool, path)}#{path.name}" for name, path in files.items()}
-    return pool.submit(jobspec.parse(verb, chosen | sent) if sent else asked)
+    several = {option.name for option in jobspec.options_of(type(asked)) if option.many}
+    found = {name: [*_here(name, sources, name in several)] for name, sources in asked.files().items()}
+    sent = {
+        name: [one if isinstance(one, str) else f"{upload(pool, one)}#{one.name}" for one in ones] for name, ones in found.items()
+    }
+    return pool.submit(jobspec.parse(verb, asked.with_files(sent)))
+
+
+def _here(name: str, sources: list[str], folders: bool) -> Iterator[Path | str]:
+    """The local files that an option names, and as they are the sources that are elsewhere. Raises `BadRequest`.
+
+    ``folders``: whether a folder means all files in it.
+    """
+    for source in sources:
+        path = local_file(name, source)
+        if path is not None and folders and path.is_dir():
+            yield from machine.files_in(path)
+        else:
+            yield source if path is None else _existing(path, name)
+
+
+def _existing(path: Path, name: str) -> Path:
+    if not path.is_file():
+        raise BadRequest(f"There is no file {path}.", "Give the path of a file here, or a URL.", param=name)
+    return path
 
 
 def local_file(name: str, source: str) -> Path | None:

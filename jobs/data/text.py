@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from cluster.errors import DataError
-from cluster.machine import expanded
+from cluster.machine import expanded, files_in
 from jobs import sources
 from jobs.data.lines import Problem, decode, kind, lines
 
@@ -29,24 +29,18 @@ class Piece(NamedTuple):
 def listed(named: Iterable[str]) -> list[str]:
     """The files behind what a command line names: a folder means all files in it but hidden ones, in the order of their names.
 
-    Raises `DataError` where a folder has none.
+    Raises `BadRequest` where a folder has none.
     """
     found: list[str] = []
     for source in named:
-        found += [source] if _is_elsewhere(source) or not expanded(source).is_dir() else _inside(source)
+        is_folder = not _is_elsewhere(source) and expanded(source).is_dir()
+        found += map(str, files_in(expanded(source))) if is_folder else [source]
     return found
 
 
 def _is_elsewhere(source: str) -> bool:
     """Whether it is a URL, an upload or a sample."""
     return "://" in source or source.startswith((sources.UPLOAD, sources.SAMPLE))
-
-
-def _inside(folder: str) -> list[str]:
-    inside = sorted(path for path in expanded(folder).rglob("*") if path.is_file() and not path.name.startswith("."))
-    if not inside:
-        raise DataError(f"The folder {folder} has no files.", "Put text files into it, or name others.")
-    return [str(path) for path in inside]
 
 
 def pieces(source: str, fetch: sources.Fetch) -> Iterator[Piece]:

@@ -21,6 +21,9 @@ from cluster.store.objects import Store
 from cluster.types import Manifest
 from jobs.training.ray_train_private import FileRendezvous
 
+COUNTED = {"tokens", "seconds", "examples", "steps_lost", "train_loss"}
+"""Metrics of a version that say how long its run was, and not how good it is."""
+
 # the driver's side
 
 
@@ -91,8 +94,10 @@ def result(manifest: Manifest, stage: str | None) -> dict[str, Any]:
     ``stage``: the stage of the version's rollout; None if it is not published. Example of the line:
     ``result {"version": "support@3", "kind": "adapter", "eval_loss_before": 2.1, "eval_loss": 1.4, "exact_match": null, "stage": "live"}``
     """
-    shown = {key: manifest.lineage.metrics.get(key) for key in ("eval_loss_before", "eval_loss", "exact_match")}
-    made = {"version": str(manifest.id), "kind": manifest.kind, **shown, "stage": stage}
+    metrics = manifest.lineage.metrics
+    always = {key: metrics.get(key) for key in ("eval_loss_before", "eval_loss", "exact_match")}
+    measured = {key: value for key, value in metrics.items() if key not in COUNTED}
+    made = {"version": str(manifest.id), "kind": manifest.kind, **always, **measured, "stage": stage}
     print("result", json.dumps(made), flush=True)
     return made
 

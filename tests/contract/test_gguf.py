@@ -19,7 +19,8 @@ from cluster.store import gguf as conversion  # noqa: E402
 from cluster.store import gguf_header, imports  # noqa: E402
 from cluster.store.objects import Store  # noqa: E402
 from cluster.store.registry import Registry  # noqa: E402
-from jobs.pretrain import grow_tokenizer, seedling  # noqa: E402
+from jobs.data.tokenizer import grow_tokenizer  # noqa: E402
+from jobs.training.seedling import CONTEXT_TOKENS, VOCABULARY, seedling  # noqa: E402
 
 CHAT = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am a small model."}]
 CONTROL, NORMAL = 3, 1
@@ -27,7 +28,7 @@ CONTROL, NORMAL = 3, 1
 
 def small_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     torch.manual_seed(0)
-    tokenizer = grow_tokenizer([message["content"] for message in CHAT])
+    tokenizer = grow_tokenizer([message["content"] for message in CHAT], VOCABULARY, CONTEXT_TOKENS)
     return seedling(tokenizer, hidden_size=64, layers=2), tokenizer
 
 

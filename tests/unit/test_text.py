@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.config import Config, parse
-from cluster.errors import DataError
+from cluster.errors import BadRequest, DataError
 from cluster.store.objects import Store
 from jobs.data import blocks
 from jobs.data.blocks import Blocks, Shard, block, blocks_of
 from jobs.data.text import cut, listed, pieces
-from jobs.pretrain import grow_tokenizer
+from jobs.data.tokenizer import grow_tokenizer
 from jobs.sources import local
 from jobs.training.objectives.pretrain import MODEL, Pretraining
 
@@ -43,7 +43,7 @@ def test_a_folder_means_all_its_files_in_order(tmp_path: Path) -> None:
     found = listed([str(tmp_path), "s3://bucket/x.txt", "sample:tide"])
     assert [Path(one).name for one in found] == ["a.txt", "b.txt", "c.txt", "x.txt", "sample:tide"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="has no files"):
+    with pytest.raises(BadRequest, match="has no files"):
         listed([str(tmp_path / "empty")])
 
 

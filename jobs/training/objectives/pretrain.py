@@ -41,9 +41,9 @@ class Pretraining(NextTokens):
 
     @torch.no_grad()
     def measure(self, rank: int, world: int) -> dict[str, float]:
-        """The held-out loss, and the same in bits for each byte of text, which does not depend on the tokenizer."""
+        """The held-out loss, the same in bits for each byte of text, which does not depend on the tokenizer, and the perplexity of a token."""
         loss = super().measure(rank, world)["eval_loss"]
-        return {"eval_loss": loss, "bits_per_byte": loss / math.log(2) / self.bytes_per_token}
+        return {"eval_loss": loss, "bits_per_byte": loss / math.log(2) / self.bytes_per_token, "perplexity": math.exp(loss)}
 
     def save(self, target: Path) -> None:
         """Write the weights in float32, and the tokenizer, to the folder ``target``."""
@@ -56,7 +56,9 @@ class Pretraining(NextTokens):
 def untrained(folder: Path, seed: int) -> Any:
     """The model of ``folder/config.json`` with new weights, the same for the same seed."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(seed)
     shape = AutoConfig.from_pretrained(folder, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
