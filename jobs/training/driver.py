@@ -49,7 +49,7 @@ class Listener(Protocol):
         ...
 
     def measured(self, step: int, metrics: dict[str, float]) -> None:
-        """The newest measurement while the run goes on: what `Work.measure` found after ``step`` steps."""
+        """A measurement while the run goes on: what `Work.measure` found after ``step`` steps."""
         ...
 
 
@@ -234,9 +234,10 @@ class Reporter:
         """Report at most once a second, and only new steps. ``reached``: from a worker of the newest process group."""
         if reached.first < 0:  # the workers are not level yet
             return
-        if reached.measured is not None and reached.measured[0] > self.measured:
-            self.measured = reached.measured[0]
-            self.listener.measured(*reached.measured)
+        for one in reached.measured:
+            if one.step > self.measured:
+                self.measured = one.step
+                self.listener.measured(one.step, one.metrics)
         if self.meter is None or self.meter.group != reached.group:
             self.meter = Meter(reached.group, reached.step, reached.tokens, now_s)
             self.told_step = reached.step

@@ -18,6 +18,17 @@ from jobs.training.checkpoints import Checkpoints, Snapshot
 from jobs.training.process_group import ProcessGroup
 from jobs.training.work import HELD_OUT, Work
 
+KEPT = 16
+"""Measurements that a driver gets to see, even if it has not looked for a while."""
+
+
+class Measured(NamedTuple):
+    """The model at one step of the run."""
+
+    step: int
+    metrics: dict[str, float]
+    """What `Work.measure` found."""
+
 
 class Counters(NamedTuple):
     """The part of the state that is not tensors."""
@@ -33,16 +44,17 @@ class Counters(NamedTuple):
     before: dict[str, float] = {}  # noqa: RUF012 (never written to)
     """What `Work.measure` found before the first step."""
 
-    measured: tuple[int, dict[str, float]] | None = None
-    """The newest measurement between the first step and the last: the step, and what `Work.measure` found."""
-    best: tuple[int, float] | None = None
-    """The step with the least held-out loss, and the loss in nats per token. The run's result has the weights of that step."""
+    measured: tuple[Measured, ...] = ()
+    """The newest measurements between the first step and the last, oldest first, at most `KEPT`."""
+    best: Measured | None = None
+    """The measurement with the least held-out loss. The run's result has the weights of that step."""
 
     @classmethod
     def read(cls, meta: Mapping[str, Any]) -> "Counters":
         """From the plain JSON values of a checkpoint."""
-        pairs = {key: tuple(meta[key]) for key in ("measured", "best") if meta.get(key)}
-        return cls(**{**meta, **pairs})
+        measured = tuple(Measured(*one) for one in meta.get("measured", ()))
+        best = Measured(*meta["best"]) if meta.get("best") else None
+        return cls(**{**meta, "measured": measured, "best": best})
 
     def after(self, tokens: int, loss: float, seconds: float) -> "Counters":
         """The counters after one more step, which had so many ``tokens`` and took so many ``seconds``."""
@@ -50,13 +62,13 @@ class Counters(NamedTuple):
 
     def with_measured(self, metrics: dict[str, float]) -> "Counters":
         """
-        >>> before = Counters(step=9, best=(5, 1.5))
-        >>> before.with_measured({"eval_loss": 1.7}).best, before.with_measured({"eval_loss": 1.2}).best
-        ((5, 1.5), (9, 1.2))
+        >>> before = Counters(step=9, best=Measured(5, {"eval_loss": 1.5}))
+        >>> [before.with_measured({"eval_loss": loss}).best.step for loss in (1.7, 1.2)]
+        [5, 9]
         """
-        loss = metrics[HELD_OUT]
-        best = (self.step, loss) if self.best is None or loss < self.best[1] else self.best
-        return self._replace(measured=(self.step, metrics), best=best)
+        now = Measured(self.step, metrics)
+        best = now if self.best is None or metrics[HELD_OUT] < self.best.metrics[HELD_OUT] else self.best
+        return self._replace(measured=(*self.measured, now)[-KEPT:], best=best)
 
 
 class State:

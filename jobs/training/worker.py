@@ -28,7 +28,7 @@ from cluster.store.objects import Store
 from jobs.training.checkpoints import Checkpoints, Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
 from jobs.training.progress import Committed, ProgressPrinter
-from jobs.training.state import State
+from jobs.training.state import Measured, State
 from jobs.training.work import HELD_OUT, Work, divergence, gather, update
 
 RESULT = "result"
@@ -67,8 +67,8 @@ class Reached(NamedTuple):
     """See `Work`."""
     memory_mb: float = 0.0
     """The most memory that the worker has taken: of its GPU, or of the machine."""
-    measured: tuple[int, dict[str, float]] | None = None
-    """The newest measurement, see `Counters`."""
+    measured: tuple[Measured, ...] = ()
+    """See `Counters`."""
 
 
 class Outcome(NamedTuple):
@@ -266,7 +266,7 @@ class Training:
         metrics = state.work.measure(self.group.rank, self.group.world)
         with state.lock:
             state.counters = state.counters.with_measured(metrics)
-        best = state.counters.best == (state.step, metrics[HELD_OUT])
+        best = state.counters.best == Measured(state.step, metrics)
         if self.group.rank == 0:
             told = " ".join(f"{name}={value:.4f}" for name, value in metrics.items())
             print(f"measured step={state.step} {told}{' best' if best else ''}", flush=True)
@@ -281,8 +281,8 @@ class Training:
             self.writer.give(state.snapshot())  # a run that is killed from here on can resume after its last step
         metrics = state.work.measure(self.group.rank, self.group.world)
         best = state.counters.best
-        if best is not None and best[1] <= metrics[HELD_OUT]:
-            metrics = {**metrics, HELD_OUT: best[1], "best_step": float(best[0])}
+        if best is not None and best.metrics[HELD_OUT] <= metrics[HELD_OUT]:
+            metrics = {**best.metrics, "best_step": float(best.step)}
         elif first:
             self._save()
         before = {f"{key}_before": value for key, value in state.counters.before.items()}

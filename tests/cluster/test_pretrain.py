@@ -30,14 +30,15 @@ def trained(pool: Running, *arguments: str) -> tuple[Manifest, list[dict[str, An
     return pool.registry.manifest(VersionId.parse(job.made["version"])), measured
 
 
-def is_sound(manifest: Manifest, measured: list[dict[str, Any]]) -> None:
-    """The curve falls, and the result has the weights of its lowest point."""
+def is_sound(manifest: Manifest, measured: list[dict[str, Any]], falls: float) -> None:
+    """The curve falls, and the result has the weights of its lowest point. ``falls``: to which part of where it began."""
     metrics = manifest.lineage.metrics
     best = min(measured, key=lambda one: one["eval_loss"])
-    assert metrics["bits_per_byte"] < 0.8 * metrics["bits_per_byte_before"]
+    assert metrics["bits_per_byte"] < falls * metrics["bits_per_byte_before"]
     assert metrics["eval_loss"] <= best["eval_loss"] and metrics.get("best_step", best["step"]) == best["step"]
+    assert metrics["bits_per_byte"] <= best["bits_per_byte"]
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
-    assert len(measured) >= 10 and measured[0]["bits_per_byte"] > measured[-1]["bits_per_byte"]
+    assert len(measured) >= 19
 
 
 def test_shakespeare_becomes_a_model_that_answers(pool: Running) -> None:
@@ -45,7 +46,7 @@ def test_shakespeare_becomes_a_model_that_answers(pool: Running) -> None:
     if not text.exists():
         pytest.skip(f"{text} is not here")
     manifest, measured = trained(pool, "--data", str(text), "--name=shakespeare", "--steps=250", *SMALL)
-    is_sound(manifest, measured)
+    is_sound(manifest, measured, falls=0.75)
     assert manifest.lineage.metrics["bits_per_byte"] < 3
     assert pool.command("fleets", "add", "shakespeare").returncode == 0
     try:
@@ -75,7 +76,8 @@ def test_a_chinese_text_in_two_files_becomes_a_model(pool: Running, tmp_path: Pa
     manifest, measured = trained(
         pool, "--data", str(tmp_path / "poems"), "--name=tang", "--steps=100", "--depth=2", "--context-tokens=64"
     )
-    is_sound(manifest, measured)
+    is_sound(manifest, measured, falls=0.95)
+    assert manifest.lineage.metrics["best_step"] < 90, "36 poems are soon learnt by heart"
     config = json.loads((pool.registry.fetch(manifest, pool.config.home / "cache") / "config.json").read_text())
     assert (config["num_hidden_layers"], config["hidden_size"], config["max_position_embeddings"]) == (2, 128, 64)
     names = {file.path for file in manifest.files}
