@@ -20,6 +20,7 @@ from jobs.training.handles import Crew, wait_all
 from jobs.training.heartbeat import Heartbeats
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed, Meter, Progress
+from jobs.training.state import Measured
 from jobs.training.work import Work
 from jobs.training.worker import Outcome, Reached, Worker
 
@@ -234,10 +235,7 @@ class Reporter:
         """Report at most once a second, and only new steps. ``reached``: from a worker of the newest process group."""
         if reached.first < 0:  # the workers are not level yet
             return
-        for one in reached.measured:
-            if one.step > self.measured:
-                self.measured = one.step
-                self.listener.measured(one.step, one.metrics)
+        self.tell_measured(reached.measured)
         if self.meter is None or self.meter.group != reached.group:
             self.meter = Meter(reached.group, reached.step, reached.tokens, now_s)
             self.told_step = reached.step
@@ -248,7 +246,15 @@ class Reporter:
                 self.meter.progress(reached.step, reached.steps, reached.loss, reached.tokens, workers, now_s, *cost)
             )
 
+    def tell_measured(self, measured: tuple[Measured, ...]) -> None:
+        """Once of each that is newer than the last."""
+        for one in measured:
+            if one.step > self.measured:
+                self.measured = one.step
+                self.listener.measured(one.step, one.metrics)
+
     def finished(self, outcome: Outcome, workers: int) -> None:
+        self.tell_measured(outcome.measured)
         if self.meter is None:  # shorter than a second
             self.meter = Meter(0, 0, 0, time.monotonic() - outcome.metrics["seconds"])
         loss, tokens = outcome.metrics["train_loss"], int(outcome.metrics["tokens"])

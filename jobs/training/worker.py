@@ -86,6 +86,8 @@ class Outcome(NamedTuple):
     """Why the run cannot go on from here; empty if it can."""
     metrics: dict[str, float] = {}  # noqa: RUF012 (never written to)
     """What the run measured, by name; losses in nats per token."""
+    measured: tuple[Measured, ...] = ()
+    """See `Counters`."""
 
 
 class Diverged(Exception):
@@ -287,7 +289,9 @@ class Training:
             self._save()
         before = {f"{key}_before": value for key, value in state.counters.before.items()}
         facts = {"train_loss": state.counters.loss, "tokens": float(state.counters.tokens), "seconds": state.counters.seconds}
-        return Outcome(state.step, self.first, ended=first, metrics={**before, **metrics, **facts})
+        return Outcome(
+            state.step, self.first, ended=first, metrics={**before, **metrics, **facts}, measured=state.counters.measured
+        )
 
     def _save(self) -> None:
         """Upload the result's files to the run's folder in the store. Raises `StoreUnavailable`."""
