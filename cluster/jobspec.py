@@ -132,6 +132,51 @@ class Finetune(Options):
         return self
 
 
+class Distill(Options):
+    verb = "distill"
+    about = "Train a small student on what a teacher says, and register it."
+
+    data: File
+    """JSON lines in OpenAI's chat format, or prompt and completion: a path or URL."""
+    eval_data: File | None = None
+    """Measure on this file instead of a held-out part of --data."""
+    teacher: str
+    """A model, or a version as NAME@N: weights or an adapter."""
+    student: str | None = None
+    """A model or version to train on, with the teacher's tokenizer; without it, the student is the teacher pruned."""
+    layers: int | None = Field(None, ge=1)
+    """Keep so many of the teacher's layers."""
+    width: float | None = Field(None, gt=0, lt=1)
+    """Keep this fraction of the neurons in each feed-forward layer of the teacher."""
+    name: str | None = None
+    """Register as the next version of this name; the student's by default."""
+    recipe: File = "distill"
+    """distill, or the path of a YAML file."""
+    epochs: float | None = None
+    """How often each example is seen; the recipe's by default."""
+    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
+    """Override a key of the recipe. Repeatable."""
+    workers: Range | None = None
+    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
+    priority: int = 0
+    """Where slots are few, jobs of a higher priority have them first."""
+    resume: Annotated[str, Takes(metavar="RUN")] = ""
+    """Go on with a run that was lost, from its newest checkpoint."""
+    publish: bool = False
+    """Make the result live."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        prunes = self.layers is not None or self.width is not None
+        if self.student is not None and prunes:
+            raise ValueError("--student is trained as it is: --layers and --width are for a student made of the teacher")
+        if self.student is None and not prunes:
+            raise ValueError("there is no student: name one with --student, or make one of the teacher with --layers or --width")
+        if self.student is None and self.name is None:
+            raise ValueError("a new student needs a name: --name")
+        return self
+
+
 class Pretrain(Options):
     verb = "pretrain"
     about = "Train the seedling from scratch and register it."
@@ -180,7 +225,7 @@ class Publish(Options):
     """Why, for the alias's history."""
 
 
-VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Pretrain, Evaluate, Publish)}
+VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Distill, Pretrain, Evaluate, Publish)}
 
 
 def new_id(verb: str) -> str:
