@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import NoneType
-from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, Self, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
@@ -142,16 +142,18 @@ class Distill(Options):
     """Measure on this file instead of a held-out part of --data."""
     teacher: str
     """A model, or a version as NAME@N: weights or an adapter."""
+    by: Literal["logits", "answers"] = "logits"
+    """logits: of the same tokenizer, on the answers of --data. answers: the teacher is served, and answers the prompts of --data itself."""
     student: str | None = None
-    """A model or version to train on, with the teacher's tokenizer; without it, the student is the teacher pruned."""
+    """A model or version to train on; without it, the student is the teacher pruned."""
     layers: int | None = Field(None, ge=1)
     """Keep so many of the teacher's layers."""
     width: float | None = Field(None, gt=0, lt=1)
     """Keep this fraction of the neurons in each feed-forward layer of the teacher."""
     name: str | None = None
     """Register as the next version of this name; the student's by default."""
-    recipe: File = "distill"
-    """distill, or the path of a YAML file."""
+    recipe: File | None = None
+    """distill, or the path of a YAML file; with --by answers full, or one for springtide train."""
     epochs: float | None = None
     """How often each example is seen; the recipe's by default."""
     set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
@@ -174,6 +176,8 @@ class Distill(Options):
             raise ValueError("there is no student: name one with --student, or make one of the teacher with --layers or --width")
         if self.student is None and self.name is None:
             raise ValueError("a new student needs a name: --name")
+        if self.student is None and self.by == "answers":
+            raise ValueError("a pruned student has its teacher's tokenizer, and learns more by logits")
         return self
 
 

@@ -48,7 +48,8 @@ def distill(wait: Wait = True, **given: Any) -> None:
     made = followed(pool, job, "Distilling") if wait else None
     if made is None:
         return console.print(going_on(job), highlight=False)
-    loss = f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}, the teacher's {made['teacher_loss']:.3f}"
+    loss = f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}"
+    loss += f", the teacher's {made['teacher_loss']:.3f}" if "teacher_loss" in made else ""
     following = f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
     console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {loss}; {following}")
 

@@ -35,7 +35,7 @@ class Distillation(Section):
 
 
 OBJECTIVES = {"distillation": "distill"}
-"""Sections that one verb alone knows."""
+"""Sections that one verb alone knows. The others refuse them, because they would ignore them."""
 
 
 class Recipe(Section):
@@ -100,7 +100,7 @@ def load(
 ) -> Recipe:
     """Load a recipe by its name, path or upload, with ``key=value`` overrides such as ``lora.rank=8``. Raises `ConfigError` naming the key.
 
-    A section that another ``verb`` has alone is wrong too: it would do nothing.
+    A section of `OBJECTIVES` is wrong with another ``verb``.
     """
     shipped = not name.startswith(sources.UPLOAD) and "/" not in name and not name.endswith((".yaml", ".yml"))
     read = (lambda: (RECIPES / f"{name}.yaml").read_bytes()) if shipped else (lambda: fetch(name))
