@@ -50,13 +50,16 @@ def answered(
     """
     known = kept(store, run)
     missing = [at for at in range(len(asked)) if at not in known]
-    with ThreadPoolExecutor(CONCURRENT) as threads:
+    threads = ThreadPoolExecutor(CONCURRENT)
+    try:
         for first in range(0, len(missing), PART):
             part = missing[first : first + PART]
             found = dict(zip(part, threads.map(lambda at: answer(pool, teacher, asked[at]), part), strict=True))
             keep(store, run, found)
             known |= found
             note(f"{teacher} has answered {len(known):,} of {len(asked):,} prompts")
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # a job that is cancelled has no time to wait for answers
     whole = [example._replace(completion=[said]) for at, example in enumerate(asked) if (said := known[at]) is not None]
     print(
         f"{len(whole):,} answers by {teacher}; {len(asked) - len(whole):,} prompts left out, without a whole answer", flush=True
@@ -69,7 +72,8 @@ def answered(
 
 def answer(pool: Client, teacher: VersionId, example: Example) -> Answer:
     """Ask one question, and again where the pool has no room."""
-    for wait_s in (*WAITS_S, None):
+    waits_s = iter(WAITS_S)
+    while True:
         try:
             return whole_answer(pool.chat(request(teacher, example)).choice)
         except (ContextExceeded, AnswerTimeout, Quarantined):
@@ -77,10 +81,10 @@ def answer(pool: Client, teacher: VersionId, example: Example) -> Answer:
         except SpringtideError as error:
             if error.status == 400:
                 raise DataError(f"Line {example.line}: the teacher refuses it: {error}", "Remove the line.") from error
+            wait_s = next(waits_s, None)
             if error.status not in PASSING or wait_s is None:
                 raise
             time.sleep(wait_s)
-    raise AssertionError("the last round returns or raises")
 
 
 def request(teacher: VersionId, example: Example) -> dict[str, Any]:

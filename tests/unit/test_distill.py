@@ -15,9 +15,10 @@ from cluster.config import Config, parse
 from cluster.errors import BadRequest, ConfigError
 from cluster.jobspec import parse as options_from
 from cluster.store.registry import registry_of
-from cluster.types import Lineage, VersionId
+from cluster.types import Lineage, Manifest, VersionId
+from jobs.data.chat import Example
 from jobs.data.rows import Row
-from jobs.distill import difference
+from jobs.distill import difference, opened_pair
 from jobs.training import recipe
 from jobs.training.objectives.distill import Distilling, loaded
 from jobs.training.objectives.finetune import SupervisedFineTuning
@@ -221,9 +222,24 @@ def test_what_cannot_be_pruned_is_refused_by_name(names: list[str], size: Size, 
 
 
 def tokenizer(*words: str) -> Any:
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
-    )
+    vocabulary = {word: i for i, word in enumerate(words)}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, words[0])))
+    made.chat_template = "{{ messages }}"
+    return made
+
+
+def test_versions_with_other_tokens_are_refused_and_the_shorter_context_counts(config: Config, tmp_path: Path) -> None:
+    registry, made = registry_of(config), dict[str, Manifest]()
+    for name, words, context in (("long", ("low", "high"), 512), ("short", ("low", "high"), 128), ("other", ("low", "sea"), 128)):
+        LlamaForCausalLM(LlamaConfig(**{**SHAPE, "max_position_embeddings": context})).save_pretrained(tmp_path / name)
+        tokenizer(*words).save_pretrained(tmp_path / name)
+        made[name] = registry.register(name, "weights", None, tmp_path / name, Lineage())
+    data = [Example([{"role": "user", "content": "low"}], [{"role": "assistant", "content": "high"}], 1)]
+    chosen = recipe.load("distill", [], verb="distill")
+    for teacher, student in (("short", "long"), ("long", "short")):
+        assert opened_pair(config, registry, made[teacher], made[student], chosen, data).limit_tokens == 128
+    with pytest.raises(BadRequest, match=r"long@1 and other@1 have different tokenizers: the token 'high'.*--by answers"):
+        opened_pair(config, registry, made["long"], made["other"], chosen, data)
 
 
 def test_tokenizers_that_differ_are_told_apart_by_a_token() -> None:
