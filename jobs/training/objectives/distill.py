@@ -117,7 +117,9 @@ def loaded(config: Config, registry: Registry, manifest: Manifest) -> Any:
     """A version as transformers loads it, in the precision of its file. An adapter is added to its base's weights, in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     cache, adapter = config.home / "cache", manifest.kind == "adapter"
     folder = registry.fetch(registry.manifest(manifest.weights), cache)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if adapter else "auto", local_files_only=True)
