@@ -27,38 +27,32 @@ LOOK_AGAIN_S = 0.5
 @jobspec.options("finetune")
 def train(wait: Wait = True, **given: Any) -> None:
     """Fine-tune on the pool. The command sends local files to the pool first. There the job is `python -m jobs.finetune`."""
-    pool = client()
-    job = start(pool, "finetune", given)
-    console.print(f"Job [bold]{job}[/] is submitted.")
-    made = followed(pool, job, "Fine-tuning") if wait else None
-    if made is None:
-        return console.print(going_on(job), highlight=False)
-    loss = f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}"
-    following = f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
-    console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {loss}; {following}")
+    if made := trained("finetune", "Fine-tuning", given, wait):
+        registered(made, fell(made))
 
 
 @app.command()
 @jobspec.options("pretrain")
 def pretrain(wait: Wait = True, **given: Any) -> None:
     """Train a new model from scratch on your own text. The command sends local files to the pool first."""
-    pool = client()
-    job = start(pool, "pretrain", given)
-    console.print(f"Job [bold]{job}[/] is submitted.")
-    made = followed(pool, job, "Pretraining") if wait else None
+    made = trained("pretrain", "Pretraining", given, wait)
     if made is None:
-        return console.print(going_on(job), highlight=False)
-    name = made["version"].partition("@")[0]
-    following = f"; next: springtide fleets add {name}" if made.get("stage") else f"; next: springtide publish {made['version']}"
-    console.print(f"Registered [bold]{made['version']}[/]: {learnt(made)}{following}")
-
-
-def learnt(made: dict[str, Any]) -> str:
-    """What a pretraining run says at its end."""
+        return
     if made.get("bits_per_byte") is None:
-        return f"answers {made['exact_match']:.0%} of its questions"
+        return registered(made, f"answers {made['exact_match']:.0%} of its questions")
     before, after = made["bits_per_byte_before"], made["bits_per_byte"]
-    return f"{before:.3f} → {after:.3f} bits per byte of held-out text, perplexity {made['perplexity']:.1f}"
+    words = f"{before:.3f} → {after:.3f} bits per byte of held-out text, perplexity {made['perplexity']:.1f}"
+    name = made["version"].partition("@")[0]
+    registered(made, words, f"next: springtide fleets add {name}" if made.get("stage") else "")
+
+
+@app.command()
+@jobspec.options("distill")
+def distill(wait: Wait = True, **given: Any) -> None:
+    """Train a small student on the pool, on what a teacher says of the data. There the job is `python -m jobs.distill`."""
+    if made := trained("distill", "Distilling", given, wait):
+        teachers = f", the teacher's {made['teacher_loss']:.3f}" if "teacher_loss" in made else ""
+        registered(made, fell(made) + teachers)
 
 
 @app.command()
@@ -132,6 +126,30 @@ def measure(pool: Client, id: VersionId, alias: str) -> None:
 
 def going_on(job: str) -> str:
     return f"The job continues. See: springtide logs {job} --follow · springtide cancel {job} · springtide jobs"
+
+
+# training
+
+
+def trained(verb: str, label: str, given: dict[str, Any], wait: bool) -> dict[str, Any] | None:
+    """Start a job that trains, and follow it to its end. Returns what it made; None where it goes on, and then the words are said."""
+    pool = client()
+    job = start(pool, verb, given)
+    console.print(f"Job [bold]{job}[/] is submitted.")
+    made = followed(pool, job, label) if wait else None
+    if made is None:
+        console.print(going_on(job), highlight=False)
+    return made
+
+
+def fell(made: dict[str, Any]) -> str:
+    return f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}"
+
+
+def registered(made: dict[str, Any], words: str, following: str = "") -> None:
+    """Say what was registered, how good it is, and what comes next."""
+    stage = f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
+    console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {words}; {following or stage}")
 
 
 # starting

@@ -30,12 +30,21 @@ def resume(store: Store, name: str, inputs: dict[str, Any]) -> str:
     about = store.get(f"runs/{check_name(name)}/{ABOUT}")
     if about is None:
         raise BadRequest(f"There is no run {name}.", "A run that ended or was cancelled cannot be resumed.", "resume")
-    before, now = json.loads(about), json.loads(json.dumps(inputs))
+    before, now = _known(json.loads(about)), _known(json.loads(json.dumps(inputs)))
     if other := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
         began_with = "; ".join(f"{key} {before.get(key)}" for key in other)
         raise BadRequest(f"The run {name} began with another {', '.join(other)}.", f"It began with: {began_with}.", "resume")
     print(f"run {name}", flush=True)
     return name
+
+
+def _known(value: Any) -> Any:
+    """Plain JSON without what is null: a release that adds a section to recipes does not make another run of the same inputs.
+
+    >>> _known({"recipe": {"epochs": 3, "distillation": None}})
+    {'recipe': {'epochs': 3}}
+    """
+    return {key: _known(each) for key, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
 @contextlib.contextmanager
