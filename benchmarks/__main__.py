@@ -13,6 +13,8 @@ from benchmarks.memory import memory
 from benchmarks.parity.run import parity
 from benchmarks.publish import publish
 from benchmarks.report import SYSTEMS
+from benchmarks.scaling import SYSTEMS as SCALED
+from benchmarks.scaling import scaling
 from benchmarks.serving import serving
 from benchmarks.shape import shape
 from benchmarks.tide import SYSTEMS as DIVISIONS
@@ -33,6 +35,10 @@ def known_systems(text: str) -> tuple[str, ...]:
 
 def known_divisions(text: str) -> tuple[str, ...]:
     return known(text, DIVISIONS)
+
+
+def known_scaled(text: str) -> tuple[str, ...]:
+    return known(text, SCALED)
 
 
 def known_trainers(text: str) -> tuple[str, ...]:
@@ -104,6 +110,14 @@ VERBS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         MODEL,
         file("--json", "write one row per system"),
         file("--png", "where the chart goes", Path("tide.png")),
+    ),
+    scaling: (
+        option("--rounds", type=int, default=3),
+        option("--workers", type=numbers, default=(1, 2, 3, 4), metavar="N,N,…"),
+        option("--systems", type=known_scaled, default=SCALED, metavar="NAME,…", help=", ".join(SCALED)),
+        option("--seconds", type=float, default=30, help="how long each is measured"),
+        MODEL,
+        file("--json", "write one row per system and number of workers"),
     ),
     training: (
         option("--rounds", type=int, default=3),

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cluster.config import Config
 from cluster.errors import JobFailed
 
@@ -48,6 +50,16 @@ class Job:
     def workers(self) -> set[int]:
         """The processes that have trained."""
         return {int(pid) for line in self.text.splitlines() if "training " in line for pid in WORKER.findall(line)}
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds of those that train now."""
+        total = 0.0
+        for pid in self.workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = psutil.Process(pid).cpu_times()
+                total += times.user + times.system
+        return total
 
     def wait_until(self, done: Callable[[], bool], timeout_s: float = 180) -> None:
         """Raises `JobFailed` with the end of the log where that does not come."""
