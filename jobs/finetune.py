@@ -66,6 +66,7 @@ def prepare(config: Config, registry: Registry, options: Finetune) -> Plan:
     """Check the whole request, cheapest first. Raises a `SpringtideError` that says what is wrong."""
     fetch, base_name = sources.of(config), options.base or config.default_model
     chosen = recipe.load("full" if options.full else options.recipe, options.set, options.epochs, fetch)
+    recipe.check_sections(chosen, "finetune")
     check_fits(chosen, config, registry, base_name)
     check_name(options.name or "unnamed")
     dataset = chat.read(options.data, fetch)
@@ -81,7 +82,7 @@ def tokenized(
     registry: Registry,
     manifest: Manifest,
     chosen: recipe.Recipe,
-    dataset: Dataset,
+    dataset: Dataset[Example],
     held_out: list[Example] | None,
 ) -> Plan:
     base = opened(config, registry, manifest, chosen)
@@ -89,9 +90,7 @@ def tokenized(
     # What is too long is left out before anything is held out, so that the held-out fraction is of what is learnt.
     learnt = rows.tokenize(dataset.examples, base.tokenizer, limit)
     if held_out is None:
-        all_lines = {example.line for example in learnt.examples}
-        lines = rows.split(all_lines, resolved.held_out_fraction, resolved.seed)
-        kept, measured = learnt.only(all_lines - lines), learnt.only(lines)
+        kept, measured = learnt.parted(resolved.held_out_fraction, resolved.seed)
     else:
         kept, measured = learnt, rows.tokenize(held_out, base.tokenizer, limit)
     print(rows.described(kept.rows, measured.rows, learnt.too_long, limit))
