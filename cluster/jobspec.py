@@ -96,22 +96,19 @@ class Options(BaseModel):
         return {**self.document(), **{name: redact_source(source) for name, source in self.files().items()}}
 
 
-class Finetune(Options):
-    verb = "finetune"
-    about = "Fine-tune a version and register the result."
+class Tuning(Options):
+    """What every job takes that starts from a version."""
 
     data: File
-    """JSON lines in OpenAI's chat format, or prompt and completion: a path or URL."""
+    """JSON lines: a path or URL."""
     eval_data: File | None = None
     """Measure on this file instead of a held-out part of --data."""
     base: str | None = None
     """A model, or a version as NAME@N; by default what the pool serves."""
     name: str | None = None
     """Register as the next version of this name; the base's by default."""
-    recipe: File = "lora"
-    """lora, full, or the path of a YAML file."""
-    full: bool = False
-    """Train all the weights: --recipe full."""
+    recipe: File
+    """The name of a recipe, or the path of a YAML file."""
     epochs: float | None = None
     """How often each example is seen; the recipe's by default."""
     set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
@@ -125,11 +122,33 @@ class Finetune(Options):
     publish: bool = False
     """Make the result live."""
 
+
+class Finetune(Tuning):
+    verb = "finetune"
+    about = "Fine-tune a version and register the result."
+
+    data: File
+    """JSON lines in OpenAI's chat format, or prompt and completion: a path or URL."""
+    recipe: File = "lora"
+    """lora, full, or the path of a YAML file."""
+    full: bool = False
+    """Train all the weights: --recipe full."""
+
     @model_validator(mode="after")
     def check(self) -> Self:
         if self.full and self.recipe not in ("lora", "full"):
             raise ValueError("--full and --recipe exclude each other")
         return self
+
+
+class Dpo(Tuning):
+    verb = "dpo"
+    about = "Teach a version which of two answers is preferred, and register the result."
+
+    data: File
+    """JSON lines with pairs of answers, in OpenAI's form or TRL's: a path or URL."""
+    recipe: File = "dpo"
+    """dpo, or the path of a YAML file with a section preference."""
 
 
 class Pretrain(Options):
@@ -180,7 +199,7 @@ class Publish(Options):
     """Why, for the alias's history."""
 
 
-VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Pretrain, Evaluate, Publish)}
+VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Dpo, Pretrain, Evaluate, Publish)}
 
 
 def new_id(verb: str) -> str:

@@ -34,8 +34,22 @@ def train(wait: Wait = True, **given: Any) -> None:
     if made is None:
         return console.print(going_on(job), highlight=False)
     loss = f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}"
-    following = f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
-    console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {loss}; {following}")
+    console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {loss}; {following(made)}")
+
+
+@app.command()
+@jobspec.options("dpo")
+def dpo(wait: Wait = True, **given: Any) -> None:
+    """Teach a version which of two answers is preferred. There the job is `python -m jobs.dpo`."""
+    pool = client()
+    job = start(pool, "dpo", given)
+    console.print(f"Job [bold]{job}[/] is submitted.")
+    made = followed(pool, job, "Learning preferences") if wait else None
+    if made is None:
+        return console.print(going_on(job), highlight=False)
+    agrees = f"{made['preference_accuracy_before']:.0%} → {made['preference_accuracy']:.0%}"
+    found = f"prefers as held-out pairs do: {agrees}, by a margin of {made['reward_margin']:.2f}"
+    console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {found}; {following(made)}")
 
 
 @app.command()
@@ -105,6 +119,11 @@ def printed(pool: Client, job: str, offset: int) -> tuple[int, bool]:
 def measure(pool: Client, id: VersionId, alias: str) -> None:
     """Run the gate's evaluation and wait for it."""
     follow(pool, start(pool, "evaluate", {"version": str(id), "alias": alias}), f"Evaluating {id}")
+
+
+def following(made: dict[str, Any]) -> str:
+    """What comes after a version was registered."""
+    return f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
 
 
 def going_on(job: str) -> str:

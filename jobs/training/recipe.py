@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from cluster.config import Section, from_pairs, merge
 from cluster.errors import ConfigError, DataError
@@ -23,6 +23,23 @@ class Lora(Section):
     """The output of the adapter is scaled by alpha / rank."""
     dropout: float = Field(0, ge=0, lt=1)
     """Each worker draws its own masks. So with dropout the losses depend on the number of workers."""
+
+
+class Preference(Section):
+    """How `springtide dpo` learns from pairs, see `jobs.training.objectives.dpo.losses`."""
+
+    beta: float = Field(0.1, gt=0)
+    """How much the model is held to the base: it may move further with a smaller one."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: DPO (Rafailov et al. 2023). ipo: identity preference optimisation (Azar et al. 2023)."""
+    label_smoothing: float = Field(0, ge=0, lt=0.5)
+    """The share of pairs that are the wrong way round, as far as you know: conservative DPO (Mitchell 2023)."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("label_smoothing is for the loss sigmoid only")
+        return self
 
 
 class Recipe(Section):
@@ -52,6 +69,8 @@ class Recipe(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This takes less memory and more time."""
     seed: int = 0
+    preference: Preference | None = None
+    """For `springtide dpo` only."""
 
     def resolved(self, hidden_size: int, context_tokens: int) -> "Recipe":
         """The recipe with the learning rate and the token limit for this model.
@@ -63,6 +82,20 @@ class Recipe(Section):
         rule = 5e-5 * (10 if self.lora else 1) * math.pow(2000 / hidden_size, 0.781)
         max_tokens = min(self.max_tokens or context_tokens, context_tokens)
         return self.model_copy(update={"learning_rate": self.learning_rate or rule, "max_tokens": max_tokens})
+
+
+def check_sections(recipe: Recipe, verb: str) -> None:
+    """Raise `ConfigError` if the recipe lacks the section that ``verb`` reads, or has one that another verb reads: it would do nothing here."""
+    if recipe.preference is None and verb == "dpo":
+        raise ConfigError(
+            "The recipe has no section preference.", "Use --recipe dpo, or --set preference.beta=0.1.", "preference"
+        )
+    if recipe.preference is not None and verb != "dpo":
+        raise ConfigError(
+            "The recipe has a section preference, which only `springtide dpo` reads.",
+            "Use that command, or remove the section.",
+            "preference",
+        )
 
 
 def schedule(recipe: Recipe, examples: int) -> Schedule:
