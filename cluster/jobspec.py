@@ -102,22 +102,19 @@ class Options(BaseModel):
         return self.with_files({name: [*map(redact_source, sources)] for name, sources in self.files().items()})
 
 
-class Finetune(Options):
-    verb = "finetune"
-    about = "Fine-tune a version and register the result."
+class Tuning(Options):
+    """What every job takes that starts from a version."""
 
     data: File
-    """JSON lines in OpenAI's chat format, or prompt and completion: a path or URL."""
+    """JSON lines: a path or URL."""
     eval_data: File | None = None
     """Measure on this file instead of a held-out part of --data."""
     base: str | None = None
     """A model, or a version as NAME@N; by default what the pool serves."""
     name: str | None = None
     """Register as the next version of this name; the base's by default."""
-    recipe: File = "lora"
-    """lora, full, or the path of a YAML file."""
-    full: bool = False
-    """Train all the weights: --recipe full."""
+    recipe: File
+    """The name of a recipe, or the path of a YAML file."""
     epochs: float | None = None
     """How often each example is seen; the recipe's by default."""
     set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
@@ -130,6 +127,18 @@ class Finetune(Options):
     """Go on with a run that was lost, from its newest checkpoint."""
     publish: bool = False
     """Make the result live."""
+
+
+class Finetune(Tuning):
+    verb = "finetune"
+    about = "Fine-tune a version and register the result."
+
+    data: File
+    """JSON lines in OpenAI's chat format, or prompt and completion: a path or URL."""
+    recipe: File = "lora"
+    """lora, full, or the path of a YAML file."""
+    full: bool = False
+    """Train all the weights: --recipe full."""
 
     @model_validator(mode="after")
     def check(self) -> Self:
@@ -185,6 +194,16 @@ class Distill(Options):
         if self.student is None and self.by == "answers":
             raise ValueError("a pruned student has its teacher's tokenizer, and learns more by logits")
         return self
+
+
+class Dpo(Tuning):
+    verb = "dpo"
+    about = "Teach a version which of two answers is preferred, and register the result."
+
+    data: File
+    """JSON lines with pairs of answers, in OpenAI's form or TRL's: a path or URL."""
+    recipe: File = "dpo"
+    """dpo, or the path of a YAML file."""
 
 
 class Pretrain(Options):
@@ -274,7 +293,8 @@ class Publish(Options):
     """Why, for the alias's history."""
 
 
-VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Distill, Pretrain, Evaluate, Publish)}
+VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Distill, Dpo, Pretrain, Evaluate, Publish)}
+"""By what `python -m jobs.VERB` is called."""
 
 
 def new_id(verb: str) -> str:

@@ -114,8 +114,7 @@ def chosen_recipe(options: Distill, fetch: sources.Fetch) -> recipe.Recipe:
     chosen = recipe.load(options.recipe or shipped, options.set, options.epochs, fetch, verb)
     if chosen.lora:
         raise ConfigError("A student is trained with all its weights.", "Leave lora out of the recipe.", param="lora")
-    section = (chosen.distillation or recipe.Distillation()) if options.by == "logits" else None
-    return chosen.model_copy(update={"distillation": section})
+    return chosen
 
 
 def opened_pair(

@@ -29,7 +29,7 @@ from cluster.types import Manifest, VersionId
 from jobs import main, reach, sources
 from jobs.data import chat, rows
 from jobs.data.chat import Example
-from jobs.data.lines import Problem, decode, lines
+from jobs.data.lines import Problem, objects
 from jobs.record import JobRecord, record
 
 if TYPE_CHECKING:
@@ -138,11 +138,7 @@ def examples(source: str, fetch: sources.Fetch) -> list[Example]:
 
 
 def golden_prompts(source: str, fetch: sources.Fetch = sources.local) -> Iterator[Prompt]:
-    for number, line in lines(fetch(source)):
-        try:
-            yield golden_prompt(chat.present(decode(line)))
-        except Problem as problem:
-            raise problem.at(sources.title(source), number) from None
+    return objects(fetch(source), sources.title(source), lambda value, _: [golden_prompt(chat.present(value))])
 
 
 def golden_prompt(value: dict[str, Any]) -> Prompt:

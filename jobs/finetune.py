@@ -81,7 +81,7 @@ def tokenized(
     registry: Registry,
     manifest: Manifest,
     chosen: recipe.Recipe,
-    dataset: Dataset,
+    dataset: Dataset[Example],
     held_out: list[Example] | None,
 ) -> Plan:
     base = opened(config, registry, manifest, chosen)

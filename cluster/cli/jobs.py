@@ -56,6 +56,15 @@ def distill(wait: Wait = True, **given: Any) -> None:
 
 
 @app.command()
+@jobspec.options("dpo")
+def dpo(wait: Wait = True, **given: Any) -> None:
+    """Teach a version which of two answers is preferred. There the job is `python -m jobs.dpo`."""
+    if made := trained("dpo", "Learning preferences", given, wait):
+        agrees = f"{made['preference_accuracy_before']:.0%} → {made['preference_accuracy']:.0%}"
+        registered(made, f"prefers as held-out pairs do: {agrees}, by a margin of {made['reward_margin']:.2f}")
+
+
+@app.command()
 @jobspec.options("evaluate")
 def evaluate(wait: Wait = True, **given: Any) -> None:
     """Measure a version against the live one and store the gate's verdict."""

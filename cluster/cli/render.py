@@ -109,7 +109,7 @@ def models(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _metrics(measured: dict[str, float]) -> str:
-    kept = ("eval_loss_before", "eval_loss", "exact_match", "train_loss")
+    kept = ("eval_loss_before", "eval_loss", "exact_match", "preference_accuracy", "train_loss")
     return " ".join(f"{key}={measured[key]:.4g}" for key in kept if key in measured)
 
 

@@ -14,12 +14,12 @@ This file checks every line before a job imports Ray or torch. So a mistake in t
 
 import hashlib
 import json
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from cluster.errors import DataError
 from jobs import sources
-from jobs.data.lines import Problem, decode, kind, lines
+from jobs.data.lines import Problem, kind, objects
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FORMS = 'Write {"messages": [...]} or {"prompt": ..., "completion": ...}.'
@@ -29,8 +29,12 @@ KEYS = {
     "assistant": EVERY | {"weight", "tool_calls", "function_call", "refusal", "reasoning_content", "reasoning"},
     "tool": EVERY | {"tool_call_id"},
 }
+TOOL_KEYS = {"tools", "functions", "parallel_tool_calls"}
+"""What a line may have besides, see `tools_of`."""
 TOOL = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
 CALL = '{"id": "...", "type": "function", "function": {"name": "...", "arguments": "{...}"}}'
+
+One = TypeVar("One")
 
 Message = dict[str, Any]
 """As chat templates read them: ``role``, ``content`` (a string), and where there are any ``name``, ``tool_calls``, ``tool_call_id``,
@@ -49,32 +53,37 @@ class Example(NamedTuple):
     """The tools that the model may call, as in a request."""
 
 
-class Dataset(NamedTuple):
+class Dataset(NamedTuple, Generic[One]):
     source: str
     sha256: str
     """Of the file's bytes, inflated."""
-    examples: list[Example]
+    examples: list[One]
 
 
-def read(source: str, fetch: sources.Fetch = sources.local) -> Dataset:
+def read(source: str, fetch: sources.Fetch = sources.local) -> Dataset[Example]:
     """Read and check a path, URL or upload. Raises `DataError` naming the file, the line, what is wrong and what to do."""
+    return dataset(source, fetch, parse, FORMS)
+
+
+def dataset(source: str, fetch: sources.Fetch, parse: Callable[[bytes, str], Iterable[One]], forms: str) -> Dataset[One]:
+    """What ``parse`` finds in a file. Raises `DataError` where it finds nothing; ``forms`` says what a line looks like."""
     raw, name = fetch(source), sources.title(source)
     examples = list(parse(raw, name))
     if not examples:
-        raise DataError(f"{name} is empty.", f"Put at least one example in it, one per line. {FORMS}")
+        raise DataError(f"{name} is empty.", f"Put at least one example in it, one per line. {forms}")
     return Dataset(name, hashlib.sha256(raw).hexdigest(), examples)
 
 
 def parse(raw: bytes, source: str) -> Iterator[Example]:
     """Every example in a file's bytes."""
-    for number, line in lines(raw):
-        try:
-            value = present(decode(line))
-            tools = tuple(tools_of(value))
-            for prompt, answer in turns(conversation(value)):
-                yield Example(prompt, [answer], number, tools)
-        except Problem as problem:
-            raise problem.at(source, number) from None
+    return objects(raw, source, _examples)
+
+
+def _examples(decoded: dict[str, Any], number: int) -> Iterator[Example]:
+    value = present(decoded)
+    tools = tuple(tools_of(value))
+    for prompt, answer in turns(conversation(value)):
+        yield Example(prompt, [answer], number, tools)
 
 
 def present(value: dict[str, Any]) -> dict[str, Any]:
@@ -87,26 +96,29 @@ def present(value: dict[str, Any]) -> dict[str, Any]:
 
 def conversation(value: dict[str, Any]) -> list[Message]:
     """Either form as checked messages. Those of assistants have ``"weight"``, 0 or 1."""
-    rest = set(value) - {"tools", "functions", "parallel_tool_calls"}
+    rest = set(value) - TOOL_KEYS
     if rest == {"messages"}:
         checked = messages(value["messages"], "messages")
     elif rest == {"prompt", "completion"}:
-        asked = _side("user", value["prompt"], "prompt")
-        checked = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in asked]
-        checked += _side("assistant", value["completion"], "completion")
+        checked = context(side("user", value["prompt"], "prompt")) + side("assistant", value["completion"], "completion")
     else:
         raise Problem(f"the keys are {', '.join(map(repr, value)) or 'none'}", FORMS)
     if checked[-1]["role"] != "assistant":
         raise Problem(
             f"the last message is by {checked[-1]['role']}", "End with the assistant's answer that the model should learn."
         )
-    _check_calls(checked)
+    check_calls(checked)
     return checked
 
 
-def _side(role: str, value: Any, where: str) -> list[Message]:
-    """One side of the second form: a text, or messages."""
+def side(role: str, value: Any, where: str) -> list[Message]:
+    """A text by ``role``, or messages."""
     return messages(value, where) if isinstance(value, list) else [message({"role": role, "content": value}, where)]
+
+
+def context(checked: list[Message]) -> list[Message]:
+    """Messages that nobody learns: assistants' have the weight 0."""
+    return [{**one, "weight": 0} if one["role"] == "assistant" else one for one in checked]
 
 
 def messages(value: Any, where: str) -> list[Message]:
@@ -265,7 +277,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {**id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _check_calls(checked: list[Message]) -> None:
+def check_calls(checked: list[Message]) -> None:
     """Raise `Problem` where a tool answers a call that nobody made."""
     made: set[str] = set()
     for i, one in enumerate(checked):

@@ -1,11 +1,12 @@
 """JSON lines: one object on each line of a file, with the line's number for whoever has to correct it."""
 
 import json
-from collections.abc import Iterator
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from cluster.errors import DataError
 
+One = TypeVar("One")
 LINES = "Write one object per line. A JSON array or an indented file is not JSON lines."
 
 
@@ -31,6 +32,15 @@ def lines(raw: bytes) -> Iterator[Line]:
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             yield Line(number, line)
+
+
+def objects(raw: bytes, source: str, made: Callable[[dict[str, Any], int], Iterable[One]]) -> Iterator[One]:
+    """What ``made(value, number)`` makes of each line's object. Its `Problem` becomes a `DataError` with the file ``source`` and the line."""
+    for number, line in lines(raw):
+        try:
+            yield from made(decode(line), number)
+        except Problem as problem:
+            raise problem.at(source, number) from None
 
 
 def decode(line: bytes) -> dict[str, Any]:

@@ -8,13 +8,31 @@ import json
 import random
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from cluster.errors import DataError
 from jobs.data.chat import Example
 
 NAMED_LINES = 5
 """How many lines a message names."""
+
+
+class OnALine(Protocol):
+    """An example, or a pair of them."""
+
+    @property
+    def line(self) -> int: ...
+
+
+class Measured(Protocol):
+    """What an example becomes: a row, or a pair of them."""
+
+    @property
+    def longest_tokens(self) -> int: ...
+
+
+Source = TypeVar("Source", bound=OnALine)
+Made = TypeVar("Made", bound=Measured)
 
 
 class Row(NamedTuple):
@@ -24,36 +42,52 @@ class Row(NamedTuple):
     prompt_tokens: int
     """How many of `input_ids` belong to the prompt. They carry no loss."""
 
+    @property
+    def longest_tokens(self) -> int:
+        """All tokens of the row, which must fit into the model's context."""
+        return len(self.input_ids)
 
-class Tokenized(NamedTuple):
+
+class Tokenized(NamedTuple, Generic[Source, Made]):
     """The examples that fit, each with its row."""
 
-    examples: list[Example]
-    rows: list[Row]
+    examples: list[Source]
+    rows: list[Made]
     too_long: list[int]
     """The lines of the examples that were left out because they have too many tokens."""
 
-    def only(self, lines: set[int]) -> "Tokenized":
+    def only(self, lines: set[int]) -> "Tokenized[Source, Made]":
         """Those of these lines."""
         both = [(example, row) for example, row in zip(self.examples, self.rows, strict=True) if example.line in lines]
         return Tokenized([example for example, _ in both], [row for _, row in both], [])
 
+    def parted(self, held_out_fraction: float, seed: int) -> "tuple[Tokenized[Source, Made], Tokenized[Source, Made]]":
+        """Those to learn, and those to measure on. The fraction is of what fits; see `split`."""
+        all_lines = {example.line for example in self.examples}
+        held_out = split(all_lines, held_out_fraction, seed)
+        return self.only(all_lines - held_out), self.only(held_out)
 
-def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> Tokenized:
+
+def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> Tokenized[Example, Row]:
     """Rows in the tokenizer's own chat template. Examples of more than ``max_tokens`` are left out.
 
     A shortened example would teach the model to stop in the middle. Raises `DataError` if no example fits, or where the template refuses one.
     """
-    both = [(example, encode(example, tokenizer)) for example in examples]
-    fitting = [(example, row) for example, row in both if len(row.input_ids) <= max_tokens]
-    if not fitting:
-        shortest = min(len(row.input_ids) for _, row in both)
+    return fitting(examples, [encode(example, tokenizer) for example in examples], max_tokens)
+
+
+def fitting(examples: Sequence[Source], rows: Sequence[Made], max_tokens: int) -> Tokenized[Source, Made]:
+    """The examples of at most ``max_tokens``. Raises `DataError` if there are none."""
+    both = list(zip(examples, rows, strict=True))
+    kept = [(example, row) for example, row in both if row.longest_tokens <= max_tokens]
+    if not kept:
+        shortest = min(row.longest_tokens for row in rows)
         raise DataError(
             f"None of the {len(both)} examples fits: the shortest has {shortest} tokens, and the limit is {max_tokens}.",
             "Shorten the examples, raise the recipe's max_tokens, or choose a base with a longer context.",
         )
-    too_long = [example.line for example, row in both if len(row.input_ids) > max_tokens]
-    return Tokenized([example for example, _ in fitting], [row for _, row in fitting], too_long)
+    too_long = [example.line for example, row in both if row.longest_tokens > max_tokens]
+    return Tokenized([example for example, _ in kept], [row for _, row in kept], too_long)
 
 
 def split(lines: Iterable[int], held_out_fraction: float, seed: int) -> set[int]:
@@ -77,7 +111,15 @@ def described(train: Sequence[Row], held_out: Sequence[Row], too_long: Sequence[
     )
     longest = max(len(row.input_ids) for row in train)
     words = f"{len(train):,} examples to train on: {tokens:,} tokens, {learnt:,} of them in answers, the longest {longest:,}; "
-    words += f"{len(held_out):,} held out; {len(too_long):,} left out"
+    return words + f"{len(held_out):,} held out; {left_out(too_long, limit)}"
+
+
+def left_out(too_long: Sequence[int], limit: int) -> str:
+    """
+    >>> left_out([7], 8), left_out([], 8)
+    ('1 left out, longer than 8 tokens (line 7)', '0 left out')
+    """
+    words = f"{len(too_long):,} left out"
     if not too_long:
         return words
     named = sorted(set(too_long))

@@ -84,7 +84,7 @@ def opened(config: Config, registry: Registry, manifest: Manifest, chosen: Recip
     return Base(manifest, tokenizer, resolved, resolved.max_tokens or shape.max_position_embeddings)
 
 
-def divided(base: Base, dataset: Dataset, held_out: list[Example] | None) -> Divided:
+def divided(base: Base, dataset: Dataset[Example], held_out: list[Example] | None) -> Divided:
     """Tokenise a dataset and hold a part of it out, or take all of it where ``held_out`` has other examples. Prints how much that is.
 
     Raises `DataError` where nothing fits, or where the base's chat template refuses an example.
@@ -93,9 +93,7 @@ def divided(base: Base, dataset: Dataset, held_out: list[Example] | None) -> Div
     # What is too long is left out before anything is held out, so that the held-out fraction is of what is learnt.
     learnt = rows.tokenize(dataset.examples, base.tokenizer, limit)
     if held_out is None:
-        all_lines = {example.line for example in learnt.examples}
-        lines = rows.split(all_lines, recipe.held_out_fraction, recipe.seed)
-        kept, measured = learnt.only(all_lines - lines), learnt.only(lines)
+        kept, measured = learnt.parted(recipe.held_out_fraction, recipe.seed)
     else:
         kept, measured = learnt, rows.tokenize(held_out, base.tokenizer, limit)
     print(rows.described(kept.rows, measured.rows, learnt.too_long, limit))

@@ -44,6 +44,11 @@ class FlatParameters:
         return {"parameters": self.vector.data, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
 
     @property
+    def untouched(self) -> bool:
+        """Whether the parameters are as they were loaded: no step has changed them, and no state was taken over."""
+        return not self.optimizer.state
+
+    @property
     def gradient(self) -> torch.Tensor:
         """Shape (numbers,)."""
         return self.exchanged[:-MESSAGES]

@@ -91,7 +91,8 @@ def code_revision() -> str:
 def result(manifest: Manifest, stage: str | None) -> dict[str, Any]:
     """Print the run's result as one line ``result {…}`` for people who read the log, and return it for the job's record.
 
-    ``stage``: the stage of the version's rollout; None if it is not published. Example of the line:
+    It has the losses, and what else was measured both before and after. ``stage``: the stage of the version's rollout; None if it is not
+    published. Example of the line:
     ``result {"version": "support@3", "kind": "adapter", "eval_loss_before": 2.1, "eval_loss": 1.4, "exact_match": null, "stage": "live"}``
     """
     metrics = manifest.lineage.metrics

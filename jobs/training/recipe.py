@@ -3,10 +3,10 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from cluster.config import Section, from_pairs, merge
 from cluster.errors import ConfigError, DataError
@@ -14,6 +14,12 @@ from jobs import sources
 from jobs.training.schedule import Schedule, Shape
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+PREFERENCE_RATE = 0.1
+"""What preferences need of fine-tuning's learning rate. A pair's loss says which answer, not which words, so nothing in it keeps the text whole.
+
+With the whole rate, the seedling preferred every held-out answer and wrote one token for ever: both answers had lost 100 nats. With a tenth it
+kept its words. Tülu 3 (Lambert et al. 2024) takes a tenth too, Zephyr (Tunstall et al. 2023) a fortieth.
+"""
 
 
 class Lora(Section):
@@ -34,8 +40,25 @@ class Distillation(Section):
     """forward, KL(teacher ‖ student): the student covers all that the teacher may say. reverse: it keeps to what the teacher finds likely."""
 
 
-OBJECTIVES = {"distillation": "distill"}
-"""Sections that one verb alone knows. The others refuse them, because they would ignore them."""
+class Preference(Section):
+    """How `springtide dpo` learns from pairs, see `jobs.training.objectives.dpo.losses`."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How much the model is held to the base: it may move further with a smaller one."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid: DPO (Rafailov et al. 2023). ipo: identity preference optimisation (Azar et al. 2023)."""
+    label_smoothing: float = Field(default=0, ge=0, lt=0.5)
+    """The share of pairs that are the wrong way round, as far as you know: conservative DPO (Mitchell 2023)."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.label_smoothing and self.loss == "ipo":
+            raise ValueError("label_smoothing is for the loss sigmoid only")
+        return self
+
+
+OBJECTIVES = {"distillation": "distill", "preference": "dpo"}
+"""Section → the verb that reads it. Other verbs refuse the section, because they would ignore it."""
 
 
 class Recipe(Section):
@@ -62,20 +85,20 @@ class Recipe(Section):
     measure_every_steps: int = Field(0, ge=0)
     """Measure the held-out loss after every so many steps, and make the result of the weights that had the least. 0: measure before and after, and
     take the last weights."""
-    distillation: Distillation | None = None
-    """How `springtide distill` weighs teacher and data. No other verb takes it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This takes less memory and more time."""
     seed: int = 0
+    distillation: Distillation | None = None
+    preference: Preference | None = None
 
     def resolved(self, hidden_size: int, context_tokens: int) -> "Recipe":
         """The recipe with the learning rate and the token limit for this model.
 
         The learning rate is 5e-5 · (2000 / hidden)^0.781, and ten times that for LoRA. Thinking Machines fitted this rule to sweeps over
         14 models (J. Schulman and others, "LoRA Without Regret", 2025, with the exponent for Llama). It gives 3e-4 for LoRA on an 8B model
-        and 4e-3 for LoRA on the seedling.
+        and 4e-3 for LoRA on the seedling. Preferences get `PREFERENCE_RATE` of it.
         """
-        rule = 5e-5 * (10 if self.lora else 1) * math.pow(2000 / hidden_size, 0.781)
+        rule = 5e-5 * (10 if self.lora else 1) * (PREFERENCE_RATE if self.preference else 1) * math.pow(2000 / hidden_size, 0.781)
         max_tokens = min(self.max_tokens or context_tokens, context_tokens)
         return self.model_copy(update={"learning_rate": self.learning_rate or rule, "max_tokens": max_tokens})
 
@@ -100,7 +123,7 @@ def load(
 ) -> Recipe:
     """Load a recipe by its name, path or upload, with ``key=value`` overrides such as ``lora.rank=8``. Raises `ConfigError` naming the key.
 
-    A section of `OBJECTIVES` is wrong with another ``verb``.
+    The ``verb``'s own section of `OBJECTIVES` is there in any case; those of other verbs are wrong.
     """
     shipped = not name.startswith(sources.UPLOAD) and "/" not in name and not name.endswith((".yaml", ".yml"))
     read = (lambda: (RECIPES / f"{name}.yaml").read_bytes()) if shipped else (lambda: fetch(name))
@@ -109,7 +132,9 @@ def load(
     changes = from_pairs(pair.split("=", 1) for pair in overrides)
     values = merge(merge(_yaml(sources.title(name), read), changes), {} if epochs is None else {"epochs": epochs})
     for section, whose in OBJECTIVES.items():
-        if values.get(section) is not None and whose != verb:
+        if whose == verb:
+            values[section] = values.get(section) or {}
+        elif values.get(section) is not None:
             raise ConfigError(f"{section} is for springtide {whose} alone.", "Remove it from the recipe.", param=section)
     try:
         return Recipe.model_validate(values)

@@ -18,7 +18,7 @@ from jobs.training.flat import MESSAGES, FlatParameters
 from jobs.training.schedule import Schedule
 
 HELD_OUT = "eval_loss"
-"""What every `Work` measures, in nats per token. It decides which weights are the best."""
+"""What every `Work` measures: its own loss on held-out data, in nats per token where it learns tokens. It decides which weights are the best."""
 CLIPPED_NORM = 1.0
 WORSE = 2.0
 """A model may know nothing of a new text, and be sure of it: its first loss is above any fixed bound. So a run that diverges has doubled it."""
@@ -31,7 +31,7 @@ class Work(Protocol):
     flat: FlatParameters
     """What the run trains."""
     hopeless: float
-    """A loss above this means that the run has diverged, in nats per token; also above `WORSE` times the loss that it began with."""
+    """A loss above this means that the run has diverged; also above `WORSE` times the loss that it began with."""
     ideal_s_per_token: float
     """Seconds that a token takes one worker at its processor's peak; 0 where nobody knows."""
 
@@ -39,7 +39,7 @@ class Work(Protocol):
         """Add this worker's part of the batch to the gradients.
 
         ``batch``: indices of the whole batch's examples, the same on every worker. Returns this worker's part of the loss, a tensor of shape ()
-        in nats per token, and the number of tokens of the whole batch. The parts of all workers add up to the batch's loss.
+        and the number of tokens of the whole batch. The parts of all workers add up to the batch's loss.
         """
         ...
 
@@ -56,7 +56,7 @@ class Gathered(NamedTuple):
     """A global batch, the same on every worker."""
 
     loss: float
-    """In nats per token."""
+    """In nats per token where the run learns tokens."""
     tokens: int
     stops: bool
     """Whether any worker was told to stop."""
@@ -86,18 +86,18 @@ def gather(work: Work, batch: list[int], rank: int, world: int, told: Callable[[
 def divergence(found: Gathered, hopeless: float, began: float) -> str:
     """Why the run has to stop before this step's update; empty if it goes on. All workers find the same.
 
-    ``hopeless``: see `Work`. ``began``: the held-out loss before the first step, in nats per token.
+    ``hopeless``: see `Work`. ``began``: the held-out loss before the first step.
 
     >>> divergence(Gathered(1.0, 10, False, float("inf")), hopeless=20.0, began=3.0)
     'the gradient is not finite'
     >>> divergence(Gathered(25.0, 10, False, 1.0), hopeless=20.0, began=18.0), divergence(Gathered(25.0, 10, False, 1.0), 20.0, 3.0)
-    ('', 'the loss has risen to 25.0 nats per token')
+    ('', 'the loss has risen to 25.0')
     """
     if not math.isfinite(found.loss):
         return f"the loss is {found.loss}"
     if not math.isfinite(found.norm):
         return "the gradient is not finite"
-    return f"the loss has risen to {found.loss:.1f} nats per token" if found.loss > max(hopeless, WORSE * began) else ""
+    return f"the loss has risen to {found.loss:.1f}" if found.loss > max(hopeless, WORSE * began) else ""
 
 
 def update(work: Work, step: int, norm: float) -> None:

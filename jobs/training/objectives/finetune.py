@@ -6,7 +6,7 @@ It trains all weights, or a LoRA adapter on frozen ones (Hu et al. 2021), by the
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,20 +27,32 @@ class SupervisedFineTuning(NextTokens):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         config, recipe = parse(settings["config"]), Recipe.model_validate(settings["recipe"])
-        torch.set_num_threads(config.training.threads_per_worker)
-        registry = registry_of(config)
-        self.base = registry.manifest(VersionId.parse(settings["base"]))
-        self.folder = registry.fetch(self.base, config.home / "cache")
-        super().__init__(recipe, trainable(config, recipe, self.folder), settings["train"], settings["held_out"])
+        self.base: Tuned = tuned(config, recipe, settings["base"])
+        super().__init__(recipe, self.base.model, settings["train"], settings["held_out"])
+
+    def save(self, target: Path) -> None:
+        """See `Tuned.save`."""
+        self.base.save(target)
+
+
+class Tuned(NamedTuple):
+    """A base on this worker, of which a run trains all weights, or an adapter."""
+
+    id: VersionId
+    """Of the base."""
+    folder: Path
+    """The base's files."""
+    model: Any
+    """On this worker's device, in training mode."""
 
     def save(self, target: Path) -> None:
         """Write the adapter to the folder ``target``. Without an adapter, write all weights in the base's own precision.
 
         The base's other files, its tokenizer's included, are copied beside the weights byte for byte.
         """
-        model: Any = self.model
+        model = self.model
         if peft_config := getattr(model, "peft_config", {}).get("default"):
-            peft_config.base_model_name_or_path = str(self.base.id)  # not a path of this machine
+            peft_config.base_model_name_or_path = str(self.id)  # not a path of this machine
             peft_config.target_modules = sorted(peft_config.target_modules)  # a set, whose order would change the digest
             model.save_pretrained(target, save_embedding_layers=False)
             (target / "README.md").unlink(missing_ok=True)
@@ -56,6 +68,15 @@ def save_whole(model: Any, base: Path, target: Path) -> None:
     for path in base.iterdir():
         if path.is_file() and "safetensors" not in path.name and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
+
+
+def tuned(config: Config, recipe: Recipe, base: str) -> Tuned:
+    """Read the weights version ``base`` from the store, and make it ready to train."""
+    torch.set_num_threads(config.training.threads_per_worker)
+    registry = registry_of(config)
+    manifest = registry.manifest(VersionId.parse(base))
+    folder = registry.fetch(manifest, config.home / "cache")
+    return Tuned(manifest.id, folder, trainable(config, recipe, folder))
 
 
 def save_weights(model: Any, dtype: torch.dtype, target: Path) -> None:
