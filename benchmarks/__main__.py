@@ -17,6 +17,7 @@ from benchmarks.scaling import SYSTEMS as SCALED
 from benchmarks.scaling import scaling
 from benchmarks.serving import serving
 from benchmarks.shape import shape
+from benchmarks.tasks import TASKS, WAYS, tasks
 from benchmarks.tide import SYSTEMS as DIVISIONS
 from benchmarks.tide import tide
 from benchmarks.training import CASES, training
@@ -39,6 +40,14 @@ def known_divisions(text: str) -> tuple[str, ...]:
 
 def known_scaled(text: str) -> tuple[str, ...]:
     return known(text, SCALED)
+
+
+def known_tasks(text: str) -> tuple[str, ...]:
+    return known(text, tuple(TASKS))
+
+
+def known_ways(text: str) -> tuple[str, ...]:
+    return known(text, WAYS)
 
 
 def known_trainers(text: str) -> tuple[str, ...]:
@@ -118,6 +127,15 @@ VERBS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         option("--seconds", type=float, default=30, help="how long each is measured"),
         MODEL,
         file("--json", "write one row per system and number of workers"),
+    ),
+    tasks: (
+        option("--data", type=Path, required=True, metavar="FOLDER", help="with gsm8k_train.jsonl and sst2_train.tsv"),
+        option("--tasks", type=known_tasks, default=tuple(TASKS), metavar="NAME,…", help=", ".join(TASKS)),
+        option("--ways", type=known_ways, default=WAYS, metavar="NAME,…", help=", ".join(WAYS)),
+        option("--examples", type=int, default=1000, help="to train on"),
+        option("--questions", type=int, default=100, help="to ask, which are not trained on"),
+        option("--epochs", type=float, default=1),
+        file("--json", "write one row per task and way"),
     ),
     training: (
         option("--rounds", type=int, default=3),

@@ -17,8 +17,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 PREFERENCE_RATE = 0.1
 """What preferences need of fine-tuning's learning rate. A pair's loss says which answer, not which words, so nothing in it keeps the text whole.
 
-With the whole rate, the seedling preferred every held-out answer and wrote one token for ever: both answers had lost 100 nats. With a tenth it
-kept its words. Tülu 3 (Lambert et al. 2024) takes a tenth too, Zephyr (Tunstall et al. 2023) a fortieth.
+Tülu 3 (Lambert et al. 2024) takes a tenth too, Zephyr (Tunstall et al. 2023) a fortieth.
 """
 
 
