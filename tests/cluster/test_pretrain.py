@@ -98,6 +98,6 @@ def test_what_is_no_text_is_named_and_leaves_no_run(pool: Running, tmp_path: Pat
         f"--data={tmp_path}",
     ]
     home = {**os.environ, "SPRINGTIDE_HOME": str(pool.config.home)}
-    done = subprocess.run(line, env=home, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, env=home, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and "worse.txt: byte 10 is not UTF-8 text" in done.stderr, done.stderr
     assert set(pool.registry.store.children("runs")) == before and pool.registry.versions("none") == []
