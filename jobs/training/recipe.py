@@ -38,6 +38,8 @@ class Recipe(Section):
     portions."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; what is trained is in float32 in any case. auto: bfloat16 on GPUs, and on processors where it is faster."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: each worker has a slice of the model only, see `jobs.training.sharded`. none: each has all of it."""
     max_tokens: int | None = Field(None, ge=8)
     """Longer examples are left out. None: the context length of the model."""
     schedule: Shape = "cosine"

@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from jobs.training.flat import FlatParameters
 from jobs.training.schedule import Schedule
+from jobs.training.sharded import Sharded
 
 HELD_OUT = "eval_loss"
 """What every `Work` measures, in nats per token. It decides which weights are the best."""
@@ -23,16 +23,41 @@ WORSE = 2.0
 """A model may know nothing of a new text, and be sure of it: its first loss is above any fixed bound. So a run that diverges has doubled it."""
 
 
+class Trained(Protocol):
+    """The parameters that a run trains, with their gradients and the optimizer's moments: whole ones (`FlatParameters`) or this worker's slices
+    (`SlicedParameters`)."""
+
+    optimizer: torch.optim.AdamW
+
+    def tensors(self, step: int) -> dict[str, torch.Tensor]: ...
+    def exchange(self, messages: torch.Tensor) -> tuple[list[float], float]: ...
+    def scale(self, factor: float) -> None: ...
+    def clear(self) -> None: ...
+
+
 class Work(Protocol):
     """What a run trains. Every worker makes its own from the run's settings. That takes long, because it reads the model."""
 
     schedule: Schedule
-    flat: FlatParameters
-    """What the run trains."""
+    device: torch.device
     hopeless: float
     """A loss above this means that the run has diverged, in nats per token; also above `WORSE` times the loss that it began with."""
     ideal_s_per_token: float
     """Seconds that a token takes one worker at its processor's peak; 0 where nobody knows."""
+
+    @property
+    def flat(self) -> Trained:
+        """What the run trains."""
+        ...
+
+    @property
+    def slices(self) -> Sharded | None:
+        """The model, if each worker has only its slices of what is trained."""
+        ...
+
+    def form(self, rank: int, world: int) -> None:
+        """Prepare for a process group, which this process has joined. All workers of it call this together, before anything else."""
+        ...
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
         """Add this worker's part of the batch to the gradients.
@@ -47,7 +72,7 @@ class Work(Protocol):
         ...
 
     def save(self, target: Path) -> None:
-        """Write the result's files to the folder ``target``."""
+        """Write the result's files to the folder ``target``. Only rank 0 is asked."""
         ...
 
 

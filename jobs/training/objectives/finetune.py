@@ -5,10 +5,12 @@ It trains all weights, or a LoRA adapter on frozen ones (Hu et al. 2021), by the
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from cluster.config import Config, parse
 from cluster.store.registry import registry_of
@@ -17,6 +19,7 @@ from jobs.training.objectives.tokens import NextTokens
 from jobs.training.packed import pack
 from jobs.training.precision import weights_dtype
 from jobs.training.recipe import Recipe
+from jobs.training.sharded import Weights
 
 
 class SupervisedFineTuning(NextTokens):
@@ -31,14 +34,15 @@ class SupervisedFineTuning(NextTokens):
         registry = registry_of(config)
         self.base = registry.manifest(VersionId.parse(settings["base"]))
         self.folder = registry.fetch(self.base, config.home / "cache")
-        super().__init__(recipe, trainable(config, recipe, self.folder), settings["train"], settings["held_out"])
+        model, device = trainable(recipe, self.folder), device_of(config)
+        super().__init__(recipe, model, settings["train"], settings["held_out"], device, stored(self.folder, recipe))
 
     def save(self, target: Path) -> None:
         """Write the adapter to the folder ``target``. Without an adapter, write all weights in the base's own precision.
 
         The base's other files, its tokenizer's included, are copied beside the weights byte for byte.
         """
-        model: Any = self.model
+        model: Any = self.sharded.skeleton if self.sharded else self.model
         if peft_config := getattr(model, "peft_config", {}).get("default"):
             peft_config.base_model_name_or_path = str(self.base.id)  # not a path of this machine
             peft_config.target_modules = sorted(peft_config.target_modules)  # a set, whose order would change the digest
@@ -46,16 +50,16 @@ class SupervisedFineTuning(NextTokens):
             (target / "README.md").unlink(missing_ok=True)
             return
         stored = json.loads((self.folder / "config.json").read_text())
-        save_weights(model, getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32"), target)
+        save_weights(model, self.weights(), getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32"), target)
         for path in self.folder.iterdir():
             if path.is_file() and "safetensors" not in path.name and not (target / path.name).exists():
                 shutil.copyfile(path, target / path.name)
 
 
-def save_weights(model: Any, dtype: torch.dtype, target: Path) -> None:
-    """Write all weights in ``dtype``. The model itself stays as it is, because the run may go on."""
+def save_weights(model: Any, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, target: Path) -> None:
+    """Write the ``weights`` of a model in ``dtype``. The model itself stays as it is, because the run may go on."""
     copies: dict[int, torch.Tensor] = {}  # what is tied stays tied, so that transformers writes it once
-    weights = {name: copies.setdefault(one.data_ptr(), one.to(dtype, copy=True)) for name, one in model.state_dict().items()}
+    weights = {name: copies.setdefault(one.data_ptr(), one.to(dtype, copy=True)) for name, one in weights.items()}
     own, model.config.dtype = model.config.dtype, dtype
     try:
         model.save_pretrained(target, state_dict=weights)
@@ -63,8 +67,30 @@ def save_weights(model: Any, dtype: torch.dtype, target: Path) -> None:
         model.config.dtype = own
 
 
-def trainable(config: Config, recipe: Recipe, folder: Path) -> torch.nn.Module:
-    """The model in ``folder`` on this worker's device: with an adapter to train, or with all weights to train if the recipe has no LoRA."""
+def device_of(config: Config) -> torch.device:
+    """Where this worker's model is."""
+    return torch.device("cuda" if config.pool.accelerator == "gpu" else "cpu")
+
+
+def stored(folder: Path, recipe: Recipe) -> Weights:
+    """Opens the weights of a folder. Where its files have the model's names, rows are read as they are asked for; otherwise all at once."""
+
+    def opened() -> Mapping[str, Any]:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        handles = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
+        found = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118 (no mapping)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        if found.keys() >= {name for name, _ in model.named_parameters()}:
+            return found
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=weights_dtype(recipe), local_files_only=True).state_dict()
+
+    return opened
+
+
+def trainable(recipe: Recipe, folder: Path) -> torch.nn.Module:
+    """The model in ``folder``: with an adapter to train, or with all weights to train if the recipe has no LoRA."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -87,4 +113,4 @@ def trainable(config: Config, recipe: Recipe, folder: Path) -> torch.nn.Module:
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
-    return model.to("cuda" if config.pool.accelerator == "gpu" else "cpu").train()
+    return model.train()
