@@ -21,6 +21,9 @@ from jobs.training.work import Work
 from jobs.training.worker import Reached, Worker
 
 EXAMPLES = 60
+PRELOADED = "jobs.training.worker", "jobs.training.objectives.finetune", "transformers.models.llama.modeling_llama", "peft"
+"""What takes long to import: one process does so, and the workers are its forks."""
+PATIENCE_S = 120
 
 
 class Small:
@@ -94,7 +97,8 @@ class Workers:
         self.group = 0
 
     def start(self, *workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*PRELOADED])
         for worker in workers:
             ours, theirs = context.Pipe()
             self.processes[worker] = context.Process(
@@ -131,7 +135,7 @@ class Workers:
         return self._answer(worker)
 
     def _answer(self, worker: int) -> Any:
-        assert self.pipes[worker].poll(60), f"worker {worker} says nothing"
+        assert self.pipes[worker].poll(PATIENCE_S), f"worker {worker} says nothing"
         return self.pipes[worker].recv()
 
     def kill(self, worker: int) -> None:

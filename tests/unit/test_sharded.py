@@ -1,5 +1,6 @@
 """A sharded run learns what an unsharded one does: real processes and process groups, a real model, no Ray."""
 
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from cluster.config import Config, parse
 from cluster.store.registry import registry_of
 from cluster.types import Lineage
 from jobs.data.rows import Row
+from jobs.training.flat import FlatParameters
 from jobs.training.objectives.finetune import SupervisedFineTuning
 from tests.workers import Workers
 
@@ -120,3 +122,69 @@ def test_three_then_one_then_two_then_three_learn_what_one_unsharded_does(crew: 
     before, after = result(whole), result(sharded)
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], atol=2e-3) for name in before)
+
+
+def test_a_worker_that_is_killed_costs_the_steps_since_the_newest_checkpoint(crew: Callable[..., Workers]) -> None:
+    whole, sharded = crew(), crew(sharding="fsdp")
+    expected = alone(whole)
+    sharded.start(0, 1, 2)
+    sharded.train(0, 1, 2)
+    sharded.until(2, 3)
+    sharded.stop(2)
+    kept = sharded.answers(0, 1, 2)[0].step
+    sharded.train(0, 1, 2)
+    sharded.until(2, kept + 2)
+    sharded.kill(2)
+    broken = sharded.answers(0, 1)
+    assert all(one.broken for one in broken) and max(one.step for one in broken) > kept
+    sharded.train(0, 1)
+    ends = sharded.answers(0, 1)
+    assert {one.first for one in ends} == {kept}, "what the lost worker had is gone"
+    assert ends[0].metrics["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-3)
+
+
+def test_a_damaged_piece_sends_all_workers_to_the_checkpoint_before(crew: Callable[..., Workers]) -> None:
+    sharded = crew(sharding="fsdp")
+    sharded.start(0, 1)
+    kept: list[int] = [0]
+    for _ in range(2):
+        sharded.train(0, 1)
+        sharded.until(1, kept[-1] + 2)
+        sharded.stop(1)
+        kept.append(sharded.answers(0, 1)[0].step)
+    file = sharded.folder / f"store/runs/run/{kept[-1]:012d}/1-of-2.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")  # of the second worker's slices alone
+    sharded.train(0, 1)
+    assert {one.first for one in sharded.answers(0, 1)} == {kept[-2]}
+
+
+class Counting(Tuning):
+    """Writes down the bytes of parameters, gradients and moments that it has after a step, and the most memory that it took."""
+
+    def measure(self, rank: int, world: int) -> dict[str, float]:
+        flat: Any = self.flat
+        trained = [flat.vector] if isinstance(flat, FlatParameters) else [*flat.slices.values()]
+        moments = sum(one.nbytes for some in flat.optimizer.state.values() for one in some.values() if one.ndim)
+        held = moments + 2 * sum(one.nbytes for one in trained)
+        peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        (self.folder_of_counts / str(rank)).write_text(f"{held} {peak_kb}")
+        return super().measure(rank, world)
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.folder_of_counts = Path(settings["counts"])
+
+
+@pytest.mark.parametrize(("sharding", "part"), [("none", 1.0), ("fsdp", 1 / 3)])
+def test_three_workers_have_a_third_of_the_state_each(config: Config, tmp_path: Path, sharding: str, part: float) -> None:
+    (tmp_path / "counts").mkdir()
+    workers = Workers(tmp_path, 1, Counting, **settings(config, epochs=1, sharding=sharding), counts=str(tmp_path / "counts"))
+    workers.start(0, 1, 2)
+    workers.train(0, 1, 2)
+    assert all(not one.broken for one in workers.answers(0, 1, 2))
+    workers.end()
+    state_bytes = 4 * 4 * sum(one.numel() for one in result(workers).values())
+    for rank in range(3):
+        held, peak_kb = map(int, (tmp_path / f"counts/{rank}").read_text().split())
+        print(f"{sharding} rank={rank} state_bytes={held} of {state_bytes} peak_mb={peak_kb / 1e3:.0f}")
+        assert held == pytest.approx(part * state_bytes, rel=0.12), "the rows are not a multiple of three"
