@@ -5,7 +5,6 @@ their slices of the last step, and leave only then: the next group, of any size,
 group goes on from the newest checkpoint that is complete.
 """
 
-import contextlib
 import itertools
 import threading
 import uuid
@@ -94,13 +93,15 @@ class SlicedState:
     @torch.no_grad()
     def _take(self, whole: Whole, group: ProcessGroup) -> bool:
         """Read this worker's slices. False, on all workers, if any of them finds a damaged piece."""
-        intact = False
-        with contextlib.suppress(DamagedShard):
+        intact = True
+        try:
             for name, tensor in self.work.flat.tensors(whole.step).items():
                 mine = self.checkpoints.slice_of(whole, name, group.rank, group.world, tensor)
                 if mine is not None:
                     tensor.copy_(mine)
-            intact = True
+        except DamagedShard as error:
+            print(f"{error}; taking the checkpoint before", flush=True)
+            intact = False
         said = [False] * group.world
         dist.all_gather_object(said, intact)
         if all(said):

@@ -13,8 +13,9 @@ from cluster.config import Config, parse
 from cluster.store.registry import registry_of
 from cluster.types import Lineage
 from jobs.data.rows import Row
-from jobs.training.flat import FlatParameters
+from jobs.training.flat import MESSAGES, FlatParameters
 from jobs.training.objectives.finetune import SupervisedFineTuning
+from jobs.training.process_group import ProcessGroup, joined
 from tests.workers import Workers
 
 EXAMPLES, BATCH, EPOCHS = 20, 4, 6
@@ -173,6 +174,26 @@ class Counting(Tuning):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         self.folder_of_counts = Path(settings["counts"])
+
+
+@pytest.mark.parametrize("recipe", [{}, {"lora": LORA}], ids=["all weights", "adapter"])
+def test_in_bfloat16_and_with_recomputation_the_gradient_stays_about_the_same(
+    config: Config, tmp_path: Path, recipe: Any
+) -> None:
+    fast = {**recipe, "precision": "bfloat16", "gradient_checkpointing": True}
+    exact, sharded = Tuning(settings(config, **recipe)), Tuning(settings(config, **fast, sharding="fsdp"))
+    with joined(ProcessGroup(1, 0, 1, (tmp_path / "rendezvous").as_uri()), cuda=False):
+        sharded.form(0, 1)
+        if sharded.slices:
+            sharded.slices.fill(0, 1)
+        losses = [made.gradients([0, 1, 2, 3, 4], 0, 1)[0].item() for made in (exact, sharded)]
+        assert losses[1] == pytest.approx(losses[0], rel=0.02)
+        length = [made.flat.exchange(torch.zeros(MESSAGES))[1] for made in (exact, sharded)]
+    assert length[1] == pytest.approx(length[0], rel=0.05) and length[0] > 0
+    found: Any = sharded.flat
+    gradients = found.gradient if recipe else torch.cat([one.grad.flatten() for one in found.slices.values()])
+    whole: Any = exact.flat
+    assert gradients.dtype == torch.float32 and torch.cosine_similarity(gradients, whole.gradient, dim=0) > 0.99
 
 
 @pytest.mark.parametrize(("sharding", "part"), [("none", 1.0), ("fsdp", 1 / 3)])

@@ -62,8 +62,11 @@ class NextTokens:
         self.limit_tokens = min(limits)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The whole model's weights by name, on rank 0."""
-        return self.slices.collected if self.slices else self.model.state_dict()
+        """The whole model's weights by name, on rank 0. Those that were collected are given away once."""
+        if self.slices is None:
+            return self.model.state_dict()
+        found, self.slices.collected = self.slices.collected, {}
+        return found
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
         """Add this worker's part of the batch to the gradients. Returns its part of the loss, of shape (), and the tokens of the whole batch.
