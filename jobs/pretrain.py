@@ -62,7 +62,7 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
     """Read the text, train a new model on it, and register it."""
     check_name(options.name)
     fetch, registry = sources.of(config), registry_of(config)
-    chosen = recipe.load(options.recipe, options.set, options.epochs, fetch)
+    chosen = recipe.load(options.recipe, options.set, options.epochs, fetch, "pretrain")
     if chosen.lora:
         raise ConfigError("A new model has no frozen weights to put an adapter on.", "Leave lora out of the recipe.", "lora")
     named = listed(options.data)

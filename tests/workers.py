@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from jobs.training.flat import FlatParameters
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed
 from jobs.training.schedule import Schedule
+from jobs.training.work import Work
 from jobs.training.worker import Reached, Worker
 
 EXAMPLES = 60
+PRELOADED = "jobs.training.worker", "jobs.training.objectives.finetune", "transformers.models.llama.modeling_llama", "peft"
+"""What takes long to import: one process does so, and the workers are its forks."""
+PATIENCE_S = 120
 
 
 class Small:
@@ -30,11 +35,14 @@ class Small:
         self.schedule = Schedule(EXAMPLES, 12, settings["epochs"], 0, 0.05, 0.1)
         self.model = torch.nn.Linear(3, 1)
         self.hopeless, self.ideal_s_per_token = math.inf, 0.0
+        self.device, self.slices = torch.device("cpu"), None
         self.flat = FlatParameters(list(self.model.parameters()), 0.05, weight_decay=0.01)
         self.points = torch.randn(EXAMPLES, 3)
         self.values = self.points @ torch.tensor([1.0, -2.0, 0.5]) + 0.3
         self.seen = Path(settings["seen"]) / str(os.getpid()) if "seen" in settings else None
         """Where it writes down the examples of every step."""
+
+    def form(self, rank: int, world: int) -> None: ...
 
     def gradients(self, batch: list[int], rank: int, world: int) -> tuple[torch.Tensor, int]:
         mine = batch[rank::world]
@@ -53,10 +61,10 @@ class Small:
         torch.save(self.model.state_dict(), target / "model.pt")
 
 
-def live(pipe: Connection, settings: dict[str, Any], store: str) -> None:
+def live(pipe: Connection, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], store: str) -> None:
     """A worker's process. It does as it is told, and can be told to stop while it trains."""
-    worker = Worker(Small, settings, store, "run")
-    worker.use(Small(settings))
+    worker = Worker(work, settings, store, "run")
+    worker.use(work(settings))
     pipe.send("ready")
     writing = threading.Lock()
 
@@ -80,8 +88,8 @@ def live(pipe: Connection, settings: dict[str, Any], store: str) -> None:
 class Workers:
     """Up to three workers, by number, and what they are told."""
 
-    def __init__(self, folder: Path, epochs: float, **settings: Any) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, epochs: float, work: Callable[[dict[str, Any]], Work] = Small, **settings: Any) -> None:
+        self.folder, self.work = folder, work
         self.settings = {"epochs": epochs, "stage": "small", "checkpoint_s": 3600, "report_s": 3600, **settings}
         self.store = (folder / "store").as_uri()
         self.pipes: dict[int, Connection] = {}
@@ -89,10 +97,13 @@ class Workers:
         self.group = 0
 
     def start(self, *workers: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([*PRELOADED])
         for worker in workers:
             ours, theirs = context.Pipe()
-            self.processes[worker] = context.Process(target=live, args=(theirs, self.settings, self.store), daemon=True)
+            self.processes[worker] = context.Process(
+                target=live, args=(theirs, self.work, self.settings, self.store), daemon=True
+            )
             self.processes[worker].start()
             self.pipes[worker] = ours
         self.answers(*workers)
@@ -124,7 +135,7 @@ class Workers:
         return self._answer(worker)
 
     def _answer(self, worker: int) -> Any:
-        assert self.pipes[worker].poll(60), f"worker {worker} says nothing"
+        assert self.pipes[worker].poll(PATIENCE_S), f"worker {worker} says nothing"
         return self.pipes[worker].recv()
 
     def kill(self, worker: int) -> None:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load, save_file
@@ -36,6 +36,21 @@ class Snapshot(NamedTuple):
     """Plain JSON values."""
     tensors: Mapping[str, torch.Tensor]
     """Copies on the host, which nothing changes."""
+
+
+class Copied(Protocol):
+    """What a `Writer` writes: a `Snapshot`, or a worker's shard of one."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]: ...
+
+
+class Commits(Protocol):
+    """Where a `Writer` writes to."""
+
+    def commit(self, snapshot: Any, /) -> None: ...
 
 
 class Checkpoints:
@@ -105,17 +120,17 @@ class Writer:
     """Commits the newest snapshot that it was given, in a thread of its own. The training goes on where that fails: the log says why, and the
     next snapshot is due soon."""
 
-    def __init__(self, checkpoints: Checkpoints, tell: Callable[[Committed | None], None] = lambda committed: None) -> None:
+    def __init__(self, checkpoints: Commits, tell: Callable[[Committed | None], None] = lambda committed: None) -> None:
         """``tell`` hears of each snapshot that was committed, and None for each that failed."""
         self.checkpoints, self.tell = checkpoints, tell
         self.changed = threading.Condition()
-        self.waiting: list[Snapshot] = []
+        self.waiting: list[Copied] = []
         """The newest, where there is one."""
         self.given, self.tried = -1, -1
         self.newest = Committed()
         threading.Thread(target=self._run, name="checkpoints", daemon=True).start()
 
-    def give(self, snapshot: Snapshot) -> None:
+    def give(self, snapshot: Copied) -> None:
         with self.changed:
             if snapshot.step >= self.given:  # two threads may make one each, and the older one may arrive last
                 self.waiting, self.given = [snapshot], snapshot.step

@@ -17,6 +17,7 @@ from cluster.publishing.gate import ExampleLoss
 from jobs.data.rows import Row
 from jobs.training.packed import Segments, is_packed
 from jobs.training.packing import portions
+from jobs.training.sharded import passes
 
 
 def answer_tokens(row: Row) -> int:
@@ -90,11 +91,17 @@ def _padded(model: Any, rows: Sequence[Row]) -> Answers:
 
 def measured(model: Any, rows: Sequence[Row], micro_batch_tokens: int) -> list[ExampleLoss]:
     """The loss of each row, in order. `cluster.publishing.gate.token_mean` makes one number of them."""
-    tokens = [len(row.input_ids) for row in rows]
-    losses: dict[int, float] = {}
-    for portion in portions(range(len(rows)), tokens, micro_batch_tokens):
-        losses |= zip(portion, answer_losses(model, [rows[i] for i in portion]).tolist(), strict=True)
-    return [ExampleLoss(losses[i], answer_tokens(row)) for i, row in enumerate(rows)]
+    found = _measured(model, rows, portions(range(len(rows)), [len(row.input_ids) for row in rows], micro_batch_tokens))
+    return [found[i] for i in range(len(rows))]
+
+
+def _measured(model: Any, rows: Sequence[Row], portions: list[list[int]]) -> dict[int, ExampleLoss]:
+    """The losses of the rows in these portions. An empty portion is a pass whose result does not count."""
+    found: dict[int, ExampleLoss] = {}
+    for portion in portions:
+        losses = answer_losses(model, [rows[i] for i in portion or [0]]).tolist()
+        found |= {i: ExampleLoss(nats, answer_tokens(rows[i])) for i, nats in zip(portion, losses, strict=bool(portion))}
+    return found
 
 
 def held_out_loss(model: Any, rows: Sequence[Row], micro_batch_tokens: int, rank: int, world: int) -> float:
@@ -103,9 +110,11 @@ def held_out_loss(model: Any, rows: Sequence[Row], micro_batch_tokens: int, rank
     All workers of a process group call this together. Each measures its share, and an all-reduce adds the shares up. Example: one worker finds
     30 nats on 10 tokens, the other 10 nats on 10 tokens; both return 2.0. Raises `RuntimeError` if another worker dies meanwhile.
     """
-    losses = measured(model, rows[rank::world], micro_batch_tokens)
-    nats, tokens = summed([sum(one.nats for one in losses), sum(one.tokens for one in losses)], next(model.parameters()).device)
-    return nats / tokens
+    tokens = [len(row.input_ids) for row in rows]
+    shares = [portions(range(len(rows))[first::world], tokens, micro_batch_tokens) for first in range(world)]
+    losses = _measured(model, rows, passes(model, shares, rank)).values()
+    nats, answers = summed([sum(one.nats for one in losses), sum(one.tokens for one in losses)], next(model.parameters()).device)
+    return nats / answers
 
 
 def summed(own: Sequence[float], device: torch.device) -> list[float]:

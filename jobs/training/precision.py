@@ -46,7 +46,12 @@ def weights_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.precision == "bfloat16" and recipe.lora else torch.float32
 
 
+def compute_dtype(recipe: Recipe) -> torch.dtype | None:
+    """What a sharded model casts its weights to before it computes; None where they stay as they are."""
+    return torch.bfloat16 if recipe.precision == "bfloat16" and not recipe.lora else None
+
+
 def computing(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Computes within the block as the recipe says, where the weights are in float32."""
-    trained_in_half = recipe.precision == "bfloat16" and not recipe.lora
+    """Computes within the block as the recipe says, where the weights are in float32. A sharded model does so by itself."""
+    trained_in_half = recipe.precision == "bfloat16" and not recipe.lora and recipe.sharding == "none"
     return torch.autocast(device.type, torch.bfloat16) if trained_in_half else contextlib.nullcontext()

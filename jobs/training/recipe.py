@@ -60,6 +60,10 @@ OBJECTIVES = {"distillation": "distill", "preference": "dpo"}
 """Section → the verb that reads it. Other verbs refuse the section, because they would ignore it."""
 
 
+SHARDING = ("finetune", "pretrain")
+"""The verbs whose objectives can shard the model."""
+
+
 class Recipe(Section):
     lora: Lora | None = None
     """Train a LoRA adapter on every linear layer except the output layer. None: train all the weights."""
@@ -73,6 +77,8 @@ class Recipe(Section):
     portions."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; what is trained is in float32 in any case. auto: bfloat16 on GPUs, and on processors where it is faster."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: each worker has a slice of the model only, see `jobs.training.sharded`. none: each has all of it."""
     max_tokens: int | None = Field(None, ge=8)
     """Longer examples are left out. None: the context length of the model."""
     schedule: Shape = "cosine"
@@ -135,6 +141,8 @@ def load(
             values[section] = values.get(section) or {}
         elif values.get(section) is not None:
             raise ConfigError(f"{section} is for springtide {whose} alone.", "Remove it from the recipe.", param=section)
+    if values.get("sharding", "none") != "none" and verb not in SHARDING:
+        raise ConfigError(f"springtide {verb} does not shard its model.", "Remove sharding from the recipe.", param="sharding")
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

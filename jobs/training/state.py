@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import StoreUnavailable
-from jobs.training.checkpoints import Checkpoints, Snapshot
+from jobs.training.checkpoints import Checkpoints, Snapshot, Writer
 from jobs.training.process_group import ProcessGroup
 from jobs.training.work import HELD_OUT, Work
 
@@ -90,8 +90,25 @@ class State:
 
     def snapshot(self) -> Snapshot:
         """A copy of the state in the host's memory. Only the training thread may call this without holding the lock."""
-        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors(self.step).items()}
-        return Snapshot(self.step, self.counters._asdict(), tensors)
+        return Snapshot(self.step, self.counters._asdict(), self._copies())
+
+    def _copies(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors(self.step).items()}
+
+    def alone(self) -> Snapshot | None:
+        """What a worker can write without the others."""
+        return self.snapshot()
+
+    def share(self, group: ProcessGroup) -> Snapshot | None:
+        """What this worker writes of a checkpoint: rank 0 all of it, and the others nothing."""
+        return self.snapshot() if group.rank == 0 else None
+
+    def collect(self, group: ProcessGroup) -> None:
+        """Bring what the result needs to rank 0, which has it already. All workers call this together."""
+
+    def leave(self, writer: Writer) -> None:
+        """The process group has ended or is broken. The state stays."""
+        self.work.flat.clear()
 
     def restore(self) -> None:
         """Load the newest checkpoint of the store if it is newer than this state.
@@ -123,6 +140,7 @@ class State:
 
         Raises `RuntimeError` if another worker dies meanwhile.
         """
+        self.work.form(group.rank, group.world)
         steps: list[int] = [-1] * group.world
         dist.all_gather_object(steps, self.step)
         first = steps.index(max(steps))

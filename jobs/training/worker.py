@@ -25,11 +25,12 @@ from cluster import niceness
 from cluster.address import LOOPBACK
 from cluster.metrics import CHECKPOINTS
 from cluster.store.objects import Store
-from jobs.training.checkpoints import Checkpoints, Writer
+from jobs.training.checkpoints import Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
 from jobs.training.progress import Committed, ProgressPrinter
+from jobs.training.sliced_state import SlicedState, state_of
 from jobs.training.state import Measured, State
-from jobs.training.work import HELD_OUT, Work, divergence, gather, update
+from jobs.training.work import HELD_OUT, Asked, Work, divergence, gather, update
 
 RESULT = "result"
 
@@ -124,13 +125,7 @@ class Worker:
         """``work(settings)`` makes what the run trains. ``store``: the store's URL, where the worker writes checkpoints of the ``run``."""
         niceness.renice(niceness.TRAINING)
         self.make, self.settings = work, settings
-        self.checkpoints = Checkpoints(Store(store), run)
-        counter: Any = CHECKPOINTS.make()
-
-        def count(committed: Committed | None) -> None:
-            counter.inc(1, {"job_id": run, "outcome": "written" if committed else "failed"})
-
-        self.writer = Writer(self.checkpoints, count)
+        self.store, self.run = Store(store), run
         self.rendezvous = Rendezvous()
         self.orders = Orders()
         self.training: Training | None = None
@@ -148,7 +143,14 @@ class Worker:
         return Loaded(host, ray.get_runtime_context().get_node_id(), os.getpid())
 
     def use(self, work: Work) -> None:
-        self.state = State(work, self.checkpoints)
+        """Train ``work`` from the next process group on."""
+        self.state = state_of(work, self.store, self.run)
+        counter: Any = CHECKPOINTS.make()
+
+        def count(committed: Committed | None) -> None:
+            counter.inc(1, {"job_id": self.run, "outcome": "written" if committed else "failed"})
+
+        self.writer = Writer(self.state.checkpoints, count)
 
     def meet(self, one_machine: bool) -> str:
         """Open a rendezvous for the next process group, of which this worker is rank 0. Returns its URL."""
@@ -177,7 +179,7 @@ class Worker:
     def keep(self) -> Committed:
         """Write the current state to the store, also while the worker trains. Returns the newest checkpoint."""
         with self.state.lock:
-            snapshot = self.state.snapshot() if self.state.step > max(0, self.writer.newest.step) else None
+            snapshot = self.state.alone() if self.state.step > max(0, self.writer.newest.step) else None
         if snapshot is not None:
             self.writer.give(snapshot)
         return self.writer.flush()
@@ -187,27 +189,28 @@ class Worker:
         self.training = training = Training(group, self.state, self.writer, self.orders, self.settings)
         work = self.state.work
         try:
-            with joined(group, work.flat.vector.is_cuda):
+            with joined(group, work.device.type == "cuda"):
                 self.state.level(group)
-                if not work.flat.vector.is_cuda:  # NCCL may need the rendezvous later too
+                if work.device.type != "cuda":  # NCCL may need the rendezvous later too
                     self.rendezvous.close()
                 return training.run()
         except Diverged as error:
-            work.flat.clear()
             return Outcome(self.state.step, training.first, diverged=str(error))
         except RuntimeError as error:
             # A collective fails when another worker dies. The state here is whole: collectives run between steps, or before the update.
-            work.flat.clear()
             return Outcome(self.state.step, training.first, broken=f"{type(error).__name__}: {error}")
         finally:
             training.stepping = False
+            self.state.leave(self.writer)
             self.orders.note(left=group.number)
 
 
 class Training:
     """The training loop of one worker in one process group."""
 
-    def __init__(self, group: ProcessGroup, state: State, writer: Writer, orders: Orders, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, group: ProcessGroup, state: State | SlicedState, writer: Writer, orders: Orders, settings: dict[str, Any]
+    ) -> None:
         self.group, self.state, self.writer, self.orders = group, state, writer, orders
         self.stage: str = settings["stage"]
         self.checkpoint_s: float = settings["checkpoint_s"]
@@ -215,6 +218,8 @@ class Training:
         self.first = -1
         """The step at which the group began; -1 until all workers have the same state."""
         self.stepping = False
+        self.saved_s = time.monotonic()
+        """When the newest checkpoint began, or the group."""
 
     def run(self) -> Outcome:
         """Train until the run ends, or until the driver stops a worker of the group."""
@@ -229,17 +234,16 @@ class Training:
             return self._finish()
         if self.group.rank == 0:
             print(f"stopped after step {self.state.step}", flush=True)
-            self.writer.give(self.state.snapshot())
+        self._checkpoint()
         return Outcome(self.state.step, self.first)
 
     def _steps(self) -> bool:
         """Do step after step. True after the run's last step; False if the group was stopped before it."""
         group, state, schedule = self.group, self.state, self.state.work.schedule
         progress = ProgressPrinter(self.stage, group.rank, state.step, state.counters.tokens, self.report_s)
-        saved_s = time.monotonic()
         for batch in schedule.batches(state.step):
             began_s = time.monotonic()
-            found = gather(state.work, batch, group.rank, group.world, self._told)
+            found = gather(state.work, batch, group.rank, group.world, self._asked)
             if why := divergence(found, state.work.hopeless, state.counters.before.get(HELD_OUT, 0.0)):
                 raise Diverged(why)
             with state.lock:
@@ -253,13 +257,18 @@ class Training:
                 self._measure()
             if found.stops:
                 return False
-            if group.rank == 0 and time.monotonic() - saved_s > self.checkpoint_s:
-                self.writer.give(state.snapshot())
-                saved_s = time.monotonic()
+            if found.due:
+                self._checkpoint()
         return True
 
-    def _told(self) -> bool:
-        return self.orders.stopped >= self.group.number
+    def _asked(self) -> Asked:
+        due = self.group.rank == 0 and time.monotonic() - self.saved_s > self.checkpoint_s
+        return Asked(self.orders.stopped >= self.group.number, due)
+
+    def _checkpoint(self) -> None:
+        if part := self.state.share(self.group):
+            self.writer.give(part)
+        self.saved_s = time.monotonic()
 
     def _measure(self) -> None:
         """Measure the model on all workers. If it is the best so far, rank 0 saves it as the result."""
@@ -272,20 +281,19 @@ class Training:
         if self.group.rank == 0:
             told = " ".join(f"{name}={value:.4f}" for name, value in metrics.items())
             print(f"measured step={state.step} {told}{' best' if best else ''}", flush=True)
-            if best:
-                self._save()
+        if best:
+            self._save()
         self.stepping = True
 
     def _finish(self) -> Outcome:
         """Measure the model on all workers, and save the result on rank 0, unless weights before had a smaller loss."""
         state, first = self.state, self.group.rank == 0
-        if first:
-            self.writer.give(state.snapshot())  # a run that is killed from here on can resume after its last step
+        self._checkpoint()  # a run that is killed from here on can resume after its last step
         metrics = state.work.measure(self.group.rank, self.group.world)
         best = state.counters.best
         if best is not None and best.metrics[HELD_OUT] <= metrics[HELD_OUT]:
             metrics = {**best.metrics, "best_step": float(best.step)}
-        elif first:
+        else:
             self._save()
         before = {f"{key}_before": value for key, value in state.counters.before.items()}
         facts = {"train_loss": state.counters.loss, "tokens": float(state.counters.tokens), "seconds": state.counters.seconds}
@@ -294,7 +302,10 @@ class Training:
         )
 
     def _save(self) -> None:
-        """Upload the result's files to the run's folder in the store. Raises `StoreUnavailable`."""
+        """Upload the result's files to the run's folder in the store, on rank 0. All workers call this together. Raises `StoreUnavailable`."""
+        self.state.collect(self.group)
+        if self.group.rank:
+            return
         checkpoints = self.state.checkpoints
         with tempfile.TemporaryDirectory() as folder:
             self.state.work.save(Path(folder))

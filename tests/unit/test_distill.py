@@ -53,7 +53,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     return config
 
 
-def work(config: Config, student: str = "student@1", size: Size = WHOLE_SIZE, **given: Any) -> Distilling:
+def work(config: Config, student: str = "student@1", size: Size = WHOLE_SIZE, **given: Any) -> Any:
     how = {key: given.pop(key) for key in ("temperature", "weight", "divergence") if key in given}
     chosen = {"learning_rate": 0.01, "precision": "float32", "distillation": how, **given}
     settings = {"teacher": "teacher@1", "student": student, "size": size, "train": ROWS, "held_out": ROWS}
@@ -89,7 +89,7 @@ def test_the_loss_is_the_formula(config: Config, divergence: str) -> None:
 def test_without_weight_the_teacher_changes_nothing(config: Config) -> None:
     made = work(config, weight=0)
     settings = {"base": "student@1", "train": ROWS, "held_out": [], "config": config.dump()}
-    alone = SupervisedFineTuning({**settings, "recipe": {"learning_rate": 0.01, "precision": "float32"}})
+    alone: Any = SupervisedFineTuning({**settings, "recipe": {"learning_rate": 0.01, "precision": "float32"}})
     assert made.gradients(WHOLE, 0, 1)[0].item() == pytest.approx(alone.gradients(WHOLE, 0, 1)[0].item())
     assert torch.equal(made.flat.gradient, alone.flat.gradient)
 
@@ -144,7 +144,9 @@ def test_a_vocabulary_that_is_padded_further_is_the_same(config: Config) -> None
 def test_an_adapter_teaches_with_its_base(config: Config, tmp_path: Path) -> None:
     registry = registry_of(config)
     settings = {"config": config.dump(), "base": "teacher@1", "train": ROWS, "held_out": []}
-    tuned = SupervisedFineTuning({**settings, "recipe": {"learning_rate": 0.01, "precision": "float32", "lora": {"rank": 4}}})
+    tuned: Any = SupervisedFineTuning(
+        {**settings, "recipe": {"learning_rate": 0.01, "precision": "float32", "lora": {"rank": 4}}}
+    )
     with torch.no_grad():
         tuned.flat.vector.add_(0.1)
     tuned.save(tmp_path)

@@ -154,7 +154,7 @@ def config(tmp_path: Path) -> Config:
     return registered(tmp_path)
 
 
-def work(config: Config, train: list[PairRow] = PAIRS[:16], run: str = "run", **recipe: Any) -> PreferenceOptimization:
+def work(config: Config, train: list[PairRow] = PAIRS[:16], run: str = "run", **recipe: Any) -> Any:
     values = {"learning_rate": 0.01, "precision": "float32", "preference": {}, **recipe}
     settings = {"config": config.dump(), "recipe": values, "base": "small@1", "train": train, "held_out": PAIRS[16:], "run": run}
     return PreferenceOptimization(settings)

@@ -38,7 +38,7 @@ def registered(home: Path, vocabulary: int = 64, window: int = 512) -> Config:
     return config
 
 
-def work(config: Config, rows: list[Row] = ROWS, **recipe: Any) -> SupervisedFineTuning:
+def work(config: Config, rows: list[Row] = ROWS, **recipe: Any) -> Any:
     settings = {"learning_rate": 0.01, "precision": "float32", **recipe}
     return SupervisedFineTuning({"config": config.dump(), "recipe": settings, "base": "small@1", "train": rows, "held_out": []})
 

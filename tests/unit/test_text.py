@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -154,5 +154,5 @@ def test_a_new_model_learns_its_text_and_is_saved_with_its_tokenizer(pretraining
 
 
 def test_two_workers_begin_with_the_same_weights(pretraining: dict[str, Any]) -> None:
-    first, second = Pretraining(pretraining), Pretraining(pretraining)
+    first, second = (cast(Any, Pretraining(pretraining)) for _ in range(2))
     assert torch.equal(first.flat.vector, second.flat.vector)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.training.checkpoints import Checkpoints
 from jobs.training.handles import Crew
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed
@@ -174,7 +175,7 @@ def test_the_result_has_the_weights_that_were_the_best(tmp_path: Path, capsys: p
         "measured step=40 eval_loss=3.0000",
     ]
     worker.writer.flush()  # the newest snapshot may still be on its way
-    kept = worker.checkpoints.newest()
+    kept = Checkpoints(worker.store, "run").newest()
     assert kept is not None and Counters.read(kept.meta).best == (20, {"eval_loss": 1.0})
     assert [one.step for one in worker.reached().measured] == [10, 20, 30, 40]
 
@@ -201,7 +202,7 @@ def test_what_is_kept_while_it_trains_is_the_state_of_one_moment(tmp_path: Path)
     seen = dict[int, torch.Tensor]()
     while training.is_alive():
         worker.keep()
-        if newest := worker.checkpoints.newest():
+        if newest := Checkpoints(worker.store, "run").newest():
             seen[newest.step] = newest.tensors["parameters"]
     training.join()
     assert worker.reached().committed == worker.keep() and worker.keep().step >= max(seen)

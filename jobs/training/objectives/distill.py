@@ -19,7 +19,7 @@ from cluster.types import Manifest, VersionId
 from jobs.data.rows import Row
 from jobs.training.flops import per_token
 from jobs.training.held_out import answer_tokens, answers_of, summed
-from jobs.training.objectives.finetune import ready, save_whole, trainable
+from jobs.training.objectives.finetune import device_of, ready, save_whole, trainable
 from jobs.training.objectives.objective import Losses
 from jobs.training.objectives.tokens import NextTokens
 from jobs.training.packed import pack
@@ -46,12 +46,10 @@ class Distilling(NextTokens):
         registry, id = registry_of(config), settings["student"] or settings["teacher"]
         teacher = loaded(config, registry, registry.manifest(VersionId.parse(settings["teacher"])))
         self.folder = registry.fetch(registry.manifest(registry.resolve(id).weights), config.home / "cache")
-        if settings["student"]:
-            student = trainable(config, recipe, self.folder)
-        else:
-            student = ready(config, recipe, smaller_copy(teacher, Size(*settings["size"])))
-        super().__init__(recipe, student, settings["train"], settings["held_out"])
-        self.teacher = frozen(teacher, getattr(torch, recipe.precision), self.flat.vector.device)
+        size = Size(*settings["size"])
+        student = trainable(recipe, self.folder) if settings["student"] else ready(recipe, smaller_copy(teacher, size))
+        super().__init__(recipe, student, settings["train"], settings["held_out"], device_of(config))
+        self.teacher = frozen(teacher, getattr(torch, recipe.precision), self.device)
         # The teacher runs forward only: half of what per_token counts for frozen weights.
         self.ideal_s_per_token *= 1 + bool(self.how.weight) * per_token(self.teacher) / 2 / per_token(student)
 
@@ -73,7 +71,7 @@ class Distilling(NextTokens):
         the forward KL at the temperature 1. All workers of the process group call this together.
         """
         self.model.eval()
-        mine, device = self.held_out[rank::world], self.flat.vector.device
+        mine, device = self.held_out[rank::world], self.device
         tokens = [len(row.input_ids) for row in mine]
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         with computing(self.recipe, device):
@@ -91,7 +89,7 @@ class Distilling(NextTokens):
 
     def save(self, target: Path) -> None:
         """Write all weights in the precision of the student or teacher that they come from, and that version's other files."""
-        save_whole(self.model, self.folder, target)
+        save_whole(self.plain, self.weights(), self.folder, target)
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, how: Distillation) -> torch.Tensor:

@@ -53,7 +53,7 @@ class PreferenceOptimization(Objective[Judged]):
         self.train, self.held_out = list[PairRow](settings["train"]), list[PairRow](settings["held_out"])
         self.kept = Kept(Store(config.store), settings["run"])
         self.base: Tuned = tuned(config, recipe, settings["base"])
-        super().__init__(recipe, self.base.model, len(self.train), hopeless(self.how))
+        super().__init__(recipe, self.base.model, len(self.train), hopeless(self.how), self.base.device)
 
     def examples(self, batch: Sequence[int]) -> list[Judged]:
         return judged([self.train[i] for i in batch], self.kept.read()["train"][batch], self.how)
@@ -84,7 +84,7 @@ class PreferenceOptimization(Objective[Judged]):
         self.model.eval()
         self._refer(rank, world)
         mine = judged(self.held_out[rank::world], self.kept.read()["held_out"][rank::world], self.how)
-        deltas = torch.zeros(len(mine), device=self.flat.vector.device)
+        deltas = torch.zeros(len(mine), device=self.device)
         if not self.flat.untouched:  # an untouched model would differ from itself by rounding
             for portion in portions(range(len(mine)), [one.rows.tokens for one in mine], self.limit_tokens):
                 with computing(self.recipe, deltas.device):
@@ -98,7 +98,7 @@ class PreferenceOptimization(Objective[Judged]):
         They return once the store has them. So a worker that goes on, or one that joins later, finds them there. Where the group breaks
         meanwhile, the next one does it again. Raises `JobFailed` if they are missing though the run has begun.
         """
-        missing = torch.tensor(float(not self.kept.present()), device=self.flat.vector.device)
+        missing = torch.tensor(float(not self.kept.present()), device=self.device)
         dist.all_reduce(missing)
         if not missing:
             return
@@ -114,7 +114,7 @@ class PreferenceOptimization(Objective[Judged]):
     def _shared_out(self, pairs: list[PairRow], rank: int, world: int) -> torch.Tensor:
         """Log-probabilities of shape (pairs, 2). Each worker computes its share, and an all-reduce puts the shares together."""
         tokens = [pair.tokens for pair in pairs]
-        found = torch.zeros(len(pairs), 2, device=self.flat.vector.device)
+        found = torch.zeros(len(pairs), 2, device=self.device)
         for portion in portions(deal(tokens, world)[rank], tokens, self.limit_tokens):
             with computing(self.recipe, found.device):
                 found[portion] = log_probabilities(self.model, [pairs[i] for i in portion])
@@ -123,7 +123,7 @@ class PreferenceOptimization(Objective[Judged]):
 
     def save(self, target: Path) -> None:
         """See `Tuned.save`."""
-        self.base.save(target)
+        self.base.save(self.plain, self.weights, target)
 
 
 # the loss

@@ -1,16 +1,19 @@
 """What objectives share: the gradients of a batch whose examples' losses add up, portion by portion, and what to do where memory is short."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from jobs.training.flat import FlatParameters
 from jobs.training.flops import peak_per_s, per_token
 from jobs.training.packing import deal, portions
-from jobs.training.precision import computing
+from jobs.training.precision import compute_dtype, computing
 from jobs.training.recipe import Recipe, schedule
+from jobs.training.sharded import Sharded, SlicedParameters, Weights, passes
+from jobs.training.work import Trained
 
 One = TypeVar("One")
 
@@ -27,16 +30,58 @@ class Losses(NamedTuple):
 class Objective(ABC, Generic[One]):
     """`jobs.training.work.Work` but for `measure` and `save`. ``One``: what is learnt at a time, and never divided: a row, or a pair of rows."""
 
-    def __init__(self, recipe: Recipe, model: Any, count: int, hopeless: float) -> None:
-        """``recipe``: with its defaults resolved. ``model``: on this worker's device, in training mode. ``count``: the examples to train on."""
-        self.recipe, self.model, self.hopeless = recipe, model, hopeless
+    def __init__(
+        self, recipe: Recipe, model: Any, count: int, hopeless: float, device: torch.device, weights: Weights | None = None
+    ) -> None:
+        """``recipe``: with its defaults resolved. ``model``: in training mode. ``count``: the examples to train on. ``weights`` opens what is in the
+        model, for a recipe that shards it."""
+        self.recipe, self.hopeless, self.device = recipe, hopeless, device
         self.schedule = schedule(recipe, count)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.flat = FlatParameters(trained, self.schedule.learning_rate, recipe.weight_decay)
         self.limit_tokens = recipe.micro_batch_tokens
         shape = model.config.get_text_config()
-        peak = peak_per_s(self.flat.vector.device, getattr(torch, recipe.precision), shape.hidden_size)
+        peak = peak_per_s(device, getattr(torch, recipe.precision), shape.hidden_size)
         self.ideal_s_per_token = per_token(model) / peak if peak else 0.0
+        self.sharded = Sharded(model, weights, compute_dtype(recipe), device) if weights and recipe.sharding == "fsdp" else None
+        self.model: Any = model if self.sharded else model.to(device)
+        if self.slices is None:
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self.flat: Trained = FlatParameters(trained, self.schedule.learning_rate, recipe.weight_decay)
+
+    # the model
+
+    @property
+    def slices(self) -> Sharded | None:
+        """The model, if all weights are trained and each worker has only slices of them."""
+        return None if self.recipe.lora else self.sharded
+
+    def form(self, rank: int, world: int) -> None:
+        """Prepare for a process group: a sharded model is cut anew, and all workers take as few tokens at a time as the one with the least memory."""
+        if self.sharded is None:
+            return
+        self.model = None
+        self.sharded.form(world)
+        self.model = self.sharded.module
+        if self.slices is None:
+            self.sharded.fill(rank, world)
+        else:
+            self.flat = SlicedParameters(self.sharded.parameters, self.schedule.learning_rate, self.recipe.weight_decay)
+        limits = [self.limit_tokens] * world
+        dist.all_gather_object(limits, self.limit_tokens)
+        self.limit_tokens = min(limits)
+
+    @property
+    def plain(self) -> Any:
+        """The model as transformers knows it; without its weights, if it is sharded."""
+        return self.sharded.skeleton if self.sharded else self.model
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The whole model's weights by name, on rank 0. Those that were collected are given away once."""
+        if self.slices is None:
+            return self.model.state_dict()
+        found, self.slices.collected = self.slices.collected, {}
+        return found
+
+    # a batch
 
     @abstractmethod
     def examples(self, batch: Sequence[int]) -> list[One]:
@@ -62,35 +107,38 @@ class Objective(ABC, Generic[One]):
         """
         examples = self.examples(batch)
         tokens = [self.tokens(one) for one in examples]
-        weight = sum(self.weight(one) for one in examples)
-        mine = [examples[i] for i in deal(tokens, world)[rank]]
+        weight, shares = sum(self.weight(one) for one in examples), deal(tokens, world)
         while True:
             try:
-                return self._accumulate(mine, weight), sum(tokens)
+                mine = passes(self.model, [portions(share, tokens, self.limit_tokens) for share in shares], rank)
+                return self._accumulate(examples, mine, weight), sum(tokens)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self._halve(mine, error)
+                self._halve([tokens[i] for i in shares[rank]], error)
 
-    def _accumulate(self, examples: list[One], weight: int) -> torch.Tensor:
-        """Add the gradients of these examples, one portion after the other."""
-        device = self.flat.vector.device
-        total, tokens = torch.zeros((), device=device), [self.tokens(one) for one in examples]
-        for portion in portions(range(len(examples)), tokens, self.limit_tokens):
-            with computing(self.recipe, device):
-                losses = self.losses([examples[i] for i in portion])
-            (losses.minimised / weight).backward()
-            total += losses.told.detach() / weight
+    def _accumulate(self, examples: list[One], mine: list[list[int]], weight: int) -> torch.Tensor:
+        """Add the gradients of these portions of the examples, one after the other. An empty one adds nothing, in a pass as the others."""
+        total, shortest = torch.zeros((), device=self.device), min(examples, key=self.tokens)
+        for portion in mine:
+            with computing(self.recipe, self.device):
+                losses = self.losses([examples[i] for i in portion] or [shortest])
+            counted = 1 / weight if portion else 0.0
+            (losses.minimised * counted).backward()
+            total += losses.told.detach() * counted
         return total
 
-    def _halve(self, examples: list[One], error: Exception) -> None:
-        """Take half as many tokens at a time from now on. Raises ``error`` where a single example is too much."""
-        longest = max(self.tokens(one) for one in examples)
+    def _halve(self, tokens: list[int], error: Exception) -> None:
+        """Take half as many tokens at a time from now on. Raises ``error`` where a single example is too much, and where the model is sharded:
+        the other workers wait within a pass, so all have to begin anew, in the next process group."""
+        longest = max(tokens)
         if self.limit_tokens <= longest:
             raise error
         self.flat.clear()
         self.limit_tokens = max(longest, self.limit_tokens // 2)
         print(f"out of memory: {self.limit_tokens} tokens at a time from now on (micro_batch_tokens)", flush=True)
+        if self.sharded:
+            raise error
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

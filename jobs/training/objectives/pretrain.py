@@ -9,7 +9,7 @@ import torch
 from cluster.config import parse
 from cluster.store.objects import Store
 from jobs.data.blocks import Blocks, Shard, cached
-from jobs.training.objectives.finetune import save_weights
+from jobs.training.objectives.finetune import device_of, save_weights
 from jobs.training.objectives.tokens import NextTokens
 from jobs.training.packed import pack
 from jobs.training.recipe import Recipe
@@ -35,9 +35,12 @@ class Pretraining(NextTokens):
             cached(store, f"runs/{run}/{MODEL}/{name}", self.folder)
         self.bytes_per_token: float = settings["bytes_per_token"]
         shards = [Shard(*one) for one in settings["shards"]]
-        parts = (Blocks(store, shards, settings[part], settings["length"], cache) for part in ("train", "held_out"))
-        model = untrained(self.folder, recipe.seed).to("cuda" if config.pool.accelerator == "gpu" else "cpu").train()
-        super().__init__(recipe, model, *parts)
+        train, held_out = (Blocks(store, shards, settings[part], settings["length"], cache) for part in ("train", "held_out"))
+
+        def new() -> Any:
+            return untrained(self.folder, recipe.seed)
+
+        super().__init__(recipe, new().train(), train, held_out, device_of(config), lambda: new().state_dict())
 
     @torch.no_grad()
     def measure(self, rank: int, world: int) -> dict[str, float]:
@@ -49,7 +52,7 @@ class Pretraining(NextTokens):
         """Write the weights in float32, and the tokenizer, to the folder ``target``."""
         from transformers import AutoTokenizer
 
-        save_weights(self.model, torch.float32, target)
+        save_weights(self.plain, self.weights(), torch.float32, target)
         AutoTokenizer.from_pretrained(self.folder, local_files_only=True).save_pretrained(target)
 
 

@@ -11,6 +11,7 @@ from jobs.training.held_out import answer_losses, answer_tokens, held_out_loss
 from jobs.training.objectives.objective import Losses, Objective
 from jobs.training.precision import computing
 from jobs.training.recipe import Recipe
+from jobs.training.sharded import Weights
 
 HOPELESS = 2.0
 """Times the loss of a model that takes every token of its vocabulary for equally likely: who does worse is not learning."""
@@ -19,10 +20,19 @@ HOPELESS = 2.0
 class NextTokens(Objective[Row]):
     """`jobs.training.work.Work` but for `save`: a model that learns rows. The loss is the mean over all answer tokens, in nats per token."""
 
-    def __init__(self, recipe: Recipe, model: Any, rows: Sequence[Row], held_out: Sequence[Row]) -> None:
-        """``recipe``: with its defaults resolved. ``model``: on this worker's device, in training mode."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Any,
+        rows: Sequence[Row],
+        held_out: Sequence[Row],
+        device: torch.device,
+        weights: Weights | None = None,
+    ) -> None:
+        """See `Objective`."""
         self.rows, self.held_out = rows, held_out
-        super().__init__(recipe, model, len(rows), HOPELESS * math.log(model.config.get_text_config().vocab_size))
+        hopeless = HOPELESS * math.log(model.config.get_text_config().vocab_size)
+        super().__init__(recipe, model, len(rows), hopeless, device, weights)
 
     def examples(self, batch: Sequence[int]) -> list[Row]:
         return [self.rows[i] for i in batch]
@@ -41,7 +51,7 @@ class NextTokens(Objective[Row]):
     def measure(self, rank: int, world: int) -> dict[str, float]:
         """``{"eval_loss"}``: the held-out loss in nats per token. All workers of the process group call this together."""
         self.model.eval()
-        with computing(self.recipe, self.flat.vector.device):
+        with computing(self.recipe, self.device):
             loss = held_out_loss(self.model, self.held_out, self.limit_tokens, rank, world)
         self.model.train()
         return {"eval_loss": loss}
