@@ -91,6 +91,13 @@ class Answer(NamedTuple):
     seconds: float
 
 
+class Said(NamedTuple):
+    """The first choice of a chat completion, as it is on the wire, and the version that gave it."""
+
+    choice: dict[str, Any]
+    version: str
+
+
 class Client:
     """Errors arrive as they were raised on the other side: with the sender's class, status, code and words."""
 
@@ -211,9 +218,14 @@ class Client:
         """One greedy answer, and the version that gave it."""
         body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 64}
         began_s = time.monotonic()
+        said = self.chat(body)
+        text = str(said.choice["message"]["content"] or "")
+        return Answer(text.strip(), said.version, time.monotonic() - began_s)
+
+    def chat(self, body: dict[str, Any]) -> Said:
+        """Send a request in OpenAI's chat format, without streaming."""
         response = self._exchange("POST", "/v1/chat/completions", json=body, timeout=ASK_TIMEOUT_S)
-        text = str(self._document(response)["choices"][0]["message"]["content"] or "")
-        return Answer(text.strip(), response.headers.get("x-model-version", ""), time.monotonic() - began_s)
+        return Said(self._document(response)["choices"][0], response.headers.get("x-model-version", ""))
 
     # the wire
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import NoneType
-from typing import Annotated, Any, ClassVar, NamedTuple, NoReturn, Self, TypeVar, cast, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, NoReturn, Self, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
@@ -138,6 +138,55 @@ class Finetune(Options):
         return self
 
 
+class Distill(Options):
+    verb = "distill"
+    about = "Train a small student on what a teacher says, and register it."
+
+    data: File
+    """JSON lines in OpenAI's chat format, or prompt and completion: a path or URL."""
+    eval_data: File | None = None
+    """Measure on this file instead of a held-out part of --data."""
+    teacher: str
+    """A model, or a version as NAME@N: weights or an adapter."""
+    by: Literal["logits", "answers"] = "logits"
+    """logits: of the same tokenizer, on the answers of --data. answers: the teacher is served, and answers the prompts of --data itself."""
+    student: str | None = None
+    """A model or version to train on; without it, the student is the teacher pruned."""
+    layers: int | None = Field(None, ge=1)
+    """Keep so many of the teacher's layers."""
+    width: float | None = Field(None, gt=0, lt=1)
+    """Keep this fraction of the neurons in each feed-forward layer of the teacher."""
+    name: str | None = None
+    """Register as the next version of this name; the student's by default."""
+    recipe: File | None = None
+    """distill, or the path of a YAML file; with --by answers full, or one for springtide train."""
+    epochs: float | None = None
+    """How often each example is seen; the recipe's by default."""
+    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
+    """Override a key of the recipe. Repeatable."""
+    workers: Range | None = None
+    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
+    priority: int = 0
+    """Where slots are few, jobs of a higher priority have them first."""
+    resume: Annotated[str, Takes(metavar="RUN")] = ""
+    """Go on with a run that was lost, from its newest checkpoint."""
+    publish: bool = False
+    """Make the result live."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        prunes = self.layers is not None or self.width is not None
+        if self.student is not None and prunes:
+            raise ValueError("--student is trained as it is: --layers and --width are for a student made of the teacher")
+        if self.student is None and not prunes:
+            raise ValueError("there is no student: name one with --student, or make one of the teacher with --layers or --width")
+        if self.student is None and self.name is None:
+            raise ValueError("a new student needs a name: --name")
+        if self.student is None and self.by == "answers":
+            raise ValueError("a pruned student has its teacher's tokenizer, and learns more by logits")
+        return self
+
+
 class Pretrain(Options):
     verb = "pretrain"
     about = "Train a new model on your own text, or the seedling that ships with Springtide, and register it."
@@ -225,7 +274,7 @@ class Publish(Options):
     """Why, for the alias's history."""
 
 
-VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Pretrain, Evaluate, Publish)}
+VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Distill, Pretrain, Evaluate, Publish)}
 
 
 def new_id(verb: str) -> str:

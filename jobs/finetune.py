@@ -12,13 +12,13 @@ from cluster.jobspec import Finetune, command_line, with_workers
 from cluster.store.registry import Registry, registry_of
 from cluster.types import Manifest, check_name
 from jobs import main, reach, sources
-from jobs.data import chat, rows
+from jobs.data import chat
 from jobs.data.chat import Dataset, Example
 from jobs.data.rows import Row
 from jobs.record import JobRecord, record
 from jobs.release import release
 from jobs.training import recipe
-from jobs.training.base import check_fits, opened, resolve
+from jobs.training.base import check_fits, divided, opened, resolve
 
 
 class Plan(NamedTuple):
@@ -85,19 +85,7 @@ def tokenized(
     held_out: list[Example] | None,
 ) -> Plan:
     base = opened(config, registry, manifest, chosen)
-    limit, resolved = base.limit_tokens, base.recipe
-    # What is too long is left out before anything is held out, so that the held-out fraction is of what is learnt.
-    learnt = rows.tokenize(dataset.examples, base.tokenizer, limit)
-    if held_out is None:
-        all_lines = {example.line for example in learnt.examples}
-        lines = rows.split(all_lines, resolved.held_out_fraction, resolved.seed)
-        kept, measured = learnt.only(all_lines - lines), learnt.only(lines)
-    else:
-        kept, measured = learnt, rows.tokenize(held_out, base.tokenizer, limit)
-    print(rows.described(kept.rows, measured.rows, learnt.too_long, limit))
-    if measured.too_long:
-        print(f"{len(measured.too_long)} examples of --eval-data left out, longer than {limit:,} tokens")
-    return Plan(manifest, resolved, kept.rows, measured.rows, measured.examples, dataset.sha256, dataset.source)
+    return Plan(manifest, base.recipe, *divided(base, dataset, held_out), dataset.sha256, dataset.source)
 
 
 # with Ray

@@ -62,6 +62,22 @@ def learnt(made: dict[str, Any]) -> str:
 
 
 @app.command()
+@jobspec.options("distill")
+def distill(wait: Wait = True, **given: Any) -> None:
+    """Train a small student on the pool, on what a teacher says of the data. There the job is `python -m jobs.distill`."""
+    pool = client()
+    job = start(pool, "distill", given)
+    console.print(f"Job [bold]{job}[/] is submitted.")
+    made = followed(pool, job, "Distilling") if wait else None
+    if made is None:
+        return console.print(going_on(job), highlight=False)
+    loss = f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss']:.3f}"
+    loss += f", the teacher's {made['teacher_loss']:.3f}" if "teacher_loss" in made else ""
+    following = f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
+    console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {loss}; {following}")
+
+
+@app.command()
 @jobspec.options("evaluate")
 def evaluate(wait: Wait = True, **given: Any) -> None:
     """Measure a version against the live one and store the gate's verdict."""

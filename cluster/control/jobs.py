@@ -124,8 +124,9 @@ class JobService:
         return self.logs.read(record, self.drivers.last(record), offset)
 
     def _check_names(self, given: dict[str, Any]) -> None:
-        if base := given.get("base"):
-            self.registry.resolve(base)
+        for option in ("base", "teacher", "student"):
+            if model := given.get(option):
+                self.registry.resolve(model)
         if (run := given.get("resume")) and not self.store.children(f"runs/{check_name(run)}"):
             raise BadRequest(f"There is no run {run}.", "A run that ended or was cancelled cannot be resumed.", "resume")
 

@@ -7,6 +7,9 @@ from cluster.errors import ConfigError
 from cluster.store.fleets import FleetRecords
 from cluster.store.registry import Registry
 from cluster.types import Manifest
+from jobs.data import rows
+from jobs.data.chat import Dataset, Example
+from jobs.data.rows import Row
 from jobs.training.recipe import Recipe
 
 
@@ -17,6 +20,15 @@ class Base(NamedTuple):
     """With its defaults resolved for this model."""
     limit_tokens: int
     """Longer examples are left out."""
+
+
+class Divided(NamedTuple):
+    """A dataset in a base's tokens."""
+
+    train: list[Row]
+    held_out: list[Row]
+    held_out_examples: list[Example]
+    """The held-out examples before they were tokenised."""
 
 
 def check_fits(chosen: Recipe, config: Config, registry: Registry, base: str) -> None:
@@ -70,3 +82,23 @@ def opened(config: Config, registry: Registry, manifest: Manifest, chosen: Recip
     if tokenizer.chat_template is None:
         raise ConfigError(f"{manifest.id} has no chat template.", "Use a chat model as the base.", param="base")
     return Base(manifest, tokenizer, resolved, resolved.max_tokens or shape.max_position_embeddings)
+
+
+def divided(base: Base, dataset: Dataset, held_out: list[Example] | None) -> Divided:
+    """Tokenise a dataset and hold a part of it out, or take all of it where ``held_out`` has other examples. Prints how much that is.
+
+    Raises `DataError` where nothing fits, or where the base's chat template refuses an example.
+    """
+    limit, recipe = base.limit_tokens, base.recipe
+    # What is too long is left out before anything is held out, so that the held-out fraction is of what is learnt.
+    learnt = rows.tokenize(dataset.examples, base.tokenizer, limit)
+    if held_out is None:
+        all_lines = {example.line for example in learnt.examples}
+        lines = rows.split(all_lines, recipe.held_out_fraction, recipe.seed)
+        kept, measured = learnt.only(all_lines - lines), learnt.only(lines)
+    else:
+        kept, measured = learnt, rows.tokenize(held_out, base.tokenizer, limit)
+    print(rows.described(kept.rows, measured.rows, learnt.too_long, limit))
+    if measured.too_long:
+        print(f"{len(measured.too_long)} examples of --eval-data left out, longer than {limit:,} tokens")
+    return Divided(kept.rows, measured.rows, measured.examples)

@@ -8,7 +8,7 @@ nats per token, and an answer of 99 tokens costs 1 nat per token. The mean of th
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -28,16 +28,34 @@ def answer_tokens(row: Row) -> int:
     return len(row.input_ids) - max(1, row.prompt_tokens)
 
 
+class Answers(NamedTuple):
+    """What a model says where the next token is one of an answer: row after row, and within a row from left to right."""
+
+    logits: torch.Tensor
+    """Shape (tokens, vocabulary), in float32: the softmax over the vocabulary needs it."""
+    targets: torch.Tensor
+    """The tokens that come next. Shape (tokens,)."""
+    rows: torch.Tensor
+    """The number of each token's row. Shape (tokens,)."""
+
+
 def answer_losses(model: Any, rows: Sequence[Row]) -> torch.Tensor:
     """The summed cross entropy of each row's answer, the end of the turn included: a tensor of shape (rows,), in nats.
 
-    The gradient flows through the result. Where `jobs.training.packed.pack` has prepared the model, the rows stand one after the other.
-    Otherwise they are padded to the longest, on the right; padding carries no loss.
+    The gradient flows through the result.
     """
+    answers = answers_of(model, rows)
+    each = cross_entropy(answers.logits, answers.targets, reduction="none")
+    return each.new_zeros(len(rows)).index_add(0, answers.rows, each)
+
+
+def answers_of(model: Any, rows: Sequence[Row]) -> Answers:
+    """Where `jobs.training.packed.pack` has prepared the model, the rows stand one after the other. Otherwise they are padded to the longest, on
+    the right. The answers are the same in both, in the same order, so two models need not take the rows in the same way."""
     return (_packed if is_packed(model) else _padded)(model, rows)
 
 
-def _packed(model: Any, rows: Sequence[Row]) -> torch.Tensor:
+def _packed(model: Any, rows: Sequence[Row]) -> Answers:
     row = Segments.of([row.input_ids for row in rows], next(model.parameters()).device)
     firsts = [0, *row.ends[:-1]]
     # The model's last layer is the widest: it runs only where the next token is one of an answer.
@@ -54,11 +72,10 @@ def _packed(model: Any, rows: Sequence[Row]) -> torch.Tensor:
         logits_to_keep=at,
         segment_ends=row.ends,
     ).logits[0]
-    each = cross_entropy(logits.float(), row.input_ids[0, at + 1], reduction="none")
-    return each.new_zeros(len(rows)).index_add(0, owner, each)
+    return Answers(logits.float(), row.input_ids[0, at + 1], owner)
 
 
-def _padded(model: Any, rows: Sequence[Row]) -> torch.Tensor:
+def _padded(model: Any, rows: Sequence[Row]) -> Answers:
     device = next(model.parameters()).device
     width = max(len(row.input_ids) for row in rows)
     ids = torch.tensor([row.input_ids + [0] * (width - len(row.input_ids)) for row in rows], device=device)
@@ -68,8 +85,7 @@ def _padded(model: Any, rows: Sequence[Row]) -> torch.Tensor:
     )
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     # The softmax over the vocabulary is the largest tensor of a step. Full precision is for the tokens that carry loss only.
-    each = cross_entropy(logits[asked].float(), ids[:, 1:][asked], reduction="none")
-    return each.new_zeros(len(rows)).index_add(0, asked.nonzero()[:, 0], each)
+    return Answers(logits[asked].float(), ids[:, 1:][asked], asked.nonzero()[:, 0])
 
 
 def measured(model: Any, rows: Sequence[Row], micro_batch_tokens: int) -> list[ExampleLoss]:
@@ -88,8 +104,13 @@ def held_out_loss(model: Any, rows: Sequence[Row], micro_batch_tokens: int, rank
     30 nats on 10 tokens, the other 10 nats on 10 tokens; both return 2.0. Raises `RuntimeError` if another worker dies meanwhile.
     """
     losses = measured(model, rows[rank::world], micro_batch_tokens)
-    # Double precision: the loss must not depend on how the workers share the rows.
-    sums = torch.tensor([sum(one.nats for one in losses), sum(one.tokens for one in losses)], dtype=torch.float64)
-    sums = sums.to(next(model.parameters()).device)
+    nats, tokens = summed([sum(one.nats for one in losses), sum(one.tokens for one in losses)], next(model.parameters()).device)
+    return nats / tokens
+
+
+def summed(own: Sequence[float], device: torch.device) -> list[float]:
+    """Each number's sum over all workers of the process group, who call this together. In double precision: what is measured must not depend on
+    how the workers share the rows. Raises `RuntimeError` if another worker dies meanwhile."""
+    sums = torch.tensor(own, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(sums)
-    return (sums[0] / sums[1]).item()
+    return sums.tolist()

@@ -42,6 +42,8 @@ class Learning(NamedTuple):
     """Of which the result becomes the next version."""
     parent: VersionId | None
     """What training starts from; None for a new model."""
+    facts: dict[str, Any] = {}  # noqa: RUF012 (never written to)
+    """What else decided the result; the lineage has it beside the recipe."""
 
     @property
     def base(self) -> VersionId | None:
@@ -68,7 +70,7 @@ def trained(config: Config, registry: Registry, run: str, learning: Learning, pr
     lineage = Lineage(
         parent=learning.parent,
         dataset_sha256=learning.dataset_sha256,
-        recipe=learning.recipe.model_dump(exclude_none=True),
+        recipe={**learning.recipe.model_dump(exclude_none=True), **learning.facts},
         job=job.id,
         code_revision=code_revision(),
         metrics={**ended.metrics, "examples": learning.examples},

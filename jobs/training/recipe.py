@@ -25,6 +25,19 @@ class Lora(Section):
     """Each worker draws its own masks. So with dropout the losses depend on the number of workers."""
 
 
+class Distillation(Section):
+    temperature: float = Field(default=2, gt=0)
+    """Divides the logits of teacher and student before they are compared: the higher, the more counts what the teacher takes for unlikely."""
+    weight: float = Field(default=0.5, ge=0, le=1)
+    """Of the teacher. The rest is the weight of the data: 0 trains the student alone, 1 takes nothing from the data but the prompts."""
+    divergence: Literal["forward", "reverse"] = "forward"
+    """forward, KL(teacher ‖ student): the student covers all that the teacher may say. reverse: it keeps to what the teacher finds likely."""
+
+
+OBJECTIVES = {"distillation": "distill"}
+"""Sections that one verb alone knows. The others refuse them, because they would ignore them."""
+
+
 class Recipe(Section):
     lora: Lora | None = None
     """Train a LoRA adapter on every linear layer except the output layer. None: train all the weights."""
@@ -49,6 +62,8 @@ class Recipe(Section):
     measure_every_steps: int = Field(0, ge=0)
     """Measure the held-out loss after every so many steps, and make the result of the weights that had the least. 0: measure before and after, and
     take the last weights."""
+    distillation: Distillation | None = None
+    """How `springtide distill` weighs teacher and data. No other verb takes it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This takes less memory and more time."""
     seed: int = 0
@@ -80,14 +95,22 @@ def schedule(recipe: Recipe, examples: int) -> Schedule:
     )
 
 
-def load(name: str, overrides: list[str], epochs: float | None = None, fetch: sources.Fetch = sources.local) -> Recipe:
-    """Load a recipe by its name, path or upload, with ``key=value`` overrides such as ``lora.rank=8``. Raises `ConfigError` naming the key."""
+def load(
+    name: str, overrides: list[str], epochs: float | None = None, fetch: sources.Fetch = sources.local, verb: str = "finetune"
+) -> Recipe:
+    """Load a recipe by its name, path or upload, with ``key=value`` overrides such as ``lora.rank=8``. Raises `ConfigError` naming the key.
+
+    A section of `OBJECTIVES` is wrong with another ``verb``.
+    """
     shipped = not name.startswith(sources.UPLOAD) and "/" not in name and not name.endswith((".yaml", ".yml"))
     read = (lambda: (RECIPES / f"{name}.yaml").read_bytes()) if shipped else (lambda: fetch(name))
     if bad := [pair for pair in overrides if "=" not in pair]:
         raise ConfigError(f"--set {bad[0]} has no value.", "Write --set KEY=VALUE.", param=bad[0])
     changes = from_pairs(pair.split("=", 1) for pair in overrides)
     values = merge(merge(_yaml(sources.title(name), read), changes), {} if epochs is None else {"epochs": epochs})
+    for section, whose in OBJECTIVES.items():
+        if values.get(section) is not None and whose != verb:
+            raise ConfigError(f"{section} is for springtide {whose} alone.", "Remove it from the recipe.", param=section)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

@@ -45,11 +45,17 @@ class SupervisedFineTuning(NextTokens):
             model.save_pretrained(target, save_embedding_layers=False)
             (target / "README.md").unlink(missing_ok=True)
             return
-        stored = json.loads((self.folder / "config.json").read_text())
-        save_weights(model, getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32"), target)
-        for path in self.folder.iterdir():
-            if path.is_file() and "safetensors" not in path.name and not (target / path.name).exists():
-                shutil.copyfile(path, target / path.name)
+        save_whole(model, self.folder, target)
+
+
+def save_whole(model: Any, base: Path, target: Path) -> None:
+    """Write all weights in the precision of the version in the folder ``base``, and copy its other files, the tokenizer's among them, byte for
+    byte."""
+    stored = json.loads((base / "config.json").read_text())
+    save_weights(model, getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32"), target)
+    for path in base.iterdir():
+        if path.is_file() and "safetensors" not in path.name and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
 
 
 def save_weights(model: Any, dtype: torch.dtype, target: Path) -> None:
@@ -71,6 +77,11 @@ def trainable(config: Config, recipe: Recipe, folder: Path) -> torch.nn.Module:
     disable_progress_bar()
     torch.manual_seed(recipe.seed)  # an adapter starts from random numbers, and every worker needs the same ones
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=weights_dtype(recipe), local_files_only=True)
+    return ready(config, recipe, model)
+
+
+def ready(config: Config, recipe: Recipe, model: Any) -> torch.nn.Module:
+    """A model as loaded, ready to be trained as `trainable` says."""
     if not pack(model.eval()):
         print("this architecture takes no packed examples; they are padded to the longest of each portion", flush=True)
     if recipe.gradient_checkpointing:

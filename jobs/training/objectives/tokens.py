@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,15 @@ from jobs.training.recipe import Recipe, schedule
 
 HOPELESS = 2.0
 """Times the loss of a model that takes every token of its vocabulary for equally likely: who does worse is not learning."""
+
+
+class Losses(NamedTuple):
+    """Two tensors of shape (), in nats."""
+
+    minimised: torch.Tensor
+    """What the gradient is of."""
+    told: torch.Tensor
+    """The cross entropy with the data. The run reports it, and has diverged where it is hopeless, whatever else it minimises."""
 
 
 class NextTokens:
@@ -57,10 +66,15 @@ class NextTokens:
         total, tokens = torch.zeros((), device=device), [len(row.input_ids) for row in rows]
         for portion in portions(range(len(rows)), tokens, self.limit_tokens):
             with computing(self.recipe, device):
-                loss = answer_losses(self.model, [rows[i] for i in portion]).sum() / answers
-            loss.backward()
-            total += loss.detach()
+                loss = self.losses([rows[i] for i in portion])
+            (loss.minimised / answers).backward()
+            total += loss.told.detach() / answers
         return total
+
+    def losses(self, rows: Sequence[Row]) -> Losses:
+        """Of one portion, summed over its answer tokens."""
+        loss = answer_losses(self.model, rows).sum()
+        return Losses(loss, loss)
 
     def _halve(self, rows: list[Row], error: Exception) -> None:
         """Take half as many tokens at a time from now on. Raises ``error`` where a single example is too much."""

@@ -1,0 +1,140 @@
+"""Distillation on one worker: a student learns from the data, and from what a frozen teacher says of every token of it.
+
+The loss of an answer's token is (1 − α) · cross entropy + α · T² · KL, where KL compares the distributions of teacher and student at the
+temperature T (Hinton et al. 2015). T² keeps the size of the gradient, which falls as 1 / T². The forward KL is the default: on a fixed text its
+minimum is the teacher's own distribution, as that of the cross entropy is. The reverse one lets a small student leave out what the teacher finds
+possible; it is mostly used on the student's own answers (Agarwal et al. 2023).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from cluster.config import Config, parse
+from cluster.store.registry import Registry, registry_of
+from cluster.types import Manifest, VersionId
+from jobs.data.rows import Row
+from jobs.training.flops import per_token
+from jobs.training.held_out import answer_tokens, answers_of, summed
+from jobs.training.objectives.finetune import ready, save_whole, trainable
+from jobs.training.objectives.tokens import Losses, NextTokens
+from jobs.training.packed import pack
+from jobs.training.packing import portions
+from jobs.training.precision import computing
+from jobs.training.prune import Size, pruned
+from jobs.training.recipe import Distillation, Recipe
+
+PLAIN = Distillation(temperature=1)
+"""How `Distilling.measure` compares, whatever the recipe minimises: runs with other recipes can be compared by it."""
+
+
+class Distilling(NextTokens):
+    """`jobs.training.work.Work` for the settings ``{"config", "recipe", "teacher", "student", "size", "train", "held_out"}``.
+
+    ``teacher`` is the id of a version, and ``student`` that of a weights version. An empty ``student`` is the teacher, pruned to ``size``. Making
+    one reads both from the store: every worker prunes by itself, and all come to the same weights.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        config, recipe = parse(settings["config"]), Recipe.model_validate(settings["recipe"])
+        torch.set_num_threads(config.training.threads_per_worker)
+        self.how = recipe.distillation or Distillation()
+        registry, id = registry_of(config), settings["student"] or settings["teacher"]
+        teacher = loaded(config, registry, registry.manifest(VersionId.parse(settings["teacher"])))
+        self.folder = registry.fetch(registry.manifest(registry.resolve(id).weights), config.home / "cache")
+        if settings["student"]:
+            student = trainable(config, recipe, self.folder)
+        else:
+            student = ready(config, recipe, smaller_copy(teacher, Size(*settings["size"])))
+        super().__init__(recipe, student, settings["train"], settings["held_out"])
+        self.teacher = frozen(teacher, getattr(torch, recipe.precision), self.flat.vector.device)
+        # The teacher runs forward only: half of what per_token counts for frozen weights.
+        self.ideal_s_per_token *= 1 + bool(self.how.weight) * per_token(self.teacher) / 2 / per_token(student)
+
+    def losses(self, rows: Sequence[Row]) -> Losses:
+        if not self.how.weight:
+            return super().losses(rows)
+        student = answers_of(self.model, rows)
+        with torch.no_grad():
+            teacher = answers_of(self.teacher, rows)
+        told = cross_entropy(student.logits, student.targets, reduction="sum")
+        distance = divergence(student.logits, teacher.logits, self.how).sum()
+        return Losses((1 - self.how.weight) * told + self.how.weight * self.how.temperature**2 * distance, told)
+
+    @torch.no_grad()
+    def measure(self, rank: int, world: int) -> dict[str, float]:
+        """``{"eval_loss", "teacher_divergence", "teacher_loss"}``, in nats per token of the held-out answers.
+
+        ``eval_loss`` is the student's cross entropy, which training alone has too, and ``teacher_loss`` the teacher's. ``teacher_divergence`` is
+        the forward KL at the temperature 1. All workers of the process group call this together.
+        """
+        self.model.eval()
+        mine, device = self.held_out[rank::world], self.flat.vector.device
+        tokens = [len(row.input_ids) for row in mine]
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        with computing(self.recipe, device):
+            for portion in portions(range(len(mine)), tokens, self.limit_tokens):
+                sums += self._compared([mine[i] for i in portion])
+        self.model.train()
+        *nats, answers = summed([*sums.tolist(), sum(map(answer_tokens, mine))], device)
+        return dict(zip(("eval_loss", "teacher_divergence", "teacher_loss"), (each / answers for each in nats), strict=True))
+
+    def _compared(self, rows: Sequence[Row]) -> torch.Tensor:
+        """The student's cross entropy, the divergence and the teacher's cross entropy of all answers, in nats. Shape (3,)."""
+        student, teacher = answers_of(self.model, rows), answers_of(self.teacher, rows)
+        own, its = (cross_entropy(each.logits, each.targets, reduction="sum") for each in (student, teacher))
+        return torch.stack([own, divergence(student.logits, teacher.logits, PLAIN).sum(), its])
+
+    def save(self, target: Path) -> None:
+        """Write all weights in the precision of the student or teacher that they come from, and that version's other files."""
+        save_whole(self.model, self.folder, target)
+
+
+def divergence(student: torch.Tensor, teacher: torch.Tensor, how: Distillation) -> torch.Tensor:
+    """How far the student's distributions are from the teacher's, both softened: a tensor of shape (tokens,), in nats.
+
+    ``student`` and ``teacher``: logits of shape (tokens, vocabulary). Models of one family pad the vocabulary to different sizes; what only one of
+    them has is no token, and is left out.
+
+    >>> one, other = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> divergence(one, other, Distillation(temperature=1)), divergence(one, one, Distillation())
+    (tensor([0.1109]), tensor([0.]))
+    """
+    known = min(student.shape[1], teacher.shape[1])
+    of, to = (log_softmax(logits[:, :known] / how.temperature, dim=1) for logits in (teacher, student))
+    if how.divergence == "reverse":
+        of, to = to, of
+    return kl_div(to, of, reduction="none", log_target=True).sum(1)
+
+
+# the models
+
+
+def loaded(config: Config, registry: Registry, manifest: Manifest) -> Any:
+    """A version as transformers loads it, in the precision of its file. An adapter is added to its base's weights, in float32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    cache, adapter = config.home / "cache", manifest.kind == "adapter"
+    folder = registry.fetch(registry.manifest(manifest.weights), cache)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if adapter else "auto", local_files_only=True)
+    return PeftModel.from_pretrained(model, str(registry.fetch(manifest, cache))).merge_and_unload() if adapter else model
+
+
+def smaller_copy(teacher: Any, size: Size) -> Any:
+    """A new model in float32 with a part of the teacher's weights. Raises `ConfigError` where the teacher cannot be pruned."""
+    weights, shape = pruned(teacher.state_dict(), teacher.config.to_dict(), size)
+    student = type(teacher)(type(teacher.config).from_dict(shape)).float()
+    student.load_state_dict(weights)
+    student.generation_config = teacher.generation_config
+    return student
+
+
+def frozen(teacher: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """The teacher as it answers: without dropout, and without gradients."""
+    teacher = teacher.to(dtype).eval().requires_grad_(False)
+    pack(teacher)
+    return teacher.to(device)
