@@ -44,6 +44,11 @@ class FlatParameters:
         return {"parameters": self.vector.data, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
 
     @property
+    def steps(self) -> int:
+        """How many steps the optimizer has done with these parameters, those before a checkpoint included."""
+        return int(self.optimizer.state[self.vector].get("step", 0))
+
+    @property
     def gradient(self) -> torch.Tensor:
         """Shape (numbers,)."""
         return self.exchanged[:-MESSAGES]

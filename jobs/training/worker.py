@@ -29,9 +29,11 @@ from jobs.training.checkpoints import Checkpoints, Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
 from jobs.training.progress import Committed, ProgressPrinter
 from jobs.training.state import Measured, State
-from jobs.training.work import HELD_OUT, Work, divergence, gather, update
+from jobs.training.work import HELD_OUT, Awaits, Work, agree, divergence, gather, update
 
 RESULT = "result"
+WAIT_S = 0.1
+"""How often workers that wait for data look for it."""
 
 
 class Loaded(NamedTuple):
@@ -50,7 +52,7 @@ class Reached(NamedTuple):
     step: int
     """Steps that it has done, or taken over from another worker; -1 before it has a state."""
     stepping: bool = False
-    """Whether a step is under way. False while the worker measures or saves the result."""
+    """Whether a step is under way. False while the worker measures, saves the result, or waits for data."""
     group: int = 0
     """The newest process group in which the worker began to train."""
     first: int = -1
@@ -236,6 +238,8 @@ class Training:
         progress = ProgressPrinter(self.stage, group.rank, state.step, state.counters.tokens, self.report_s)
         saved_s = time.monotonic()
         for batch in schedule.batches(state.step):
+            if not self._wait():
+                return False
             began_s = time.monotonic()
             found = gather(state.work, batch, group.rank, group.world, self._told)
             if why := divergence(found, state.work.hopeless, state.counters.before.get(HELD_OUT, 0.0)):
@@ -255,6 +259,17 @@ class Training:
                 self.writer.give(state.snapshot())
                 saved_s = time.monotonic()
         return True
+
+    def _wait(self) -> bool:
+        """Wait until all workers have the data of the next step. False if any worker was told to stop: nobody waits for data then."""
+        work = self.state.work
+        if not isinstance(work, Awaits):
+            return True
+        while not (now := agree(work.ready(self.group.rank), self._told(), work.flat.vector.device)).ready and not now.stops:
+            self.stepping = False  # it may take longer than any step
+            time.sleep(WAIT_S)
+        self.stepping = not now.stops
+        return not now.stops
 
     def _told(self) -> bool:
         return self.orders.stopped >= self.group.number
