@@ -20,7 +20,8 @@ from jobs.data.rows import Row
 from jobs.training.flops import per_token
 from jobs.training.held_out import answer_tokens, answers_of, summed
 from jobs.training.objectives.finetune import ready, save_whole, trainable
-from jobs.training.objectives.tokens import Losses, NextTokens
+from jobs.training.objectives.objective import Losses
+from jobs.training.objectives.tokens import NextTokens
 from jobs.training.packed import pack
 from jobs.training.packing import portions
 from jobs.training.precision import computing
@@ -54,12 +55,12 @@ class Distilling(NextTokens):
         # The teacher runs forward only: half of what per_token counts for frozen weights.
         self.ideal_s_per_token *= 1 + bool(self.how.weight) * per_token(self.teacher) / 2 / per_token(student)
 
-    def losses(self, rows: Sequence[Row]) -> Losses:
+    def losses(self, portion: list[Row]) -> Losses:
         if not self.how.weight:
-            return super().losses(rows)
-        student = answers_of(self.model, rows)
+            return super().losses(portion)
+        student = answers_of(self.model, portion)
         with torch.no_grad():
-            teacher = answers_of(self.teacher, rows)
+            teacher = answers_of(self.teacher, portion)
         told = cross_entropy(student.logits, student.targets, reduction="sum")
         distance = divergence(student.logits, teacher.logits, self.how).sum()
         return Losses((1 - self.how.weight) * told + self.how.weight * self.how.temperature**2 * distance, told)
