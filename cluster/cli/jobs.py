@@ -78,6 +78,21 @@ def distill(wait: Wait = True, **given: Any) -> None:
 
 
 @app.command()
+@jobspec.options("rl")
+def rl(wait: Wait = True, **given: Any) -> None:
+    """Train an adapter on rewards of its own answers, which the pool's replicas give. There the job is `python -m jobs.rl`."""
+    pool = client()
+    job = start(pool, "rl", given)
+    console.print(f"Job [bold]{job}[/] is submitted.")
+    made = followed(pool, job, "Reinforcing") if wait else None
+    if made is None:
+        return console.print(going_on(job), highlight=False)
+    following = f"its rollout is {made['stage']}" if made.get("stage") else f"next: springtide publish {made['version']}"
+    reward = f"held-out reward {made['reward_before']:.3f} → {made['reward']:.3f}"
+    console.print(f"Registered [bold]{made['version']}[/] ({made['kind']}): {reward}; {following}")
+
+
+@app.command()
 @jobspec.options("evaluate")
 def evaluate(wait: Wait = True, **given: Any) -> None:
     """Measure a version against the live one and store the gate's verdict."""

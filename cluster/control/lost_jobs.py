@@ -212,8 +212,8 @@ class JobReaper:
             self.store.remove(f"runs/{run}")
             self.versions.remove_interims(run)
         else:  # whoever resumes it makes new ones
-            for id in self.versions.interims(run):
-                self.versions.remove(id)
+            for version in self.versions.interims(run):
+                self.versions.remove(version)
 
     def _facts(self, record: JobRecord) -> JobFacts:
         last, asked = self.drivers.last(record), self.jobs.cancel_asked(record.id)

@@ -91,8 +91,6 @@ class Versions:
 
     def remove_interims(self, run: str) -> None:
         """Remove every interim version of a run that is no more, their claims included: no other run has its name."""
-        for id in self.interims(run):
-            self.remove(id)
         self.store.remove(f"versions/{check_path(interim_name(run))}")
 
     def interims(self, run: str) -> list[VersionId]:

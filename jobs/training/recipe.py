@@ -34,7 +34,30 @@ class Distillation(Section):
     """forward, KL(teacher ‖ student): the student covers all that the teacher may say. reverse: it keeps to what the teacher finds likely."""
 
 
-OBJECTIVES = {"distillation": "distill"}
+Scale = Literal["group", "none"]
+"""What divides the advantages of a group of answers."""
+
+
+class Reinforcement(Section):
+    group: int = Field(default=8, ge=2, le=16)
+    """Answers to each prompt. The gateway's ``max_choices`` bounds it."""
+    answer_tokens: int = Field(default=128, ge=1)
+    """Longer answers are cut off."""
+    at_once: int = Field(default=32, ge=1)
+    """Answers under way at a time, over the whole fleet."""
+    staleness: int = Field(default=1, ge=0)
+    """How many steps the weights that answer may be behind those that learn. 0: answers wait for each update."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """A token's probability counts as changed by no more than this factor below 1, and ``clip_high`` above."""
+    clip_high: float = Field(default=0.28, gt=0)
+    """Higher than ``clip_low``, so that what is rare can become likely (Yu et al. 2025, DAPO)."""
+    scale: Scale = "group"
+    """group: a group's advantages are divided by the standard deviation of its rewards. none: they are not."""
+    kl: float = Field(default=0, ge=0)
+    """The weight of the divergence from the base. 0 saves a forward pass."""
+
+
+OBJECTIVES = {"distillation": "distill", "reinforcement": "rl"}
 """Sections that one verb alone knows. The others refuse them, because they would ignore them."""
 
 
@@ -64,6 +87,8 @@ class Recipe(Section):
     take the last weights."""
     distillation: Distillation | None = None
     """How `springtide distill` weighs teacher and data. No other verb takes it."""
+    reinforcement: Reinforcement | None = None
+    """How `springtide rl` samples and learns. No other verb takes it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This takes less memory and more time."""
     seed: int = 0

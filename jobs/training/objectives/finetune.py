@@ -38,14 +38,19 @@ class SupervisedFineTuning(NextTokens):
 
         The base's other files, its tokenizer's included, are copied beside the weights byte for byte.
         """
-        model: Any = self.model
-        if peft_config := getattr(model, "peft_config", {}).get("default"):
-            peft_config.base_model_name_or_path = str(self.base.id)  # not a path of this machine
-            peft_config.target_modules = sorted(peft_config.target_modules)  # a set, whose order would change the digest
-            model.save_pretrained(target, save_embedding_layers=False)
-            (target / "README.md").unlink(missing_ok=True)
-            return
-        save_whole(model, self.folder, target)
+        if hasattr(self.model, "peft_config"):
+            save_adapter(self.model, self.base.id, target)
+        else:
+            save_whole(self.model, self.folder, target)
+
+
+def save_adapter(model: Any, base: VersionId, target: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter on ``base`` to the folder ``target``. ``state``: its weights by name, where they are not the model's own of now."""
+    peft_config = model.peft_config["default"]
+    peft_config.base_model_name_or_path = str(base)  # not a path of this machine
+    peft_config.target_modules = sorted(peft_config.target_modules)  # a set, whose order would change the digest
+    model.save_pretrained(target, save_embedding_layers=False, state_dict=state)
+    (target / "README.md").unlink(missing_ok=True)
 
 
 def save_whole(model: Any, base: Path, target: Path) -> None:
