@@ -29,8 +29,8 @@ from jobs.training import recipe, rewards
 from jobs.training.base import Base, check_fits, opened, resolve
 from jobs.training.rewards import Reward
 
-SLOWER = 0.1
-"""Of the learning rate of `springtide train` for the same model: a reward says less than an answer does, and is noisy."""
+SLOWER = 0.25
+"""Of the learning rate of `springtide train` for the same model: a reward says less than an answer does. Found on the seedling."""
 
 
 class Plan(NamedTuple):

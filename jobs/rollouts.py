@@ -17,10 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean, quantiles
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cluster.client import Client
-from cluster.control.client import Client as Control
 from cluster.control.interims import RENEW_S
 from cluster.errors import (
     AnswerTimeout,
@@ -103,6 +102,13 @@ Tell = Callable[[int, Told], None]
 
 
 # which versions the fleet holds
+
+
+class Control(Protocol):
+    """What a run asks of `cluster.control.client.Client`."""
+
+    def hold_interims(self, run: str, versions: list[str], places: int) -> None: ...
+    def end_interims(self, run: str) -> None: ...
 
 
 class Held:
