@@ -77,7 +77,7 @@ def rl(config: Config, options: Rl, job: JobRecord) -> None:
 def prepare(config: Config, registry: Registry, options: Rl) -> Plan:
     """Check the whole request, cheapest first. Raises a `SpringtideError` that says what is wrong."""
     fetch, base_name = sources.of(config), options.base or config.default_model
-    chosen = chosen_recipe(options, fetch)
+    chosen = chosen_recipe(config, options, fetch)
     check_fits(chosen, config, registry, base_name)
     check_name(options.name or "unnamed")
     dataset = chat.read(options.data, fetch)
@@ -94,14 +94,21 @@ def prepare(config: Config, registry: Registry, options: Rl) -> Plan:
     return Plan(base, prompts_of(train), prompts_of(held), held.examples, dataset.sha256, dataset.source, pool, reward)
 
 
-def chosen_recipe(options: Rl, fetch: sources.Fetch) -> recipe.Recipe:
-    """The recipe, with the section ``reinforcement``. Raises `ConfigError` where it trains no adapter."""
+def chosen_recipe(config: Config, options: Rl, fetch: sources.Fetch) -> recipe.Recipe:
+    """The recipe, with the section ``reinforcement``. Raises `ConfigError` where it trains no adapter, or the gateway refuses its groups."""
     chosen = recipe.load(options.recipe, options.set, options.epochs, fetch, verb="rl")
     if chosen.lora is None:
         raise ConfigError(
             "The fleet can hold the weights of each step as an adapter only.", "Keep lora in the recipe.", param="lora"
         )
-    return chosen.model_copy(update={"reinforcement": chosen.reinforcement or recipe.Reinforcement()})
+    how = chosen.reinforcement or recipe.Reinforcement()
+    if how.group > config.gateway.max_choices:
+        raise ConfigError(
+            f"A group of {how.group} answers is more than gateway.max_choices, {config.gateway.max_choices}.",
+            "Lower reinforcement.group, or raise the limit.",
+            param="reinforcement.group",
+        )
+    return chosen.model_copy(update={"reinforcement": how})
 
 
 def resolved(resolved: recipe.Recipe, chosen: recipe.Recipe, prompts: int, steps: int | None) -> recipe.Recipe:

@@ -27,11 +27,8 @@ from cluster.errors import (
     DataError,
     JobFailed,
     ModelNotFound,
-    NoReplica,
-    PoolUnavailable,
     Quarantined,
     SpringtideError,
-    StoreUnavailable,
 )
 from cluster.store.objects import Store
 from cluster.store.versions import Versions
@@ -47,6 +44,8 @@ LOOK_S = 0.1
 """How often the store is asked for newer weights."""
 WAITS_S = (0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 60, 60, 60, 60, 60, 60)
 """How long a question waits before it is asked again, where the pool has no room or a replica was lost."""
+PATIENCE_S = 120
+"""How long the fleet may fail to hold the newest weights."""
 LATER = 1
 """The priority of requests: clients have 0, and go first."""
 MEASURED = 256
@@ -210,10 +209,14 @@ class Rollouts:
                 self.failure = error
 
     def _watch(self) -> None:
+        well_s = time.monotonic()
         while not self.over.wait(LOOK_S):
             try:
                 self.held.look(time.monotonic())
-            except (PoolUnavailable, NoReplica, StoreUnavailable) as error:
+                well_s = time.monotonic()
+            except SpringtideError as error:  # control or the store is away for a moment, or a replica could not read the version
+                if time.monotonic() - well_s > PATIENCE_S:
+                    raise
                 self._warn(f"the fleet does not hold the newest weights yet: {error}")
 
     def _make(self) -> None:

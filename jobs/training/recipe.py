@@ -39,8 +39,8 @@ Scale = Literal["group", "none"]
 
 
 class Reinforcement(Section):
-    group: int = Field(default=8, ge=2, le=16)
-    """Answers to each prompt. The gateway's ``max_choices`` bounds it."""
+    group: int = Field(default=8, ge=2)
+    """Answers to each prompt, at most `gateway.max_choices`."""
     answer_tokens: int = Field(default=128, ge=1)
     """Longer answers are cut off."""
     at_once: int = Field(default=32, ge=1)

@@ -20,7 +20,7 @@ from tests.cluster.test_publish import ask, wait_until
 from tests.conftest import Running
 
 SUMS = VersionId("sums", 1)
-STEPS = 100
+STEPS = 60
 
 
 def line(question: str, answer: str) -> str:
@@ -145,6 +145,18 @@ def test_a_few_steps_from_the_live_fleets_answers(pool: Running, sums: VersionId
     assert seen and metrics["publish_p50_s"] > 0
     wait_until(lambda: not held_interims(pool), timeout_s=30)
     assert interims(pool) == [] and job not in pool.registry.store.children("runs")
+
+
+def test_a_cancelled_run_leaves_nothing(pool: Running, sums: VersionId, data: str) -> None:
+    given: dict[str, Any] = {"data": data, "base": "sums", "name": "cancelled-rl", "reward": "exact", "steps": 500}
+    job = submit.start(pool.config, "rl", **given, set=["reinforcement.answer_tokens=8"])
+    for now in submit.follow(pool.config, job):
+        if now["progress"]:
+            break
+    assert interims(pool)
+    assert pool.command("cancel", job).returncode == 0
+    assert interims(pool) == [] and job not in pool.registry.store.children("runs")
+    assert pool.registry.versions("cancelled-rl") == []
 
 
 @pytest.mark.chaos
