@@ -54,6 +54,8 @@ PRUNED_STEPS = 20
 """How often the answers are removed that no worker needs any more."""
 SPARE = 2
 """Versions that are held beside those that rollouts may use: the one that is coming, and the one that requests in flight still use."""
+WARNED = 100
+"""Warnings in the log."""
 
 
 class Prompt(NamedTuple):
@@ -183,7 +185,8 @@ class Rollouts:
         self.threads = ThreadPoolExecutor(max(1, task.how.at_once // task.how.group), thread_name_prefix="asks")
         self.over = threading.Event()
         self.failure: Exception | None = None
-        self.warned = ""
+        self.warned: list[str] = []
+        """What the log has said."""
 
     def start(self) -> None:
         for name, body in (("held", self._watch), ("rollouts", self._make)):
@@ -247,7 +250,7 @@ class Rollouts:
         failed = sum(one.failed for one in asked)
         groups = [with_advantages(one.group, scale) for one in asked if one.group.samples]
         if not groups:
-            raise JobFailed(f"No answer of step {step + 1} has a reward: {self.warned or 'the pool answers no prompt'}.")
+            raise JobFailed(f"No answer of step {step + 1} has a reward: {self._why()}.")
         self.exchange.put_rollouts(step, groups)
         self.tell(step, told(groups, failed, time.monotonic() - began_s))
 
@@ -314,7 +317,7 @@ class Rollouts:
         asked = self.task.held_out[:MEASURED]
         rewards = [one for one in self.threads.map(lambda prompt: self._greedy(step, prompt), asked) if one is not None]
         if not rewards:
-            raise JobFailed(f"No held-out answer has a reward: {self.warned or 'the pool answers no prompt'}.")
+            raise JobFailed(f"No held-out answer has a reward: {self._why()}.")
         p50_s, p99_s = middle_and_worst(self.held.published_s)
         return {"reward": fmean(rewards), "publish_p50_s": p50_s, "publish_p99_s": p99_s}
 
@@ -322,11 +325,14 @@ class Rollouts:
         said = self._ask(prompt, {"temperature": 0}, at=step)
         return self._reward(prompt, said.choices[0]) if said else None
 
+    def _why(self) -> str:
+        return self.warned[-1] if self.warned else "the pool answers no prompt"
+
     def _warn(self, words: str) -> None:
-        """Once, and not again for each answer."""
-        if words != self.warned:
+        """Once, and not again for each answer; at most `WARNED` different ones."""
+        if words not in self.warned and len(self.warned) < WARNED:
             print(words, flush=True)
-        self.warned = words
+            self.warned.append(words)
 
 
 class Over(Exception):

@@ -248,11 +248,11 @@ def test_the_loop_learns_what_is_rewarded(config: Config, tmp_path: Path, stalen
     registry, told = registry_of(config), list[Told]()
     fleet = Fleet(registry, tmp_path / "cache")
     how = {"staleness": staleness, "answer_tokens": 3, "group": 8}
-    with rolled(config, fleet, nine, 40, how, told) as rollouts:
-        before, after = learnt(config, rollouts, {**RECIPE, "epochs": 40, "reinforcement": how})
+    with rolled(config, fleet, nine, 25, how, told) as rollouts:
+        before, after = learnt(config, rollouts, {**RECIPE, "epochs": 25, "reinforcement": how})
     print([round(one.reward, 2) for one in told])
-    assert len(told) == 40 and {round(one.behind) for one in told[2:]} <= set(range(staleness + 1))
-    assert told[0].reward < 0.3 and sum(one.reward for one in told[-5:]) / 5 > 0.8
+    assert len(told) == 25 and {round(one.behind) for one in told[2:]} <= set(range(staleness + 1))
+    assert told[0].reward < 0.3 and sum(one.reward for one in told[-5:]) / 5 > 0.7
     assert after["reward"] == -after["eval_loss"] > before["reward"]
     assert after["drift"] < (1e-3 if staleness == 0 else 0.5)
     assert 0 < after["publish_p50_s"] <= after["publish_p99_s"]
