@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from cluster.control import interims as rules
 from cluster.control.interims import Interims
-from cluster.errors import BadRequest, ModelNotFound, VersionRefused
+from cluster.control.jobs import JobService
+from cluster.errors import BadRequest, ModelNotFound, PoolUnavailable, VersionRefused
+from cluster.pool.submit import JobServer
+from cluster.store.jobs import JobResult, JobSpec, JobStatus
 from cluster.store.registry import Registry
 from cluster.types import Lineage, VersionId, interim_name
 from deployments.api.models import model_list
@@ -113,6 +116,25 @@ def test_a_version_that_is_removed_leaves_its_number(tmp_path: Path) -> None:
     assert interim(registry, tmp_path, 2).n == 3
     registry.catalog.remove_interims(RUN)
     assert registry.store.children("versions") == ["m", "n"]
+
+
+def test_what_a_killed_run_left_goes_with_its_job(tmp_path: Path) -> None:
+    """The numbers stay taken while the run can be resumed."""
+    _, registry, _ = two_fleets(tmp_path)
+    service = JobService(registry, away)
+    for run, kept in ((RUN, ["1"]), ("rl-over", [])):
+        interim(registry, tmp_path, 0, run)
+        service.jobs.create(JobSpec(id=run, verb="rl", options={}, owner="ann", created_s=0))
+        service.jobs.finish(run, JobResult(status=JobStatus.LOST, ended_s=1))
+        if kept:
+            registry.store.put_new(f"runs/{run}/000000000010/manifest.json", b"{}")
+        service.reaper.forget(run)
+        assert registry.store.children(f"versions/{interim_name(run)}") == kept
+        assert Registry(registry.store).catalog.interims(run) == []
+
+
+def away() -> JobServer:
+    raise PoolUnavailable("Ray's job server does not answer.")
 
 
 CALLS = st.lists(st.tuples(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(1, 5)), min_size=1, max_size=20)
