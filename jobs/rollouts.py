@@ -223,8 +223,9 @@ class Rollouts:
                 self._warn(f"the fleet does not hold the newest weights yet: {error}")
 
     def _make(self) -> None:
-        schedule = self.task.schedule
-        for step, batch in enumerate(schedule.batches()):
+        """From the step that the run is at: one that was resumed has done others before."""
+        schedule, first = self.task.schedule, self._await(0)
+        for step, batch in enumerate(schedule.batches(first), start=first):
             if self.exchange.rollouts(step) is None:
                 self._await(max(0, step - self.task.how.staleness))
                 self._step(step, batch)
@@ -233,12 +234,12 @@ class Rollouts:
         self._await(schedule.steps)
         self._measure()
 
-    def _await(self, step: int) -> None:
-        """Wait until the fleet holds weights that have done so many steps. Measure meanwhile."""
+    def _await(self, step: int) -> int:
+        """Wait until the fleet holds weights that have done so many steps; how many they have. Measure meanwhile."""
         while not self.over.is_set():
             self._measure()
             if self.held.newest is not None and self.held.newest[0] >= step:
-                return
+                return self.held.newest[0]
             self.over.wait(LOOK_S / 2)
         raise Over
 

@@ -274,6 +274,18 @@ def test_what_a_lost_replica_cost_is_asked_again(config: Config, tmp_path: Path)
     assert len(told) == 2 and not fleet.failing
 
 
+def test_a_run_that_is_resumed_has_answers_from_where_it_is(config: Config, tmp_path: Path) -> None:
+    """Those of the steps before its checkpoint are gone, and nobody needs them."""
+    fleet, how = Fleet(registry_of(config), tmp_path / "cache"), {"answer_tokens": 3, "group": 4}
+    made = work(config, how, epochs=8)
+    made.flat.tensors(5)
+    with rolled(config, fleet, lambda *_: 1.0, 8, how, []) as rollouts:
+        while not made.ready(0):
+            rollouts.check()
+            time.sleep(0.01)
+    assert made.exchange.rollouts(4) is None and made.exchange.rollouts(5) is not None
+
+
 def test_a_reward_that_fails_costs_its_answers_and_one_that_always_fails_ends_the_run(config: Config, tmp_path: Path) -> None:
     def picky(prompt: str, answer: str, reference: str) -> float:
         return 1 / (int(answer.split()[0]) % 2)
