@@ -98,6 +98,13 @@ class Said(NamedTuple):
     version: str
 
 
+class Completed(NamedTuple):
+    """Every choice of a completion, as it is on the wire, and the version that gave them."""
+
+    choices: list[dict[str, Any]]
+    version: str
+
+
 class Client:
     """Errors arrive as they were raised on the other side: with the sender's class, status, code and words."""
 
@@ -226,6 +233,11 @@ class Client:
         """Send a request in OpenAI's chat format, without streaming."""
         response = self._exchange("POST", "/v1/chat/completions", json=body, timeout=ASK_TIMEOUT_S)
         return Said(self._document(response)["choices"][0], response.headers.get("x-model-version", ""))
+
+    def complete(self, body: dict[str, Any]) -> Completed:
+        """Send a request in OpenAI's completion format, without streaming."""
+        response = self._exchange("POST", "/v1/completions", json=body, timeout=ASK_TIMEOUT_S)
+        return Completed(self._document(response)["choices"], response.headers.get("x-model-version", ""))
 
     # the wire
 

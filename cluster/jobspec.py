@@ -206,6 +206,44 @@ class Dpo(Tuning):
     """dpo, or the path of a YAML file."""
 
 
+class Rl(Options):
+    verb = "rl"
+    about = "Train an adapter on rewards of its own answers, which the pool's replicas give, and register it."
+
+    data: File
+    """JSON lines in OpenAI's chat format, or prompt and completion: a path or URL. The completions are the reward's references."""
+    eval_data: File | None = None
+    """Measure on this file instead of a held-out part of --data."""
+    reward: str
+    """exact, contains, numeric, regex, regex:PATTERN, judge:MODEL, or package.module:function."""
+    base: str | None = None
+    """A model, or a version as NAME@N, that a fleet serves; by default what the pool serves."""
+    name: str | None = None
+    """Register as the next version of this name; the base's by default."""
+    recipe: File = "rl"
+    """rl, or the path of a YAML file."""
+    epochs: float | None = None
+    """How often each prompt is answered; the recipe's by default."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps, instead of --epochs."""
+    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
+    """Override a key of the recipe. Repeatable."""
+    workers: Range | None = None
+    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
+    priority: int = 0
+    """Where slots are few, jobs of a higher priority have them first."""
+    resume: Annotated[str, Takes(metavar="RUN")] = ""
+    """Go on with a run that was lost, from its newest checkpoint."""
+    publish: bool = False
+    """Make the result live."""
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("--steps and --epochs exclude each other")
+        return self
+
+
 class Pretrain(Options):
     verb = "pretrain"
     about = "Train a new model on your own text, or the seedling that ships with Springtide, and register it."
@@ -293,7 +331,7 @@ class Publish(Options):
     """Why, for the alias's history."""
 
 
-VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Distill, Dpo, Pretrain, Evaluate, Publish)}
+VERBS: dict[str, type[Options]] = {model.verb: model for model in (Finetune, Distill, Dpo, Rl, Pretrain, Evaluate, Publish)}
 """By what `python -m jobs.VERB` is called."""
 
 

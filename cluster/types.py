@@ -30,9 +30,38 @@ PUBLISH_TIMEOUT_S = 660
 """How long a client waits until a version is published: replicas may take ten minutes to load it, and control may still be starting."""
 
 
+INTERIM = "interim--"
+"""How the names of interim models begin: the versions that a run makes on its way, and that replicas hold although no alias means them. Clients
+see none of them, nobody can take such a name, and what follows the prefix is the run."""
+
+
+def interim_name(run: str) -> str:
+    """
+    >>> interim_name("rl-65f0a1b2c3d4"), is_interim("interim--rl-65f0a1b2c3d4"), is_interim("seedling")
+    ('interim--rl-65f0a1b2c3d4', True, False)
+    """
+    return INTERIM + run
+
+
+def is_interim(name: str) -> bool:
+    """Whether a model's name, or a version's id, is that of an interim model."""
+    return name.startswith(INTERIM)
+
+
 def check_name(name: str) -> str:
-    """Return ``name``, or raise `BadRequest` where it could not safely become a path."""
-    if not NAME.fullmatch(name):
+    """Return ``name``, or raise `BadRequest` where nobody may call a model or a fleet so."""
+    if is_interim(check_path(name)):
+        raise BadRequest(
+            f"{name} is a name for what a run makes on its way.",
+            f"Choose a name that does not begin with {INTERIM}",
+            param="model",
+        )
+    return name
+
+
+def check_path(name: str) -> str:
+    """Return ``name``, or raise `BadRequest` where it could not safely become a path. An interim model's has a run's name after the prefix."""
+    if not NAME.fullmatch(name.removeprefix(INTERIM)):
         raise BadRequest(
             f"{name[:80]!r} is not a model name.",
             "Use letters, digits, '-', '_' and single dots, at most 63 characters, starting with a letter or digit.",
@@ -58,7 +87,7 @@ class VersionId(NamedTuple):
         name, at, n = text.partition("@")
         if not (at and n.isascii() and n.isdigit() and len(n) <= 9 and n == str(int(n)) and int(n) > 0):
             raise BadRequest(f"{text[:80]!r} is not a version.", "Write it as NAME@NUMBER, for example seedling@2.", "model")
-        return cls(check_name(name), int(n))
+        return cls(check_path(name), int(n))
 
 
 Version = Annotated[VersionId, BeforeValidator(VersionId.parse), PlainSerializer(str, return_type=str)]

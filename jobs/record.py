@@ -92,6 +92,11 @@ class JobRecord:
         words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._say("measurement", f"after step {step}: {words}", {"step": step, **metrics})
 
+    def sampled(self, step: int, facts: dict[str, float]) -> None:
+        """Note how the answers were that a step learns from. Of several between two writes the last one is enough."""
+        words = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
+        self._say("rollouts", f"answers for step {step + 1}: {words}", {"step": step, **facts})
+
     def know(self, **facts: Any) -> None:
         """Note facts about the job: ``base``, ``dataset_sha256``, …"""
         self._say("fact", "", data=facts, facts={**self.snapshot.facts, **facts})
@@ -109,8 +114,8 @@ class JobRecord:
         with self.changed:
             at_s = time.time()
             self.snapshot = self.snapshot.model_copy(update={"at_s": at_s, **changed})
-            if kind == "progress" and self.events and self.events[-1].kind == kind:
-                self.events.pop()  # one of a batch is enough
+            if kind in ("progress", "rollouts"):  # one of a batch is enough
+                self.events = [event for event in self.events if event.kind != kind]
             self.events.append(JobEvent(at_s=at_s, kind=kind, words=words, data=data or {}))
             del self.events[:-KEPT]
 

@@ -21,6 +21,7 @@ from cluster.control.desired import Desired
 from cluster.control.fleets import FleetReconciler
 from cluster.control.gateways import Gateways
 from cluster.control.hosting import Hosting
+from cluster.control.interim_holds import InterimHolds
 from cluster.control.leftovers import Found
 from cluster.control.publishing import Publishing
 from cluster.control.reconcile import Reconcilers
@@ -29,7 +30,7 @@ from cluster.pool.serve_api import ServeApi
 from cluster.publishing.rollout import DIRECT, Rollout
 from cluster.store.objects import Store
 from cluster.store.registry import Registry
-from cluster.types import HoldOrder, Lineage, Manifest, ReplicaBounds, ReplicaState, VersionId, View
+from cluster.types import HoldOrder, Lineage, Manifest, ReplicaBounds, ReplicaState, VersionId, View, is_interim
 from cluster.view import ViewDelta, apply
 from tests.adapters import make_adapter
 
@@ -97,6 +98,9 @@ class Machines:
             here = str(manifest.weights) == state.base
             part = {"held": {**state.held, id: manifest.digest}} if here else {"staged": {**state.staged, id: manifest.digest}}
             state = state._replace(revision=state.revision + 1, **part)
+        over = [id for id in state.held if is_interim(id) and state.id in orders and id not in order.keep]
+        held = {id: digest for id, digest in state.held.items() if id not in over}
+        state = state._replace(held=held, revision=state.revision + bool(over))
         idle = [id for id in state.held if id not in (*order.keep, state.base)]
         over = idle[: max(0, len(state.held) - 1 - self.places)]
         return state._replace(held={id: digest for id, digest in state.held.items() if id not in over})
@@ -142,6 +146,7 @@ class Controlled:
             lambda: self.room,
         )
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
+        self.interims = InterimHolds(self.hosting, self.gateways, self.reconcilers.loop)
         self.fleets = self.reconcilers.runtime_fleets
         self.reconcilers.leftovers.look = self.look  # type: ignore[method-assign]
         self.reconcilers.leftovers.end_engines = self._end_engines  # type: ignore[method-assign]

@@ -61,6 +61,17 @@ class Small:
         torch.save(self.model.state_dict(), target / "model.pt")
 
 
+class Waiting(Small):
+    """`jobs.training.work.Awaits`: the data of a step is there once the folder ``settings["data"]`` has a file with the step's number."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.data = Path(settings["data"])
+
+    def ready(self, rank: int) -> bool:
+        return (self.data / str(self.flat.steps)).exists()
+
+
 def live(pipe: Connection, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], store: str) -> None:
     """A worker's process. It does as it is told, and can be told to stop while it trains."""
     worker = Worker(work, settings, store, "run")
@@ -119,13 +130,15 @@ class Workers:
 
     def until(self, worker: int, step: int) -> None:
         """Wait until this worker, which trains, has done so many steps."""
-        while True:
-            self.pipes[worker].send(("reached",))
-            reached = self._answer(worker)
-            assert isinstance(reached, Reached), f"the process group ended: {reached}"
-            if reached.step >= step:
-                return
+        while self.reached(worker).step < step:
             time.sleep(0.01)
+
+    def reached(self, worker: int) -> Reached:
+        """Where this worker is, which trains."""
+        self.pipes[worker].send(("reached",))
+        reached = self._answer(worker)
+        assert isinstance(reached, Reached), f"the process group ended: {reached}"
+        return reached
 
     def answers(self, *workers: int) -> list[Any]:
         return [self._answer(worker) for worker in workers]

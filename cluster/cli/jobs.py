@@ -65,6 +65,14 @@ def dpo(wait: Wait = True, **given: Any) -> None:
 
 
 @app.command()
+@jobspec.options("rl")
+def rl(wait: Wait = True, **given: Any) -> None:
+    """Train an adapter on rewards of its own answers, which the pool's replicas give. There the job is `python -m jobs.rl`."""
+    if made := trained("rl", "Reinforcing", given, wait):
+        registered(made, f"held-out reward {made['reward_before']:.3f} → {made['reward']:.3f}")
+
+
+@app.command()
 @jobspec.options("evaluate")
 def evaluate(wait: Wait = True, **given: Any) -> None:
     """Measure a version against the live one and store the gate's verdict."""

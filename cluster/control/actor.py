@@ -27,6 +27,7 @@ from cluster.control.desired import Desired
 from cluster.control.fleets import FleetReconciler
 from cluster.control.gateways import Gateways
 from cluster.control.hosting import Hosting
+from cluster.control.interim_holds import InterimHolds
 from cluster.control.jobs import JobService
 from cluster.control.publishing import Publishing
 from cluster.control.reconcile import Reconcilers
@@ -90,6 +91,7 @@ class Control:
         fleets = FleetReconciler(self.hosting, announcer, self.slots.ceilings)
         self.reconcilers = Reconcilers(self.hosting, self.aliases, fleets, self.slots.room)
         self.publishing = Publishing(self.hosting, self.aliases, self.gateways, self.reconcilers.loop)
+        self.interims = InterimHolds(self.hosting, self.gateways, self.reconcilers.loop)
         self.hosting.watched = self.slots.watch
         self.hosting.device_bytes = lambda: device_bytes(self.config.pool.accelerator)
         self.job_service = JobService(self.registry, jobs, lambda: self.config.publishing.model_dump().values())
@@ -187,6 +189,16 @@ class Control:
     def progress(self, job: str, snapshot: dict[str, Any]) -> bool:
         """A job's driver says where the job is; returns whether somebody asked for its end."""
         return self.job_service.progress(job, snapshot)
+
+    @ray.method(concurrency_group=WAITING)
+    def hold_interims(self, run: str, versions: list[str], places: int) -> None:
+        """See `InterimHolds.hold`."""
+        self.interims.hold(run, versions, places)
+
+    @ray.method(concurrency_group=ORDERS)
+    def end_interims(self, run: str) -> None:
+        """See `InterimHolds.end`."""
+        self.interims.end(run)
 
     # for operators
 

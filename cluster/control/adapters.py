@@ -9,10 +9,11 @@ from cluster.types import ReplicaState, VersionId
 
 
 def place(hosting: Hosting, fleet: Fleet) -> AdapterPlacement:
-    """Which of the fleet's replicas, its surge's included, must hold which adapters. Worked out again where a move, a rollout, a replica or
-    the fleet's settings have changed."""
+    """Which of the fleet's replicas, its surge's included, must hold which adapters. Worked out again where a move, a rollout, a run's
+    interim version, a replica or the fleet's settings have changed."""
     places, fleets = fleet.spec.fleet.max_cpu_loras, tuple(one.name for one in hosting.there)
-    known = hosting.desired.changes, hosting.replicas.changes, fleets, fleet.apps, places, hosting.unreadable()
+    changes = hosting.desired.changes, hosting.interims.changes, hosting.replicas.changes
+    known = changes, fleets, fleet.apps, places, hosting.unreadable()
     if fleet.placed_for != known:
         fleet.placement, fleet.placed_for = _place(hosting, fleet, places), known
     return fleet.placement
@@ -27,7 +28,7 @@ def _place(hosting: Hosting, fleet: Fleet, places: int) -> AdapterPlacement:
 
 
 def wanted(hosting: Hosting, fleet: Fleet) -> dict[str, WantedAdapters]:
-    """Weights → the adapters on them that clients may get, and those of rollouts that the fleet's replicas should hold already."""
+    """Weights → the adapters on them that clients may get, and those of rollouts and runs that the fleet's replicas should hold."""
     live = dict.fromkeys(hosting.live_of(fleet))
     found, coming = _by_weights(hosting, live), _by_weights(hosting, (id for id in hosting.coming_to(fleet) if id not in live))
     return {

@@ -66,7 +66,8 @@ class Announcer:
         own = self.hosting.own(fleet)
         fleet.last_held = frozenset(id for one in own for id in one.held) if own else fleet.last_held
         kept = () if own else (id for id in fleet.last_held if str(self.hosting.weights(VersionId.parse(id))) in state.versions)
-        versions, task = tuple(sorted({*state.versions, *kept})), fleet.spec.fleet.task
+        interims = map(str, self.hosting.interims_of(fleet))  # a request for one may wait until a replica holds it
+        versions, task = tuple(sorted({*state.versions, *kept, *interims})), fleet.spec.fleet.task
         failed = "" if own else self.failed(fleet.app)
         return state._replace(versions=versions, surge=answering_surge(fleet), task=task, failed=failed)
 

@@ -24,6 +24,8 @@ ACTOR, NAMESPACE = "springtide-control", "springtide"
 ENGINES = "springtide-engines"
 """The namespace of the engines' actors, those that sleep included."""
 ANSWER_S = 5
+INTERIM_S = 60
+"""How long replicas may take to hold a run's newest version, and control to hear of it."""
 
 
 class Client(Protocol):
@@ -33,6 +35,8 @@ class Client(Protocol):
     def heartbeat(self, beat: Heartbeat) -> Grant: ...
     def leave(self, job: str, driver: str) -> None: ...
     def progress(self, job: str, snapshot: dict[str, Any]) -> bool: ...
+    def hold_interims(self, run: str, versions: list[str], places: int) -> None: ...
+    def end_interims(self, run: str) -> None: ...
 
 
 class _Remote:
@@ -52,6 +56,12 @@ class _Remote:
 
     def progress(self, job: str, snapshot: dict[str, Any]) -> bool:
         return self._call("progress", ANSWER_S, job, snapshot)
+
+    def hold_interims(self, run: str, versions: list[str], places: int) -> None:
+        self._call("hold_interims", INTERIM_S, run, versions, places)
+
+    def end_interims(self, run: str) -> None:
+        self._call("end_interims", INTERIM_S, run)
 
     def _call(self, method: str, timeout_s: float, *arguments: Any) -> Any:
         try:

@@ -17,7 +17,7 @@ from cluster.control.slots import slots
 from cluster.errors import SpringtideError
 from cluster.publishing import placement, rollout
 from cluster.publishing.placement import SurgeFacts
-from cluster.types import HoldOrder, ReplicaBounds, ReplicaState, VersionId
+from cluster.types import HoldOrder, ReplicaBounds, ReplicaState, VersionId, is_interim
 
 TURN_S = 0.5
 RETRY_REFUSED_S = 30
@@ -68,6 +68,7 @@ class FleetReconciler:
         return None
 
     def _host(self, fleet: Fleet) -> None:
+        self.hosting.interims.expire(time.monotonic())
         fleet.retrying = time.monotonic() >= fleet.retry_refused_s
         fleet.retry_refused_s = time.monotonic() + RETRY_REFUSED_S if fleet.retrying else fleet.retry_refused_s
         chosen = self._choose(fleet)
@@ -137,19 +138,25 @@ class FleetReconciler:
 
     def _load(self, fleet: Fleet) -> None:
         """Order what clients may get and a replica must hold and does not. What a replica has refused it is asked for again every
-        `RETRY_REFUSED_S`.
+        `RETRY_REFUSED_S`. Order it to let go of interim versions that no run needs any more.
 
         What was live before stays where it is held, and is not ordered again where it had to make room.
         """
         digests = {str(id): self.desired.manifest(id).digest for id in self.hosting.wanted_of(fleet)}
         assigned = adapters.place(self.hosting, fleet).assigned
-        missing = {
-            one.id: HoldOrder(lacking, assigned[one.id])
-            for one in self.hosting.all_of(fleet)
-            if one.id in assigned and (lacking := self._lacking(fleet, one, assigned[one.id], digests))
-        }
-        if missing:
-            fleet.orders.hold(missing)
+        orders: dict[str, HoldOrder] = {}
+        for one in self.hosting.all_of(fleet):
+            if one.id in assigned:
+                lacking, over = self._lacking(fleet, one, assigned[one.id], digests), self._over(one, assigned[one.id])
+                stays = () if self.hosting.interims.complete(time.monotonic()) else over
+                if lacking or over != stays:
+                    orders[one.id] = HoldOrder(lacking, (*assigned[one.id], *stays))
+        if orders:
+            fleet.orders.hold(orders)
+
+    def _over(self, replica: ReplicaState, assigned: Iterable[str]) -> tuple[str, ...]:
+        """The interim versions that the replica holds and no run needs, as far as control knows."""
+        return tuple(id for id in replica.held if is_interim(id) and id not in assigned)
 
     def _lacking(self, fleet: Fleet, replica: ReplicaState, ids: Iterable[str], digests: Mapping[str, str]) -> tuple[str, ...]:
         return tuple(

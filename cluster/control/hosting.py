@@ -12,6 +12,7 @@ from cluster.control.admission import Shapes
 from cluster.control.applications import Applications, surge_app
 from cluster.control.background import Background
 from cluster.control.desired import Desired
+from cluster.control.interims import Interims
 from cluster.control.replicas import Orders, Replicas
 from cluster.control.slots import ServingFleet
 from cluster.errors import NoReplica, SpringtideError, VersionRefused
@@ -21,7 +22,7 @@ from cluster.publishing.adapter_placement import NOTHING, AdapterPlacement
 from cluster.publishing.placement import Hosted, Swap
 from cluster.publishing.rollout import Rollout
 from cluster.store.registry import Registry
-from cluster.types import UNBOUNDED, Generation, Manifest, ReplicaBounds, ReplicaState, VersionId
+from cluster.types import UNBOUNDED, Generation, Manifest, ReplicaBounds, ReplicaState, VersionId, is_interim
 
 UNREADABLE_S = 5.0
 """How long a manifest that could not be read is not asked for again."""
@@ -95,6 +96,7 @@ class Hosting:
         self.replicas = replicas
         self.applications = applications
         self.shapes = Shapes()
+        self.interims = Interims(time.monotonic())
         self.changed = changed
         """Called with the key of what work in the background was about, when it has ended."""
         self.background = Background(lambda: None)
@@ -229,14 +231,19 @@ class Hosting:
         return {alias: move for alias, move in newest.items() if all(self.weights(id) for id in move.versions)}
 
     def coming_to(self, fleet: Fleet) -> list[VersionId]:
-        """Versions of rollouts under way that the fleet's replicas should hold already. One that cannot be read costs its alias, and no
-        fleet: the alias's reconciler says why."""
+        """Versions of rollouts under way that the fleet's replicas should hold already, and interim versions of runs. One that cannot be read
+        costs its alias, and no fleet: the alias's reconciler says why."""
         hosted, _ = self.hosted()
         under_way = [
             (alias, one.version) for alias, one in self.desired.under_way().items() if one.stage in ("warming", "canary")
         ]
-        readable = [(alias, id, weights) for alias, id in under_way if (weights := self.weights(id)) is not None]
+        wanted = [*under_way, *((id.name, id) for id in self.interims.all)]
+        readable = [(alias, id, weights) for alias, id in wanted if (weights := self.weights(id)) is not None]
         return [id for alias, id, weights in readable if placement.fleet_of(alias, weights, hosted) == fleet.name]
+
+    def interims_of(self, fleet: Fleet) -> list[VersionId]:
+        """The interim versions that the fleet's replicas should hold."""
+        return [id for id in self.coming_to(fleet) if is_interim(id.name)]
 
     def hosted_without(self, fleet: Fleet, alias: str) -> bool:
         """Whether another fleet would answer for the alias if this one were no more."""

@@ -49,7 +49,7 @@ class JobService:
     def _use(self, registry: Registry) -> None:
         self.registry, self.store = registry, registry.store
         self.jobs = JobStore(self.store)
-        self.reaper = JobReaper(self.jobs, self.server, self.drivers)
+        self.reaper = JobReaper(self.jobs, registry.catalog, self.server, self.drivers)
         self.census = Census(self.jobs, self.reaper.find, self.configured)
 
     def start(self) -> None:

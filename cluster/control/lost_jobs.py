@@ -14,6 +14,7 @@ from cluster.control import clock
 from cluster.errors import BadRequest, JobNotFound, PoolUnavailable
 from cluster.pool.submit import JobServer, RayJob
 from cluster.store.jobs import Damaged, JobRecord, JobResult, JobSnapshot, JobStatus, JobStore
+from cluster.store.versions import Versions
 from cluster.types import check_name
 
 SILENT_S = 8
@@ -131,8 +132,9 @@ class Drivers:
 class JobReaper:
     """Watches the jobs that have not ended, and writes the results of those whose drivers cannot. Any thread may call any method."""
 
-    def __init__(self, jobs: JobStore, server: Callable[[], JobServer], drivers: Drivers) -> None:
+    def __init__(self, jobs: JobStore, versions: Versions, server: Callable[[], JobServer], drivers: Drivers) -> None:
         self.jobs, self.store, self.server, self.drivers = jobs, jobs.store, server, drivers
+        self.versions = versions
         self.lock = threading.Lock()
         self.unfinished: set[str] = set()
         self.looked_s: dict[str, float] = {}
@@ -189,7 +191,8 @@ class JobReaper:
         return True
 
     def forget(self, id: str) -> None:
-        """Forget a job that has ended. Remove its run's files where the run has no checkpoint, or somebody cancelled the job."""
+        """Forget a job that has ended. Remove its run's interim versions, and its run's files where the run has no checkpoint, or somebody
+        cancelled the job."""
         record = self.jobs.record(id)
         if record.result is None:
             return
@@ -203,8 +206,14 @@ class JobReaper:
             log.error("job %s names its run %r, which is no run's name: nothing is removed", id, run[:80])
             return
         cancelled = record.result.status == JobStatus.CANCELLED and self.jobs.cancel_asked(id) is not None
-        if (cancelled or not self._resumable(run)) and not self._trained(run):
+        if self._trained(run):
+            return
+        if cancelled or not self._resumable(run):
             self.store.remove(f"runs/{run}")
+            self.versions.remove_interims(run)
+        else:  # whoever resumes it makes new ones
+            for version in self.versions.interims(run):
+                self.versions.remove(version)
 
     def _facts(self, record: JobRecord) -> JobFacts:
         last, asked = self.drivers.last(record), self.jobs.cancel_asked(record.id)

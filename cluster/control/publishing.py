@@ -39,6 +39,7 @@ class Publishing:
         where another rollout of the alias is under way, or where the alias is not at generation ``after`` any more.
         """
         registry, cache = self.hosting.desired.registry, self.hosting.config.home / "cache"
+        check_name(VersionId.parse(version).name)
         manifest = registry.manifest(VersionId.parse(version))
         was_live = registry.past(check_name(alias)).was_live(manifest.id)
         fleet, hosted = self.loop.call(lambda: self._fleet_for(manifest, alias))

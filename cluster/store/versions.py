@@ -18,7 +18,18 @@ from cluster.errors import Conflict, ModelNotFound, StoreUnavailable, VersionRef
 from cluster.store.journal import AHEAD, Damages, decode, encode, highest
 from cluster.store.layout import check_files, files_in
 from cluster.store.objects import Store, sha256
-from cluster.types import NAME, File, Kind, Lineage, Manifest, VersionId, check_name
+from cluster.types import (
+    NAME,
+    File,
+    Kind,
+    Lineage,
+    Manifest,
+    VersionId,
+    check_name,
+    check_path,
+    interim_name,
+    is_interim,
+)
 
 NAMED = 20
 """Versions that an error message names, the newest."""
@@ -38,7 +49,13 @@ class Versions:
 
         Raises `VersionRefused` for a folder that could not be served safely, before anything is written.
         """
-        check_name(name)
+        return self._register(check_name(name), kind, base, folder, lineage)
+
+    def register_interim(self, run: str, base: VersionId, folder: Path, lineage: Lineage) -> Manifest:
+        """`register` for an adapter that ``run`` has made on its way. `remove` it when the run needs it no more."""
+        return self._register(check_path(interim_name(run)), "adapter", base, folder, lineage)
+
+    def _register(self, name: str, kind: Kind, base: VersionId | None, folder: Path, lineage: Lineage) -> Manifest:
         if (base is None) != (kind == "weights"):
             raise VersionRefused(f"A version of kind {kind} {'needs' if base is None else 'has no'} base.", param="base")
         if base is not None and self.manifest(base).kind != "weights":
@@ -66,6 +83,24 @@ class Versions:
             raise
         return manifest
 
+    def remove(self, id: VersionId) -> None:
+        """Remove an interim version. Its claim stays, so no other version ever has its number."""
+        self.store.delete(_manifest(id))  # first: without it no reader looks for the files
+        self.store.remove(files_of(id))
+        self.forget(id)
+
+    def remove_interims(self, run: str) -> None:
+        """Remove every interim version of a run that is no more, their claims included: no other run has its name."""
+        self.store.remove(f"versions/{check_path(interim_name(run))}")
+
+    def interims(self, run: str) -> list[VersionId]:
+        """The complete interim versions of a run, oldest first."""
+        return [manifest.id for manifest in self.all(interim_name(run))]
+
+    def forget(self, id: VersionId) -> None:
+        """Its manifest is not needed any more."""
+        self._manifests.pop(id, None)
+
     def _claim(self, name: str) -> VersionId:
         n = self.highest(name) + 1
         while True:
@@ -83,17 +118,17 @@ class Versions:
         return found
 
     def names(self) -> list[str]:
-        """What no model can be called is left out."""
-        return [name for name in self.store.children("versions") if NAME.fullmatch(name)]
+        """What no model can be called is left out, and so are interim models."""
+        return [name for name in self.store.children("versions") if NAME.fullmatch(name) and not is_interim(name)]
 
     def all(self, name: str) -> list[Manifest]:
         """Every complete version of ``name``, oldest first. Damaged ones are reported and left out."""
-        numbers = sorted(int(child) for child in self.store.children(f"versions/{check_name(name)}") if child.isdigit())
+        numbers = sorted(int(child) for child in self.store.children(f"versions/{check_path(name)}") if child.isdigit())
         return [manifest for n in numbers if (manifest := self.readable(VersionId(name, n)))]
 
     def recent(self, name: str, count: int) -> list[Manifest]:
         """The complete ones among the newest ``count`` numbers, oldest first."""
-        last = self.highest(check_name(name))
+        last = self.highest(check_path(name))
         ids = (VersionId(name, n) for n in range(max(1, last - count + 1), last + 1))
         return [manifest for id in ids if (manifest := self.readable(id))]
 

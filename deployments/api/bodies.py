@@ -12,13 +12,17 @@ from deployments.http import Headers
 from deployments.routing.engine_routes import EngineRoute
 from deployments.wire import SESSION, header
 
-OPERATORS = ("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "request_id", "priority")
-"""Keys by which engines and their operators speak with each other. What a client writes there is left out. Engines schedule by priority
-(`deployments.replica.arguments.OURS`): with ``"priority": -1`` one client would go before all others."""
+OPERATORS = ("kv_transfer_params", "ec_transfer_params", "vllm_xargs", "request_id")
+"""Keys by which engines and their operators speak with each other. What a client writes there is left out."""
+PRIORITY = "priority"
+"""Engines schedule by it, the lowest first (`deployments.replica.arguments.OURS`). A client may let others go first, as jobs do, with a number above
+0. Any other is left out: with -1 it would go before all others."""
 BOOLEANS: dict[bool, tuple[str | int, ...]] = {
     True: ("1", "on", "t", "true", "y", "yes", 1),
     False: ("0", "off", "f", "false", "n", "no", 0),
 }
+LAST = 1 << 30
+"""The largest priority that is passed on."""
 LISTS_OF_OBJECTS = ("messages", "input")
 """Keys whose objects may have nulls for what is absent."""
 
@@ -142,7 +146,7 @@ def as_sent(body: dict[str, Any], route: EngineRoute, id: str) -> dict[str, Any]
     >>> as_sent({"input": "Hi", "tools": None, "vllm_xargs": {}}, ENGINE_ROUTES["/v1/responses"], "7")
     {'input': 'Hi', 'store': False, 'request_id': 'resp_7'}
     """
-    dropped = (*OPERATORS, *(() if route.terminator else ("stream",)))
+    dropped = (*OPERATORS, *(() if route.terminator else ("stream",)), *(() if lets_others_go(body) else (PRIORITY,)))
     sent = {key: value for key, value in body.items() if value is not None and key not in dropped}
     if "stream" in sent:
         sent["stream"] = as_boolean(sent["stream"])
@@ -150,6 +154,15 @@ def as_sent(body: dict[str, Any], route: EngineRoute, id: str) -> dict[str, Any]
         if isinstance(value := sent.get(key), list):
             sent[key] = [_without_nulls(one) if isinstance(one, dict) else one for one in value]
     return {**sent, **dict(route.overrides), **({"request_id": f"{route.own_id}{id}"} if route.own_id else {})}
+
+
+def lets_others_go(body: dict[str, Any]) -> bool:
+    """
+    >>> [lets_others_go({"priority": value}) for value in (1, 0, -1, 1.5, "1", True, None)]
+    [True, False, False, False, False, False, False]
+    """
+    value = body.get(PRIORITY)
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LAST
 
 
 def as_boolean(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from cluster import logs
 from cluster.config import Fleet
 from cluster.errors import SpringtideError, VersionRefused
-from cluster.types import Manifest
+from cluster.types import Manifest, is_interim
 from deployments.replica.holdings import Holdings
 from deployments.replica.in_flight import InFlight
 from deployments.replica.storage import Storage
@@ -47,6 +47,13 @@ class Adapters:
         except SpringtideError as error:
             self.holdings.refuse(id, str(error))
             log.warning("refused %s: %s", id, error)
+
+    async def let_go(self) -> None:
+        """Unload the interim versions of runs that control wants here no more, as soon as no request uses them."""
+        for id in self.holdings.adapters:
+            if is_interim(id) and id not in self.holdings.assigned and not self.in_flight.answering[id]:
+                await self._unload(id)
+                self.holdings.revision += 1
 
     async def catch_up(self) -> None:
         """Load every version that was live on these weights, so that a replica is not behind when it begins to serve."""

@@ -177,13 +177,15 @@ class Engine:
         return state
 
     async def hold(self, order: HoldOrder, carried: weight_distribution.Carried) -> ReplicaState:
-        """Load every version of the order that is not held yet, and stage what sits on other weights.
+        """Load every version of the order that is not held yet, and stage what sits on other weights. Let go of interim versions that are not
+        to be kept.
 
         Never raises for a bad version: the answer says what was refused and why. ``carried``: files that came with the order.
         """
         async with self.loading:
             await self.storage.unpack(carried)
             self.hosting.holdings.assigned = frozenset(order.keep)
+            await self.hosting.adapters.let_go()
             for id in order.load:
                 await self.hosting.adapters.hold(id)
             self.storage.keep(self.hosting.holdings.used)

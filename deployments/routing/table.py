@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cluster.errors import ModelNotFound, NoReplica, WrongTask
 from cluster.publishing.canary import takes_canary
-from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, VersionId, View
+from cluster.types import EMPTY_VIEW, FleetState, Generation, ReplicaState, VersionId, View, is_interim
 from cluster.view import ViewDelta, apply, delta
 from deployments.routing.engine_routes import EngineRoute, paths_of
 
@@ -195,14 +195,15 @@ class Table:
         return next((fleet for fleet in fleets if fleet.name == own), fleets[0])
 
     def versions(self) -> Iterable[str]:
-        """Ids of all that `askable` is true for."""
+        """Ids of all that `askable` is true for, but the interim ones of runs, which only who knows them may ask for."""
         asleep = (fleet.versions for fleet in self.view.fleets.values() if not self.running[fleet.app])
-        return self.holders.keys() | {id for versions in asleep for id in versions if self.askable(id)}
+        askable = self.holders.keys() | {id for versions in asleep for id in versions if self.askable(id)}
+        return {id for id in askable if not is_interim(id)}
 
     def _known(self) -> str:
         """Names for whoever asked for an unknown one; of many the first, since a client may ask so as often as it likes."""
-        names = list(islice(chain(self.view.aliases, self.holders), NAMED))
-        more = len(self.view.aliases) + len(self.holders) - len(names)
+        names = list(islice((name for name in chain(self.view.aliases, self.holders) if not is_interim(name)), NAMED))
+        more = len(self.view.aliases) + len(self.holders) - NAMED if len(names) == NAMED else 0
         return ", ".join(sorted(names)) + (f" and {more} more" if more else "") or "none yet"
 
     # which replica

@@ -68,11 +68,12 @@ def fit(
     name: str,
     priority: int,
     listener: Listener,
+    check: Callable[[], None] = lambda: None,
 ) -> Ended:
     """Train ``work(settings)`` to its end, on as many slots as the grant allows at the time. `runs.result` then has its files.
 
     ``name``: from `runs.begin` or `runs.resume`. ``settings["stage"]`` names the run in its progress lines; by default it is the first part of
-    the name. The ``listener`` is called in this thread.
+    the name. The ``listener`` is called in this thread, and so is ``check``, ten times a second: what it raises ends the run.
 
     Raises `JobFailed` if the run cannot go on. Its checkpoints stay, so that another job can resume it; the same holds for a run that is stopped
     from outside. `springtide cancel` removes them.
@@ -80,6 +81,7 @@ def fit(
     driver = Driver(config, work, {"stage": name.rpartition("-")[0], **settings}, name, priority, Reporter(listener))
     try:
         while driver.result is None:
+            check()
             driver.turn(time.monotonic())
             time.sleep(TURN_S)
         return Ended(name, {**driver.result.metrics, "steps_lost": float(driver.run.lost)})

@@ -85,7 +85,7 @@ class WorkerFacts(NamedTuple):
     first: int = -1
     """The step at which its newest process group began; -1 until that is known."""
     stepping: bool = False
-    """Whether a step is under way. False while the worker measures or saves the result."""
+    """Whether a step is under way. False while the worker measures, saves the result, or waits for data."""
     broken: str = ""
     """Why its newest process group broke; empty if it did not."""
     gone: str = ""
@@ -273,6 +273,8 @@ def _observe(run: Run, facts: RunFacts) -> tuple[Run, Began | None]:
     if step > run.step:
         took_s = (facts.now_s - run.moved_s) / (step - run.step)
         run = run._replace(step=step, moved_s=facts.now_s, longest_s=max(run.longest_s, took_s), failures=0)
+    elif any(worker.phase is Phase.ACTIVE and not worker.stepping for worker in joined):
+        run = run._replace(moved_s=facts.now_s)  # no step is under way: measuring and waiting take what they take
     run = run._replace(state_step=max(run.state_step, step))
     return (run if group_workers(run, facts.workers) else run._replace(broken_s=None)), began
 

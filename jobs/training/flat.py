@@ -64,6 +64,11 @@ class FlatParameters:
         return not self.optimizer.state
 
     @property
+    def steps(self) -> int:
+        """How many steps the optimizer has done with these parameters, those before a checkpoint included."""
+        return int(self.optimizer.state.get(self.vector, {}).get("step", 0))  # asking must not make an entry
+
+    @property
     def gradient(self) -> torch.Tensor:
         """Shape (numbers,)."""
         return self.exchanged[:-MESSAGES]

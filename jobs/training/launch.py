@@ -44,6 +44,8 @@ class Learning(NamedTuple):
     """What training starts from; None for a new model."""
     facts: dict[str, Any] = {}  # noqa: RUF012 (never written to)
     """What else decided the result; the lineage has it beside the recipe."""
+    check: Callable[[], None] = lambda: None
+    """Called all the time while the run trains. What it raises ends the run."""
 
     @property
     def base(self) -> VersionId | None:
@@ -64,7 +66,7 @@ def begun(registry: Registry, resumed: str, inputs: dict[str, Any], job: Job) ->
 def trained(config: Config, registry: Registry, run: str, learning: Learning, priority: int, job: Job) -> Manifest:
     """Train to the end, and register the result: an adapter on its base, or weights. Raises `JobFailed`; the run stays then."""
     settings = {"config": config.dump(), "recipe": learning.recipe.model_dump(), **learning.settings}
-    ended = fit(config, learning.work, settings, run, priority, job)
+    ended = fit(config, learning.work, settings, run, priority, job, learning.check)
     steps = recipe.schedule(learning.recipe, learning.examples).steps
     job.watch(whole(steps, ended.metrics, job.snapshot.progress))
     lineage = Lineage(

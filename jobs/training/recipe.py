@@ -56,7 +56,30 @@ class Preference(Section):
         return self
 
 
-OBJECTIVES = {"distillation": "distill", "preference": "dpo"}
+Scale = Literal["group", "none"]
+"""What divides the advantages of a group of answers."""
+
+
+class Reinforcement(Section):
+    group: int = Field(default=8, ge=2)
+    """Answers to each prompt, at most `gateway.max_choices`."""
+    answer_tokens: int = Field(default=128, ge=1)
+    """Longer answers are cut off."""
+    at_once: int = Field(default=32, ge=1)
+    """Answers under way at a time, over the whole fleet."""
+    staleness: int = Field(default=1, ge=0)
+    """How many steps the weights that answer may be behind those that learn. 0: answers wait for each update."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """A token's probability counts as changed by no more than this factor below 1, and ``clip_high`` above."""
+    clip_high: float = Field(default=0.28, gt=0)
+    """Higher than ``clip_low``, so that what is rare can become likely (Yu et al. 2025, DAPO)."""
+    scale: Scale = "group"
+    """group: a group's advantages are divided by the standard deviation of its rewards. none: they are not."""
+    kl: float = Field(default=0, ge=0)
+    """The weight of the divergence from the base. 0 saves a forward pass."""
+
+
+OBJECTIVES = {"distillation": "distill", "preference": "dpo", "reinforcement": "rl"}
 """Section → the verb that reads it. Other verbs refuse the section, because they would ignore it."""
 
 
@@ -95,6 +118,7 @@ class Recipe(Section):
     seed: int = 0
     distillation: Distillation | None = None
     preference: Preference | None = None
+    reinforcement: Reinforcement | None = None
 
     def resolved(self, hidden_size: int, context_tokens: int) -> "Recipe":
         """The recipe with the learning rate and the token limit for this model.

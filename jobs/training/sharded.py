@@ -149,6 +149,11 @@ class SlicedParameters:
         """See `FlatParameters.untouched`."""
         return not self.optimizer.state
 
+    @property
+    def steps(self) -> int:
+        """See `FlatParameters.steps`."""
+        return max((int(moments["step"]) for moments in self.optimizer.state.values() if "step" in moments), default=0)
+
     def tensors(self, step: int) -> dict[str, torch.Tensor]:
         """The slices and AdamW's two moments themselves, not copies, as ``parameters/<name>`` and so on. Missing moments are created as zeros.
 

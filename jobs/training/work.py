@@ -9,9 +9,10 @@ import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 
 from jobs.training.schedule import Schedule
 from jobs.training.sharded import Sharded
@@ -31,6 +32,8 @@ class Trained(Protocol):
 
     @property
     def untouched(self) -> bool: ...
+    @property
+    def steps(self) -> int: ...
     def tensors(self, step: int) -> dict[str, torch.Tensor]: ...
     def exchange(self, messages: torch.Tensor) -> tuple[list[float], float]: ...
     def scale(self, factor: float) -> None: ...
@@ -78,6 +81,15 @@ class Work(Protocol):
         ...
 
 
+@runtime_checkable
+class Awaits(Protocol):
+    """What a `Work` has beside, whose data may not be there when a step could begin."""
+
+    def ready(self, rank: int) -> bool:
+        """Whether this worker has the data of the next step. Called again and again, between two steps, until it is true on all workers."""
+        ...
+
+
 class Asked(NamedTuple):
     """What one worker asks of all at the end of a step."""
 
@@ -99,6 +111,26 @@ class Gathered(NamedTuple):
     """Whether a checkpoint is due."""
     norm: float
     """The length of the gradient."""
+
+
+class Agreed(NamedTuple):
+    """The same on every worker."""
+
+    ready: bool
+    """Whether all workers have the data of the next step."""
+    stops: bool
+    """Whether any worker was told to stop."""
+
+
+def agree(ready: bool, told: bool, device: torch.device) -> Agreed:
+    """Tell the other workers of the process group how this one is. All of them call this together.
+
+    Raises `RuntimeError` if another worker dies meanwhile.
+    """
+    flags = torch.tensor([not ready, told], dtype=torch.float32, device=device)
+    dist.all_reduce(flags)
+    waiting, stops = flags.tolist()
+    return Agreed(not waiting, stops > 0)
 
 
 def gather(work: Work, batch: list[int], rank: int, world: int, asked: Callable[[], Asked] = Asked) -> Gathered:

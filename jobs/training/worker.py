@@ -30,9 +30,11 @@ from jobs.training.process_group import ProcessGroup, Rendezvous, joined
 from jobs.training.progress import Committed, ProgressPrinter
 from jobs.training.sliced_state import SlicedState, state_of
 from jobs.training.state import Measured, State
-from jobs.training.work import HELD_OUT, Asked, Work, divergence, gather, update
+from jobs.training.work import HELD_OUT, Asked, Awaits, Work, agree, divergence, gather, update
 
 RESULT = "result"
+WAIT_S = 0.1
+"""How often workers that wait for data look for it."""
 
 
 class Loaded(NamedTuple):
@@ -51,7 +53,7 @@ class Reached(NamedTuple):
     step: int
     """Steps that it has done, or taken over from another worker; -1 before it has a state."""
     stepping: bool = False
-    """Whether a step is under way. False while the worker measures or saves the result."""
+    """Whether a step is under way. False while the worker measures, saves the result, or waits for data."""
     group: int = 0
     """The newest process group in which the worker began to train."""
     first: int = -1
@@ -242,6 +244,8 @@ class Training:
         group, state, schedule = self.group, self.state, self.state.work.schedule
         progress = ProgressPrinter(self.stage, group.rank, state.step, state.counters.tokens, self.report_s)
         for batch in schedule.batches(state.step):
+            if not self._wait():
+                return False
             began_s = time.monotonic()
             found = gather(state.work, batch, group.rank, group.world, self._asked)
             if why := divergence(found, state.work.hopeless, state.counters.before.get(HELD_OUT, 0.0)):
@@ -261,9 +265,23 @@ class Training:
                 self._checkpoint()
         return True
 
+    def _wait(self) -> bool:
+        """Wait until all workers have the data of the next step. False if any worker was told to stop: nobody waits for data then."""
+        work = self.state.work
+        if not isinstance(work, Awaits):
+            return True
+        while not (now := agree(work.ready(self.group.rank), self._told(), work.device)).ready and not now.stops:
+            self.stepping = False  # it may take longer than any step
+            time.sleep(WAIT_S)
+        self.stepping = not now.stops
+        return not now.stops
+
     def _asked(self) -> Asked:
         due = self.group.rank == 0 and time.monotonic() - self.saved_s > self.checkpoint_s
-        return Asked(self.orders.stopped >= self.group.number, due)
+        return Asked(self._told(), due)
+
+    def _told(self) -> bool:
+        return self.orders.stopped >= self.group.number
 
     def _checkpoint(self) -> None:
         if part := self.state.share(self.group):

@@ -110,11 +110,12 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, capsys: 
     checkpoints(tmp_path, range(1, 2))
     store = Full(tmp_path.as_uri())
     told: list[Committed | None] = []
-    writer = Writer(Checkpoints(store, "run"), told.append)
+    kept = Checkpoints(store, "run")
+    writer = Writer(kept, told.append)
     writer.give(snapshot(2))
     assert writer.flush().step == -1 and told == [None]
     assert "could not be written, the one before stays" in capsys.readouterr().out
-    newest = writer.checkpoints.newest()
+    newest = kept.newest()
     assert newest and newest.step == 1
     store.full = False
     writer.give(snapshot(3))

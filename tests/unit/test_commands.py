@@ -54,7 +54,7 @@ def test_every_parser_of_the_jobs_is_the_one_that_takes_whole_names_only() -> No
     assert isinstance(verb, argparse.ArgumentParser) and not verb.allow_abbrev
 
 
-@pytest.mark.parametrize("verb", ["train", "distill", "dpo", "evaluate"])
+@pytest.mark.parametrize("verb", ["train", "distill", "dpo", "rl", "evaluate"])
 def test_every_option_of_a_job_is_an_option_of_the_command(verb: str) -> None:
     """Those of `train` beyond `--data` and `--base` stood in a paragraph, and how many workers it may have in a variable."""
     shown = CliRunner().invoke(commands.app, [verb, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output

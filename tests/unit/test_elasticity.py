@@ -437,6 +437,20 @@ def test_steps_that_were_done_twice_are_counted_once() -> None:
     assert world.run.group == 4 and world.run.lost == lost
 
 
+def test_a_group_that_has_waited_for_long_is_not_stuck_with_its_next_step() -> None:
+    """For data, or for a measurement. The time until then was taken for the step's own."""
+    worker = WorkerFacts(1, Phase.ACTIVE, group=1, trained=1, step=5, first=0)
+    grant, limits = Grant(1, ""), Limits(min_workers=1, yield_deadline_s=30)
+    run = Run(group=1, began=1, step=5, moved_s=0, longest_s=1)
+    for now_s, stepping in ((100.0, False), (300.0, False), (300.1, True), (340.0, True)):
+        run, actions = next_actions(
+            run, RunFacts(now_s, grant, workers=(worker._replace(heard_s=now_s, stepping=stepping),)), limits
+        )
+        assert actions == Actions(), now_s
+    run, actions = next_actions(run, RunFacts(346.0, grant, workers=(worker._replace(heard_s=346.0, stepping=True),)), limits)
+    assert actions.end == (1,), "a step may be stuck"
+
+
 COUNTS = st.integers(0, 5)
 
 

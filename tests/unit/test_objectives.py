@@ -21,8 +21,8 @@ ROWS = [Row(list(range(2, 2 + length)), prompt) for length, prompt in ((4, 3), (
 WHOLE = list(range(len(ROWS)))
 
 
-def registered(home: Path, vocabulary: int = 64, window: int = 512) -> Config:
-    """A configuration whose store has a small untrained model, ``small@1``."""
+def registered(home: Path, vocabulary: int = 64, window: int = 512, spread: float = 0.02) -> Config:
+    """A configuration whose store has a small untrained model, ``small@1``. ``spread``: of its random weights."""
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=vocabulary,
@@ -31,6 +31,7 @@ def registered(home: Path, vocabulary: int = 64, window: int = 512) -> Config:
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
+        initializer_range=spread,
     )
     LlamaForCausalLM(shape).save_pretrained(home / "small")
     config = parse({"home": str(home), "store": (home / "store").as_uri()})

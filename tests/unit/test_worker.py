@@ -111,6 +111,46 @@ def test_who_comes_back_alone_goes_on_from_what_others_did_meanwhile(workers: Wo
     assert end.first == kept.step and end.metrics["eval_loss"] == pytest.approx(alone, rel=1e-3)
 
 
+def waits(workers: Workers, worker: int) -> bool:
+    """Whether it waits for data at step 20, for longer than any step takes."""
+    workers.until(worker, 20)
+    time.sleep(0.3)
+    return workers.reached(worker)[:2] == (20, False)
+
+
+def test_workers_wait_for_data_together_and_leave_at_once_when_one_is_told_to(workers: Workers, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for step in range(20):
+        (data / str(step)).touch()
+    workers.settings |= {"epochs": 8, "data": str(data)}
+    workers.start(0, 1)
+    workers.train(0, 1)
+    assert waits(workers, 0) and waits(workers, 1), "nobody takes them for stuck"
+    began_s = time.monotonic()
+    workers.stop(1)
+    assert [one.step for one in workers.answers(0, 1)] == [20, 20]
+    assert time.monotonic() - began_s < 1
+    workers.train(0, 1)
+    assert waits(workers, 0)
+    for step in range(20, 40):
+        (data / str(step)).touch()
+    assert [one.step for one in workers.answers(0, 1)] == [40, 40]
+
+
+def test_a_worker_that_is_killed_while_all_wait_for_data_costs_no_step(workers: Workers, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for step in range(20):
+        (tmp_path / "data" / str(step)).touch()
+    workers.settings |= {"epochs": 8, "data": str(tmp_path / "data")}
+    workers.start(0, 1)
+    workers.train(0, 1)
+    assert waits(workers, 0)
+    workers.kill(1)
+    [broken] = workers.answers(0)
+    assert broken.broken and broken.step == 20
+
+
 def test_the_rendezvous_is_gone_before_anybody_leaves(tmp_path: Path) -> None:
     """If its file vanished while a worker leaves, PyTorch would wait for it: for ten minutes, and with the slots."""
     settings = {"epochs": 2, "stage": "small", "checkpoint_s": 3600, "report_s": 3600}

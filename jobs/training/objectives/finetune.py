@@ -56,13 +56,19 @@ class Tuned(NamedTuple):
 
         The base's other files, its tokenizer's included, are copied beside the weights byte for byte.
         """
-        if peft_config := getattr(model, "peft_config", {}).get("default"):
-            peft_config.base_model_name_or_path = str(self.id)  # not a path of this machine
-            peft_config.target_modules = sorted(peft_config.target_modules)  # a set, whose order would change the digest
-            model.save_pretrained(target, save_embedding_layers=False)
-            (target / "README.md").unlink(missing_ok=True)
-            return
-        save_whole(model, weights(), self.folder, target)
+        if hasattr(model, "peft_config"):
+            save_adapter(model, self.id, target)
+        else:
+            save_whole(model, weights(), self.folder, target)
+
+
+def save_adapter(model: Any, base: VersionId, target: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter on ``base`` to the folder ``target``. ``state``: its weights by name, where they are not the model's own of now."""
+    peft_config = model.peft_config["default"]
+    peft_config.base_model_name_or_path = str(base)  # not a path of this machine
+    peft_config.target_modules = sorted(peft_config.target_modules)  # a set, whose order would change the digest
+    model.save_pretrained(target, save_embedding_layers=False, state_dict=state)
+    (target / "README.md").unlink(missing_ok=True)
 
 
 def save_whole(model: Any, weights: Mapping[str, torch.Tensor], base: Path, target: Path) -> None:
