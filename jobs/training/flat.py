@@ -9,9 +9,10 @@ The vector is in float32, whatever the model computes in: an update is often too
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
-MESSAGES = 2
-"""Numbers that travel in the same all-reduce as the gradients: the loss, and how many workers were told to stop."""
+MESSAGES = 3
+"""Numbers that travel in the same all-reduce as the gradients, see `FlatParameters.exchange`."""
 
 
 class FlatParameters:
@@ -42,6 +43,20 @@ class FlatParameters:
             moments |= {name: torch.zeros_like(self.vector) for name in ("exp_avg", "exp_avg_sq")}
         moments["step"] = torch.tensor(float(step), device=self.vector.device)
         return {"parameters": self.vector.data, "exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+
+    def exchange(self, messages: torch.Tensor) -> tuple[list[float], float]:
+        """Add up the gradients and the messages of all workers, which call this together.
+
+        ``messages``: shape (`MESSAGES`,). Returns their sums, and the length of the summed gradient. Example: of three workers one sends the
+        message 1 and two send 0; all three get 1. Raises `RuntimeError` if another worker dies meanwhile.
+        """
+        self.exchanged[-MESSAGES:] = messages
+        dist.all_reduce(self.exchanged)
+        return self.exchanged[-MESSAGES:].tolist(), self.gradient.norm().item()
+
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients."""
+        self.gradient.mul_(factor)
 
     @property
     def untouched(self) -> bool:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 
-from jobs.training.flat import MESSAGES, FlatParameters
+from jobs.training.flat import FlatParameters
 from jobs.training.schedule import Schedule
 
 HELD_OUT = "eval_loss"
@@ -52,6 +51,15 @@ class Work(Protocol):
         ...
 
 
+class Asked(NamedTuple):
+    """What one worker asks of all at the end of a step."""
+
+    stop: bool = False
+    """It was told to stop."""
+    checkpoint: bool = False
+    """The last checkpoint is long ago."""
+
+
 class Gathered(NamedTuple):
     """A global batch, the same on every worker."""
 
@@ -60,27 +68,25 @@ class Gathered(NamedTuple):
     tokens: int
     stops: bool
     """Whether any worker was told to stop."""
+    due: bool
+    """Whether a checkpoint is due."""
     norm: float
     """The length of the gradient."""
 
 
-def gather(work: Work, batch: list[int], rank: int, world: int, told: Callable[[], bool] = lambda: False) -> Gathered:
+def gather(work: Work, batch: list[int], rank: int, world: int, asked: Callable[[], Asked] = Asked) -> Gathered:
     """Compute the gradients of one global batch, the same on every worker. All workers of the group call this together.
 
-    The stop flags travel in the same all-reduce as the gradients, so all workers learn of a stop in the same step. ``told``: whether this worker
-    was told. It is called after the gradients, which take most of a step's time, so a stop takes effect in this step and not in the next.
+    What the workers ask for travels in the same all-reduce as the gradients, so all of them learn of it in the same step. ``asked``: what this
+    worker asks. It is called after the gradients, which take most of a step's time, so a stop takes effect in this step and not in the next.
 
     Example: of three workers one was told to stop. The sum of the flags is 1 on all three, and all three stop after this step.
 
     Raises `RuntimeError` if another worker dies meanwhile. The parameters are unchanged then.
     """
     loss, tokens = work.gradients(batch, rank, world)
-    flat = work.flat
-    flat.exchanged[-MESSAGES] = loss
-    flat.exchanged[-1] = float(told())
-    dist.all_reduce(flat.exchanged)
-    loss, stops = flat.exchanged[-MESSAGES:].tolist()
-    return Gathered(loss, tokens, stops > 0, flat.gradient.norm().item())
+    (whole, stops, due), norm = work.flat.exchange(torch.stack([loss, *loss.new_tensor(asked())]))
+    return Gathered(whole, tokens, stops > 0, due > 0, norm)
 
 
 def divergence(found: Gathered, hopeless: float, began: float) -> str:
@@ -88,10 +94,10 @@ def divergence(found: Gathered, hopeless: float, began: float) -> str:
 
     ``hopeless``: see `Work`. ``began``: the held-out loss before the first step.
 
-    >>> divergence(Gathered(1.0, 10, False, float("inf")), hopeless=20.0, began=3.0)
+    >>> divergence(Gathered(1.0, 10, False, False, float("inf")), hopeless=20.0, began=3.0)
     'the gradient is not finite'
-    >>> divergence(Gathered(25.0, 10, False, 1.0), hopeless=20.0, began=18.0), divergence(Gathered(25.0, 10, False, 1.0), 20.0, 3.0)
-    ('', 'the loss has risen to 25.0')
+    >>> [divergence(Gathered(25.0, 10, False, False, 1.0), hopeless=20.0, began=began) for began in (18.0, 3.0)]
+    ['', 'the loss has risen to 25.0']
     """
     if not math.isfinite(found.loss):
         return f"the loss is {found.loss}"
@@ -109,7 +115,7 @@ def update(work: Work, step: int, norm: float) -> None:
     for group in flat.optimizer.param_groups:
         group["lr"] = work.schedule.rate(step)
     if norm > CLIPPED_NORM:
-        flat.gradient.mul_(CLIPPED_NORM / norm)
+        flat.scale(CLIPPED_NORM / norm)
     try:
         flat.optimizer.step()
     except RuntimeError:  # out of memory: nobody may use parameters of which only some are updated

@@ -29,7 +29,7 @@ from jobs.training.checkpoints import Checkpoints, Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
 from jobs.training.progress import Committed, ProgressPrinter
 from jobs.training.state import Measured, State
-from jobs.training.work import HELD_OUT, Work, divergence, gather, update
+from jobs.training.work import HELD_OUT, Asked, Work, divergence, gather, update
 
 RESULT = "result"
 
@@ -215,6 +215,8 @@ class Training:
         self.first = -1
         """The step at which the group began; -1 until all workers have the same state."""
         self.stepping = False
+        self.saved_s = time.monotonic()
+        """When the newest checkpoint began, or the group."""
 
     def run(self) -> Outcome:
         """Train until the run ends, or until the driver stops a worker of the group."""
@@ -229,17 +231,16 @@ class Training:
             return self._finish()
         if self.group.rank == 0:
             print(f"stopped after step {self.state.step}", flush=True)
-            self.writer.give(self.state.snapshot())
+        self._checkpoint()
         return Outcome(self.state.step, self.first)
 
     def _steps(self) -> bool:
         """Do step after step. True after the run's last step; False if the group was stopped before it."""
         group, state, schedule = self.group, self.state, self.state.work.schedule
         progress = ProgressPrinter(self.stage, group.rank, state.step, state.counters.tokens, self.report_s)
-        saved_s = time.monotonic()
         for batch in schedule.batches(state.step):
             began_s = time.monotonic()
-            found = gather(state.work, batch, group.rank, group.world, self._told)
+            found = gather(state.work, batch, group.rank, group.world, self._asked)
             if why := divergence(found, state.work.hopeless, state.counters.before.get(HELD_OUT, 0.0)):
                 raise Diverged(why)
             with state.lock:
@@ -253,13 +254,18 @@ class Training:
                 self._measure()
             if found.stops:
                 return False
-            if group.rank == 0 and time.monotonic() - saved_s > self.checkpoint_s:
-                self.writer.give(state.snapshot())
-                saved_s = time.monotonic()
+            if found.due:
+                self._checkpoint()
         return True
 
-    def _told(self) -> bool:
-        return self.orders.stopped >= self.group.number
+    def _asked(self) -> Asked:
+        due = self.group.rank == 0 and time.monotonic() - self.saved_s > self.checkpoint_s
+        return Asked(self.orders.stopped >= self.group.number, due)
+
+    def _checkpoint(self) -> None:
+        if self.group.rank == 0:
+            self.writer.give(self.state.snapshot())
+            self.saved_s = time.monotonic()
 
     def _measure(self) -> None:
         """Measure the model on all workers. If it is the best so far, rank 0 saves it as the result."""
@@ -279,8 +285,7 @@ class Training:
     def _finish(self) -> Outcome:
         """Measure the model on all workers, and save the result on rank 0, unless weights before had a smaller loss."""
         state, first = self.state, self.group.rank == 0
-        if first:
-            self.writer.give(state.snapshot())  # a run that is killed from here on can resume after its last step
+        self._checkpoint()  # a run that is killed from here on can resume after its last step
         metrics = state.work.measure(self.group.rank, self.group.world)
         best = state.counters.best
         if best is not None and best.metrics[HELD_OUT] <= metrics[HELD_OUT]:
