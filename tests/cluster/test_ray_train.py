@@ -44,7 +44,7 @@ def started(pool: Running, folder: Path, trainer: str, workers: int) -> Job:
 
 
 def finished(pool: Running, job: Job, began_s: float) -> Done:
-    assert job.process.wait(240) == 0, job.text
+    assert job.process.wait(280) == 0, job.text
     made = json.loads(re.findall(r"^result (.*)", job.text, re.MULTILINE)[0])
     metrics = pool.registry.manifest(VersionId.parse(made["version"])).lineage.metrics
     return Done(job, metrics, time.monotonic() - began_s)
@@ -59,10 +59,10 @@ def killed(pool: Running, folder: Path, trainer: str) -> Done:
     """A run of one worker whose process is killed after a third of the steps."""
     began_s = time.monotonic()
     job = started(pool, folder, trainer, 1)
-    when(lambda: job.steps > EPOCHS // 2 and bool(KEPT.search(job.text)), 120)
+    when(lambda: job.steps > EPOCHS // 2 and bool(KEPT.search(job.text)), 280)
     worker, then, kept = int(BEGAN.findall(job.text)[-1][0]), len(job.text), int(KEPT.findall(job.text)[-1])
     os.kill(worker, signal.SIGKILL)
-    began_again_s = when(lambda: bool(BEGAN.search(job.text[then:])), 120)
+    began_again_s = when(lambda: bool(BEGAN.search(job.text[then:])), 280)
     again_s = began_again_s + when(lambda: bool(STEP.search(job.text[then:].rpartition("training with")[2])), 60)
     done, reached = finished(pool, job, began_s), max(map(int, STEP.findall(job.text[:then])))
     _, _, first = BEGAN.findall(job.text[then:])[-1]
