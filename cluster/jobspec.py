@@ -66,6 +66,7 @@ class Workers(NamedTuple):
 
 File = Annotated[str, Takes(file=True)]
 Range = Annotated[Workers, BeforeValidator(Workers.parse), PlainSerializer(str, return_type=str), Takes(metavar="MIN-MAX")]
+Trainer = Literal["elastic", "ray_train"]
 Which = Annotated[Version, Takes(positional=True, metavar="NAME@N")]
 
 
@@ -121,6 +122,8 @@ class Tuning(Options):
     """Override a key of the recipe. Repeatable."""
     workers: Range | None = None
     """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
+    trainer: Trainer = "elastic"
+    """elastic: workers come and go between two steps. ray_train: Ray Train's TorchTrainer, which starts all of them again."""
     priority: int = 0
     """Where slots are few, jobs of a higher priority have them first."""
     resume: Annotated[str, Takes(metavar="RUN")] = ""
@@ -175,6 +178,8 @@ class Distill(Options):
     """Override a key of the recipe. Repeatable."""
     workers: Range | None = None
     """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
+    trainer: Trainer = "elastic"
+    """elastic: workers come and go between two steps. ray_train: Ray Train's TorchTrainer, which starts all of them again."""
     priority: int = 0
     """Where slots are few, jobs of a higher priority have them first."""
     resume: Annotated[str, Takes(metavar="RUN")] = ""
@@ -276,6 +281,8 @@ class Pretrain(Options):
     """Override a key of the recipe. Repeatable."""
     workers: Range | None = None
     """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
+    trainer: Trainer = "elastic"
+    """elastic: workers come and go between two steps. ray_train: Ray Train's TorchTrainer, which starts all of them again."""
     priority: int = 0
     """Where slots are few, jobs of a higher priority have them first."""
     resume: Annotated[str, Takes(metavar="RUN")] = ""

@@ -182,7 +182,7 @@ def train(config: Config, registry: Registry, plan: Plan, data: Divided, run: st
         work, settings = Distilling, {"teacher": str(plan.teacher.id), "student": student, "size": plan.size, **rows}
     name, sha256 = options.name or start.id.name, plan.dataset.sha256
     learning = Learning(work, settings, plan.base.recipe, len(data.train), sha256, name, start.id, plan.facts)
-    return trained(config, registry, run, learning, options.priority, job)
+    return trained(config, registry, run, learning, options.priority, job, options.trainer)
 
 
 if __name__ == "__main__":

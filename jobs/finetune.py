@@ -105,7 +105,7 @@ def train(config: Config, registry: Registry, plan: Plan, options: Finetune, job
     learning = Learning(
         SupervisedFineTuning, settings, plan.recipe, len(plan.train), plan.dataset_sha256, name, parent=plan.base.id
     )
-    return trained(config, registry, run, learning, options.priority, job)
+    return trained(config, registry, run, learning, options.priority, job, options.trainer)
 
 
 if __name__ == "__main__":

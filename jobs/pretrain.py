@@ -73,7 +73,7 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
     from jobs.training.objectives.pretrain import Pretraining
 
     ray_train.connect()
-    asked = options.model_dump(mode="json", exclude={"live", "priority", "resume", "workers"})
+    asked = options.model_dump(mode="json", exclude={"live", "priority", "resume", "workers", "trainer"})
     name = begun(registry, options.resume, {**asked, "recipe": chosen.model_dump()}, job)
     corpus, shape = read(config, registry, options, named, name, job)
     length = shape.context_tokens
@@ -90,7 +90,7 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
         "stage": "pretrain",
     }
     learning = Learning(Pretraining, settings, resolved, len(parts.train), corpus.sha256, options.name, parent=None)
-    manifest = trained(config, registry, name, learning, options.priority, job)
+    manifest = trained(config, registry, name, learning, options.priority, job, options.trainer)
     move = go_live(registry, manifest, options.live)
     job.made(**ray_train.result(manifest, "live" if move else None))
 

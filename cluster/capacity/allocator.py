@@ -47,6 +47,8 @@ class Heartbeat(NamedTuple):
     """Of the held ones, those whose workers train now."""
     driver: str = ""
     """The driver's process. If two processes run one job, the first one has the slots until it is silent."""
+    requested: int = 0
+    """Of the held ones, those that somebody else asks Ray's autoscaler for: Ray Train does for its workers."""
 
 
 class Grant(NamedTuple):
@@ -143,11 +145,12 @@ class Allocator:
         """The slots to ask Ray's autoscaler for on top of the ``lease``: what jobs hold, what they need in order to run at all, and what
         fleets lack.
 
-        What jobs hold always counts. The rest is added one need after the other, the most important first, as long as all of it stays
-        within ``pool_ceiling``. A need that does not fit is skipped: the autoscaler refuses a request as a whole, so those after it would
-        get no machine either. Example: the lease is 1, the ceiling 4, jobs wait for 9, 2 and 1 slots: 3 are requested.
+        What jobs hold always counts, unless Ray Train asks for it itself. The rest is added one need after the other, the most important
+        first, as long as all of it stays within ``pool_ceiling``. A need that does not fit is skipped: the autoscaler refuses a request as a
+        whole, so those after it would get no machine either. Example: the lease is 1, the ceiling 4, jobs wait for 9, 2 and 1 slots: 3 are
+        requested.
         """
-        slots = self.held_by_jobs
+        slots = self.held_by_jobs - sum(beat.requested for beat in self.beats)
         for lack in [*self._fleets_lack(lease), *self._jobs_lack()]:
             if pool_ceiling is None or lease + slots + lack <= pool_ceiling:
                 slots += lack

@@ -27,6 +27,8 @@ class Heartbeats:
         self.driver = uuid.uuid4().hex
         self.holds: tuple[int, int] = (0, 0)
         """Slots that the job holds, and those whose workers train."""
+        self.requested = 0
+        """Of the held ones, those that Ray Train requests itself."""
         self.grant: Grant | None = None
         """Control's newest answer."""
         self.answered_s = time.monotonic()
@@ -55,7 +57,7 @@ class Heartbeats:
             # This thread must live whatever goes wrong: without it the job would never yield. `hear` says when control has been silent for
             # long.
             with contextlib.suppress(Exception):
-                self.grant = client.connect().heartbeat(Heartbeat(self.job, *self.holds, self.driver))
+                self.grant = client.connect().heartbeat(Heartbeat(self.job, *self.holds, self.driver, self.requested))
                 self.answered_s = time.monotonic()
             self.done.wait(EVERY_S)
 

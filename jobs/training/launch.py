@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from cluster.config import Config
+from cluster.jobspec import Trainer
 from cluster.store.jobs import JobProgress, JobSnapshot
 from cluster.store.registry import Registry
 from cluster.types import Lineage, Manifest, VersionId
-from jobs.training import recipe
-from jobs.training.driver import Listener, fit
+from jobs.training import driver, recipe, rounds
+from jobs.training.driver import Listener
 from jobs.training.progress import Progress
 from jobs.training.ray_train import code_revision
 from jobs.training.runs import begin, result, resume
@@ -63,10 +64,15 @@ def begun(registry: Registry, resumed: str, inputs: dict[str, Any], job: Job) ->
     return name
 
 
-def trained(config: Config, registry: Registry, run: str, learning: Learning, priority: int, job: Job) -> Manifest:
+TRAINERS = {"elastic": driver.fit, "ray_train": rounds.fit}
+
+
+def trained(
+    config: Config, registry: Registry, run: str, learning: Learning, priority: int, job: Job, trainer: Trainer = "elastic"
+) -> Manifest:
     """Train to the end, and register the result: an adapter on its base, or weights. Raises `JobFailed`; the run stays then."""
     settings = {"config": config.dump(), "recipe": learning.recipe.model_dump(), **learning.settings}
-    ended = fit(config, learning.work, settings, run, priority, job, learning.check)
+    ended = TRAINERS[trainer](config, learning.work, settings, run, priority, job, learning.check)
     steps = recipe.schedule(learning.recipe, learning.examples).steps
     job.watch(whole(steps, ended.metrics, job.snapshot.progress))
     lineage = Lineage(

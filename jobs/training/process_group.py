@@ -34,7 +34,8 @@ class ProcessGroup(NamedTuple):
     world: int
     """The number of workers."""
     rendezvous: str
-    """A ``file://`` URL if all workers are on one machine, else a ``tcp://`` URL of the machine of rank 0."""
+    """A ``file://`` URL if all workers are on one machine, else a ``tcp://`` URL of the machine of rank 0. Empty if this process has joined
+    already, as a worker of Ray Train has."""
 
 
 @contextlib.contextmanager
@@ -43,6 +44,9 @@ def joined(group: ProcessGroup, cuda: bool) -> Iterator[None]:
 
     Waits until all workers have joined. Raises `RuntimeError` if they do not within `PATIENCE_S`.
     """
+    if not group.rendezvous:
+        yield  # whoever formed the group ends it
+        return
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         init_method=group.rendezvous,

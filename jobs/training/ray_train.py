@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import Checkpoint, Result, RunConfig, ScalingConfig
+from ray.train import Checkpoint, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from cluster import niceness
@@ -23,6 +23,8 @@ from jobs.training.ray_train_private import FileRendezvous
 
 COUNTED = {"tokens", "seconds", "examples", "steps_lost", "train_loss"}
 """Metrics of a version that say how long its run was, and not how good it is."""
+LOOK_S = 0.5
+"""Ray Train looks this often whether its workers live. Its default is 2 s."""
 
 # the driver's side
 
@@ -39,33 +41,45 @@ def connect() -> None:
 def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[str, Any], name: str) -> Result:
     """Run ``loop(settings)`` on `training.min_workers` workers, and return Ray Train's result. The run's name is ``name``.
 
-    Each worker holds its slots. If the run fails or is cancelled, its files are removed from the store and the error goes on.
+    If the run fails or is cancelled, its files are removed from the store and the error goes on.
     """
+    try:
+        return trainer(config, loop, settings, name, config.training.min_workers, FailureConfig()).fit()
+    except BaseException:  # also when it is cancelled
+        Store(config.store).remove(f"runs/{name}")
+        raise
+
+
+def trainer(
+    config: Config,
+    loop: Callable[[dict[str, Any]], object],
+    settings: dict[str, Any],
+    name: str,
+    workers: int,
+    failures: FailureConfig,
+) -> TorchTrainer:
+    """A trainer that runs ``loop(settings)`` on so many ``workers``. Each worker holds its slots. The run's name is ``name``."""
     gpu = config.pool.accelerator == "gpu"
     # Otherwise Ray turns print() on a worker into a log record. dill captures what `dis` prints, and its bytecode would fill our log.
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(LOOK_S)
 
-    def behind_serving(settings: dict[str, Any]) -> None:
+    def behind_serving(settings: dict[str, Any]) -> object:
         niceness.renice(niceness.TRAINING)
-        loop(settings)
+        return loop(settings)
 
-    trainer = TorchTrainer(
+    return TorchTrainer(
         behind_serving,
         train_loop_config=settings,
         torch_config=FileRendezvous(),
         scaling_config=ScalingConfig(
-            num_workers=config.training.min_workers,
+            num_workers=workers,
             use_gpu=gpu,
             # The arbiter divides slots only. Ray would also ask for a CPU per worker, and on a small machine leave none for serving.
             resources_per_worker={"GPU" if gpu else "slot": config.training.slots_per_worker, "CPU": 0},
         ),
-        run_config=RunConfig(name=name, storage_path=f"{config.store}/runs"),
+        run_config=RunConfig(name=name, storage_path=f"{config.store}/runs", failure_config=failures),
     )
-    try:
-        return trainer.fit()
-    except BaseException:  # also when it is cancelled
-        Store(config.store).remove(f"runs/{name}")
-        raise
 
 
 @contextlib.contextmanager

@@ -1,10 +1,12 @@
-"""Relays progress from a worker of Ray Train to its driver. Ray Train itself tells a driver nothing before the run ends.
+"""Relays progress from a worker of Ray Train to its driver, and orders back. Ray Train itself tells a driver nothing before the run ends.
 
 Example: rank 0 tells the board step 12 and then step 13. A second after its last look, the driver's thread sees step 13 and passes it on.
 """
 
 import contextlib
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,16 +19,39 @@ ANSWER_S = 5
 
 
 class Board:
-    """An actor that holds the newest progress. Rank 0 writes it, and the driver reads it."""
+    """An actor between rank 0, which tells how far the run is, and the driver, which looks and may order a stop.
 
-    def __init__(self) -> None:
-        self.newest: Progress | None = None
+    >>> board = Board()
+    >>> board.begin(), board.tell("step 12"), board.look()
+    (1, None, 'step 12')
+    >>> board.stop(within_s=60.0)
+    >>> 59 < board.tell("step 13") <= 60, board.begin()
+    (True, 0)
+    """
 
-    def tell(self, progress: Progress) -> None:
-        self.newest = progress
+    def __init__(self, group: int = 0) -> None:
+        """``group``: the number of the newest process group before this board."""
+        self.group = group
+        self.newest: Any = None
+        self.stop_s: float | None = None
 
-    def look(self) -> Progress | None:
+    def begin(self) -> int:
+        """The number of the process group that begins now; 0 where none may begin any more."""
+        self.group += self.stop_s is None
+        return self.group if self.stop_s is None else 0
+
+    def tell(self, newest: Any) -> float | None:
+        """Note how far the run is. Returns the seconds that the workers have left to stop; None where nobody told them to."""
+        self.newest = newest
+        return None if self.stop_s is None else self.stop_s - time.monotonic()
+
+    def look(self) -> Any:
+        """What rank 0 told last; None before that."""
         return self.newest
+
+    def stop(self, within_s: float) -> None:
+        """Order the workers to stop after the step under way. Of several orders the strictest counts."""
+        self.stop_s = min(self.stop_s or math.inf, time.monotonic() + within_s)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from jobs.training.checkpoints import Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
 from jobs.training.progress import Committed, ProgressPrinter
 from jobs.training.sliced_state import SlicedState, state_of
-from jobs.training.state import Measured, State
+from jobs.training.state import Counters, Measured, State
 from jobs.training.work import HELD_OUT, Asked, Awaits, Work, agree, divergence, gather, update
 
 RESULT = "result"
@@ -120,6 +120,9 @@ class Orders:
             return self.trained
 
 
+def ignore(counters: Counters) -> None: ...
+
+
 class Worker:
     """The actor. Ray calls its methods in several threads, so it answers while it trains."""
 
@@ -130,6 +133,8 @@ class Worker:
         self.store, self.run = Store(store), run
         self.rendezvous = Rendezvous()
         self.orders = Orders()
+        self.report = ignore
+        """Called on all workers together when a checkpoint is due."""
         self.training: Training | None = None
         """The training loop in the newest process group; None before the first group."""
 
@@ -188,7 +193,7 @@ class Worker:
 
     def train(self, group: ProcessGroup) -> Outcome:
         """Train in a process group until it ends or breaks."""
-        self.training = training = Training(group, self.state, self.writer, self.orders, self.settings)
+        self.training = training = Training(group, self.state, self.writer, self.orders, self.settings, self.report)
         work = self.state.work
         try:
             with joined(group, work.device.type == "cuda"):
@@ -211,9 +216,15 @@ class Training:
     """The training loop of one worker in one process group."""
 
     def __init__(
-        self, group: ProcessGroup, state: State | SlicedState, writer: Writer, orders: Orders, settings: dict[str, Any]
+        self,
+        group: ProcessGroup,
+        state: State | SlicedState,
+        writer: Writer,
+        orders: Orders,
+        settings: dict[str, Any],
+        report: Callable[[Counters], object],
     ) -> None:
-        self.group, self.state, self.writer, self.orders = group, state, writer, orders
+        self.group, self.state, self.writer, self.orders, self.report = group, state, writer, orders, report
         self.stage: str = settings["stage"]
         self.checkpoint_s: float = settings["checkpoint_s"]
         self.report_s: float = settings["report_s"]
@@ -287,6 +298,7 @@ class Training:
         if part := self.state.share(self.group):
             self.writer.give(part)
         self.saved_s = time.monotonic()
+        self.report(self.state.counters)
 
     def _measure(self) -> None:
         """Measure the model on all workers. If it is the best so far, rank 0 saves it as the result."""

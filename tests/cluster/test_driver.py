@@ -61,7 +61,7 @@ class Cancelled(Exception):
 class Fit:
     """A run in a thread, and what it says."""
 
-    def __init__(self, config: Config, name: str, epochs: float) -> None:
+    def __init__(self, config: Config, name: str, epochs: float, fit: Callable[..., Ended] = fit) -> None:
         self.notes: list[str] = []
         self.seen: list[Progress] = []
         self.kept: list[Committed] = []

@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from ray.train.torch import TorchConfig
+from ray.train.v2._internal import constants
 
 from jobs.training.ray_train_private import FileBackend, FileRendezvous, TorchBackend
 
@@ -25,3 +26,18 @@ def test_a_worker_group_executes_on_all_on_one_and_asynchronously() -> None:
         parameters: Any = inspect.signature(getattr(WorkerGroup, name)).parameters
         assert list(parameters)[1] == first, name
     assert callable(WorkerGroup.get_resources_per_worker) and callable(WorkerGroup.__len__)
+
+
+def test_environment_variables_that_workers_get_from_the_driver() -> None:
+    """What `jobs.training.ray_train.trainer` sets."""
+    assert constants.ENABLE_PRINT_PATCH_ENV_VAR == "RAY_TRAIN_ENABLE_PRINT_PATCH"
+    assert constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR == "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+    assert constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR in constants.ENV_VARS_TO_PROPAGATE
+
+
+def test_a_fixed_number_of_workers_is_requested_from_the_autoscaler_and_never_resized() -> None:
+    """So control leaves these slots out of its own request, see `Heartbeat.requested`."""
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+    source = inspect.getsource(FixedScalingPolicy.make_decision_for_running_worker_group)
+    assert "_maybe_send_resource_request" in source and "NoopDecision" in source

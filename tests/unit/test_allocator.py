@@ -154,6 +154,14 @@ def test_a_job_that_never_fits_is_not_asked_for() -> None:
     assert waiting(huge, held=9).requested(lease=1, pool_ceiling=4) == 9, "what a job holds always counts"
 
 
+def test_what_ray_train_asks_the_autoscaler_for_is_not_asked_for_again() -> None:
+    allocator = started(slots=8)
+    allocator.heartbeat(Heartbeat(job("trains"), held=4, requested=4), 4.0)
+    assert allocator.requested(lease=1, pool_ceiling=None) == 0
+    allocator.heartbeat(Heartbeat(job("trains"), held=4), 5.0)
+    assert allocator.requested(lease=1, pool_ceiling=None) == 4
+
+
 def test_of_jobs_that_fit_singly_but_not_together_the_first_are_asked_for() -> None:
     first, second, third = job("first", least=3, priority=2), job("second", least=2, priority=1), job("third")
     assert waiting(third, second, first).requested(lease=1, pool_ceiling=4) == 3

@@ -104,6 +104,22 @@ def test_workers_replace_the_pools() -> None:
     assert jobspec.with_workers(Training(workers=8), None).workers == 8
 
 
+@pytest.mark.parametrize(
+    ("verb", "needs"),
+    [("finetune", {}), ("dpo", {}), ("distill", {"teacher": "x@1", "student": "x"}), ("pretrain", {"name": "x"})],
+)
+def test_whatever_trains_may_choose_its_trainer(verb: str, needs: dict[str, Any]) -> None:
+    option = next(option for option in options_of(jobspec.VERBS[verb]) if option.name == "trainer")
+    assert "[default: elastic]" in option.help
+    with pytest.raises(BadRequest, match="'elastic' or 'ray_train'"):
+        parse(verb, {"data": ["x"] if verb == "pretrain" else "x", **needs, "trainer": "ray"})
+
+
+def test_the_seedling_has_its_own_trainer() -> None:
+    with pytest.raises(BadRequest, match="--trainer needs --data"):
+        parse("pretrain", {"trainer": "ray_train"})
+
+
 def test_a_record_keeps_no_secret_of_a_url() -> None:
     asked = parse("finetune", {"data": "https://me:pass@host/x.jsonl?X-Amz-Signature=0123", "base": "seedling"})
     assert asked.recorded() == {"data": "https://host/x.jsonl", "base": "seedling"}
