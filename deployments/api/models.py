@@ -9,9 +9,15 @@ from deployments.routing.table import Table, unhosted
 
 def model_list(table: Table) -> dict[str, Any]:
     """First the aliases whose stable version a replica holds, or a fleet that sleeps and can be woken; then all such versions, which a
-    client may pin."""
+    client may pin.
+
+    Of the aliases those come first that fleets were started for, in the order of the fleets: whoever names no model takes the first, and what
+    somebody publishes beside it changes nothing for them.
+    """
     askable = set(table.versions())
-    aliases = [_alias(table, move) for _, move in sorted(table.view.aliases.items()) if str(move.stable) in askable]
+    own = {fleet.model: place for place, fleet in enumerate(table.view.fleets.values())}
+    moves = sorted(table.view.aliases.values(), key=lambda move: (own.get(move.alias, len(own)), move.alias))
+    aliases = [_alias(table, move) for move in moves if str(move.stable) in askable]
     return {"object": "list", "data": [*aliases, *(_version(table, id) for id in sorted(askable))]}
 
 

@@ -31,6 +31,15 @@ def test_aliases_that_can_answer_come_first_then_every_held_version() -> None:
     assert ids(table("m@2", "m@1")) == ["m", "m@1", "m@2"]
 
 
+def test_the_fleets_own_models_come_before_what_was_published_beside_them() -> None:
+    """`springtide ask` without a model asks the first."""
+    here = table("m@1", "a@1", asleep="n")
+    beside = Generation(alias="a", generation=1, stable=VersionId("a", 1), reason="", author="", time_s=8)
+    replicas = tuple(here.replicas.values())
+    here.adopt(View(2, {**here.view.aliases, "a": beside}, replicas, here.view.fleets))
+    assert ids(here) == ["m", "n", "a", "a@1", "m@1", "n@1"]
+
+
 def test_what_a_sleeping_fleet_answers_for_is_there_and_what_nobody_hosts_is_not() -> None:
     """While no replica ran, every alias was listed, and pins were not."""
     assert ids(table(asleep="mn")) == ["m", "n", "m@1", "n@1"]
