@@ -197,7 +197,9 @@ class JobRecord:
         told, told_s = None, float("-inf")
         while not self.done.wait(TELL_S):
             ray, snapshot = sys.modules.get("ray"), self.snapshot
-            if ray is None or not ray.is_initialized() or (snapshot is told and time.monotonic() - told_s < SIGN_S):
+            # While another thread imports it, Ray is there and has nothing in it.
+            initialized = getattr(ray, "is_initialized", None)
+            if initialized is None or not initialized() or (snapshot is told and time.monotonic() - told_s < SIGN_S):
                 continue
             # Control may be away, restarting, or of an older release; the record in the store is what counts.
             with contextlib.suppress(Exception):

@@ -79,7 +79,7 @@ def alone(pool: Running, tmp_path_factory: pytest.TempPathFactory) -> Done:
     return done
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.chaos)])
 def test_both_trainers_learn_the_same(pool: Running, tmp_path: Path, alone: Done, workers: int) -> None:
     runs = {trainer: whole(pool, tmp_path, trainer, workers) for trainer in TRAINERS if (trainer, workers) != ("elastic", 1)}
     for trainer, done in runs.items():
@@ -89,6 +89,8 @@ def test_both_trainers_learn_the_same(pool: Running, tmp_path: Path, alone: Done
         assert done.metrics["steps_lost"] == 0
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_killed_worker_costs_only_the_steps_since_the_newest_checkpoint(
     pool: Running, tmp_path: Path, alone: Done, trainer: str
