@@ -524,14 +524,14 @@ def test_a_fleets_replicas_hear_its_bounds_until_each_of_them_says_so(tmp_path: 
 
 def test_calls_that_wait_for_minutes_have_threads_of_their_own() -> None:
     """Sixty-four publishes that waited for their replicas used to keep heartbeats and views from being heard."""
-    assert in_group(WAITING) == {"publish", "promote", "add_fleet", "submit"}
+    assert in_group(WAITING) == {"publish", "promote", "add_fleet", "submit", "hold_interims"}
     assert in_group(BEATS) >= {"heartbeat", "report", "leave", "starting", "leaving", "view", "stage"}
     assert "models" in in_group(None), "it reads the store"
 
 
 def test_what_ends_or_undoes_something_waits_for_no_publish() -> None:
     """Sixty-four publishes that waited used to keep the abort or the rollback that would have ended them from being heard."""
-    assert in_group(ORDERS) == {"abort", "rollback", "cancel", "remove_fleet"}
+    assert in_group(ORDERS) == {"abort", "rollback", "cancel", "remove_fleet", "end_interims"}
     assert GROUPS[ORDERS] > 0
 
 
