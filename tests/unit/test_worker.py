@@ -17,7 +17,7 @@ from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed
 from jobs.training.state import Counters
 from jobs.training.worker import Reached, Worker
-from tests.workers import EXAMPLES, Small, Workers
+from tests.workers import EXAMPLES, Small, Waiting, Workers
 
 EPOCHS = 600
 STEPS = EPOCHS * 5
@@ -123,6 +123,7 @@ def test_workers_wait_for_data_together_and_leave_at_once_when_one_is_told_to(wo
     data.mkdir()
     for step in range(20):
         (data / str(step)).touch()
+    workers.work = Waiting
     workers.settings |= {"epochs": 8, "data": str(data)}
     workers.start(0, 1)
     workers.train(0, 1)
@@ -142,6 +143,7 @@ def test_a_worker_that_is_killed_while_all_wait_for_data_costs_no_step(workers: 
     (tmp_path / "data").mkdir()
     for step in range(20):
         (tmp_path / "data" / str(step)).touch()
+    workers.work = Waiting
     workers.settings |= {"epochs": 8, "data": str(tmp_path / "data")}
     workers.start(0, 1)
     workers.train(0, 1)
