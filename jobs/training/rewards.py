@@ -11,8 +11,8 @@
 ==========================  ==========================================================================================
 """
 
-import importlib
 import math
+import pkgutil
 import re
 from collections.abc import Callable
 from typing import Any, cast
@@ -126,7 +126,7 @@ def imported(module: str, name: str, remote: bool) -> Reward:
             "reward",
         )
     try:
-        found: Any = getattr(importlib.import_module(module), name)
+        found: Any = pkgutil.resolve_name(f"{module}:{name}")
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"The reward {module}:{name} cannot be imported: {error}.", f"Rewards are: {KNOWN}.", "reward"

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from jobs.training.slices import rows_of
 
@@ -119,9 +120,8 @@ def _skeleton(model: Any, adapter: set[int], device: torch.device) -> Any:
 
 
 def _layers(model: Any) -> Iterator[torch.nn.Module]:
-    """The blocks that the architecture says must stay whole: its decoder layers."""
-    blocks = set(getattr(model, "_no_split_modules", None) or [])
-    yield from (part for part in model.modules() if type(part).__name__ in blocks)
+    """The model's decoder layers: what transformers recomputes as a whole, where it is told to keep no activations."""
+    yield from (part for part in model.modules() if isinstance(part, GradientCheckpointingLayer))
 
 
 def _allocate(part: torch.nn.Module, device: torch.device) -> None:
