@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from cluster.types import VersionId
 from jobs.data.chat import read
 from tests.cluster.test_publish import ask
 from tests.conftest import ROOT, Running
@@ -33,6 +34,10 @@ def test_answers_to_new_questions_take_the_tone_that_pairs_prefer(pool: Running,
     assert not any(text.endswith("!") for text in before)
     assert keen >= HELD_OUT * 0.7 and kept >= HELD_OUT / 2
     assert not pool.registry.store.children(f"runs/{lineage.job}")
+    # The pool is every test's: no other should find an adapter more in the places of its replicas.
+    live = pool.registry.alias("keen")
+    assert live is not None
+    pool.registry.move("keen", VersionId("seedling", 1), "the test is over", "test", live.generation)
 
 
 def answered(pool: Running, model: str, question: str) -> str:

@@ -15,6 +15,8 @@ from tests.cluster.test_slots import Job, finetune
 from tests.conftest import Running
 from tests.waiting import when
 
+pytestmark = pytest.mark.chaos
+
 EPOCHS = 100
 TRAINERS = ("elastic", "ray_train")
 STEP = re.compile(r"progress stage=finetune step=(\d+)/")

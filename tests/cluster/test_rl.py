@@ -19,6 +19,8 @@ from cluster.types import VersionId
 from tests.cluster.test_publish import ask, wait_until
 from tests.conftest import Running
 
+pytestmark = pytest.mark.chaos
+
 SUMS = VersionId("sums", 1)
 STEPS = 60
 

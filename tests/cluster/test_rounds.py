@@ -22,6 +22,8 @@ from tests.waiting import when
 __all__ = ["config", "grants"]
 """Fixtures."""
 
+pytestmark = pytest.mark.chaos
+
 
 @pytest.fixture
 def start(grants: Any, config: Config) -> Iterator[Callable[..., Fit]]:
