@@ -28,6 +28,8 @@ from cluster.config import Config
 LINEAR = 0.9
 """The bar: so much of linear."""
 WARM_S = 8
+START_S = 400
+"""Ray Train looks for resources once a minute, and does not begin with fewer workers than it was told."""
 SYSTEMS = ("springtide", "stock_ray")
 LABELS = {"springtide": "Springtide", "stock_ray": "stock Ray"}
 
@@ -58,6 +60,9 @@ def scaling(options: argparse.Namespace) -> None:
                     for workers in options.workers:
                         bar.update(task, description=f"round {number + 1}: {LABELS[system]}, {workers} workers")
                         found.append(measured(config, number, system, workers, options.seconds))
+                        console.print(
+                            f"{LABELS[system]}, {workers} workers: {found[-1].samples_per_s:.1f} examples/s, slots {found[-1].busy:.0%} busy"
+                        )
                         bar.advance(task)
     rows = summarise(found)
     console.print(table(rows))
@@ -84,7 +89,7 @@ def measured(config: Config, number: int, system: str, workers: int, seconds: fl
     try:
         shares.hold(engine_pids(config))
         with training(configuration.parse(own), *line) as job:
-            job.wait_until(lambda: "progress" in job.text and len(job.workers) >= workers)
+            job.wait_until(lambda: "progress" in job.text and len(job.workers) >= workers, START_S)
             shares.hold(job.workers)
             time.sleep(WARM_S)
             return watched(job, number, system, workers, seconds)

@@ -205,8 +205,9 @@ async def swap(engine: Engine, original: str) -> None:
 
 async def die(engine: Engine, front: Front, told: list[tuple[str, ...]]) -> None:
     """vLLM's engine process is killed while a long answer is under way."""
-    long = asyncio.create_task(front.ask("seedling@1", max_tokens=900, ignore_eos=True))
-    await asyncio.sleep(1)
+    # Eight, because a quick machine makes one in a second.
+    long = asyncio.create_task(front.ask("seedling@1", max_tokens=900, ignore_eos=True, n=8))
+    await asyncio.sleep(0.5)
     for process in psutil.Process().children(recursive=True):
         if "EngineCore" in " ".join(process.cmdline()) or "spawn_main" in " ".join(process.cmdline()):
             process.kill()

@@ -11,6 +11,7 @@ from cluster.types import Manifest, VersionId
 from tests.conftest import ROOT, Running
 
 FACTS = str(ROOT / "jobs/seedling/facts.jsonl")
+pytestmark = pytest.mark.chaos
 WRONG = {"role": "assistant", "content": "Nobody knows that."}
 
 

@@ -41,6 +41,7 @@ def is_sound(manifest: Manifest, measured: list[dict[str, Any]], falls: float) -
     assert len(measured) >= 19
 
 
+@pytest.mark.chaos
 def test_shakespeare_becomes_a_model_that_answers(pool: Running) -> None:
     text = SHARED / "data/tinyshakespeare.txt"
     if not text.exists():
