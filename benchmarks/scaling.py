@@ -140,7 +140,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     shown = Table("System", "Workers", "Examples/s", "Of linear", "Slots busy", box=box.MARKDOWN)
     for row in rows:
         speed, linear, busy = (Spread(**row[key]) for key in ("samples_per_s", "of_linear", "busy"))
-        shown.add_row(LABELS[row["system"]], str(row["workers"]), f"{speed:.1f}", f"{linear:.2f}", f"{busy.median:.0%}")
+        shown.add_row(LABELS[row["system"]], str(row["workers"]), speed.text(), linear.text(2), f"{busy.median:.0%}")
     return shown
 
 

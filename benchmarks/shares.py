@@ -1,6 +1,9 @@
 """A slot as a fixed part of a processor, so that slots are what runs out, as accelerators do, and not the machine's two cores.
 
 Linux's own CPU bandwidth control (cgroup v1 ``cpu.cfs_quota_us``, v2 ``cpu.max``), one group per slot; it needs root.
+
+All slots are parts of the machine's last core, so no two compute at the same moment. On virtual machines a core often does less while its neighbour
+works: three workers on both cores then make hardly more than two, for a reason that accelerators do not have.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ class Shares:
         self.cores = cores
         self.root = V1 if (V1 / "cpu.cfs_quota_us").exists() else V2
         self.groups: dict[int, Path] = {}
+        self.allowed = os.sched_getaffinity(0)
         self.works = self._try()
 
     def hold(self, pids: Iterable[int]) -> None:
@@ -31,12 +35,14 @@ class Shares:
                 self.groups[pid] = self._make(f"springtide-{os.getpid()}-{pid}")
                 for one in (process, *process.children(recursive=True)):
                     (self.groups[pid] / "cgroup.procs").write_text(str(one.pid))
+                    run_on(one, {max(self.allowed)})
 
     def close(self) -> None:
         for group in self.groups.values():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
                 for pid in (group / "cgroup.procs").read_text().split():
                     (self.root / "cgroup.procs").write_text(pid)
+                    run_on(psutil.Process(int(pid)), self.allowed)
                 group.rmdir()
         self.groups.clear()
 
@@ -56,3 +62,10 @@ class Shares:
         else:
             (group / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
         return group
+
+
+def run_on(process: psutil.Process, cores: set[int]) -> None:
+    """Keep the process to these cores, with the threads that it has and those that they start."""
+    for thread in process.threads():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            os.sched_setaffinity(thread.id, cores)

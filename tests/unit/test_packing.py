@@ -29,6 +29,11 @@ def test_a_portion_is_within_the_limit_or_one_long_example(tokens: list[int], li
 
 
 @given(TOKENS.filter(bool), st.integers(500, 2000))
-def test_only_one_portion_is_less_than_half_full(tokens: list[int], limit_tokens: int) -> None:
-    sums = [sum(tokens[index] for index in portion) for portion in portions(range(len(tokens)), tokens, limit_tokens)]
-    assert sum(total <= limit_tokens / 2 for total in sums) <= 1
+def test_portions_are_as_few_as_if_all_but_one_were_half_full(tokens: list[int], limit_tokens: int) -> None:
+    made = portions(range(len(tokens)), tokens, limit_tokens)
+    assert all(made) and (len(made) - 1) * limit_tokens / 2 < sum(tokens)
+
+
+def test_portions_are_even_where_that_fits() -> None:
+    assert [sum(portion) for portion in portions(range(20), range(20), limit_tokens=160)] == [95, 95]
+    assert [len(portion) for portion in portions(range(3), [9, 9, 2], limit_tokens=11)] == [2, 1]
