@@ -7,7 +7,7 @@ A mean over the means of examples would let one hard token of a short answer out
 nats per token, and an answer of 99 tokens costs 1 nat per token. The mean of the means is 2.0; the token mean is 1.02.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from jobs.data.rows import Row
 from jobs.training.packed import Segments, is_packed
 from jobs.training.packing import portions
 from jobs.training.sharded import passes
+from jobs.training.vocabulary import by_chunks, chunk_tokens, states_of
 
 
 def answer_tokens(row: Row) -> int:
@@ -30,14 +31,30 @@ def answer_tokens(row: Row) -> int:
 
 
 class Answers(NamedTuple):
-    """What a model says where the next token is one of an answer: row after row, and within a row from left to right."""
+    """What a model makes of rows where the next token is one of an answer: row after row, and within a row from left to right."""
 
-    logits: torch.Tensor
-    """Shape (tokens, vocabulary), in float32: the softmax over the vocabulary needs it."""
+    states: torch.Tensor
+    """Shape (tokens, width)."""
+    head: Callable[[torch.Tensor], torch.Tensor]
+    """Makes logits of states."""
     targets: torch.Tensor
     """The tokens that come next. Shape (tokens,)."""
     rows: torch.Tensor
     """The number of each token's row. Shape (tokens,)."""
+    chunk_tokens: int
+    """How many of the tokens may have logits at a time."""
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Of a chunk of the states. Shape (tokens, vocabulary), in float32: the softmax over the vocabulary needs it."""
+        return self.head(states).float()
+
+    def losses(self) -> torch.Tensor:
+        """The cross entropy of each token, in nats. Shape (tokens,)."""
+
+        def compute(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(self.logits(states), targets, reduction="none")
+
+        return by_chunks(compute, self.chunk_tokens, self.states, self.targets)
 
 
 def answer_losses(model: Any, rows: Sequence[Row]) -> torch.Tensor:
@@ -46,7 +63,7 @@ def answer_losses(model: Any, rows: Sequence[Row]) -> torch.Tensor:
     The gradient flows through the result.
     """
     answers = answers_of(model, rows)
-    each = cross_entropy(answers.logits, answers.targets, reduction="none")
+    each = answers.losses()
     return each.new_zeros(len(rows)).index_add(0, answers.rows, each)
 
 
@@ -66,14 +83,15 @@ def _packed(model: Any, rows: Sequence[Row]) -> Answers:
         for at in range(max(1, one.prompt_tokens), len(one.input_ids))
     ]
     at, owner = torch.tensor(asked, device=row.input_ids.device).T
-    logits = model(
+    found = states_of(
+        model,
         input_ids=row.input_ids,
         position_ids=row.position_ids,
         use_cache=False,  # with a cache transformers would take the row for one text
         logits_to_keep=at,
         segment_ends=row.ends,
-    ).logits[0]
-    return Answers(logits.float(), row.input_ids[0, at + 1], owner)
+    )
+    return Answers(found.states[0], found.head, row.input_ids[0, at + 1], owner, chunk_tokens(model))
 
 
 def _padded(model: Any, rows: Sequence[Row]) -> Answers:
@@ -84,9 +102,8 @@ def _padded(model: Any, rows: Sequence[Row]) -> Answers:
     asked = torch.tensor(
         [[row.prompt_tokens <= at < len(row.input_ids) for at in range(1, width)] for row in rows], device=device
     )
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    # The softmax over the vocabulary is the largest tensor of a step. Full precision is for the tokens that carry loss only.
-    return Answers(logits[asked].float(), ids[:, 1:][asked], asked.nonzero()[:, 0])
+    found = states_of(model, input_ids=ids, attention_mask=mask, use_cache=False)
+    return Answers(found.states[:, :-1][asked], found.head, ids[:, 1:][asked], asked.nonzero()[:, 0], chunk_tokens(model))
 
 
 def measured(model: Any, rows: Sequence[Row], micro_batch_tokens: int) -> list[ExampleLoss]:

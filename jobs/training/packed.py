@@ -15,6 +15,8 @@ import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from jobs.training.vocabulary import ends_in_head
+
 SEGMENTS = "segments"
 TRIED_TOKENS = 7, 40, 19
 """Lengths of the examples by which `pack` compares."""
@@ -94,6 +96,7 @@ def is_packed(model: Any) -> bool:
 @torch.no_grad()
 def pack(model: Any) -> bool:
     """Give a model the attention of this file. Where its losses differ from those by its own attention, the model gets that back.
+    This also finds out whether its output layer may run by chunks.
 
     ``model``: as `from_pretrained` makes it, in evaluation mode, so that dropout changes nothing. Returns whether it takes packed examples now.
     """
@@ -101,6 +104,7 @@ def pack(model: Any) -> bool:
     tried = torch.Generator().manual_seed(0)
     examples = [torch.randint(vocabulary, (tokens,), generator=tried).tolist() for tokens in TRIED_TOKENS]
     device = next(model.parameters()).device
+    model.ends_in_head = ends_in_head(model, torch.tensor(examples[:1], device=device))
     alone = [_losses(model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0], ids) for ids in examples]
     try:
         model.set_attn_implementation(SEGMENTS)

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 
 from cluster.publishing.gate import token_mean
 from jobs.data.rows import Row
+from jobs.training import vocabulary
 from jobs.training.held_out import answer_losses, answer_tokens, held_out_loss, measured
 from jobs.training.packed import is_packed, pack
 from jobs.training.process_group import ProcessGroup, joined
@@ -75,9 +77,40 @@ def test_packed_examples_have_the_gradients_that_they_have_alone(model: LlamaFor
     assert torch.allclose(gradients(packed), gradients(model), rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_whose_attention_is_another_keeps_its_own() -> None:
-    """Gemma 2 caps the scores of its attention, and a packed row would lose that."""
-    shape = Gemma2Config(
+@pytest.mark.parametrize("tokens", [1, 7, 50])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_logits_by_chunks_have_the_losses_and_gradients_of_whole_ones(
+    packed: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, tokens: int, precision: torch.dtype
+) -> None:
+    def found() -> tuple[torch.Tensor, torch.Tensor]:
+        packed.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            losses = answer_losses(packed, ROWS)
+        (losses * torch.arange(1, 6)).sum().backward()
+        return losses.detach(), torch.cat(
+            [parameter.grad.flatten() for parameter in packed.parameters() if parameter.grad is not None]
+        )
+
+    assert packed.ends_in_head
+    losses, gradient = found()
+    monkeypatch.setattr(vocabulary, "CHUNK_NUMBERS", 64 * tokens)
+    some, other = found()
+    assert torch.equal(some, losses)
+    assert torch.allclose(other, gradient, rtol=1e-4, atol=1e-6 if precision == torch.float32 else 2e-3) and gradient.any()
+
+
+def test_an_output_layer_that_something_follows_gives_its_logits_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2 caps its logits, which the layer does not know."""
+    monkeypatch.setattr(vocabulary, "CHUNK_NUMBERS", 64 * 7)
+    capped = Gemma2ForCausalLM(gemma(final_logit_softcapping=0.01)).eval()
+    alone = measured(capped, ROWS, 1)
+    pack(capped)
+    assert not capped.ends_in_head
+    assert [one.nats for one in measured(capped, ROWS, 100)] == pytest.approx([one.nats for one in alone], rel=1e-5)
+
+
+def gemma(**more: Any) -> Gemma2Config:
+    return Gemma2Config(
         vocab_size=64,
         hidden_size=16,
         intermediate_size=32,
@@ -85,12 +118,16 @@ def test_a_model_whose_attention_is_another_keeps_its_own() -> None:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
-        attn_logit_softcapping=0.01,
         pad_token_id=0,
         bos_token_id=0,
         eos_token_id=0,
+        **more,
     )
-    capped = Gemma2ForCausalLM(shape).eval()
+
+
+def test_a_model_whose_attention_is_another_keeps_its_own() -> None:
+    """Gemma 2 caps the scores of its attention, and a packed row would lose that."""
+    capped = Gemma2ForCausalLM(gemma(attn_logit_softcapping=0.01)).eval()
     alone = measured(capped, ROWS, 1)
     assert not pack(capped) and not is_packed(capped)
     assert [one.nats for one in measured(capped, ROWS, 100)] == pytest.approx([one.nats for one in alone], rel=1e-5)

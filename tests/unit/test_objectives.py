@@ -14,6 +14,7 @@ from cluster.config import Config, parse
 from cluster.store.registry import registry_of
 from cluster.types import Lineage
 from jobs.data.rows import Row
+from jobs.training import vocabulary
 from jobs.training.objectives.finetune import SupervisedFineTuning
 from tests.conftest import ROOT
 
@@ -91,26 +92,39 @@ def test_what_is_saved_is_what_was_trained(config: Config, tmp_path: Path) -> No
 
 SHORT = """
 import json, resource, sys
+from jobs.training import vocabulary
 from pathlib import Path
 from cluster.config import parse
 from jobs.data.rows import Row
 from tests.unit.test_objectives import registered, work
 
+vocabulary.CHUNK_NUMBERS = int(sys.argv[2])
 config = registered(Path(sys.argv[1]), vocabulary=32768)
 rows = [Row([7] * 200, 1)] * 40
 made = work(config, rows, micro_batch_tokens=8000)
 taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + (900 << 20), -1))
+resource.setrlimit(resource.RLIMIT_AS, (taken + (1500 << 20), -1))
 loss, tokens = made.gradients(list(range(40)), 0, 1)
 print(json.dumps([made.limit_tokens, loss.item(), tokens]))
 """
 
 
-def test_a_worker_that_is_short_of_memory_takes_fewer_tokens_at_a_time(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SHORT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def short_of_memory(home: Path, chunk_numbers: int) -> tuple[list[str], list[float]]:
+    line = [sys.executable, "-c", SHORT, str(home), str(chunk_numbers)]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     *said, last = done.stdout.splitlines()
-    limit_tokens, loss, tokens = json.loads(last)
+    return said, json.loads(last)
+
+
+def test_a_worker_that_is_short_of_memory_takes_fewer_tokens_at_a_time(tmp_path: Path) -> None:
+    said, (limit_tokens, loss, tokens) = short_of_memory(tmp_path, 1 << 40)
     assert said and said[-1] == f"out of memory: {limit_tokens} tokens at a time from now on (micro_batch_tokens)"
     assert 200 <= limit_tokens < 8000 and tokens == 8000
     assert loss == pytest.approx(10.4, abs=1), "of all examples, each once"
+
+
+def test_logits_by_chunks_fit_where_whole_ones_do_not(tmp_path: Path) -> None:
+    said, (limit_tokens, loss, _) = short_of_memory(tmp_path, vocabulary.CHUNK_NUMBERS)
+    assert not any("out of memory" in line for line in said) and limit_tokens == 8000
+    assert loss == pytest.approx(10.4, abs=1)

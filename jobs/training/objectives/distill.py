@@ -6,7 +6,7 @@ minimum is the teacher's own distribution, as that of the cross entropy is. The 
 possible; it is mostly used on the student's own answers (Agarwal et al. 2023).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,13 @@ from jobs.training.packing import portions
 from jobs.training.precision import computing
 from jobs.training.prune import Size, pruned
 from jobs.training.recipe import Distillation, Recipe
+from jobs.training.vocabulary import by_chunks
 
 PLAIN = Distillation(temperature=1)
 """How `Distilling.measure` compares, whatever the recipe minimises: runs with other recipes can be compared by it."""
+
+Compare = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
+"""Of the student's logits, the teacher's and the targets of some tokens: numbers for each token, each of shape (tokens,)."""
 
 
 class Distilling(NextTokens):
@@ -56,11 +60,7 @@ class Distilling(NextTokens):
     def losses(self, portion: list[Row]) -> Losses:
         if not self.how.weight:
             return super().losses(portion)
-        student = answers_of(self.model, portion)
-        with torch.no_grad():
-            teacher = answers_of(self.teacher, portion)
-        told = cross_entropy(student.logits, student.targets, reduction="sum")
-        distance = divergence(student.logits, teacher.logits, self.how).sum()
+        told, distance = self._summed(portion, lambda own, its, targets: (nats(own, targets), divergence(own, its, self.how)))
         return Losses((1 - self.how.weight) * told + self.how.weight * self.how.temperature**2 * distance, told)
 
     @torch.no_grad()
@@ -76,20 +76,38 @@ class Distilling(NextTokens):
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         with computing(self.recipe, device):
             for portion in portions(range(len(mine)), tokens, self.limit_tokens):
-                sums += self._compared([mine[i] for i in portion])
+                sums += self._summed([mine[i] for i in portion], all_three)
         self.model.train()
-        *nats, answers = summed([*sums.tolist(), sum(map(answer_tokens, mine))], device)
-        return dict(zip(("eval_loss", "teacher_divergence", "teacher_loss"), (each / answers for each in nats), strict=True))
+        *found, answers = summed([*sums.tolist(), sum(map(answer_tokens, mine))], device)
+        return dict(zip(("eval_loss", "teacher_divergence", "teacher_loss"), (each / answers for each in found), strict=True))
 
-    def _compared(self, rows: Sequence[Row]) -> torch.Tensor:
-        """The student's cross entropy, the divergence and the teacher's cross entropy of all answers, in nats. Shape (3,)."""
-        student, teacher = answers_of(self.model, rows), answers_of(self.teacher, rows)
-        own, its = (cross_entropy(each.logits, each.targets, reduction="sum") for each in (student, teacher))
-        return torch.stack([own, divergence(student.logits, teacher.logits, PLAIN).sum(), its])
+    def _summed(self, rows: Sequence[Row], compare: Compare) -> torch.Tensor:
+        """What ``compare`` makes of every answer token's logits, summed over the tokens: a tensor of shape (numbers,)."""
+        student = answers_of(self.model, rows)
+        with torch.no_grad():
+            teacher = answers_of(self.teacher, rows)
+
+        def compute(own: torch.Tensor, its: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return torch.stack(compare(student.logits(own), teacher.logits(its), targets), dim=1)
+
+        return by_chunks(compute, student.chunk_tokens, student.states, teacher.states, student.targets).sum(0)
 
     def save(self, target: Path) -> None:
         """Write all weights in the precision of the student or teacher that they come from, and that version's other files."""
         save_whole(self.plain, self.weights(), self.folder, target)
+
+
+# the loss
+
+
+def all_three(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What `Distilling.measure` sums up, in its order."""
+    return nats(student, targets), divergence(student, teacher, PLAIN), nats(teacher, targets)
+
+
+def nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The cross entropy of each token. Shape (tokens,)."""
+    return cross_entropy(logits, targets, reduction="none")
 
 
 def divergence(student: torch.Tensor, teacher: torch.Tensor, how: Distillation) -> torch.Tensor:

@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from cluster.config import parse
 from cluster.errors import SpringtideError
@@ -128,8 +127,7 @@ class Reinforcing(Objective[Learnt]):
 
     def log_probabilities(self, rows: Sequence[Row]) -> torch.Tensor:
         """Of every answer token, row after row, in nats; with the gradient. Shape (tokens,)."""
-        answers = answers_of(self.model, rows)
-        return -cross_entropy(answers.logits, answers.targets, reduction="none")
+        return -answers_of(self.model, rows).losses()
 
     @torch.no_grad()
     def log_probabilities_of_base(self, rows: Sequence[Row]) -> torch.Tensor:
