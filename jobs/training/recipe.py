@@ -83,7 +83,7 @@ OBJECTIVES = {"distillation": "distill", "preference": "dpo", "reinforcement": "
 """Section → the verb that reads it. Other verbs refuse the section, because they would ignore it."""
 
 
-SHARDING = ("finetune", "pretrain")
+SHARDING = ("finetune", "pretrain", "dpo", "distill")
 """The verbs whose objectives can shard the model."""
 
 

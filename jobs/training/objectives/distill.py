@@ -19,7 +19,7 @@ from cluster.types import Manifest, VersionId
 from jobs.data.rows import Row
 from jobs.training.flops import per_token
 from jobs.training.held_out import answer_tokens, answers_of, summed
-from jobs.training.objectives.finetune import device_of, ready, save_whole, trainable
+from jobs.training.objectives.finetune import device_of, ready, save_whole, stored, trainable
 from jobs.training.objectives.objective import Losses
 from jobs.training.objectives.tokens import NextTokens
 from jobs.training.packed import pack
@@ -27,6 +27,7 @@ from jobs.training.packing import portions
 from jobs.training.precision import computing
 from jobs.training.prune import Size, pruned
 from jobs.training.recipe import Distillation, Recipe
+from jobs.training.sharded import Sharded, passes
 from jobs.training.vocabulary import by_chunks
 
 PLAIN = Distillation(temperature=1)
@@ -48,19 +49,39 @@ class Distilling(NextTokens):
         torch.set_num_threads(config.training.threads_per_worker)
         self.how = recipe.distillation or Distillation()
         registry, id = registry_of(config), settings["student"] or settings["teacher"]
-        teacher = loaded(config, registry, registry.manifest(VersionId.parse(settings["teacher"])))
         self.folder = registry.fetch(registry.manifest(registry.resolve(id).weights), config.home / "cache")
-        size = Size(*settings["size"])
-        student = trainable(recipe, self.folder) if settings["student"] else ready(recipe, smaller_copy(teacher, size))
-        super().__init__(recipe, student, settings["train"], settings["held_out"], device_of(config))
-        self.teacher = frozen(teacher, getattr(torch, recipe.precision), self.device)
+        size, device = Size(*settings["size"]), device_of(config)
+
+        def read() -> Any:
+            return loaded(config, registry, registry.manifest(VersionId.parse(settings["teacher"])))
+
+        teacher = read()
+        if settings["student"]:
+            student, weights = trainable(recipe, self.folder), stored(self.folder, recipe)
+        else:
+            student, weights = ready(recipe, smaller_copy(teacher, size)), lambda: smaller_copy(read(), size).state_dict()
+        super().__init__(recipe, student, settings["train"], settings["held_out"], device, weights)
+        self.teacher = frozen(teacher, getattr(torch, recipe.precision))
         # The teacher runs forward only: half of what per_token counts for frozen weights.
         self.ideal_s_per_token *= 1 + bool(self.how.weight) * per_token(self.teacher) / 2 / per_token(student)
+        self.sharded_teacher = Sharded(self.teacher, lambda: read().state_dict(), None, device) if self.sharded else None
+        self.teacher = None if self.sharded else self.teacher.to(device)
+
+    def form(self, rank: int, world: int) -> None:
+        """Cut the teacher anew too, if the student is sharded."""
+        super().form(rank, world)
+        if self.sharded_teacher:
+            self.teacher = None
+            self.sharded_teacher.form(world)
+            self.sharded_teacher.fill(rank, world)
+            self.teacher = self.sharded_teacher.module
 
     def losses(self, portion: list[Row]) -> Losses:
         if not self.how.weight:
             return super().losses(portion)
-        told, distance = self._summed(portion, lambda own, its, targets: (nats(own, targets), divergence(own, its, self.how)))
+        told, distance = self._summed(
+            portion, lambda own, its, targets: (cross_entropies(own, targets), divergence(own, its, self.how))
+        )
         return Losses((1 - self.how.weight) * told + self.how.weight * self.how.temperature**2 * distance, told)
 
     @torch.no_grad()
@@ -71,15 +92,16 @@ class Distilling(NextTokens):
         the forward KL at the temperature 1. All workers of the process group call this together.
         """
         self.model.eval()
-        mine, device = self.held_out[rank::world], self.device
-        tokens = [len(row.input_ids) for row in mine]
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
-        with computing(self.recipe, device):
-            for portion in portions(range(len(mine)), tokens, self.limit_tokens):
-                sums += self._summed([mine[i] for i in portion], all_three)
+        rows, tokens = self.held_out, [len(row.input_ids) for row in self.held_out]
+        shares = [portions(range(len(rows))[first::world], tokens, self.limit_tokens) for first in range(world)]
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for portion in passes(self.model, shares, rank):
+            with computing(self.recipe, self.device):
+                found = self._summed([rows[i] for i in portion or [0]], all_three)
+            sums += found if portion else 0
         self.model.train()
-        *found, answers = summed([*sums.tolist(), sum(map(answer_tokens, mine))], device)
-        return dict(zip(("eval_loss", "teacher_divergence", "teacher_loss"), (each / answers for each in found), strict=True))
+        nats, answers = summed(sums.tolist(), self.device), sum(map(answer_tokens, rows))
+        return dict(zip(("eval_loss", "teacher_divergence", "teacher_loss"), (each / answers for each in nats), strict=True))
 
     def _summed(self, rows: Sequence[Row], compare: Compare) -> torch.Tensor:
         """What ``compare`` makes of every answer token's logits, summed over the tokens: a tensor of shape (numbers,)."""
@@ -102,10 +124,10 @@ class Distilling(NextTokens):
 
 def all_three(student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What `Distilling.measure` sums up, in its order."""
-    return nats(student, targets), divergence(student, teacher, PLAIN), nats(teacher, targets)
+    return cross_entropies(student, targets), divergence(student, teacher, PLAIN), cross_entropies(teacher, targets)
 
 
-def nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropies(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The cross entropy of each token. Shape (tokens,)."""
     return cross_entropy(logits, targets, reduction="none")
 
@@ -152,8 +174,8 @@ def smaller_copy(teacher: Any, size: Size) -> Any:
     return student
 
 
-def frozen(teacher: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def frozen(teacher: Any, dtype: torch.dtype) -> Any:
     """The teacher as it answers: without dropout, and without gradients."""
     teacher = teacher.to(dtype).eval().requires_grad_(False)
     pack(teacher)
-    return teacher.to(device)
+    return teacher

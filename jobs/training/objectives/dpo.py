@@ -23,11 +23,12 @@ from cluster.errors import Conflict, JobFailed
 from cluster.store.objects import Store
 from jobs.data.pairs import PairRow
 from jobs.training.held_out import answer_losses, answer_tokens
-from jobs.training.objectives.finetune import Tuned, tuned
+from jobs.training.objectives.finetune import Tuned, stored, tuned
 from jobs.training.objectives.objective import Losses, Objective
 from jobs.training.packing import deal, portions
 from jobs.training.precision import computing
 from jobs.training.recipe import Preference, Recipe
+from jobs.training.sharded import passes
 
 REFERENCE = "reference.safetensors"
 """The file of the run with the base's log-probabilities: ``train`` and ``held_out``, of shape (pairs, 2), chosen first, in nats."""
@@ -53,7 +54,8 @@ class PreferenceOptimization(Objective[Judged]):
         self.train, self.held_out = list[PairRow](settings["train"]), list[PairRow](settings["held_out"])
         self.kept = Kept(Store(config.store), settings["run"])
         self.base: Tuned = tuned(config, recipe, settings["base"])
-        super().__init__(recipe, self.base.model, len(self.train), hopeless(self.how), self.base.device)
+        weights = stored(self.base.folder, recipe)
+        super().__init__(recipe, self.base.model, len(self.train), hopeless(self.how), self.base.device, weights)
 
     def examples(self, batch: Sequence[int]) -> list[Judged]:
         return judged([self.train[i] for i in batch], self.kept.read()["train"][batch], self.how)
@@ -83,12 +85,10 @@ class PreferenceOptimization(Objective[Judged]):
         """
         self.model.eval()
         self._refer(rank, world)
-        mine = judged(self.held_out[rank::world], self.kept.read()["held_out"][rank::world], self.how)
-        deltas = torch.zeros(len(mine), device=self.device)
+        deltas = torch.zeros(len(self.held_out))
         if not self.flat.untouched:  # an untouched model would differ from itself by rounding
-            for portion in portions(range(len(mine)), [one.rows.tokens for one in mine], self.limit_tokens):
-                with computing(self.recipe, deltas.device):
-                    deltas[portion] = self._deltas([mine[i] for i in portion])
+            ours, its = self._log_probabilities(self.held_out, rank, world), self.kept.read()["held_out"]
+            deltas = differences(ours, self.held_out, self.how) - differences(its, self.held_out, self.how)
         self.model.train()
         return averages(deltas, self.how)
 
@@ -105,19 +105,21 @@ class PreferenceOptimization(Objective[Judged]):
         if not self.flat.untouched:
             raise self.kept.lost()
         every = [*self.train, *self.held_out]
-        found = self._shared_out(every, rank, world)
+        found = self._log_probabilities(every, rank, world)
         if rank == 0:
             self.kept.write({"train": found[: len(self.train)], "held_out": found[len(self.train) :]})
             print(f"kept the base's log-probabilities of {len(every)} pairs", flush=True)
         dist.barrier()
 
-    def _shared_out(self, pairs: list[PairRow], rank: int, world: int) -> torch.Tensor:
-        """Log-probabilities of shape (pairs, 2). Each worker computes its share, and an all-reduce puts the shares together."""
+    def _log_probabilities(self, pairs: Sequence[PairRow], rank: int, world: int) -> torch.Tensor:
+        """See `log_probabilities`. Each worker computes its share, and an all-reduce puts the shares together."""
         tokens = [pair.tokens for pair in pairs]
+        shares = [portions(share, tokens, self.limit_tokens) for share in deal(tokens, world)]
         found = torch.zeros(len(pairs), 2, device=self.device)
-        for portion in portions(deal(tokens, world)[rank], tokens, self.limit_tokens):
-            with computing(self.recipe, found.device):
-                found[portion] = log_probabilities(self.model, [pairs[i] for i in portion])
+        for portion in passes(self.model, shares, rank):
+            with computing(self.recipe, self.device):
+                each = log_probabilities(self.model, [pairs[i] for i in portion or [0]])
+            found[portion] = each[: len(portion)]
         dist.all_reduce(found)
         return found.cpu()
 
@@ -181,12 +183,13 @@ def hopeless(how: Preference) -> float:
 
 
 def averages(deltas: torch.Tensor, how: Preference) -> dict[str, float]:
-    """What `PreferenceOptimization.measure` returns, of the Δ of all workers' pairs. All workers call this together."""
+    """What `PreferenceOptimization.measure` returns, of the Δ of each pair.
+
+    >>> averages(torch.tensor([2.0, 0.0]), Preference(loss="ipo", beta=0.25))
+    {'eval_loss': 2.0, 'preference_accuracy': 0.75, 'reward_margin': 0.25}
+    """
     right = (deltas > 0).double() + (deltas == 0).double() / 2
-    each = torch.stack([losses(deltas, how).double(), right, how.beta * deltas.double(), torch.ones_like(right)])
-    sums = each.sum(1)
-    dist.all_reduce(sums)
-    loss, accuracy, margin = (sums[:-1] / sums[-1]).tolist()
+    loss, accuracy, margin = (each.double().mean().item() for each in (losses(deltas, how), right, how.beta * deltas))
     return {"eval_loss": loss, "preference_accuracy": accuracy, "reward_margin": margin}
 
 
