@@ -103,7 +103,22 @@ class Options(BaseModel):
         return self.with_files({name: [*map(redact_source, sources)] for name, sources in self.files().items()})
 
 
-class Tuning(Options):
+class Trains(Options):
+    """What every job takes that trains."""
+
+    epochs: float | None = None
+    """How often each example is seen; the recipe's by default."""
+    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
+    """Override a key of the recipe. Repeatable."""
+    workers: Range | None = None
+    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
+    priority: int = 0
+    """Where slots are few, jobs of a higher priority have them first."""
+    resume: Annotated[str, Takes(metavar="RUN")] = ""
+    """Go on with a run that was lost, from its newest checkpoint."""
+
+
+class Tuning(Trains):
     """What every job takes that starts from a version."""
 
     data: File
@@ -116,18 +131,8 @@ class Tuning(Options):
     """Register as the next version of this name; the base's by default."""
     recipe: File
     """The name of a recipe, or the path of a YAML file."""
-    epochs: float | None = None
-    """How often each example is seen; the recipe's by default."""
-    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
-    """Override a key of the recipe. Repeatable."""
-    workers: Range | None = None
-    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
     trainer: Trainer = "elastic"
     """elastic: workers come and go between two steps. ray_train: Ray Train's TorchTrainer, which starts all of them again."""
-    priority: int = 0
-    """Where slots are few, jobs of a higher priority have them first."""
-    resume: Annotated[str, Takes(metavar="RUN")] = ""
-    """Go on with a run that was lost, from its newest checkpoint."""
     publish: bool = False
     """Make the result live."""
 
@@ -150,7 +155,7 @@ class Finetune(Tuning):
         return self
 
 
-class Distill(Options):
+class Distill(Trains):
     verb = "distill"
     about = "Train a small student on what a teacher says, and register it."
 
@@ -172,18 +177,8 @@ class Distill(Options):
     """Register as the next version of this name; the student's by default."""
     recipe: File | None = None
     """distill, or the path of a YAML file; with --by answers full, or one for springtide train."""
-    epochs: float | None = None
-    """How often each example is seen; the recipe's by default."""
-    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
-    """Override a key of the recipe. Repeatable."""
-    workers: Range | None = None
-    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
     trainer: Trainer = "elastic"
     """elastic: workers come and go between two steps. ray_train: Ray Train's TorchTrainer, which starts all of them again."""
-    priority: int = 0
-    """Where slots are few, jobs of a higher priority have them first."""
-    resume: Annotated[str, Takes(metavar="RUN")] = ""
-    """Go on with a run that was lost, from its newest checkpoint."""
     publish: bool = False
     """Make the result live."""
 
@@ -211,7 +206,7 @@ class Dpo(Tuning):
     """dpo, or the path of a YAML file."""
 
 
-class Rl(Options):
+class Rl(Trains):
     verb = "rl"
     about = "Train an adapter on rewards of its own answers, which the pool's replicas give, and register it."
 
@@ -231,14 +226,6 @@ class Rl(Options):
     """How often each prompt is answered; the recipe's by default."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps, instead of --epochs."""
-    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
-    """Override a key of the recipe. Repeatable."""
-    workers: Range | None = None
-    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
-    priority: int = 0
-    """Where slots are few, jobs of a higher priority have them first."""
-    resume: Annotated[str, Takes(metavar="RUN")] = ""
-    """Go on with a run that was lost, from its newest checkpoint."""
     publish: bool = False
     """Make the result live."""
 
@@ -249,7 +236,7 @@ class Rl(Options):
         return self
 
 
-class Pretrain(Options):
+class Pretrain(Trains):
     verb = "pretrain"
     about = "Train a new model on your own text, or the seedling that ships with Springtide, and register it."
 
@@ -277,16 +264,8 @@ class Pretrain(Options):
     """How often the text is seen; the recipe's by default."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps, instead of --epochs; 300 for the seedling."""
-    set: Annotated[list[str], Takes(metavar="KEY=VALUE")] = []
-    """Override a key of the recipe. Repeatable."""
-    workers: Range | None = None
-    """How many workers it may have: 2, or 1-4; the pool's training.min_workers and training.workers by default."""
     trainer: Trainer = "elastic"
     """elastic: workers come and go between two steps. ray_train: Ray Train's TorchTrainer, which starts all of them again."""
-    priority: int = 0
-    """Where slots are few, jobs of a higher priority have them first."""
-    resume: Annotated[str, Takes(metavar="RUN")] = ""
-    """Go on with a run that was lost, from its newest checkpoint."""
     live: bool | None = None
     """Move the alias; by default only if there is none yet."""
 
@@ -424,8 +403,9 @@ class Option(NamedTuple):
 
 
 def options_of(model: type[Options]) -> list[Option]:
+    """What is the verb's own comes first in its help, then what all that train take."""
     found: list[Option] = []
-    for name, field in model.model_fields.items():
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] in Trains.model_fields):
         takes = next((mark for mark in _marks(field.annotation, field.metadata) if isinstance(mark, Takes)), Takes())
         plain = _plain(field.annotation)
         default = (

@@ -22,10 +22,11 @@ from cluster.types import Manifest, check_name
 from jobs import answers, main, reach, sources
 from jobs.data import chat
 from jobs.data.chat import Dataset, Example
+from jobs.data.rows import Row
 from jobs.record import JobRecord, record
 from jobs.release import release
 from jobs.training import recipe
-from jobs.training.base import Base, Divided, divided, opened, resolve
+from jobs.training.base import EXAMPLES, Base, Divided, divided, opened, resolve
 
 COMPARED = 100
 """Examples on which the tokenizers of teacher and student are compared."""
@@ -44,7 +45,7 @@ class Plan(NamedTuple):
     dataset: Dataset
     held_out: list[Example] | None
     """The examples of --eval-data."""
-    data: Divided | None
+    data: Divided[Row] | None
     """None where the teacher answers the prompts first."""
 
     @property
@@ -105,7 +106,7 @@ def prepare(config: Config, registry: Registry, options: Distill) -> Plan:
     base = opened_pair(config, registry, teacher, student, chosen, dataset.examples)
     if student is None:
         check_prunes(config, registry, base.manifest, size)
-    return Plan(teacher, student, size, base, dataset, held_out, divided(base, dataset, held_out))
+    return Plan(teacher, student, size, base, dataset, held_out, divided(base, EXAMPLES, dataset.examples, held_out))
 
 
 def chosen_recipe(options: Distill, fetch: sources.Fetch) -> recipe.Recipe:
@@ -160,14 +161,16 @@ def check_prunes(config: Config, registry: Registry, teacher: Manifest, size: tu
 # with Ray
 
 
-def taught(registry: Registry, plan: Plan, run: str, job: JobRecord) -> Divided:
+def taught(registry: Registry, plan: Plan, run: str, job: JobRecord) -> Divided[Row]:
     """The data with the teacher's answers in the place of its own."""
     pool = Client(endpoint.find())
     examples = answers.answered(pool, registry.store, run, plan.teacher.id, plan.dataset.examples, job.note)
-    return divided(plan.base, plan.dataset._replace(examples=examples), plan.held_out)
+    return divided(plan.base, EXAMPLES, examples, plan.held_out)
 
 
-def train(config: Config, registry: Registry, plan: Plan, data: Divided, run: str, options: Distill, job: JobRecord) -> Manifest:
+def train(
+    config: Config, registry: Registry, plan: Plan, data: Divided[Row], run: str, options: Distill, job: JobRecord
+) -> Manifest:
     """Train the student as planned, and register it."""
     from jobs.training.launch import Learning, trained
     from jobs.training.objectives.distill import Distilling

@@ -1,15 +1,17 @@
 """What a run starts from: a version of weights, its tokenizer, and the recipe with what this model leaves no choice about."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple
 
 from cluster.config import Config, Fleet
 from cluster.errors import ConfigError
 from cluster.store.fleets import FleetRecords
 from cluster.store.registry import Registry
 from cluster.types import Manifest
-from jobs.data import rows
+from jobs import sources
+from jobs.data import chat, pairs, rows
 from jobs.data.chat import Dataset, Example
-from jobs.data.rows import Row
+from jobs.data.rows import Made, Source, Tokenized
 from jobs.training.recipe import Recipe
 
 
@@ -22,13 +24,31 @@ class Base(NamedTuple):
     """Longer examples are left out."""
 
 
-class Divided(NamedTuple):
+class Lines(NamedTuple, Generic[Source, Made]):
+    """What the lines of a data file are, and how they are read."""
+
+    name: str
+    """In messages."""
+    read: Callable[[str, sources.Fetch], Dataset[Source]]
+    tokenize: Callable[[Sequence[Source], Any, int], Tokenized[Source, Made]]
+    """See `jobs.data.rows.tokenize`."""
+    described: Callable[[Sequence[Made], Sequence[Made], Sequence[int], int], str]
+    """See `jobs.data.rows.described`."""
+    example: Callable[[Source], Example]
+    """What the gate compares the loss on."""
+
+
+EXAMPLES = Lines("examples", chat.read, rows.tokenize, rows.described, lambda example: example)
+PAIRS = Lines("pairs", pairs.read, pairs.tokenize, pairs.described, lambda pair: pair.chosen)
+
+
+class Divided(NamedTuple, Generic[Made]):
     """A dataset in a base's tokens."""
 
-    train: list[Row]
-    held_out: list[Row]
+    train: list[Made]
+    held_out: list[Made]
     held_out_examples: list[Example]
-    """The held-out examples before they were tokenised."""
+    """The held-out examples before they were tokenised; of pairs, the preferred answers."""
 
 
 def check_fits(chosen: Recipe, config: Config, registry: Registry, base: str) -> None:
@@ -84,19 +104,19 @@ def opened(config: Config, registry: Registry, manifest: Manifest, chosen: Recip
     return Base(manifest, tokenizer, resolved, resolved.max_tokens or shape.max_position_embeddings)
 
 
-def divided(base: Base, dataset: Dataset[Example], held_out: list[Example] | None) -> Divided:
+def divided(base: Base, lines: Lines[Source, Made], data: Sequence[Source], held_out: Sequence[Source] | None) -> Divided[Made]:
     """Tokenise a dataset and hold a part of it out, or take all of it where ``held_out`` has other examples. Prints how much that is.
 
     Raises `DataError` where nothing fits, or where the base's chat template refuses an example.
     """
     limit, recipe = base.limit_tokens, base.recipe
     # What is too long is left out before anything is held out, so that the held-out fraction is of what is learnt.
-    learnt = rows.tokenize(dataset.examples, base.tokenizer, limit)
+    learnt = lines.tokenize(data, base.tokenizer, limit)
     if held_out is None:
         kept, measured = learnt.parted(recipe.held_out_fraction, recipe.seed)
     else:
-        kept, measured = learnt, rows.tokenize(held_out, base.tokenizer, limit)
-    print(rows.described(kept.rows, measured.rows, learnt.too_long, limit))
+        kept, measured = learnt, lines.tokenize(held_out, base.tokenizer, limit)
+    print(lines.described(kept.rows, measured.rows, learnt.too_long, limit))
     if measured.too_long:
-        print(f"{len(measured.too_long)} examples of --eval-data left out, longer than {limit:,} tokens")
-    return Divided(kept.rows, measured.rows, measured.examples)
+        print(f"{len(measured.too_long)} {lines.name} of --eval-data left out, longer than {limit:,} tokens")
+    return Divided(kept.rows, measured.rows, [lines.example(one) for one in measured.examples])
