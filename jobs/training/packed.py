@@ -9,9 +9,12 @@ losses. So `pack` compares the losses with those of the model's own attention, b
 """
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -19,7 +22,7 @@ from jobs.training.vocabulary import ends_in_head
 
 SEGMENTS = "segments"
 TRIED_TOKENS = 7, 40, 19
-"""Lengths of the examples by which `pack` compares."""
+"""Lengths of the examples by which attentions are compared."""
 UNKNOWN = "softcap", "s_aux", "position_bias"
 """What some architectures ask of an attention function."""
 ALIKE = 0.03
@@ -62,19 +65,62 @@ def attend(
     """
     if attention_mask is not None or query.shape[0] != 1 or any(more.get(key) is not None for key in UNKNOWN):
         raise ValueError("this attention takes one row, without masks, soft caps and sinks")
+    ends = segment_ends or [query.shape[2]]
+    if not dropout and _flash_agrees(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device):
+        return _flash(query, key, value, ends, scaling, sliding_window), None
+    return _one_by_one(query, key, value, ends, scaling, sliding_window, dropout), None
+
+
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ends: list[int],
+    scale: float | None,
+    width: int | None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
     parts: list[torch.Tensor] = []
-    first = 0
-    for end in segment_ends or [query.shape[2]]:
+    for first, end in pairwise([0, *ends]):
         q, k, v = (tensor[:, :, first:end] for tensor in (query, key, value))
-        window = _window(end - first, sliding_window, query.device)
+        window = _window(end - first, width, query.device)
         parts.append(
             scaled_dot_product_attention(
-                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
+                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scale, enable_gqa=grouped
             )
         )
-        first = end
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: list[int], scale: float | None, width: int | None
+) -> torch.Tensor:
+    """The same by one kernel for all examples, FlashAttention (Dao et al. 2022, 2023). It is for GPUs, and has not run on one yet."""
+    bounds = torch.tensor([0, *ends], dtype=torch.int32, device=query.device)
+    longest = max(end - first for first, end in pairwise([0, *ends]))
+    window = (width - 1 if width else -1, 0)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    grouped = query.shape[1] != key.shape[1]
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=grouped)[None]
+
+
+@cache
+@torch.no_grad()
+def _flash_agrees(heads: int, key_heads: int, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `_flash` computes what `_one_by_one` does, tried once for each kind of attention. Without a GPU, and in float32, it does not."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    ends, tried = list(accumulate(TRIED_TOKENS)), torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, count, ends[-1], width, dtype=dtype, device=device, generator=tried)
+        for count in (heads, key_heads, key_heads)
+    )
+    try:
+        found = [(_flash(q, k, v, ends, None, window), _one_by_one(q, k, v, ends, None, window)) for window in (None, 16)]
+    except (RuntimeError, NotImplementedError):  # a width or a GPU that the kernel does not know
+        return False
+    return all(torch.allclose(one, other, rtol=ALIKE, atol=ALIKE) for one, other in found)
 
 
 def _window(tokens: int, width: int | None, device: torch.device) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from transformers import (
 
 from cluster.publishing.gate import token_mean
 from jobs.data.rows import Row
+from jobs.training import packed as packing
 from jobs.training import vocabulary
 from jobs.training.held_out import answer_losses, answer_tokens, held_out_loss, measured
 from jobs.training.packed import is_packed, pack
@@ -148,6 +149,47 @@ def test_a_sliding_window_ends_within_an_example(window: int) -> None:
     alone = measured(model, ROWS, 1)
     assert pack(model)
     assert [one.nats for one in measured(model, ROWS, 100)] == pytest.approx([one.nats for one in alone], rel=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("ends", [[3, 12, 13], [13]])
+def test_the_kernel_for_gpus_is_asked_for_the_same_attention(
+    monkeypatch: pytest.MonkeyPatch, window: Any, ends: list[int]
+) -> None:
+    """There is no GPU here. So a plain function stands in, which does what PyTorch's documentation says of `varlen_attn`."""
+    monkeypatch.setattr(packing, "varlen_attn", documented)
+    q, k, v = (torch.randn(1, heads, 13, 8) for heads in (4, 2, 2))
+    wanted = packing.attend(torch.nn.Module(), q, k, v, None, scaling=0.3, segment_ends=ends, sliding_window=window)[0]
+    monkeypatch.setattr(packing, "_flash_agrees", lambda *kind: True)
+    found = packing.attend(torch.nn.Module(), q, k, v, None, scaling=0.3, segment_ends=ends, sliding_window=window)[0]
+    assert found.shape == wanted.shape == (1, 13, 4, 8) and torch.allclose(found, wanted, atol=1e-6)
+
+
+def documented(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """Shape (tokens, heads, width), as all that it takes. ``window_size``: how far a token looks back and ahead; -1 for all."""
+    back, ahead = window_size
+    assert ahead == 0 and enable_gqa and cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == cu_seq_q.diff().max()
+    made = torch.zeros_like(query)
+    for at in range(len(query)):
+        first = max(start for start in cu_seq_q.tolist() if start <= at)
+        first = first if back < 0 else max(first, at - back)
+        for head in range(query.shape[1]):
+            keys, values = (each[first : at + 1, head // 2] for each in (key, value))
+            made[at, head] = (keys @ query[at, head] * scale).softmax(0) @ values
+    return made
 
 
 @torch.no_grad()
