@@ -68,14 +68,16 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
     named = listed(options.data)
     registry.store.check_writable()
     reach(config)
-    from jobs.training import ray_train
+    from jobs.training import kernels, ray_train
     from jobs.training.launch import Learning, begun, trained
     from jobs.training.objectives.pretrain import Pretraining
 
+    kernels.check(chosen, config.pool.accelerator == "gpu")
     ray_train.connect()
     asked = options.model_dump(mode="json", exclude={"live", "priority", "resume", "workers", "trainer"})
     name = begun(registry, options.resume, {**asked, "recipe": chosen.model_dump()}, job)
     corpus, shape = read(config, registry, options, named, name, job)
+    kernels.check(chosen, config.pool.accelerator == "gpu", shape.config.get_text_config().model_type)
     length = shape.context_tokens
     parts = divided(blocks_of(corpus.tokens, length), length, chosen)
     resolved = for_text(chosen, shape.hidden_size, len(parts.train), options.steps, config)

@@ -89,15 +89,18 @@ def resolve(registry: Registry, base: str) -> Manifest:
 
 
 def opened(config: Config, registry: Registry, manifest: Manifest, chosen: Recipe) -> Base:
-    """Read a version's settings and tokenizer, and resolve the recipe for it. Raises `ConfigError` where it is no chat model."""
+    """Read a version's settings and tokenizer, and resolve the recipe for it. Raises `ConfigError` where it is no chat model, or where the
+    recipe asks for kernels that are not there."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from jobs.training import precision
+    from jobs.training import kernels, precision
 
     folder = registry.files.fetch_settings(manifest, config.home / "cache")
     shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     resolved = chosen.resolved(shape.hidden_size, shape.max_position_embeddings)
-    resolved = precision.resolve(resolved, config.pool.accelerator == "gpu", shape.hidden_size)
+    gpu = config.pool.accelerator == "gpu"
+    kernels.check(chosen, gpu, shape.model_type)
+    resolved = precision.resolve(resolved, gpu, shape.hidden_size)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.chat_template is None:
         raise ConfigError(f"{manifest.id} has no chat template.", "Use a chat model as the base.", param="base")

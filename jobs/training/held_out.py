@@ -75,11 +75,10 @@ def answers_of(model: Any, rows: Sequence[Row]) -> Answers:
 
 def _packed(model: Any, rows: Sequence[Row]) -> Answers:
     row = Segments.of([row.input_ids for row in rows], next(model.parameters()).device)
-    firsts = [0, *row.ends[:-1]]
     # The model's last layer is the widest: it runs only where the next token is one of an answer.
     asked = [
         (first + at - 1, number)
-        for number, (first, one) in enumerate(zip(firsts, rows, strict=True))
+        for number, (first, one) in enumerate(zip(row.bounds[:-1].tolist(), rows, strict=True))
         for at in range(max(1, one.prompt_tokens), len(one.input_ids))
     ]
     at, owner = torch.tensor(asked, device=row.input_ids.device).T
@@ -89,7 +88,7 @@ def _packed(model: Any, rows: Sequence[Row]) -> Answers:
         position_ids=row.position_ids,
         use_cache=False,  # with a cache transformers would take the row for one text
         logits_to_keep=at,
-        segment_ends=row.ends,
+        segment_bounds=row.bounds,
     )
     return Answers(found.states[0], found.head, row.input_ids[0, at + 1], owner, chunk_tokens(model))
 

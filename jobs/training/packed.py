@@ -2,7 +2,7 @@
 
 A row holds the examples one after the other, each with positions from 0. `attend` is given to transformers under the name `SEGMENTS`: it runs
 causal attention over each example alone, so it takes time for the squares of the examples' lengths, and no mask. Example: for examples of 3 and
-2 tokens, the row has 5 tokens, the positions 0 1 2 0 1, and the ends 3 and 5.
+2 tokens, the row has 5 tokens, the positions 0 1 2 0 1, and the bounds 0 3 5.
 
 An architecture that looks back in another way than by this attention (a state-space layer, a convolution, soft caps, sinks) would get other
 losses. So `pack` compares the losses with those of the model's own attention, before a run relies on it.
@@ -36,17 +36,18 @@ class Segments(NamedTuple):
     """Shape (1, tokens)."""
     position_ids: torch.Tensor
     """Shape (1, tokens)."""
-    ends: list[int]
-    """Where each example ends in the row."""
+    bounds: torch.Tensor
+    """Where each example begins in the row, and where the last one ends. Shape (examples + 1,), in the host's memory."""
 
     @classmethod
     def of(cls, examples: Sequence[Sequence[int]], device: torch.device) -> "Segments":
         ids = torch.tensor([[token for example in examples for token in example]], device=device)
         positions = torch.tensor([[at for example in examples for at in range(len(example))]], device=device)
-        ends = torch.tensor([len(example) for example in examples]).cumsum(0).tolist()
-        return cls(ids, positions, ends)
+        bounds = torch.tensor([0, *(len(example) for example in examples)], dtype=torch.int32)
+        return cls(ids, positions, bounds.cumsum(0, dtype=torch.int32))
 
 
+@torch.compiler.disable(reason="its loop has as many turns as there are examples")
 def attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -55,34 +56,34 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    segment_ends: list[int] | None = None,
+    segment_bounds: torch.Tensor | None = None,
     sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function. ``query``: shape (1, heads, tokens, width); ``key`` and ``value`` may have fewer heads.
 
-    Returns a tensor of shape (1, tokens, heads, width). Without ``segment_ends`` the row is one example.
+    Returns a tensor of shape (1, tokens, heads, width). Without ``segment_bounds`` the row is one example.
     """
     if attention_mask is not None or query.shape[0] != 1 or any(more.get(key) is not None for key in UNKNOWN):
         raise ValueError("this attention takes one row, without masks, soft caps and sinks")
-    ends = segment_ends or [query.shape[2]]
+    bounds = [0, query.shape[2]] if segment_bounds is None else segment_bounds.tolist()
     if not dropout and _flash_agrees(query.shape[1], key.shape[1], query.shape[3], query.dtype, query.device):
-        return _flash(query, key, value, ends, scaling, sliding_window), None
-    return _one_by_one(query, key, value, ends, scaling, sliding_window, dropout), None
+        return _flash(query, key, value, bounds, scaling, sliding_window), None
+    return _one_by_one(query, key, value, bounds, scaling, sliding_window, dropout), None
 
 
 def _one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    ends: list[int],
+    bounds: list[int],
     scale: float | None,
     width: int | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
     parts: list[torch.Tensor] = []
-    for first, end in pairwise([0, *ends]):
+    for first, end in pairwise(bounds):
         q, k, v = (tensor[:, :, first:end] for tensor in (query, key, value))
         window = _window(end - first, width, query.device)
         parts.append(
@@ -94,15 +95,16 @@ def _one_by_one(
 
 
 def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: list[int], scale: float | None, width: int | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: list[int], scale: float | None, width: int | None
 ) -> torch.Tensor:
     """The same by one kernel for all examples, FlashAttention (Dao et al. 2022, 2023). It is for GPUs, and has not run on one yet."""
-    bounds = torch.tensor([0, *ends], dtype=torch.int32, device=query.device)
-    longest = max(end - first for first, end in pairwise([0, *ends]))
+    starts = torch.tensor(bounds, dtype=torch.int32, device=query.device)
+    longest = max(end - first for first, end in pairwise(bounds))
     window = (width - 1 if width else -1, 0)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    return varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, enable_gqa=grouped)[None]
+    found: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=window, enable_gqa=grouped)
+    return found[None]
 
 
 @cache
@@ -111,13 +113,13 @@ def _flash_agrees(heads: int, key_heads: int, width: int, dtype: torch.dtype, de
     """Whether `_flash` computes what `_one_by_one` does, tried once for each kind of attention. Without a GPU, and in float32, it does not."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    ends, tried = list(accumulate(TRIED_TOKENS)), torch.Generator(device).manual_seed(0)
+    bounds, tried = list(accumulate(TRIED_TOKENS, initial=0)), torch.Generator(device).manual_seed(0)
     q, k, v = (
-        torch.randn(1, count, ends[-1], width, dtype=dtype, device=device, generator=tried)
+        torch.randn(1, count, bounds[-1], width, dtype=dtype, device=device, generator=tried)
         for count in (heads, key_heads, key_heads)
     )
     try:
-        found = [(_flash(q, k, v, ends, None, window), _one_by_one(q, k, v, ends, None, window)) for window in (None, 16)]
+        found = [(_flash(q, k, v, bounds, None, window), _one_by_one(q, k, v, bounds, None, window)) for window in (None, 16)]
     except (RuntimeError, NotImplementedError):  # a width or a GPU that the kernel does not know
         return False
     return all(torch.allclose(one, other, rtol=ALIKE, atol=ALIKE) for one, other in found)
@@ -155,7 +157,7 @@ def pack(model: Any) -> bool:
     try:
         model.set_attn_implementation(SEGMENTS)
         row = Segments.of(examples, device)
-        logits = model(row.input_ids, position_ids=row.position_ids, use_cache=False, segment_ends=row.ends).logits[0]
+        logits = model(row.input_ids, position_ids=row.position_ids, use_cache=False, segment_bounds=row.bounds).logits[0]
         packed = [_losses(part, ids) for part, ids in zip(logits.split([*map(len, examples)]), examples, strict=True)]
         model.takes_segments = all(torch.allclose(a, b, rtol=ALIKE, atol=ALIKE) for a, b in zip(alone, packed, strict=True))
     except (TypeError, ValueError, RuntimeError, NotImplementedError):  # the architecture asks for more than this attention has

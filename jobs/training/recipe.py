@@ -115,10 +115,20 @@ class Recipe(Section):
     take the last weights."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This takes less memory and more time."""
+    compile: bool = False
+    """Compile the decoder layers with PyTorch's compiler. On processors the first step takes minutes more."""
+    kernels: Literal["none", "liger"] = "none"
+    """liger: layers of the package liger-kernel, for GPUs."""
     seed: int = 0
     distillation: Distillation | None = None
     preference: Preference | None = None
     reinforcement: Reinforcement | None = None
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.compile and self.sharding != "none":
+            raise ValueError("compile: true and sharding exclude each other")
+        return self
 
     def resolved(self, hidden_size: int, context_tokens: int) -> "Recipe":
         """The recipe with the learning rate and the token limit for this model.
@@ -173,8 +183,9 @@ def load(
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         known = ", ".join(Recipe.model_fields)
+        where, what = f"{key}: " if key else "", first["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f"The recipe {sources.title(name)} is not valid: {key}: {first['msg']}.", f"Keys are: {known}.", param=key
+            f"The recipe {sources.title(name)} is not valid: {where}{what}.", f"Keys are: {known}.", param=key or None
         ) from error
 
 

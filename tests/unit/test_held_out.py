@@ -96,8 +96,9 @@ def test_logits_by_chunks_have_the_losses_and_gradients_of_whole_ones(
     losses, gradient = found()
     monkeypatch.setattr(vocabulary, "CHUNK_NUMBERS", 64 * tokens)
     some, other = found()
+    rounding = 1e-5 if precision == torch.float32 else 2e-2
     assert torch.equal(some, losses)
-    assert torch.allclose(other, gradient, rtol=1e-4, atol=1e-6 if precision == torch.float32 else 2e-3) and gradient.any()
+    assert torch.allclose(other, gradient, rtol=rounding, atol=rounding * gradient.abs().max().item()) and gradient.any()
 
 
 def test_an_output_layer_that_something_follows_gives_its_logits_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,16 +153,20 @@ def test_a_sliding_window_ends_within_an_example(window: int) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("ends", [[3, 12, 13], [13]])
+@pytest.mark.parametrize("bounds", [[0, 3, 12, 13], [0, 13]])
 def test_the_kernel_for_gpus_is_asked_for_the_same_attention(
-    monkeypatch: pytest.MonkeyPatch, window: Any, ends: list[int]
+    monkeypatch: pytest.MonkeyPatch, window: Any, bounds: list[int]
 ) -> None:
     """There is no GPU here. So a plain function stands in, which does what PyTorch's documentation says of `varlen_attn`."""
     monkeypatch.setattr(packing, "varlen_attn", documented)
     q, k, v = (torch.randn(1, heads, 13, 8) for heads in (4, 2, 2))
-    wanted = packing.attend(torch.nn.Module(), q, k, v, None, scaling=0.3, segment_ends=ends, sliding_window=window)[0]
+    wanted = packing.attend(
+        torch.nn.Module(), q, k, v, None, scaling=0.3, segment_bounds=torch.tensor(bounds), sliding_window=window
+    )[0]
     monkeypatch.setattr(packing, "_flash_agrees", lambda *kind: True)
-    found = packing.attend(torch.nn.Module(), q, k, v, None, scaling=0.3, segment_ends=ends, sliding_window=window)[0]
+    found = packing.attend(
+        torch.nn.Module(), q, k, v, None, scaling=0.3, segment_bounds=torch.tensor(bounds), sliding_window=window
+    )[0]
     assert found.shape == wanted.shape == (1, 13, 4, 8) and torch.allclose(found, wanted, atol=1e-6)
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from jobs.training.flat import FlatParameters
 from jobs.training.flops import peak_per_s, per_token
+from jobs.training.kernels import choose
 from jobs.training.packing import deal, portions
 from jobs.training.precision import compute_dtype, computing
 from jobs.training.recipe import Recipe, schedule
@@ -41,6 +42,7 @@ class Objective(ABC, Generic[One]):
         shape = model.config.get_text_config()
         peak = peak_per_s(device, getattr(torch, recipe.precision), shape.hidden_size)
         self.ideal_s_per_token = per_token(model) / peak if peak else 0.0
+        choose(recipe, model)
         self.sharded = Sharded(model, weights, compute_dtype(recipe), device) if weights and recipe.sharding == "fsdp" else None
         self.model: Any = model if self.sharded else model.to(device)
         if self.slices is None:
