@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+ESTIMATED_STEPS = 5, 10
+"""After so many steps of a process group it says how long the run will take, by those between. The first ones are slower than the others."""
+
 
 class Progress(NamedTuple):
     """A run between two steps. `jobs.training.driver.fit` passes it to ``watch`` at most once a second."""
@@ -72,7 +75,11 @@ class Meter(NamedTuple):
 
 
 class ProgressPrinter:
-    """Prints ``progress stage=… step=12/100 …`` on rank 0: at most one line per ``every_s`` seconds, but always the first step and the last."""
+    """Prints ``progress stage=… step=12/100 …`` on rank 0: at most one line per ``every_s`` seconds, but always the first step and the last.
+
+    It also says once how long the run will take, see `left`. Before the first step nobody knows: how much of a processor's peak a run gets depends on
+    the model, and on what else the machine does.
+    """
 
     def __init__(
         self,
@@ -89,16 +96,32 @@ class ProgressPrinter:
         self.every_s = every_s
         self.meter = Meter(0, step, tokens, time.monotonic())
         self.printed_s = float("-inf")
+        self.estimated_from_s = self.meter.began_s
         self.first = rank == 0
 
     def __call__(self, step: int, steps: int, loss: float, tokens: int) -> None:
         """Note that ``step`` of ``steps`` is done, with this ``loss`` in nats per token. ``tokens`` counts from the start of the run."""
-        now_s = time.monotonic()
+        now_s, done = time.monotonic(), step - self.meter.step
+        if done == ESTIMATED_STEPS[0]:
+            self.estimated_from_s = now_s
+        if self.first and done == ESTIMATED_STEPS[1] and step < steps:
+            print(left(steps - step, (now_s - self.estimated_from_s) / (ESTIMATED_STEPS[1] - ESTIMATED_STEPS[0])), flush=True)
         if self.first and (now_s - self.printed_s >= self.every_s or step == steps):
             self.printed_s = now_s
             at = self.meter.progress(step, steps, loss, tokens, self.workers, now_s)
             print(line(self.stage, at), flush=True)
             self.tell(at)
+
+
+def left(steps: int, step_s: float) -> str:
+    """How long so many steps take, in words.
+
+    >>> left(400, 0.5), left(400, 0.01), left(40000, 0.5)
+    ('about 3 min left for 400 steps', 'about 4 s left for 400 steps', 'about 5.6 h left for 40,000 steps')
+    """
+    seconds = steps * step_s
+    words = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"about {words} left for {steps:,} steps"
 
 
 def line(stage: str, at: Progress) -> str:
