@@ -2,14 +2,16 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cluster.config import Config
 from cluster.errors import BadRequest
 from cluster.store.objects import Store
 from cluster.types import check_name
+from jobs.training.recipe import Recipe
 from jobs.training.worker import RESULT
 
 ABOUT = "about.json"
@@ -38,13 +40,20 @@ def resume(store: Store, name: str, inputs: dict[str, Any]) -> str:
     return name
 
 
-def _known(value: Any) -> Any:
-    """Plain JSON without what is null: a release that adds a section to recipes does not make another run of the same inputs.
+def _known(value: Any, defaults: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Plain JSON without what is null, and without what the recipe has by default: a release that adds a key to recipes does not make another run
+    of the same inputs.
 
-    >>> _known({"recipe": {"epochs": 3, "distillation": None}})
-    {'recipe': {'epochs': 3}}
+    >>> _known({"data": "0fe1", "recipe": {"epochs": 2.5, "compile": False, "distillation": None}})
+    {'data': '0fe1', 'recipe': {'epochs': 2.5}}
     """
-    return {key: _known(each) for key, each in value.items() if each is not None} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    given = {key: each for key, each in value.items() if each is not None and each != defaults.get(key)}
+    return {
+        key: _known(each, Recipe.model_validate({}).model_dump(mode="json") if key == "recipe" else {})
+        for key, each in given.items()
+    }
 
 
 @contextlib.contextmanager
