@@ -108,7 +108,8 @@ def held_out_loss(model: Any, rows: Sequence[Row], micro_batch_tokens: int, rank
     """The token mean over all rows, in nats per token, the same on every worker.
 
     All workers of a process group call this together. Each measures its share, and an all-reduce adds the shares up. Example: one worker finds
-    30 nats on 10 tokens, the other 10 nats on 10 tokens; both return 2.0. Raises `RuntimeError` if another worker dies meanwhile.
+    30 nats on 10 tokens, the other 10 nats on 10 tokens; both return 2.0. All processes of a worker count, which does not change the mean.
+    Raises `RuntimeError` if another worker dies meanwhile.
     """
     tokens = [len(row.input_ids) for row in rows]
     shares = [portions(range(len(rows))[first::world], tokens, micro_batch_tokens) for first in range(world)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from cluster.config import Section, from_pairs, merge
 from cluster.errors import ConfigError, DataError
@@ -79,6 +79,34 @@ class Reinforcement(Section):
     """The weight of the divergence from the base. 0 saves a forward pass."""
 
 
+class Sharding(Section):
+    """How the workers of a run, and the processes of a worker, divide the model. A word is short for the ``weights``; ``none`` is ``whole``."""
+
+    weights: Literal["whole", "fsdp", "auto"] = "whole"
+    """whole: each worker has all of the model. fsdp: each has a slice of it only, see `jobs.training.sharded`. auto: whole where there is room, see
+    `jobs.training.fit`."""
+    tensor: int = Field(default=1, ge=1)
+    """Processes of a worker, each of which has a part of every layer and a slot, see `jobs.training.tensor_parallel`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def word(cls, value: Any) -> Any:
+        return {"weights": "whole" if value == "none" else value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        if self.tensor > 1 and self.weights != "whole":
+            raise ValueError(f"tensor {self.tensor} and weights {self.weights} do not go together; choose one of them")
+        return self
+
+    @model_serializer
+    def short(self) -> str | dict[str, Any]:
+        """As runs have it that began before this was a section: they can be resumed."""
+        if self.tensor == 1:
+            return "none" if self.weights == "whole" else self.weights
+        return {"tensor": self.tensor}
+
+
 OBJECTIVES = {"distillation": "distill", "preference": "dpo", "reinforcement": "rl"}
 """Section → the verb that reads it. Other verbs refuse the section, because they would ignore it."""
 
@@ -100,8 +128,7 @@ class Recipe(Section):
     portions."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; what is trained is in float32 in any case. auto: bfloat16 on GPUs, and on processors where it is faster."""
-    sharding: Literal["none", "fsdp"] = "none"
-    """fsdp: each worker has a slice of the model only, see `jobs.training.sharded`. none: each has all of it."""
+    sharding: Sharding = Sharding()
     max_tokens: int | None = Field(None, ge=8)
     """Longer examples are left out. None: the context length of the model."""
     schedule: Shape = "cosine"
@@ -165,10 +192,8 @@ def load(
             values[section] = values.get(section) or {}
         elif values.get(section) is not None:
             raise ConfigError(f"{section} is for springtide {whose} alone.", "Remove it from the recipe.", param=section)
-    if values.get("sharding", "none") != "none" and verb not in SHARDING:
-        raise ConfigError(f"springtide {verb} does not shard its model.", "Remove sharding from the recipe.", param="sharding")
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -176,6 +201,9 @@ def load(
         raise ConfigError(
             f"The recipe {sources.title(name)} is not valid: {key}: {first['msg']}.", f"Keys are: {known}.", param=key
         ) from error
+    if recipe.sharding != Sharding() and verb not in SHARDING:
+        raise ConfigError(f"springtide {verb} does not shard its model.", "Remove sharding from the recipe.", param="sharding")
+    return recipe
 
 
 def _yaml(name: str, read: Callable[[], bytes]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from jobs.training.schedule import Schedule
 from jobs.training.sharded import Sharded
+from jobs.training.tensor_parallel import TensorParallel
 
 HELD_OUT = "eval_loss"
 """What every `Work` measures: its own loss on held-out data, in nats per token where it learns tokens. It decides which weights are the best."""
@@ -58,6 +59,11 @@ class Work(Protocol):
     @property
     def slices(self) -> Sharded | None:
         """The model, if each worker has only its slices of what is trained."""
+        ...
+
+    @property
+    def parallel(self) -> TensorParallel | None:
+        """The part of the model that this process has, if a worker has several processes."""
         ...
 
     def form(self, rank: int, world: int) -> None:
