@@ -69,15 +69,19 @@ def resolve(registry: Registry, base: str) -> Manifest:
 
 
 def opened(config: Config, registry: Registry, manifest: Manifest, chosen: Recipe) -> Base:
-    """Read a version's settings and tokenizer, and resolve the recipe for it. Raises `ConfigError` where it is no chat model."""
+    """Read a version's settings and tokenizer, and resolve the recipe for it. Raises `ConfigError` where it is no chat model, or cannot be
+    sharded as the recipe says."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from jobs.training import precision
+    from jobs.training import fit, precision, tensor_parallel
 
     folder = registry.files.fetch_settings(manifest, config.home / "cache")
-    shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    tensor_parallel.check(model_config, chosen.sharding.tensor)
+    shape = model_config.get_text_config()
     resolved = chosen.resolved(shape.hidden_size, shape.max_position_embeddings)
     resolved = precision.resolve(resolved, config.pool.accelerator == "gpu", shape.hidden_size)
+    resolved = fit.resolve(resolved, config, model_config)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.chat_template is None:
         raise ConfigError(f"{manifest.id} has no chat template.", "Use a chat model as the base.", param="base")
