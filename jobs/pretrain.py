@@ -100,7 +100,7 @@ def read(
     config: Config, registry: Registry, options: Pretrain, chosen: recipe.Recipe, named: list[str], run: str, job: JobRecord
 ) -> "tuple[Corpus, Shape]":
     """The run's text and its model's shape, from the sources, or from the store where a resumed run has left them there."""
-    from jobs.training import corpus, tensor_parallel
+    from jobs.training import corpus, pipeline_parallel, tensor_parallel
     from jobs.training.shape import Shape, shaped
 
     if found := corpus.stored(registry.store, run):
@@ -114,6 +114,7 @@ def read(
             tokenizer = corpus.learnt_tokenizer(named, fetch, options.vocabulary, context_tokens)
         shape = shaped(options, tokenizer, context_tokens, fetch)
         tensor_parallel.check(shape.config, chosen.sharding.tensor)
+        pipeline_parallel.check(shape.config, chosen.sharding.pipeline)
         tokens = corpus.tokenised(named, fetch, tokenizer, job.note)
         return corpus.write(registry.store, run, shape.config, tokenizer, tokens), shape
     except BadRequest:  # there is nothing to resume

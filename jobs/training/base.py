@@ -73,11 +73,12 @@ def opened(config: Config, registry: Registry, manifest: Manifest, chosen: Recip
     sharded as the recipe says."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from jobs.training import fit, precision, tensor_parallel
+    from jobs.training import fit, pipeline_parallel, precision, tensor_parallel
 
     folder = registry.files.fetch_settings(manifest, config.home / "cache")
     model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     tensor_parallel.check(model_config, chosen.sharding.tensor)
+    pipeline_parallel.check(model_config, chosen.sharding.pipeline)
     shape = model_config.get_text_config()
     resolved = chosen.resolved(shape.hidden_size, shape.max_position_embeddings)
     resolved = precision.resolve(resolved, config.pool.accelerator == "gpu", shape.hidden_size)

@@ -75,7 +75,7 @@ def fit(
 
     ``name``: from `runs.begin` or `runs.resume`. ``settings["stage"]`` names the run in its progress lines; by default it is the first part of
     the name. The ``listener`` is called in this thread, and so is ``check``, ten times a second: what it raises ends the run. ``parts``: processes
-    of a worker, see `jobs.training.tensor_parallel`.
+    of a worker, see `jobs.training.parts`.
 
     Raises `JobFailed` if the run cannot go on. Its checkpoints stay, so that another job can resume it; the same holds for a run that is stopped
     from outside. `springtide cancel` removes them.

@@ -43,11 +43,18 @@ class Answers(NamedTuple):
 def answer_losses(model: Any, rows: Sequence[Row]) -> torch.Tensor:
     """The summed cross entropy of each row's answer, the end of the turn included: a tensor of shape (rows,), in nats.
 
-    The gradient flows through the result.
+    The gradient flows through the result. Without the output layer it is zero.
     """
     answers = answers_of(model, rows)
+    if not has_output(model):
+        return answers.logits.new_zeros(len(rows)) + answers.logits.sum()
     each = cross_entropy(answers.logits, answers.targets, reduction="none")
     return each.new_zeros(len(rows)).index_add(0, answers.rows, each)
+
+
+def has_output(model: Any) -> bool:
+    """Whether this process has the output layer: of a pipeline only the last stage has it (`jobs.training.pipeline_parallel`)."""
+    return not isinstance(model.get_output_embeddings(), torch.nn.Identity)
 
 
 def answers_of(model: Any, rows: Sequence[Row]) -> Answers:
@@ -96,11 +103,12 @@ def measured(model: Any, rows: Sequence[Row], micro_batch_tokens: int) -> list[E
 
 
 def _measured(model: Any, rows: Sequence[Row], portions: list[list[int]]) -> dict[int, ExampleLoss]:
-    """The losses of the rows in these portions. An empty portion is a pass whose result does not count."""
+    """The losses of the rows in these portions. An empty portion is a pass whose result does not count, and so is one without the output layer."""
     found: dict[int, ExampleLoss] = {}
     for portion in portions:
         losses = answer_losses(model, [rows[i] for i in portion or [0]]).tolist()
-        found |= {i: ExampleLoss(nats, answer_tokens(rows[i])) for i, nats in zip(portion, losses, strict=bool(portion))}
+        if has_output(model):
+            found |= {i: ExampleLoss(nats, answer_tokens(rows[i])) for i, nats in zip(portion, losses, strict=bool(portion))}
     return found
 
 

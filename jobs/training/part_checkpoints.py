@@ -1,4 +1,4 @@
-"""Checkpoints of a run whose workers have several processes, each with a part of the model (`jobs.training.tensor_parallel`).
+"""Checkpoints of a run whose workers have several processes, each with a part of the model (`jobs.training.parts`).
 
 All workers have the same state, so the processes of one worker write it, each its own part. A checkpoint is complete once all parts of it are in
 the store (`jobs.training.shard_checkpoints`). It is read by as many processes as wrote it.
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from cluster.errors import StoreUnavailable
 from cluster.store.objects import Store
 from jobs.training.checkpoints import Snapshot
+from jobs.training.parts import Parts
 from jobs.training.shard_checkpoints import DamagedShard, Shard, ShardCheckpoints, Whole
-from jobs.training.tensor_parallel import TensorParallel
 
 Found = TypeVar("Found")
 
@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 class PartCheckpoints:
     """`jobs.training.checkpoints.Checkpoints` for one process of a worker."""
 
-    def __init__(self, store: Store, run: str, parallel: TensorParallel) -> None:
+    def __init__(self, store: Store, run: str, parallel: Parts) -> None:
         self.shards, self.parallel = ShardCheckpoints(store, run), parallel
         self.store, self.root = store, self.shards.root
 

@@ -88,6 +88,14 @@ class Sharding(Section):
     tensor: int = Field(default=1, ge=1)
     """Processes of a worker, each of which has a part of every layer and a slot, see `jobs.training.tensor_parallel`."""
 
+    pipeline: int = Field(default=1, ge=1)
+    """Processes of a worker, each of which has a run of layers and a slot, see `jobs.training.pipeline_parallel`."""
+
+    @property
+    def parts(self) -> int:
+        """Processes of a worker."""
+        return self.tensor * self.pipeline
+
     @model_validator(mode="before")
     @classmethod
     def word(cls, value: Any) -> Any:
@@ -95,16 +103,18 @@ class Sharding(Section):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        if self.tensor > 1 and self.weights != "whole":
-            raise ValueError(f"tensor {self.tensor} and weights {self.weights} do not go together; choose one of them")
+        ways = {"weights": self.weights != "whole", "tensor": self.tensor > 1, "pipeline": self.pipeline > 1}
+        if sum(ways.values()) > 1:
+            chosen = " and ".join(f"{way} {getattr(self, way)}" for way, used in ways.items() if used)
+            raise ValueError(f"{chosen} do not go together; choose one of them")
         return self
 
     @model_serializer
     def short(self) -> str | dict[str, Any]:
         """As runs have it that began before this was a section: they can be resumed."""
-        if self.tensor == 1:
+        if self.parts == 1:
             return "none" if self.weights == "whole" else self.weights
-        return {"tensor": self.tensor}
+        return {way: count for way, count in (("tensor", self.tensor), ("pipeline", self.pipeline)) if count > 1}
 
 
 OBJECTIVES = {"distillation": "distill", "preference": "dpo", "reinforcement": "rl"}

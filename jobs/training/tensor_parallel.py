@@ -13,8 +13,7 @@ comes or goes. So here parameters stay plain tensors, and a layer asks for the g
 """
 
 import re
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.functional import linear
 
 from cluster.errors import ConfigError
-from jobs.training.flat import MESSAGES, FlatParameters
+from jobs.training.parts import Parts
 
 COLUMNS, ROWS, GATHERED, VOCABULARY, SUMMED = (
     "colwise",
@@ -44,54 +43,24 @@ class Cut(NamedTuple):
     how: str
 
 
-class TensorParallel:
-    """This process's part of a model. The model's layers are changed in place."""
+class TensorParallel(Parts):
+    """The model's layers are changed in place."""
 
     def __init__(self, model: Any, part: int, parts: int) -> None:
         """``model``: whole, with its adapter if it has one. `check` has found that so many ``parts`` are possible."""
-        self.model, self.part, self.parts = model, part, parts
-        self.group: Any = None
-        """The processes of this worker, in the order of their parts."""
-        self.peers: Any = None
-        """The processes that have this part, one of each worker, in the order of the workers."""
-        self.formation = ""
-        """What no other process group is called, of any job."""
+        super().__init__(model, part, parts, share=1 / parts)
         self.dimensions: dict[int, int] = {}
         """The id of a parameter that is cut → the dimension."""
-        self.collected: dict[str, torch.Tensor] = {}
-        """Whole weights in the host's memory of part 0, of the last `collect`."""
         for one in [*cuts(model, parts)]:
             self._apply(one.layer, one.how)
 
-    def form(self, world: int) -> None:
-        """Prepare for a process group of so many workers, which this process has joined. All its processes call this together."""
-        workers = [[*range(first, first + self.parts)] for first in range(0, world * self.parts, self.parts)]
-        self.group, _ = dist.new_subgroups_by_enumeration(workers)
-        self.peers, _ = dist.new_subgroups_by_enumeration([[*ranks] for ranks in zip(*workers, strict=True)])
-        named = [uuid.uuid4().hex]
-        dist.broadcast_object_list(named, 0)
-        [self.formation] = named
-
-    def leave(self) -> None:
-        """The process group has ended or is broken. Only a group that nobody holds closes its connections, and by that the others notice."""
-        self.group = self.peers = None
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Add up what the processes of the worker have, in place."""
-        dist.all_reduce(tensor, group=self.group)
-        return tensor
-
-    def flat(self, learning_rate: float, weight_decay: float) -> "PartParameters":
-        """What the run trains of this part."""
+    def divided(self) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
         trained = [one for one in self.model.parameters() if one.requires_grad]
-        cut = [one for one in trained if id(one) in self.dimensions]
-        whole = [one for one in trained if id(one) not in self.dimensions]
-        return PartParameters(self, cut, whole, learning_rate, weight_decay)
+        own = [one for one in trained if id(one) in self.dimensions]
+        return own, [one for one in trained if id(one) not in self.dimensions]
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Bring the weights that the run trains to the host's memory of part 0, as ``collected``, one after the other. All processes of the worker
-        call this together."""
         for name, one in self.model.named_parameters():
             if not one.requires_grad:
                 continue
@@ -189,37 +158,6 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         return gradients[0].chunk(ctx.parts, -1)[ctx.part], None
-
-
-class PartParameters(FlatParameters):
-    """`FlatParameters` of one part. The vector begins with the parameters that are cut, and ends with those that every process has whole."""
-
-    def __init__(
-        self,
-        parallel: TensorParallel,
-        cut: Sequence[torch.nn.Parameter],
-        whole: Sequence[torch.nn.Parameter],
-        learning_rate: float,
-        weight_decay: float,
-    ) -> None:
-        super().__init__([*cut, *whole], learning_rate, weight_decay)
-        self.parallel = parallel
-        self.numbers_cut = sum(one.numel() for one in cut)
-
-    def exchange(self, messages: torch.Tensor) -> tuple[list[float], float]:
-        """See `FlatParameters.exchange`. The gradients are added up over the workers, within each part. Then the processes of a worker tell each
-        other the lengths of theirs, and what they were asked. What all of them have whole counts once: its mean, which keeps them the same.
-
-        So no process updates its part unless all of its worker have the sums for theirs: a worker's parts are always of the same step.
-        """
-        self.exchanged[-MESSAGES:] = messages
-        dist.all_reduce(self.exchanged, group=self.parallel.peers)
-        whole = self.exchanged[self.numbers_cut :]
-        own = self.exchanged[: self.numbers_cut].norm() ** 2
-        sums = self.parallel.sum(torch.cat([whole, own[None]]))
-        whole.copy_(sums[:-1] / self.parallel.parts)
-        length = sums[-1] + whole[:-MESSAGES].norm() ** 2
-        return whole[-MESSAGES:].tolist(), length.sqrt().item()
 
 
 # which layers are cut

@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 
+from jobs.training.parts import Parts
 from jobs.training.schedule import Schedule
 from jobs.training.sharded import Sharded
-from jobs.training.tensor_parallel import TensorParallel
 
 HELD_OUT = "eval_loss"
 """What every `Work` measures: its own loss on held-out data, in nats per token where it learns tokens. It decides which weights are the best."""
@@ -62,7 +62,7 @@ class Work(Protocol):
         ...
 
     @property
-    def parallel(self) -> TensorParallel | None:
+    def parallel(self) -> Parts | None:
         """The part of the model that this process has, if a worker has several processes."""
         ...
 

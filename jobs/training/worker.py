@@ -1,5 +1,5 @@
 """One worker of an elastic run: a Ray actor that keeps its model and its training state until the driver ends it. With
-`jobs.training.tensor_parallel` it is several actors, which do everything together.
+`jobs.training.parts` it is several actors, which do everything together.
 
 Workers train together in process groups. If the driver tells one worker to stop, its group ends after the same step on all workers. If a worker
 dies, its group breaks. The next group has the workers that stayed and those that came, and goes on from the newest state among them. A worker

@@ -22,6 +22,7 @@ from jobs.training.recipe import Recipe, Sharding
         (["sharding.weights=fsdp"], Sharding(weights="fsdp"), "fsdp"),
         (["sharding=auto"], Sharding(weights="auto"), "auto"),
         (["sharding.tensor=2"], Sharding(tensor=2), {"tensor": 2}),
+        (["sharding.pipeline=2"], Sharding(pipeline=2), {"pipeline": 2}),
     ],
 )
 def test_sharding_is_a_word_or_a_section(set_: list[str], sharding: Sharding, dumped: Any) -> None:
@@ -35,7 +36,8 @@ def test_sharding_is_a_word_or_a_section(set_: list[str], sharding: Sharding, du
     [
         (["sharding=half"], "finetune", "sharding.weights"),
         (["sharding.tensor=0"], "finetune", "sharding.tensor"),
-        (["sharding.tensor=2", "sharding.weights=fsdp"], "finetune", "tensor 2 and weights fsdp do not go together"),
+        (["sharding.tensor=2", "sharding.weights=fsdp"], "finetune", "weights fsdp and tensor 2 do not go together"),
+        (["sharding.tensor=2", "sharding.pipeline=2"], "finetune", "tensor 2 and pipeline 2 do not go together"),
         (["sharding=fsdp"], "dpo", "springtide dpo does not shard its model"),
         (["sharding.tensor=2"], "rl", "springtide rl does not shard its model"),
     ],

@@ -1,6 +1,7 @@
 """What objectives share: the gradients of a batch whose examples' losses add up, portion by portion, and what to do where memory is short."""
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from jobs.training.flat import FlatParameters
 from jobs.training.flops import peak_per_s, per_token
 from jobs.training.packing import deal, portions
+from jobs.training.parts import PartParameters
+from jobs.training.pipeline_parallel import PipelineParallel
 from jobs.training.precision import compute_dtype, computing
 from jobs.training.recipe import Recipe, schedule
 from jobs.training.sharded import Sharded, SlicedParameters, Weights, passes
@@ -48,14 +51,15 @@ class Objective(ABC, Generic[One]):
         self.limit_tokens = recipe.micro_batch_tokens
         shape = model.config.get_text_config()
         peak = peak_per_s(device, getattr(torch, recipe.precision), shape.hidden_size)
-        parts, fsdp = recipe.sharding.tensor, recipe.sharding.weights == "fsdp"
+        parts, fsdp = recipe.sharding.parts, recipe.sharding.weights == "fsdp"
         self.ideal_s_per_token = per_token(model) / peak / parts if peak else 0.0
         self.sharded = Sharded(model, weights, compute_dtype(recipe), device) if weights and fsdp else None
-        self.parallel = TensorParallel(model, part, parts) if parts > 1 else None
+        way = TensorParallel if recipe.sharding.tensor > 1 else PipelineParallel
+        self.parallel = way(model, part, parts) if parts > 1 else None
         self.model: Any = model if self.sharded else model.to(device)
         rates = self.schedule.learning_rate, recipe.weight_decay
         if self.parallel:
-            self.flat: Trained = self.parallel.flat(*rates)
+            self.flat: Trained = PartParameters(self.parallel, *rates)
         elif self.slices is None:
             self.flat = FlatParameters([parameter for parameter in model.parameters() if parameter.requires_grad], *rates)
 
@@ -90,7 +94,9 @@ class Objective(ABC, Generic[One]):
 
     @property
     def plain(self) -> Any:
-        """The model as transformers knows it; without its weights, if it is sharded."""
+        """The whole model as transformers knows it; without its weights, if it is divided."""
+        if self.parallel:
+            return self.parallel.whole
         return self.sharded.skeleton if self.sharded else self.model
 
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -140,12 +146,17 @@ class Objective(ABC, Generic[One]):
     def _accumulate(self, examples: list[One], mine: list[list[int]], weight: int) -> torch.Tensor:
         """Add the gradients of these portions of the examples, one after the other. An empty one adds nothing, in a pass as the others."""
         total, shortest = torch.zeros((), device=self.device), min(examples, key=self.tokens)
+        ahead, forward = self.parallel.ahead if self.parallel else 0, deque[torch.Tensor]()
         for portion in mine:
             with computing(self.recipe, self.device):
                 losses = self.losses([examples[i] for i in portion] or [shortest])
             counted = 1 / weight if portion else 0.0
-            (losses.minimised * counted).backward()
+            forward.append(losses.minimised * counted)
             total += losses.told.detach() * counted
+            if len(forward) > ahead:
+                forward.popleft().backward()
+        while forward:
+            forward.popleft().backward()
         return total
 
     def _halve(self, tokens: list[int], error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""Workers of two processes learn what workers of one do: real processes and process groups, real models, no Ray."""
+"""Workers of several processes learn what workers of one do: real processes and process groups, real models, no Ray."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from cluster.config import Config, parse
 from cluster.errors import ConfigError
 from cluster.store.registry import registry_of
 from cluster.types import Lineage
-from jobs.training.tensor_parallel import check
+from jobs.training import pipeline_parallel, tensor_parallel
 from tests.unit.test_sharded import EPOCHS, LORA, STEPS, Tuning, alone, result, settings
 from tests.workers import Workers
 
@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "hidden_size": 16,
     "intermediate_size": 34,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
@@ -30,6 +30,9 @@ MODELS: dict[str, Any] = {
     "normed": Qwen3Config(vocab_size=61, head_dim=4, **SIZES),
 }
 """The output layer is the embedding; layers have biases; heads have norms, and two processes cannot share the vocabulary."""
+TENSOR, PIPELINE = {"tensor": 2}, {"pipeline": 2}
+WAYS = pytest.mark.parametrize("way", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
+LEARNT = pytest.mark.parametrize("recipe", [{}, {"lora": LORA}], ids=["all weights", "adapter"])
 LOSS, WEIGHT = 1e-4, 2e-4
 """How much losses may differ, relative, and weights."""
 
@@ -53,11 +56,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 def crew(config: Config, tmp_path: Path) -> Iterator[Callable[..., Workers]]:
     made: list[Workers] = []
 
-    def start(parts: int, base: str = "tied", **recipe: Any) -> Workers:
+    def start(way: dict[str, int], base: str = "tied", **recipe: Any) -> Workers:
         folder = tmp_path / f"run-{len(made)}"
         folder.mkdir()
-        chosen = settings(config, **recipe, sharding={"tensor": parts}) | {"base": f"{base}@1"}
-        made.append(Workers(folder, EPOCHS, Tuning, parts, **chosen))
+        chosen = settings(config, **recipe, sharding=way) | {"base": f"{base}@1"}
+        made.append(Workers(folder, EPOCHS, Tuning, max(way.values(), default=1), **chosen))
         return made[-1]
 
     yield start
@@ -78,17 +81,28 @@ def same_weights(whole: Workers, parts: Workers) -> None:
         assert one.shape == after[name].shape and torch.allclose(one, after[name], atol=WEIGHT), name
 
 
-@pytest.mark.parametrize("recipe", [{}, {"lora": LORA}], ids=["all weights", "adapter"])
+@LEARNT
 @pytest.mark.parametrize("base", MODELS)
 def test_a_worker_of_two_processes_learns_what_one_process_does(crew: Callable[..., Workers], base: str, recipe: Any) -> None:
-    whole, parts = crew(1, base, **recipe), crew(2, base, **recipe)
-    same(alone(whole), alone(parts))
-    same_weights(whole, parts)
+    whole = crew({}, base, **recipe)
+    expected = alone(whole)
+    for way in (TENSOR, PIPELINE):
+        parts = crew(way, base, **recipe)
+        same(expected, alone(parts))
+        same_weights(whole, parts)
 
 
-@pytest.mark.parametrize("recipe", [{}, {"lora": LORA}], ids=["all weights", "adapter"])
-def test_workers_join_leave_and_die_without_a_lost_step(crew: Callable[..., Workers], recipe: Any) -> None:
-    whole, parts = crew(1, **recipe), crew(2, **recipe)
+@LEARNT
+def test_three_stages_of_a_layer_each_learn_what_one_process_does(crew: Callable[..., Workers], recipe: Any) -> None:
+    whole, stages = crew({}, **recipe), crew({"pipeline": 3}, **recipe)
+    same(alone(whole), alone(stages))
+    same_weights(whole, stages)
+
+
+@WAYS
+@LEARNT
+def test_workers_join_leave_and_die_without_a_lost_step(crew: Callable[..., Workers], way: Any, recipe: Any) -> None:
+    whole, parts = crew({}, **recipe), crew(way, **recipe)
     expected = alone(whole)
     parts.start(0, 1, 2)
     parts.train(0, 1)
@@ -109,8 +123,11 @@ def test_workers_join_leave_and_die_without_a_lost_step(crew: Callable[..., Work
     same_weights(whole, parts)
 
 
-def test_other_processes_go_on_from_the_newest_checkpoint_of_which_both_parts_are_whole(crew: Callable[..., Workers]) -> None:
-    whole, parts = crew(1), crew(2)
+@WAYS
+def test_other_processes_go_on_from_the_newest_checkpoint_of_which_both_parts_are_whole(
+    crew: Callable[..., Workers], way: Any
+) -> None:
+    whole, parts = crew({}), crew(way)
     kept: list[int] = [0]
     parts.start(0, 1)
     for _ in range(3):
@@ -135,7 +152,7 @@ def test_other_processes_go_on_from_the_newest_checkpoint_of_which_both_parts_ar
 
 
 def test_a_worker_that_leaves_alone_writes_both_parts(crew: Callable[..., Workers]) -> None:
-    parts = crew(2)
+    parts = crew(TENSOR)
     parts.start(0, 1)
     parts.train(0, 1)
     parts.until(1, 2)
@@ -159,6 +176,19 @@ def test_a_worker_that_leaves_alone_writes_both_parts(crew: Callable[..., Worker
     ],
 )
 def test_what_cannot_be_cut_is_refused_before_anything_starts(shape: Any, parts: int, words: str) -> None:
-    check(shape, 1)
+    tensor_parallel.check(shape, 1)
     with pytest.raises(ConfigError, match=words):
-        check(shape, parts)
+        tensor_parallel.check(shape, parts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (LlamaConfig(**SIZES), "4 stages are more than the model has layers"),
+        (BertConfig(**{**SIZES, "is_decoder": True}), "The layers of bert are not known well enough"),
+    ],
+)
+def test_what_has_no_stages_is_refused_before_anything_starts(shape: Any, words: str) -> None:
+    pipeline_parallel.check(shape, 1)
+    with pytest.raises(ConfigError, match=words):
+        pipeline_parallel.check(shape, 4)
