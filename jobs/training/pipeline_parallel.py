@@ -121,9 +121,10 @@ class Sent(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, pipeline: PipelineParallel, returns: bool) -> torch.Tensor:
         """``returns``: whether a gradient comes back. Until then nobody waits for the next stage."""
         ctx.pipeline, ctx.hidden = pipeline, hidden.detach().contiguous()
-        ctx.sending = dist.isend(ctx.hidden, group=pipeline.group, group_dst=pipeline.part + 1)
+        sending: Any = dist.isend(ctx.hidden, group=pipeline.group, group_dst=pipeline.part + 1)
         if not returns:
-            ctx.sending.wait()
+            sending.wait()
+        ctx.sending = sending
         return hidden.new_empty(*hidden.shape[:-1], 0)
 
     @staticmethod

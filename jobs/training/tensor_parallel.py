@@ -178,7 +178,7 @@ def cuts(model: Any, parts: int) -> Iterator[Cut]:
         how = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", place), "")
         if layer is embedding and head is not None and head.weight is embedding.weight and GATHERED in plan.values():
             how = VOCABULARY
-        if any(layer is one and one.weight.shape[0] % parts for one in (embedding, head)):
+        if any(layer is one for one in (embedding, head)) and layer.weight.shape[0] % parts:
             continue
         if how and (not matrix or matrix[0] == {COLUMNS: "B", ROWS: "A"}.get(how)):
             yield Cut(name, layer, how)

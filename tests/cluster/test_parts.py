@@ -86,7 +86,8 @@ def test_workers_of_two_processes_follow_their_grant_and_outlive_a_process(grant
     ray.get(grants.give.remote(4))
     run: Fit = start("small-1", "elastic", 100_000)
     when(holds(grants, 4, 4), SECONDS)
-    assert len(workers()) == 4 and slots_free() == 0 and run.began()[-1][0] == 2
+    when(lambda: run.began()[-1][0] == 2, 10)  # the driver notes it at its next turn
+    assert len(workers()) == 4 and slots_free() == 0
 
     ray.get(grants.give.remote(3))  # three slots are one worker and one slot too many
     when(lambda: slots_free() == 2, 60)
@@ -105,8 +106,9 @@ def test_workers_of_two_processes_follow_their_grant_and_outlive_a_process(grant
     assert kept >= run.seen[-1].step
     ray.get(grants.give.remote(2))
     when(holds(grants, 2, 2), SECONDS)
+    when(lambda: run.began()[-1] == (1, kept), 10)
     steps = [step for _, step in run.began()]
-    assert steps[0] == 0 and steps == sorted(steps) and steps[-1] == kept
+    assert steps[0] == 0 and steps == sorted(steps)
 
 
 def test_on_ray_train_a_round_has_two_processes_for_a_worker(grants: Any, start: Any) -> None:
