@@ -44,6 +44,8 @@ class PipelineParallel(Parts):
             decoder.embed_tokens = Receive(self, embedding.weight)
         if part < parts - 1:
             decoder.norm, generator.lm_head = Send(self, embedding.weight.dtype), torch.nn.Identity()
+        if self.common and 0 < part < parts - 1:
+            decoder.register_parameter("common", head.weight)  # so that it goes to the device with the others
 
     def form(self, world: int) -> None:
         super().form(world)

@@ -95,7 +95,8 @@ def test_both_trainers_learn_the_same(pool: Running, tmp_path: Path, alone: Done
 def test_a_worker_of_two_processes_learns_the_same(pool: Running, tmp_path: Path, alone: Done, trainer: str) -> None:
     done = whole(pool, tmp_path, trainer, 1, "--set", "sharding.tensor=2")
     print(f"{trainer}, 1 worker of 2 processes: {done}")
-    assert done.losses == pytest.approx(alone.losses, rel=1e-3)
+    # The base is in bfloat16 where that is faster, and a sum of two parts rounds otherwise than a whole product.
+    assert done.losses == pytest.approx(alone.losses, rel=1e-2)
     assert "training with 1 workers from step 0" in done.job.text and done.metrics["steps_lost"] == 0
 
 
