@@ -76,11 +76,12 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
     ray_train.connect()
     asked = options.model_dump(mode="json", exclude={"live", "priority", "resume", "workers", "trainer"})
     name = begun(registry, options.resume, {**asked, "recipe": chosen.model_dump()}, job)
-    corpus, shape = read(config, registry, options, named, name, job)
+    corpus, shape = read(config, registry, options, chosen, named, name, job)
     kernels.check(chosen, config.pool.accelerator == "gpu", shape.config.get_text_config().model_type)
     length = shape.context_tokens
     parts = divided(blocks_of(corpus.tokens, length), length, chosen)
     resolved = for_text(chosen, shape.hidden_size, len(parts.train), options.steps, config)
+    resolved = sharded(resolved, config, registry.store, name, shape)
     print(described(corpus, parts, length, shape), flush=True)
     job.know(dataset_sha256=corpus.sha256, parameters=shape.parameters, recipe=resolved.model_dump(exclude_none=True))
     settings: dict[str, Any] = {
@@ -98,10 +99,10 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
 
 
 def read(
-    config: Config, registry: Registry, options: Pretrain, named: list[str], run: str, job: JobRecord
+    config: Config, registry: Registry, options: Pretrain, chosen: recipe.Recipe, named: list[str], run: str, job: JobRecord
 ) -> "tuple[Corpus, Shape]":
     """The run's text and its model's shape, from the sources, or from the store where a resumed run has left them there."""
-    from jobs.training import corpus
+    from jobs.training import corpus, pipeline_parallel, tensor_parallel
     from jobs.training.shape import Shape, shaped
 
     if found := corpus.stored(registry.store, run):
@@ -114,6 +115,8 @@ def read(
             job.note(f"learning a tokenizer from {len(named):,} files")
             tokenizer = corpus.learnt_tokenizer(named, fetch, options.vocabulary, context_tokens)
         shape = shaped(options, tokenizer, context_tokens, fetch)
+        tensor_parallel.check(shape.config, chosen.sharding.tensor)
+        pipeline_parallel.check(shape.config, chosen.sharding.pipeline)
         tokens = corpus.tokenised(named, fetch, tokenizer, job.note)
         return corpus.write(registry.store, run, shape.config, tokenizer, tokens), shape
     except BadRequest:  # there is nothing to resume
@@ -157,6 +160,20 @@ def for_text(chosen: recipe.Recipe, hidden_size: int, blocks: int, steps: int | 
     rate = chosen.learning_rate or peak_rate(hidden_size)
     changed = {"epochs": epochs, "measure_every_steps": every, "learning_rate": rate}
     return precision.resolve(chosen.model_copy(update=changed), config.pool.accelerator == "gpu", hidden_size)
+
+
+def sharded(resolved: recipe.Recipe, config: Config, store: Store, run: str, shape: "Shape") -> recipe.Recipe:
+    """The recipe with its sharding chosen. A run that is resumed shards its model as it began, whatever there is room for now."""
+    from jobs.training import fit
+
+    if resolved.sharding.weights != "auto":
+        return resolved
+    path = f"runs/{run}/sharding"
+    if found := store.get(path):
+        return resolved.model_copy(update={"sharding": recipe.Sharding.model_validate(found.decode())})
+    resolved = fit.resolve(resolved, config, shape.config)
+    store.put_new(path, resolved.sharding.weights.encode())
+    return resolved
 
 
 def peak_rate(hidden_size: int) -> float:

@@ -35,7 +35,7 @@ class Small:
         self.schedule = Schedule(EXAMPLES, 12, settings["epochs"], 0, 0.05, 0.1)
         self.model = torch.nn.Linear(3, 1)
         self.hopeless, self.ideal_s_per_token = math.inf, 0.0
-        self.device, self.slices = torch.device("cpu"), None
+        self.device, self.slices, self.parallel = torch.device("cpu"), None, None
         self.flat = FlatParameters(list(self.model.parameters()), 0.05, weight_decay=0.01)
         self.points = torch.randn(EXAMPLES, 3)
         self.values = self.points @ torch.tensor([1.0, -2.0, 0.5]) + 0.3
@@ -72,10 +72,10 @@ class Waiting(Small):
         return (self.data / str(self.flat.steps)).exists()
 
 
-def live(pipe: Connection, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], store: str) -> None:
-    """A worker's process. It does as it is told, and can be told to stop while it trains."""
-    worker = Worker(work, settings, store, "run")
-    worker.use(work(settings))
+def live(pipe: Connection, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], store: str, part: int) -> None:
+    """A process of a worker. It does as it is told, and can be told to stop while it trains."""
+    worker = Worker(work, settings, store, "run", part)
+    worker.use(work(worker.settings))
     pipe.send("ready")
     writing = threading.Lock()
 
@@ -97,36 +97,40 @@ def live(pipe: Connection, work: Callable[[dict[str, Any]], Work], settings: dic
 
 
 class Workers:
-    """Up to three workers, by number, and what they are told."""
+    """Up to three workers, by number, and what they are told. Each has as many processes as ``parts``, and the first of them answers for it."""
 
-    def __init__(self, folder: Path, epochs: float, work: Callable[[dict[str, Any]], Work] = Small, **settings: Any) -> None:
-        self.folder, self.work = folder, work
+    def __init__(
+        self, folder: Path, epochs: float, work: Callable[[dict[str, Any]], Work] = Small, parts: int = 1, **settings: Any
+    ) -> None:
+        self.folder, self.work, self.parts = folder, work, parts
         self.settings = {"epochs": epochs, "stage": "small", "checkpoint_s": 3600, "report_s": 3600, **settings}
         self.store = (folder / "store").as_uri()
-        self.pipes: dict[int, Connection] = {}
-        self.processes: dict[int, Any] = {}
+        self.pipes: dict[int, list[Connection]] = {}
+        self.processes: dict[int, list[Any]] = {}
         self.group = 0
 
     def start(self, *workers: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([*PRELOADED])
         for worker in workers:
-            ours, theirs = context.Pipe()
-            self.processes[worker] = context.Process(
-                target=live, args=(theirs, self.work, self.settings, self.store), daemon=True
-            )
-            self.processes[worker].start()
-            self.pipes[worker] = ours
+            self.processes[worker], self.pipes[worker] = [], []
+            for part in range(self.parts):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=live, args=(theirs, self.work, self.settings, self.store, part), daemon=True)
+                process.start()
+                self.processes[worker].append(process)
+                self.pipes[worker].append(ours)
         self.answers(*workers)
 
     def train(self, *workers: int) -> None:
         self.group += 1
         rendezvous = (self.folder / f"rendezvous-{self.group}").as_uri()
         for rank, worker in enumerate(workers):
-            self.pipes[worker].send(("train", ProcessGroup(self.group, rank, len(workers), rendezvous)))
+            for part, pipe in enumerate(self.pipes[worker]):
+                pipe.send(("train", ProcessGroup(self.group, rank, len(workers), rendezvous, part, self.parts)))
 
     def stop(self, worker: int) -> None:
-        self.pipes[worker].send(("stop", self.group))
+        self._tell(worker, "stop", self.group)
 
     def until(self, worker: int, step: int) -> None:
         """Wait until this worker, which trains, has done so many steps."""
@@ -135,7 +139,7 @@ class Workers:
 
     def reached(self, worker: int) -> Reached:
         """Where this worker is, which trains."""
-        self.pipes[worker].send(("reached",))
+        self._tell(worker, "reached")
         reached = self._answer(worker)
         assert isinstance(reached, Reached), f"the process group ended: {reached}"
         return reached
@@ -144,18 +148,25 @@ class Workers:
         return [self._answer(worker) for worker in workers]
 
     def keep(self, worker: int) -> Committed:
-        self.pipes[worker].send(("keep",))
+        self._tell(worker, "keep")
         return self._answer(worker)
 
-    def _answer(self, worker: int) -> Any:
-        assert self.pipes[worker].poll(PATIENCE_S), f"worker {worker} says nothing"
-        return self.pipes[worker].recv()
+    def _tell(self, worker: int, *what: Any) -> None:
+        for pipe in self.pipes[worker]:
+            pipe.send(what)
 
-    def kill(self, worker: int) -> None:
-        os.kill(self.processes[worker].pid, signal.SIGKILL)
-        self.processes[worker].join()
+    def _answer(self, worker: int) -> Any:
+        assert all(pipe.poll(PATIENCE_S) for pipe in self.pipes[worker]), f"worker {worker} says nothing"
+        first, *_ = [pipe.recv() for pipe in self.pipes[worker]]
+        return first
+
+    def kill(self, worker: int, part: int = 0) -> None:
+        process = self.processes[worker][part]
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
 
     def end(self, *workers: int) -> None:
         for worker in workers or list(self.processes):
-            self.processes.pop(worker).kill()
-            self.pipes.pop(worker).close()
+            for process, pipe in zip(self.processes.pop(worker), self.pipes.pop(worker), strict=True):
+                process.kill()
+                pipe.close()

@@ -89,18 +89,22 @@ def resolve(registry: Registry, base: str) -> Manifest:
 
 
 def opened(config: Config, registry: Registry, manifest: Manifest, chosen: Recipe) -> Base:
-    """Read a version's settings and tokenizer, and resolve the recipe for it. Raises `ConfigError` where it is no chat model, or where the
-    recipe asks for kernels that are not there."""
+    """Read a version's settings and tokenizer, and resolve the recipe for it. Raises `ConfigError` where it is no chat model, cannot be sharded as
+    the recipe says, or the recipe asks for kernels that are not there."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from jobs.training import kernels, precision
+    from jobs.training import fit, kernels, pipeline_parallel, precision, tensor_parallel
 
     folder = registry.files.fetch_settings(manifest, config.home / "cache")
-    shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    model_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    tensor_parallel.check(model_config, chosen.sharding.tensor)
+    pipeline_parallel.check(model_config, chosen.sharding.pipeline)
+    shape = model_config.get_text_config()
     resolved = chosen.resolved(shape.hidden_size, shape.max_position_embeddings)
     gpu = config.pool.accelerator == "gpu"
     kernels.check(chosen, gpu, shape.model_type)
     resolved = precision.resolve(resolved, gpu, shape.hidden_size)
+    resolved = fit.resolve(resolved, config, model_config)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.chat_template is None:
         raise ConfigError(f"{manifest.id} has no chat template.", "Use a chat model as the base.", param="base")

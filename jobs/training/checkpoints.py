@@ -36,6 +36,8 @@ class Snapshot(NamedTuple):
     """Plain JSON values."""
     tensors: Mapping[str, torch.Tensor]
     """Copies on the host, which nothing changes."""
+    group: str = ""
+    """What no other process group is called, of any job; empty where one process has all of the state."""
 
 
 class Copied(Protocol):

@@ -16,7 +16,7 @@ from cluster.capacity.arbiter import Job
 from cluster.config import Config
 from cluster.errors import JobFailed
 from jobs.training.elasticity import HUNG_S, Actions, Began, Limits, Run, RunFacts, next_actions
-from jobs.training.handles import Crew, wait_all
+from jobs.training.handles import Crew, slots_of, wait_all
 from jobs.training.heartbeat import Heartbeats
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed, Meter, Progress
@@ -69,16 +69,18 @@ def fit(
     priority: int,
     listener: Listener,
     check: Callable[[], None] = lambda: None,
+    parts: int = 1,
 ) -> Ended:
     """Train ``work(settings)`` to its end, on as many slots as the grant allows at the time. `runs.result` then has its files.
 
     ``name``: from `runs.begin` or `runs.resume`. ``settings["stage"]`` names the run in its progress lines; by default it is the first part of
-    the name. The ``listener`` is called in this thread, and so is ``check``, ten times a second: what it raises ends the run.
+    the name. The ``listener`` is called in this thread, and so is ``check``, ten times a second: what it raises ends the run. ``parts``: processes
+    of a worker, see `jobs.training.parts`.
 
     Raises `JobFailed` if the run cannot go on. Its checkpoints stay, so that another job can resume it; the same holds for a run that is stopped
     from outside. `springtide cancel` removes them.
     """
-    driver = Driver(config, work, {"stage": name.rpartition("-")[0], **settings}, name, priority, Reporter(listener))
+    driver = Driver(config, work, {"stage": name.rpartition("-")[0], **settings}, name, priority, Reporter(listener), parts)
     try:
         while driver.result is None:
             check()
@@ -110,16 +112,18 @@ class Driver:
         name: str,
         priority: int,
         tell: "Reporter",
+        parts: int,
     ) -> None:
-        training, per_worker = config.training, config.training.slots_per_worker
+        training, per_worker = config.training, slots_of(config.training.slots_per_worker, parts)
         shared = ray.put({**settings, "checkpoint_s": training.checkpoint_s, "report_s": training.report_s})
 
-        def start(**held: Any) -> Any:
-            return ray.remote(Worker).options(num_cpus=0, max_concurrency=8, **held).remote(work, shared, config.store, name)
+        def start(part: int, **held: Any) -> Any:
+            actor = ray.remote(Worker).options(num_cpus=0, max_concurrency=8, **held)
+            return actor.remote(work, shared, config.store, name, part)
 
         self.tell = tell
         self.limits = Limits(training.min_workers, training.yield_deadline_s, per_worker, config.fleet.warm_pool_s)
-        self.crew = Crew(start, per_worker, gpu=config.pool.accelerator == "gpu")
+        self.crew = Crew(start, per_worker, config.pool.accelerator == "gpu", parts)
         self.run = Run(moved_s=time.monotonic())
         self.result: Outcome | None = None
         least, most = training.min_workers * per_worker, training.workers * per_worker
@@ -190,7 +194,7 @@ class Driver:
         workers = [self.crew.workers[id] for id in ids]
         one_machine = len({worker.host for worker in workers}) == 1
         try:
-            rendezvous: Any = ray.get(workers[0].actor.meet.remote(one_machine), timeout=HUNG_S)
+            rendezvous: Any = ray.get(workers[0].actors[0].meet.remote(one_machine), timeout=HUNG_S)
         except RayError as error:
             workers[0].gone = f"it made no rendezvous: {error}"
             return

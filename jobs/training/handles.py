@@ -8,6 +8,7 @@ rises again: the driver makes reservation 5, Ray finds the slot, and spare 4 bec
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util import placement_group, placement_group_table, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from jobs.training.elasticity import NEXT_PHASES, Phase, ReservationFacts, SpareFacts, WorkerFacts, WorkerPlacement
 from jobs.training.process_group import ProcessGroup
@@ -30,12 +31,21 @@ RETRY_S = 0.1
 """How long `Crew.keep` waits before it tries again."""
 
 
-class SlotReservation:
-    """Slots for one worker. It is a placement group, so it needs no process."""
+def slots_of(per_worker: int, parts: int) -> int:
+    """The slots of a worker that has so many processes: as many as `training.slots_per_worker` says, and the same for each process.
 
-    def __init__(self, id: int, slots: int, now_s: float) -> None:
+    >>> slots_of(1, 1), slots_of(1, 2), slots_of(4, 2), slots_of(3, 2)
+    (1, 2, 4, 4)
+    """
+    return math.ceil(per_worker / parts) * parts
+
+
+class SlotReservation:
+    """Slots for one worker, all on one machine. It is a placement group, so it needs no process."""
+
+    def __init__(self, id: int, slots: int, resource: str, now_s: float) -> None:
         self.id, self.since_s = id, now_s
-        self.group = placement_group([{"slot": slots}])
+        self.group = placement_group([{resource: slots}])
 
     def facts(self) -> ReservationFacts:
         return ReservationFacts(self.id, self.since_s, self._machine())
@@ -52,8 +62,11 @@ class SlotReservation:
 class WorkerHandle:
     """One worker or spare, as the driver knows it."""
 
-    def __init__(self, id: int, actor: Any, now_s: float, reservation: SlotReservation | None = None, node: str = "") -> None:
-        self.id, self.actor = id, actor
+    def __init__(
+        self, id: int, actors: Sequence[Any], now_s: float, reservation: SlotReservation | None = None, node: str = ""
+    ) -> None:
+        self.id, self.actors = id, actors
+        """The worker's processes, by their place in it."""
         self.reservation = reservation
         """None for a spare, and for an actor that holds its slots itself."""
         self.node, self.host = node, ""
@@ -63,12 +76,12 @@ class WorkerHandle:
         self.reached = Reached(-1)
         self.outcome: Outcome | None = None
         self.gone = ""
-        self.task: Any = actor.load.remote()
-        """The call of `Worker.load` or `Worker.train` under way; None while the worker is idle."""
-        self.question: Any = None
-        """The call of `Worker.reached` under way."""
-        self.trains: Any = None
-        """The call of `Worker.trains` under way. It returns when the worker has completed a step in its process group."""
+        self.task: list[Any] = [actor.load.remote() for actor in actors]
+        """The calls of `Worker.load` or `Worker.train` under way; none while the worker is idle."""
+        self.question: list[Any] = []
+        """The calls of `Worker.reached` under way."""
+        self.trains: list[Any] = []
+        """The calls of `Worker.trains` under way. They return when the worker has completed a step in its process group."""
 
     def listen(self, now_s: float) -> None:
         """Note the worker's answers since the last call, and ask how far it is if `ASK_S` have passed. It does not block and does not raise: an
@@ -81,27 +94,29 @@ class WorkerHandle:
             self.gone = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
     def _listen(self, now_s: float) -> None:
-        if over(self.task):
-            self._end_task(ray.get(self.task), now_s)
-        if over(self.trains):
-            trained: Any = ray.get(self.trains)
-            self.trained, self.trains = max(self.trained, trained), None
+        if ended := results(self.task):
+            self._end_task(ended, now_s)
+        if trained := results(self.trains):
+            self.trained, self.trains = max(self.trained, min(trained)), []
         if self.phase is Phase.LOADING:
             return
-        if over(self.question):
-            reached: Any = ray.get(self.question)
-            self.reached, self.question = reached, None
+        if reached := results(self.question):
+            self.reached, self.question = together(reached), []
             self._note_first(self.reached.first if self.reached.group == self.group else -1)
-        if self.question is None and now_s - self.heard_s >= ASK_S:
-            self.question, self.heard_s = self.actor.reached.remote(), now_s
+        if not self.question and now_s - self.heard_s >= ASK_S:
+            self.question, self.heard_s = self.ask(), now_s
 
-    def _end_task(self, result: "Loaded | Outcome", now_s: float) -> None:
-        self.task = None
+    def ask(self) -> list[Any]:
+        """Call `Worker.reached`."""
+        return [actor.reached.remote() for actor in self.actors]
+
+    def _end_task(self, ended: list[Any], now_s: float) -> None:
+        self.task = []
         self._enter(Phase.IDLE)
-        if isinstance(result, Loaded):
-            self.host, self.node, self.heard_s = result.host, result.node, now_s
+        if isinstance(first := ended[0], Loaded):
+            self.host, self.node, self.heard_s = first.host, first.node, now_s
             return
-        self.outcome = result
+        self.outcome = result = next((one for one in ended if one.broken), first)
         self._note_first(result.first)
         if result.step > result.first >= 0:
             self.trained = self.group
@@ -117,12 +132,18 @@ class WorkerHandle:
         """Start the worker's training in the process group."""
         self._enter(Phase.ACTIVE)
         self.group, self.first, self.outcome = group.number, -1, None
-        self.task = self.actor.train.remote(group)
-        self.trains = self.actor.trains.remote(group.number)
+        parts = len(self.actors)
+        self.task = [actor.train.remote(group._replace(part=part, parts=parts)) for part, actor in enumerate(self.actors)]
+        self.trains = [actor.trains.remote(group.number) for actor in self.actors]
 
     def stop(self) -> None:
         """Make the worker's process group end after the current step."""
-        self.actor.stop.remote(self.group)
+        for actor in self.actors:
+            actor.stop.remote(self.group)
+
+    def keep(self) -> list[Any]:
+        """Call `Worker.keep`."""
+        return [actor.keep.remote() for actor in self.actors]
 
     def free(self) -> None:
         """Give the worker's slots back, unless the actor holds them itself. Those it gives back only when it ends."""
@@ -131,8 +152,9 @@ class WorkerHandle:
             self.reservation = None
 
     def end(self) -> None:
-        """Kill the process, and give its slots back. Ray needs some hundredths of a second for it."""
-        ray.kill(self.actor)
+        """Kill the processes, and give their slots back. Ray needs some hundredths of a second for it."""
+        for actor in self.actors:
+            ray.kill(actor)
         self.free()
 
     def facts(self) -> WorkerFacts:
@@ -161,9 +183,10 @@ class WorkerHandle:
 class Crew:
     """The workers, spares and reservations of one run."""
 
-    def __init__(self, start: Callable[..., Any], slots_per_worker: int, gpu: bool) -> None:
-        """``start(**options)`` starts a worker's actor with these options of Ray's. ``gpu``: whether a slot is a GPU."""
-        self.start, self.slots_per_worker, self.gpu = start, slots_per_worker, gpu
+    def __init__(self, start: Callable[..., Any], slots_per_worker: int, gpu: bool, parts: int = 1) -> None:
+        """``start(part, **options)`` starts an actor of a worker with these options of Ray's. ``gpu``: whether a slot is a GPU. ``parts``: actors
+        of a worker, which share its slots."""
+        self.start, self.slots_per_worker, self.gpu, self.parts = start, slots_per_worker, gpu, parts
         self.workers: dict[int, WorkerHandle] = {}
         """In the order of their arrival."""
         self.spares: dict[int, WorkerHandle] = {}
@@ -184,12 +207,13 @@ class Crew:
             handle.listen(now_s)
 
     def reserve(self, now_s: float) -> None:
-        """Request slots for one more worker. A GPU worker's actor requests its GPUs itself; any other gets a reservation first."""
+        """Request slots for one more worker. A GPU worker's only actor requests its GPUs itself; any other worker gets a reservation first."""
         self.ids += 1
-        if self.gpu:
-            self.workers[self.ids] = WorkerHandle(self.ids, self.start(num_gpus=self.slots_per_worker), now_s)
+        if self.gpu and self.parts == 1:
+            self.workers[self.ids] = WorkerHandle(self.ids, [self.start(0, num_gpus=self.slots_per_worker)], now_s)
         else:
-            self.reservations[self.ids] = SlotReservation(self.ids, self.slots_per_worker, now_s)
+            resource = "GPU" if self.gpu else "slot"
+            self.reservations[self.ids] = SlotReservation(self.ids, self.slots_per_worker, resource, now_s)
 
     def cancel(self, reservations: Iterable[int]) -> None:
         for id in reservations:
@@ -203,9 +227,16 @@ class Crew:
             handle.reservation, handle.since_s = reservation, now_s
         else:
             self.ids += 1
-            here = NodeAffinitySchedulingStrategy(node, soft=False)
-            handle = WorkerHandle(self.ids, self.start(scheduling_strategy=here), now_s, reservation, node)
+            handle = WorkerHandle(self.ids, self._actors(reservation, node), now_s, reservation, node)
         self.workers[handle.id] = handle
+
+    def _actors(self, reservation: SlotReservation, node: str) -> list[Any]:
+        """Start a worker's actors on the machine that has its slots. GPUs are given to each of them, so that it sees its own."""
+        held: dict[str, Any] = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+        if self.gpu:
+            within = PlacementGroupSchedulingStrategy(reservation.group)
+            held = {"scheduling_strategy": within, "num_gpus": self.slots_per_worker // self.parts}
+        return [self.start(part, **held) for part in range(self.parts)]
 
     def retire(self, workers: Iterable[int], now_s: float) -> None:
         """Give the slots of these workers back. The workers become spares; on GPUs they end."""
@@ -238,36 +269,49 @@ class Crew:
         deadline_s = time.monotonic() + within_s
         asked = [worker for worker in self.workers.values() if worker.phase is not Phase.LOADING]
         while asked and (left_s := deadline_s - time.monotonic()) > 0:
-            reached = answers({worker: worker.actor.reached.remote() for worker in asked}, min(left_s, ANSWER_S))
+            answered = answers({worker: worker.ask() for worker in asked}, min(left_s, ANSWER_S))
+            reached = {worker: together(said) for worker, said in answered.items()}
             newest = max(reached, key=lambda worker: reached[worker].step, default=None)
             if newest is not None:
-                kept = answers({newest: newest.actor.keep.remote()}, max(0, deadline_s - time.monotonic()) / 2)
+                kept = answers({newest: newest.keep()}, max(0, deadline_s - time.monotonic()) / 2)
                 if not kept:
                     asked.remove(newest)  # it is dead or hangs; another worker has the same state, or a slightly older one
-                elif kept[newest].step >= reached[newest].step or reached[newest].step <= 0:  # step 0 needs no checkpoint
-                    newest.reached = newest.reached._replace(committed=kept[newest])
+                elif min(kept[newest]).step >= reached[newest].step or reached[newest].step <= 0:  # step 0 needs no checkpoint
+                    newest.reached = newest.reached._replace(committed=min(kept[newest]))
                     return True
             time.sleep(RETRY_S)
         return False
 
 
-def over(call: Any) -> bool:
-    """Whether there is a call and it has ended, with a result or an error."""
-    return call is not None and bool(ray.wait([call], timeout=0)[0])
+def results(calls: list[Any]) -> list[Any]:
+    """What the calls have returned; none while one of them is under way. Raises what one of them raised, without waiting for the others."""
+    done, waiting = ray.wait(calls, num_returns=len(calls), timeout=0) if calls else ([], [])
+    returned: list[Any] = ray.get(done)
+    return [] if waiting else returned
 
 
-def answers(asked: dict[WorkerHandle, Any], within_s: float) -> dict[WorkerHandle, Any]:
-    """The answers that came within this many seconds. A worker that died has none."""
-    done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=within_s)
-    answered: dict[WorkerHandle, Any] = {}
-    for worker, call in asked.items():
+def together(reached: Sequence[Reached]) -> Reached:
+    """How far a worker is whose processes are that far: as far as the last of them."""
+    return reached[0]._replace(
+        step=min(one.step for one in reached),
+        committed=min(one.committed for one in reached),
+        memory_mb=sum(one.memory_mb for one in reached),
+    )
+
+
+def answers(asked: dict[WorkerHandle, list[Any]], within_s: float) -> dict[WorkerHandle, list[Any]]:
+    """The answers of all processes of a worker that came within this many seconds. A worker that died has none."""
+    calls = [call for some in asked.values() for call in some]
+    done, _ = ray.wait(calls, num_returns=len(calls), timeout=within_s)
+    answered: dict[WorkerHandle, list[Any]] = {}
+    for worker, some in asked.items():
         with contextlib.suppress(RayError):  # the worker died
-            if call in done:
-                answered[worker] = ray.get(call)
+            if all(call in done for call in some):
+                answered[worker] = ray.get(some)
     return answered
 
 
 def wait_all(workers: Sequence[WorkerHandle], within_s: float) -> None:
     """Wait until all of these workers are idle, or this many seconds have passed."""
-    if tasks := [worker.task for worker in workers if worker.task is not None]:
+    if tasks := [call for worker in workers for call in worker.task]:
         ray.wait(tasks, num_returns=len(tasks), timeout=within_s)

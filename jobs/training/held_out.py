@@ -60,11 +60,18 @@ class Answers(NamedTuple):
 def answer_losses(model: Any, rows: Sequence[Row]) -> torch.Tensor:
     """The summed cross entropy of each row's answer, the end of the turn included: a tensor of shape (rows,), in nats.
 
-    The gradient flows through the result.
+    The gradient flows through the result. Without the output layer it is zero.
     """
     answers = answers_of(model, rows)
+    if not has_output(model):
+        return answers.states.new_zeros(len(rows)) + answers.states.sum()
     each = answers.losses()
     return each.new_zeros(len(rows)).index_add(0, answers.rows, each)
+
+
+def has_output(model: Any) -> bool:
+    """Whether this process has the output layer: of a pipeline only the last stage has it (`jobs.training.pipeline_parallel`)."""
+    return not isinstance(model.get_output_embeddings(), torch.nn.Identity)
 
 
 def answers_of(model: Any, rows: Sequence[Row]) -> Answers:
@@ -112,11 +119,12 @@ def measured(model: Any, rows: Sequence[Row], micro_batch_tokens: int) -> list[E
 
 
 def _measured(model: Any, rows: Sequence[Row], portions: list[list[int]]) -> dict[int, ExampleLoss]:
-    """The losses of the rows in these portions. An empty portion is a pass whose result does not count."""
+    """The losses of the rows in these portions. An empty portion is a pass whose result does not count, and so is one without the output layer."""
     found: dict[int, ExampleLoss] = {}
     for portion in portions:
         losses = answer_losses(model, [rows[i] for i in portion or [0]]).tolist()
-        found |= {i: ExampleLoss(nats, answer_tokens(rows[i])) for i, nats in zip(portion, losses, strict=bool(portion))}
+        if has_output(model):
+            found |= {i: ExampleLoss(nats, answer_tokens(rows[i])) for i, nats in zip(portion, losses, strict=bool(portion))}
     return found
 
 
@@ -124,7 +132,8 @@ def held_out_loss(model: Any, rows: Sequence[Row], micro_batch_tokens: int, rank
     """The token mean over all rows, in nats per token, the same on every worker.
 
     All workers of a process group call this together. Each measures its share, and an all-reduce adds the shares up. Example: one worker finds
-    30 nats on 10 tokens, the other 10 nats on 10 tokens; both return 2.0. Raises `RuntimeError` if another worker dies meanwhile.
+    30 nats on 10 tokens, the other 10 nats on 10 tokens; both return 2.0. All processes of a worker count, which does not change the mean.
+    Raises `RuntimeError` if another worker dies meanwhile.
     """
     tokens = [len(row.input_ids) for row in rows]
     shares = [portions(range(len(rows))[first::world], tokens, micro_batch_tokens) for first in range(world)]

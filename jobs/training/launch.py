@@ -72,7 +72,7 @@ def trained(
 ) -> Manifest:
     """Train to the end, and register the result: an adapter on its base, or weights. Raises `JobFailed`; the run stays then."""
     settings = {"config": config.dump(), "recipe": learning.recipe.model_dump(), **learning.settings}
-    ended = TRAINERS[trainer](config, learning.work, settings, run, priority, job, learning.check)
+    ended = TRAINERS[trainer](config, learning.work, settings, run, priority, job, learning.check, learning.recipe.sharding.parts)
     steps = recipe.schedule(learning.recipe, learning.examples).steps
     job.watch(whole(steps, ended.metrics, job.snapshot.progress))
     lineage = Lineage(

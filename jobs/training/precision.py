@@ -53,5 +53,5 @@ def compute_dtype(recipe: Recipe) -> torch.dtype | None:
 
 def computing(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Computes within the block as the recipe says, where the weights are in float32. A sharded model does so by itself."""
-    trained_in_half = recipe.precision == "bfloat16" and not recipe.lora and recipe.sharding == "none"
+    trained_in_half = recipe.precision == "bfloat16" and not recipe.lora and recipe.sharding.weights == "whole"
     return torch.autocast(device.type, torch.bfloat16) if trained_in_half else contextlib.nullcontext()

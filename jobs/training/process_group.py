@@ -25,7 +25,7 @@ PATIENCE_S = 600
 
 
 class ProcessGroup(NamedTuple):
-    """A process group, as one of its workers sees it."""
+    """A process group, as one process of it sees it."""
 
     number: int
     """Groups of a run are numbered in their order, from 1."""
@@ -36,6 +36,15 @@ class ProcessGroup(NamedTuple):
     rendezvous: str
     """A ``file://`` URL if all workers are on one machine, else a ``tcp://`` URL of the machine of rank 0. Empty if this process has joined
     already, as a worker of Ray Train has."""
+    part: int = 0
+    """This process's place in its worker."""
+    parts: int = 1
+    """The number of processes of each worker. Those of one worker follow one another in PyTorch's ranks."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one process of the group that speaks for all."""
+        return self.rank == self.part == 0
 
 
 @contextlib.contextmanager
@@ -50,8 +59,8 @@ def joined(group: ProcessGroup, cuda: bool) -> Iterator[None]:
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         init_method=group.rendezvous,
-        rank=group.rank,
-        world_size=group.world,
+        rank=group.rank * group.parts + group.part,
+        world_size=group.world * group.parts,
         timeout=timedelta(seconds=PATIENCE_S),
     )
     try:

@@ -44,7 +44,8 @@ def fit(config: Config, loop: Callable[[dict[str, Any]], None], settings: dict[s
     If the run fails or is cancelled, its files are removed from the store and the error goes on.
     """
     try:
-        return trainer(config, loop, settings, name, config.training.min_workers, FailureConfig()).fit()
+        training = config.training
+        return trainer(config, loop, settings, name, training.min_workers, training.slots_per_worker, FailureConfig()).fit()
     except BaseException:  # also when it is cancelled
         Store(config.store).remove(f"runs/{name}")
         raise
@@ -56,6 +57,7 @@ def trainer(
     settings: dict[str, Any],
     name: str,
     workers: int,
+    slots_per_worker: int,
     failures: FailureConfig,
 ) -> TorchTrainer:
     """A trainer that runs ``loop(settings)`` on so many ``workers``. Each worker holds its slots. The run's name is ``name``."""
@@ -76,7 +78,7 @@ def trainer(
             num_workers=workers,
             use_gpu=gpu,
             # The arbiter divides slots only. Ray would also ask for a CPU per worker, and on a small machine leave none for serving.
-            resources_per_worker={"GPU" if gpu else "slot": config.training.slots_per_worker, "CPU": 0},
+            resources_per_worker={"GPU" if gpu else "slot": slots_per_worker, "CPU": 0},
         ),
         run_config=RunConfig(name=name, storage_path=f"{config.store}/runs", failure_config=failures),
     )

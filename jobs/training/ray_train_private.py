@@ -31,15 +31,23 @@ class FileRendezvous(TorchConfig):
 
 
 class FileBackend(TorchBackend):
+    folder = ""
+    """Where the workers met; empty if they met in Ray Train's way."""
+
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         """Form the process group. Ray Train calls this after it has started the workers."""
         if len(set(worker_group.execute(node))) > 1:
             return super().on_start(worker_group, backend_config)
         backend = "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo"
-        folder = worker_group.execute_single(0, tempfile.mkdtemp)
+        self.folder = worker_group.execute_single(0, tempfile.mkdtemp)
         world = len(worker_group)
-        ray.get([worker_group.execute_single_async(rank, join, rank, world, backend, folder) for rank in range(world)])
-        worker_group.execute_single(0, shutil.rmtree, folder, ignore_errors=True)
+        ray.get([worker_group.execute_single_async(rank, join, rank, world, backend, self.folder) for rank in range(world)])
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Leave the process group. Ray Train calls this before it ends the workers. Until then the workers may meet again, in smaller groups."""
+        super().on_shutdown(worker_group, backend_config)
+        if self.folder:
+            worker_group.execute_single(0, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def node() -> str:

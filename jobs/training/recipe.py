@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from cluster.config import Section, from_pairs, merge
 from cluster.errors import ConfigError, DataError
@@ -79,12 +79,52 @@ class Reinforcement(Section):
     """The weight of the divergence from the base. 0 saves a forward pass."""
 
 
+class Sharding(Section):
+    """How the workers of a run, and the processes of a worker, divide the model. A word is short for the ``weights``; ``none`` is ``whole``."""
+
+    weights: Literal["whole", "fsdp", "auto"] = "whole"
+    """whole: each worker has all of the model. fsdp: each has a slice of it only, see `jobs.training.sharded`. auto: whole where there is room, see
+    `jobs.training.fit`."""
+    tensor: int = Field(default=1, ge=1)
+    """Processes of a worker, each of which has a part of every layer and a slot, see `jobs.training.tensor_parallel`."""
+
+    pipeline: int = Field(default=1, ge=1)
+    """Processes of a worker, each of which has a run of layers and a slot, see `jobs.training.pipeline_parallel`."""
+
+    @property
+    def parts(self) -> int:
+        """Processes of a worker."""
+        return self.tensor * self.pipeline
+
+    @model_validator(mode="before")
+    @classmethod
+    def word(cls, value: Any) -> Any:
+        return {"weights": "whole" if value == "none" else value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        ways = {"weights": self.weights != "whole", "tensor": self.tensor > 1, "pipeline": self.pipeline > 1}
+        if sum(ways.values()) > 1:
+            chosen = " and ".join(f"{way} {getattr(self, way)}" for way, used in ways.items() if used)
+            raise ValueError(f"{chosen} do not go together; choose one of them")
+        return self
+
+    @model_serializer
+    def short(self) -> str | dict[str, Any]:
+        """As runs have it that began before this was a section: they can be resumed."""
+        if self.parts == 1:
+            return "none" if self.weights == "whole" else self.weights
+        return {way: count for way, count in (("tensor", self.tensor), ("pipeline", self.pipeline)) if count > 1}
+
+
 OBJECTIVES = {"distillation": "distill", "preference": "dpo", "reinforcement": "rl"}
 """Section → the verb that reads it. Other verbs refuse the section, because they would ignore it."""
 
 
 SHARDING = ("finetune", "pretrain", "dpo", "distill")
-"""The verbs whose objectives can shard the model."""
+"""The verbs whose objectives can shard the model over the workers."""
+PARTS = ("finetune", "pretrain")
+"""The verbs whose objectives can cut a worker's model into parts."""
 
 
 class Recipe(Section):
@@ -100,8 +140,7 @@ class Recipe(Section):
     portions."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; what is trained is in float32 in any case. auto: bfloat16 on GPUs, and on processors where it is faster."""
-    sharding: Literal["none", "fsdp"] = "none"
-    """fsdp: each worker has a slice of the model only, see `jobs.training.sharded`. none: each has all of it."""
+    sharding: Sharding = Sharding()
     max_tokens: int | None = Field(None, ge=8)
     """Longer examples are left out. None: the context length of the model."""
     schedule: Shape = "cosine"
@@ -126,7 +165,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def check(self) -> Self:
-        if self.compile and self.sharding != "none":
+        if self.compile and self.sharding != Sharding():
             raise ValueError("compile: true and sharding exclude each other")
         return self
 
@@ -175,10 +214,8 @@ def load(
             values[section] = values.get(section) or {}
         elif values.get(section) is not None:
             raise ConfigError(f"{section} is for springtide {whose} alone.", "Remove it from the recipe.", param=section)
-    if values.get("sharding", "none") != "none" and verb not in SHARDING:
-        raise ConfigError(f"springtide {verb} does not shard its model.", "Remove sharding from the recipe.", param="sharding")
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -187,6 +224,9 @@ def load(
         raise ConfigError(
             f"The recipe {sources.title(name)} is not valid: {where}{what}.", f"Keys are: {known}.", param=key or None
         ) from error
+    if recipe.sharding != Sharding() and verb not in (SHARDING if recipe.sharding.parts == 1 else PARTS):
+        raise ConfigError(f"springtide {verb} does not shard its model so.", "Remove sharding from the recipe.", param="sharding")
+    return recipe
 
 
 def _yaml(name: str, read: Callable[[], bytes]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from cluster.errors import JobFailed
 from jobs.training import ray_train
 from jobs.training.driver import ENDED_S, ENDING_S, Ended, Listener, Reporter
 from jobs.training.elasticity import DIVERGED, MOST_FAILURES, Began
+from jobs.training.handles import slots_of
 from jobs.training.heartbeat import Heartbeats
 from jobs.training.process_group import ProcessGroup
 from jobs.training.relay import ANSWER_S, Board
@@ -70,9 +71,10 @@ def fit(
     priority: int,
     listener: Listener,
     check: Callable[[], None] = lambda: None,
+    parts: int = 1,
 ) -> Ended:
     """Train ``work(settings)`` to its end on Ray Train. Arguments, result and errors are those of `jobs.training.driver.fit`."""
-    rounds = Rounds(config, work, settings, name, priority, listener, check)
+    rounds = Rounds(config, work, settings, name, priority, listener, check, parts)
     try:
         return rounds.train()
     except JobFailed as error:
@@ -137,13 +139,14 @@ class Rounds:
         priority: int,
         listener: Listener,
         check: Callable[[], None],
+        parts: int,
     ) -> None:
         training = config.training
-        own = {"checkpoint_s": training.checkpoint_s, "report_s": training.report_s}
+        own = {"checkpoint_s": training.checkpoint_s, "report_s": training.report_s, "parts": parts}
         place = {"work": work, "store": config.store, "run": name}
         self.settings = {"stage": name.rpartition("-")[0], **settings, **own, **place}
         self.config, self.name, self.tell, self.check = config, name, Reporter(listener), check
-        self.slots_per_worker = training.slots_per_worker
+        self.parts, self.slots_per_worker = parts, slots_of(training.slots_per_worker, parts)
         least, most = training.min_workers * self.slots_per_worker, training.workers * self.slots_per_worker
         job = Job(name, priority, time.time(), least, most, self.slots_per_worker)
         self.heartbeats = Heartbeats(job, listener.note)
@@ -181,7 +184,8 @@ class Rounds:
             train,
             {**self.settings, "board": board},
             self.name,
-            slots // self.slots_per_worker,
+            slots // self.slots_per_worker * self.parts,
+            self.slots_per_worker // self.parts,
             FailureConfig(MOST_FAILURES, controller_failure_limit=0),
         )
         self.round = Round(trainer, board, slots)
@@ -262,11 +266,12 @@ def train(settings: dict[str, Any]) -> Outcome | None:
     number = agreed(ray.get(board.begin.remote()) if rank == 0 else 0)
     if not number:
         return None
-    worker = Worker(settings["work"], settings, settings["store"], settings["run"])
+    parts: int = settings["parts"]
+    worker = Worker(settings["work"], settings, settings["store"], settings["run"], rank % parts)
     worker.report = report
     worker.load()
     with following(board, worker, number) if rank == 0 else contextlib.nullcontext():
-        outcome = worker.train(ProcessGroup(number, rank, world, rendezvous=""))
+        outcome = worker.train(ProcessGroup(number, rank // parts, world // parts, "", rank % parts, parts))
         worker.writer.flush()
     if outcome.broken:
         raise RuntimeError(outcome.broken)

@@ -76,7 +76,7 @@ class ShardCheckpoints:
     def complete(self) -> Iterator[Whole]:
         """The complete checkpoints, the newest first. The log names the others."""
         for step in self.steps():
-            if whole := self._read(step):
+            if whole := self.read(step):
                 yield whole
             else:
                 print(f"the checkpoint of step {step} is damaged or incomplete; taking the one before", flush=True)
@@ -95,14 +95,14 @@ class ShardCheckpoints:
         found = like.new_empty(len(mine), *like.shape[1:], device="cpu")
         for piece in pieces(rows, rank, world, len(whole.writers)):
             theirs = rows_of(rows, piece.rank, len(whole.writers))
-            whole_piece = self._piece(whole, tensor, piece.rank, like.dtype).view(len(theirs), *like.shape[1:])
+            whole_piece = self.piece(whole, tensor, piece.rank, like.dtype).view(len(theirs), *like.shape[1:])
             found[piece.rows.start - mine.start : piece.rows.stop - mine.start] = whole_piece[
                 piece.rows.start - theirs.start : piece.rows.stop - theirs.start
             ]
         return found if mine else None
 
-    def _piece(self, whole: Whole, tensor: str, writer: int, dtype: torch.dtype) -> torch.Tensor:
-        """A flat tensor."""
+    def piece(self, whole: Whole, tensor: str, writer: int, dtype: torch.dtype) -> torch.Tensor:
+        """What one worker has written of a tensor, flat. Raises `DamagedShard`, and `StoreUnavailable`."""
         _, begin, end, sha256 = whole.writers[writer]["tensors"][tensor]
         name = f"{writer}-of-{len(whole.writers)}.safetensors"
         data = self.store.read_range(f"{self._folder(whole.step)}/{name}", begin, end)
@@ -113,7 +113,7 @@ class ShardCheckpoints:
     def _folder(self, step: int) -> str:
         return f"{self.root}/{step:012d}"
 
-    def _read(self, step: int) -> Whole | None:
+    def read(self, step: int) -> Whole | None:
         """The checkpoint of a step; None unless all workers of one group have written their part of it."""
         folder = self._folder(step)
         raw = (self.store.get(f"{folder}/{name}") for name in self.store.children(folder) if name.endswith(".json"))
@@ -128,7 +128,7 @@ class ShardCheckpoints:
 
     def _remove_outdated(self) -> None:
         """Remove what is older than the newest `KEPT` that are complete."""
-        whole = [step for step in self.steps() if self._read(step)]
+        whole = [step for step in self.steps() if self.read(step)]
         for step in self.steps():
             if len(whole) >= KEPT and step < whole[KEPT - 1]:
                 self.store.remove(self._folder(step))

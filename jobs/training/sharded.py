@@ -53,7 +53,7 @@ class Sharded:
         own = (*self.adapter, *self.skeleton.buffers())
         model: Any = copy.deepcopy(self.skeleton, {id(one): one for one in own})
         mesh = init_device_mesh(self.device.type, (world,))
-        for part in (*_layers(model), model):
+        for part in (*layers_of(model), model):
             _allocate(part, self.device)
             fully_shard(part, mesh=mesh, mp_policy=self.policy, ignored_params=set(self.adapter))
         for part in model.modules():
@@ -119,7 +119,7 @@ def _skeleton(model: Any, adapter: set[int], device: torch.device) -> Any:
     return model
 
 
-def _layers(model: Any) -> Iterator[torch.nn.Module]:
+def layers_of(model: Any) -> Iterator[torch.nn.Module]:
     """The model's decoder layers: what transformers recomputes as a whole, where it is told to keep no activations."""
     yield from (part for part in model.modules() if isinstance(part, GradientCheckpointingLayer))
 

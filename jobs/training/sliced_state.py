@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from cluster.store.objects import Store
 from jobs.training.checkpoints import Checkpoints, Writer
+from jobs.training.part_checkpoints import PartCheckpoints
 from jobs.training.process_group import ProcessGroup
 from jobs.training.shard_checkpoints import DamagedShard, Shard, ShardCheckpoints, Whole
 from jobs.training.sharded import Sharded
@@ -27,7 +28,8 @@ def state_of(work: Work, store: Store, run: str) -> "State | SlicedState":
     """The state that the kind of work needs."""
     if work.slices is not None:
         return SlicedState(work, work.slices, ShardCheckpoints(store, run))
-    return State(work, Checkpoints(store, run))
+    checkpoints = PartCheckpoints(store, run, work.parallel) if work.parallel else Checkpoints(store, run)
+    return State(work, checkpoints)
 
 
 class SlicedState:

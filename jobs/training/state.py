@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from cluster.errors import StoreUnavailable
 from jobs.training.checkpoints import Checkpoints, Snapshot, Writer
+from jobs.training.part_checkpoints import PartCheckpoints
 from jobs.training.process_group import ProcessGroup
 from jobs.training.work import HELD_OUT, Work
 
@@ -72,9 +73,12 @@ class Counters(NamedTuple):
 
 
 class State:
-    """The parameters and the optimizer of a `Work`, with their counters."""
+    """The parameters and the optimizer of a `Work`, with their counters.
 
-    def __init__(self, work: Work, checkpoints: Checkpoints) -> None:
+    If a worker has several processes, each of them has this for its part of the model, and takes it over from the same part of another worker.
+    """
+
+    def __init__(self, work: Work, checkpoints: Checkpoints | PartCheckpoints) -> None:
         self.work, self.checkpoints = work, checkpoints
         self.counters = Counters()
         self.lock = threading.Lock()
@@ -90,7 +94,8 @@ class State:
 
     def snapshot(self) -> Snapshot:
         """A copy of the state in the host's memory. Only the training thread may call this without holding the lock."""
-        return Snapshot(self.step, self.counters._asdict(), self._copies())
+        group = self.work.parallel.formation if self.work.parallel else ""
+        return Snapshot(self.step, self.counters._asdict(), self._copies(), group)
 
     def _copies(self) -> dict[str, torch.Tensor]:
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in self.tensors(self.step).items()}
@@ -104,10 +109,14 @@ class State:
         return self.snapshot() if group.rank == 0 else None
 
     def collect(self, group: ProcessGroup) -> None:
-        """Bring what the result needs to rank 0, which has it already. All workers call this together."""
+        """Bring what the result needs to rank 0. All workers call this together."""
+        if group.rank == 0 and self.work.parallel:
+            self.work.parallel.collect()
 
     def leave(self, writer: Writer) -> None:
         """The process group has ended or is broken. The state stays."""
+        if self.work.parallel:
+            self.work.parallel.leave()
         self.work.flat.clear()
 
     def restore(self) -> None:
@@ -141,18 +150,31 @@ class State:
         Raises `RuntimeError` if another worker dies meanwhile.
         """
         self.work.form(group.rank, group.world)
-        steps: list[int] = [-1] * group.world
-        dist.all_gather_object(steps, self.step)
+        steps = self._steps(group)
         first = steps.index(max(steps))
         if group.rank == first:
             self.restore()
         shared: list[Any] = [self.counters]
-        dist.broadcast_object_list(shared, first)
+        dist.broadcast_object_list(shared, group=self._peers, group_src=first)
         counters: Counters = shared[0]
         if counters.step < 0:
             self.counters = Counters(0, before=self.work.measure(group.rank, group.world))
         elif min(steps) < counters.step:
             self._receive(counters, first)
+
+    def _steps(self, group: ProcessGroup) -> list[int]:
+        """The step of each worker. One whose processes are at different steps has no state."""
+        said: list[int] = [-1] * (group.world * group.parts)
+        dist.all_gather_object(said, self.step)
+        workers = [{*said[first : first + group.parts]} for first in range(0, len(said), group.parts)]
+        if len(workers[group.rank]) > 1:
+            self.counters = Counters()
+        return [steps.pop() if len(steps) == 1 else -1 for steps in workers]
+
+    @property
+    def _peers(self) -> Any:
+        """The processes that have the same state; None where all of the process group have it."""
+        return self.work.parallel and self.work.parallel.peers
 
     def _receive(self, counters: Counters, first: int) -> None:
         """Broadcast the tensors of rank ``first``. A worker at the same step receives what it has already, so it needs no lock."""
@@ -160,7 +182,7 @@ class State:
         with self.lock if behind else contextlib.nullcontext():
             try:
                 for tensor in self.tensors(counters.step).values():
-                    dist.broadcast(tensor, first)
+                    dist.broadcast(tensor, group=self._peers, group_src=first)
             except RuntimeError:
                 if behind:
                     os._exit(1)  # the tensors here are a mixture of the old state and the new one; nobody may use them

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 
+from jobs.training.parts import Parts
 from jobs.training.schedule import Schedule
 from jobs.training.sharded import Sharded
 
@@ -58,6 +59,11 @@ class Work(Protocol):
     @property
     def slices(self) -> Sharded | None:
         """The model, if each worker has only its slices of what is trained."""
+        ...
+
+    @property
+    def parallel(self) -> Parts | None:
+        """The part of the model that this process has, if a worker has several processes."""
         ...
 
     def form(self, rank: int, world: int) -> None:

@@ -1,4 +1,5 @@
-"""One worker of an elastic run: a Ray actor that keeps its model and its training state until the driver ends it.
+"""One worker of an elastic run: a Ray actor that keeps its model and its training state until the driver ends it. With
+`jobs.training.parts` it is several actors, which do everything together.
 
 Workers train together in process groups. If the driver tells one worker to stop, its group ends after the same step on all workers. If a worker
 dies, its group breaks. The next group has the workers that stayed and those that came, and goes on from the newest state among them. A worker
@@ -126,10 +127,13 @@ def ignore(counters: Counters) -> None: ...
 class Worker:
     """The actor. Ray calls its methods in several threads, so it answers while it trains."""
 
-    def __init__(self, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], store: str, run: str) -> None:
-        """``work(settings)`` makes what the run trains. ``store``: the store's URL, where the worker writes checkpoints of the ``run``."""
+    def __init__(
+        self, work: Callable[[dict[str, Any]], Work], settings: dict[str, Any], store: str, run: str, part: int = 0
+    ) -> None:
+        """``work(settings)`` makes what the run trains. ``store``: the store's URL, where the worker writes checkpoints of the ``run``. ``part``:
+        this process's place, if the worker has several; the settings get it too."""
         niceness.renice(niceness.TRAINING)
-        self.make, self.settings = work, settings
+        self.make, self.settings = work, {**settings, "part": part}
         self.store, self.run = Store(store), run
         self.rendezvous = Rendezvous()
         self.orders = Orders()
@@ -237,15 +241,15 @@ class Training:
     def run(self) -> Outcome:
         """Train until the run ends, or until the driver stops a worker of the group."""
         self.first, self.stepping = self.state.step, True
-        if self.group.rank == 0:
+        if self.group.leads:
             print(f"training with {self.group.world} workers from step {self.first}", flush=True)
-        else:
+        elif self.group.part == 0:
             print(f"training as worker {self.group.rank + 1} of {self.group.world}", flush=True)
         completed = self._steps()
         self.stepping = False
         if completed:
             return self._finish()
-        if self.group.rank == 0:
+        if self.group.leads:
             print(f"stopped after step {self.state.step}", flush=True)
         self._checkpoint()
         return Outcome(self.state.step, self.first)
@@ -253,7 +257,7 @@ class Training:
     def _steps(self) -> bool:
         """Do step after step. True after the run's last step; False if the group was stopped before it."""
         group, state, schedule = self.group, self.state, self.state.work.schedule
-        progress = ProgressPrinter(self.stage, group.rank, state.step, state.counters.tokens, self.report_s)
+        progress = ProgressPrinter(self.stage, group.rank or group.part, state.step, state.counters.tokens, self.report_s)
         for batch in schedule.batches(state.step):
             if not self._wait():
                 return False
@@ -288,7 +292,7 @@ class Training:
         return not now.stops
 
     def _asked(self) -> Asked:
-        due = self.group.rank == 0 and time.monotonic() - self.saved_s > self.checkpoint_s
+        due = self.group.leads and time.monotonic() - self.saved_s > self.checkpoint_s
         return Asked(self._told(), due)
 
     def _told(self) -> bool:
@@ -308,7 +312,7 @@ class Training:
         with state.lock:
             state.counters = state.counters.with_measured(metrics)
         best = state.counters.best == Measured(state.step, metrics)
-        if self.group.rank == 0:
+        if self.group.leads:
             told = " ".join(f"{name}={value:.4f}" for name, value in metrics.items())
             print(f"measured step={state.step} {told}{' best' if best else ''}", flush=True)
         if best:
@@ -317,7 +321,7 @@ class Training:
 
     def _finish(self) -> Outcome:
         """Measure the model on all workers, and save the result on rank 0, unless weights before had a smaller loss."""
-        state, first = self.state, self.group.rank == 0
+        state, first = self.state, self.group.leads
         self._checkpoint()  # a run that is killed from here on can resume after its last step
         metrics = state.work.measure(self.group.rank, self.group.world)
         best = state.counters.best
@@ -334,7 +338,7 @@ class Training:
     def _save(self) -> None:
         """Upload the result's files to the run's folder in the store, on rank 0. All workers call this together. Raises `StoreUnavailable`."""
         self.state.collect(self.group)
-        if self.group.rank:
+        if not self.group.leads:
             return
         checkpoints = self.state.checkpoints
         with tempfile.TemporaryDirectory() as folder:

@@ -14,8 +14,9 @@ def test_a_torch_config_names_its_backend_in_a_property() -> None:
     assert FileRendezvous().backend_cls is FileBackend and issubclass(FileBackend, TorchBackend)
 
 
-def test_a_backend_is_started_with_the_worker_group_and_the_config() -> None:
-    assert list(inspect.signature(TorchBackend.on_start).parameters) == ["self", "worker_group", "backend_config"]
+def test_a_backend_is_started_and_shut_down_with_the_worker_group_and_the_config() -> None:
+    for name in ("on_start", "on_shutdown"):
+        assert list(inspect.signature(getattr(TorchBackend, name)).parameters) == ["self", "worker_group", "backend_config"]
 
 
 def test_a_worker_group_executes_on_all_on_one_and_asynchronously() -> None:

@@ -32,7 +32,8 @@ class SupervisedFineTuning(NextTokens):
         config, recipe = parse(settings["config"]), Recipe.model_validate(settings["recipe"])
         self.base: Tuned = tuned(config, recipe, settings["base"])
         weights = stored(self.base.folder, recipe)
-        super().__init__(recipe, self.base.model, settings["train"], settings["held_out"], self.base.device, weights)
+        data = settings["train"], settings["held_out"]
+        super().__init__(recipe, self.base.model, *data, self.base.device, weights, settings.get("part", 0))
 
     def save(self, target: Path) -> None:
         """See `Tuned.save`."""
@@ -57,12 +58,12 @@ class Tuned(NamedTuple):
         The base's other files, its tokenizer's included, are copied beside the weights byte for byte.
         """
         if hasattr(model, "peft_config"):
-            save_adapter(model, self.id, target)
+            save_adapter(model, self.id, target, weights())
         else:
             save_whole(model, weights(), self.folder, target)
 
 
-def save_adapter(model: Any, base: VersionId, target: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+def save_adapter(model: Any, base: VersionId, target: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write an adapter on ``base`` to the folder ``target``. ``state``: its weights by name, where they are not the model's own of now."""
     peft_config = model.peft_config["default"]
     peft_config.base_model_name_or_path = str(base)  # not a path of this machine

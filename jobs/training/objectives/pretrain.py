@@ -40,7 +40,8 @@ class Pretraining(NextTokens):
         def new() -> Any:
             return untrained(self.folder, recipe.seed)
 
-        super().__init__(recipe, new().train(), train, held_out, device_of(config), lambda: new().state_dict())
+        device, part = device_of(config), settings.get("part", 0)
+        super().__init__(recipe, new().train(), train, held_out, device, lambda: new().state_dict(), part)
 
     @torch.no_grad()
     def measure(self, rank: int, world: int) -> dict[str, float]:

@@ -28,11 +28,12 @@ class NextTokens(Objective[Row]):
         held_out: Sequence[Row],
         device: torch.device,
         weights: Weights | None = None,
+        part: int = 0,
     ) -> None:
         """See `Objective`."""
         self.rows, self.held_out = rows, held_out
         hopeless = HOPELESS * math.log(model.config.get_text_config().vocab_size)
-        super().__init__(recipe, model, len(rows), hopeless, device, weights)
+        super().__init__(recipe, model, len(rows), hopeless, device, weights, part)
 
     def examples(self, batch: Sequence[int]) -> list[Row]:
         return [self.rows[i] for i in batch]
