@@ -41,7 +41,8 @@ class Done(NamedTuple):
 
 
 def started(pool: Running, folder: Path, trainer: str, workers: int, *set_: str) -> Job:
-    line = finetune("--trainer", trainer, "--workers", str(workers), *set_, epochs=EPOCHS)
+    # In bfloat16, which some processors are faster with, every way to divide a batch rounds otherwise: losses differ by a hundredth.
+    line = finetune("--trainer", trainer, "--workers", str(workers), "--set", "precision=float32", *set_, epochs=EPOCHS)
     return Job(pool, folder, *line, workers=workers, checkpoint_s=1, report_s=0)
 
 
@@ -95,8 +96,7 @@ def test_both_trainers_learn_the_same(pool: Running, tmp_path: Path, alone: Done
 def test_a_worker_of_two_processes_learns_the_same(pool: Running, tmp_path: Path, alone: Done, trainer: str) -> None:
     done = whole(pool, tmp_path, trainer, 1, "--set", "sharding.tensor=2")
     print(f"{trainer}, 1 worker of 2 processes: {done}")
-    # The base is in bfloat16 where that is faster, and a sum of two parts rounds otherwise than a whole product.
-    assert done.losses == pytest.approx(alone.losses, rel=1e-2)
+    assert done.losses == pytest.approx(alone.losses, rel=1e-3)
     assert "training with 1 workers from step 0" in done.job.text and done.metrics["steps_lost"] == 0
 
 
