@@ -2,8 +2,8 @@
 
 Linux's own CPU bandwidth control (cgroup v1 ``cpu.cfs_quota_us``, v2 ``cpu.max``), one group per slot; it needs root.
 
-All slots are parts of the machine's last core, so no two compute at the same moment. On virtual machines a core often does less while its neighbour
-works: three workers on both cores then make hardly more than two, for a reason that accelerators do not have.
+All slots are parts of the machine's last core, so no two compute at the same moment. On a virtual machine a core may do less while its neighbour
+works, which accelerators do not.
 """
 
 import contextlib

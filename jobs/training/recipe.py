@@ -155,7 +155,7 @@ class Recipe(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them. This takes less memory and more time."""
     compile: bool = False
-    """Compile the decoder layers with PyTorch's compiler. On processors the first step takes minutes more."""
+    """Compile the decoder layers with PyTorch's compiler. The first steps take longer."""
     kernels: Literal["none", "liger"] = "none"
     """liger: layers of the package liger-kernel, for GPUs."""
     seed: int = 0
@@ -225,7 +225,9 @@ def load(
             f"The recipe {sources.title(name)} is not valid: {where}{what}.", f"Keys are: {known}.", param=key or None
         ) from error
     if recipe.sharding != Sharding() and verb not in (SHARDING if recipe.sharding.parts == 1 else PARTS):
-        raise ConfigError(f"springtide {verb} does not shard its model so.", "Remove sharding from the recipe.", param="sharding")
+        raise ConfigError(
+            f"springtide {verb} does not shard its model in this way.", "Remove sharding from the recipe.", param="sharding"
+        )
     return recipe
 
 

@@ -49,11 +49,9 @@ def _known(value: Any, defaults: Mapping[str, Any] = MappingProxyType({})) -> An
     """
     if not isinstance(value, dict):
         return value
+    inner = {"recipe": Recipe.model_validate({}).model_dump(mode="json")}
     given = {key: each for key, each in value.items() if each is not None and each != defaults.get(key)}
-    return {
-        key: _known(each, Recipe.model_validate({}).model_dump(mode="json") if key == "recipe" else {})
-        for key, each in given.items()
-    }
+    return {key: _known(each, inner.get(key, {})) for key, each in given.items()}
 
 
 @contextlib.contextmanager

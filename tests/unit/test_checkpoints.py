@@ -128,6 +128,10 @@ def test_a_run_is_resumed_with_what_it_was_begun_with_and_with_nothing_else(tmp_
     inputs = {"base": "m@1", "recipe": {"epochs": 3.0}, "data": "sha"}
     name = runs.begin(store, "finetune-0123456789ab", inputs)
     assert runs.resume(store, name, dict(inputs)) == name
+    since = {"compile": False, "sharding": "none", "distillation": None}  # keys that a later release has added
+    assert runs.resume(store, name, {**inputs, "recipe": {**inputs["recipe"], **since}}) == name
+    with pytest.raises(BadRequest, match="another recipe"):
+        runs.resume(store, name, {**inputs, "recipe": {**inputs["recipe"], "compile": True}})
     with pytest.raises(BadRequest, match="another data, recipe"):
         runs.resume(store, name, {**inputs, "recipe": {"epochs": 4.0}, "data": "other"})
     with pytest.raises(BadRequest, match="no run finetune-0"):
