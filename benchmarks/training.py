@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -29,12 +28,12 @@ from benchmarks.trainers import Assignment, Finding
 from cluster import config as configuration
 from cluster.config import Config
 from cluster.store import imports
-from cluster.store.registry import Registry, registry_of
-from cluster.types import Manifest
+from cluster.store.registry import registry_of
 from jobs.data import chat, rows
 from jobs.data.chat import Example
 
 FACTS = Path(__file__).parents[1] / "jobs/seedling/facts.jsonl"
+DOCUMENTS = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 TURNS = 1, 2, 3, 5, 8
 """Questions in a conversation of the default data, in turn. So lengths differ as those of real conversations do."""
 TIMEOUT_S = 1200
@@ -47,8 +46,8 @@ EQUAL = 0.01
 class Case(NamedTuple):
     """A model and how it is trained."""
 
-    model: str
-    """``seedling``, or what `springtide fit` takes."""
+    model: str | int
+    """``seedling``, or what `springtide fit` takes. A number: the depth of a new model, which learns text."""
     lora: dict[str, int] | None
     learning_rate: float
     batch: int
@@ -59,6 +58,7 @@ class Case(NamedTuple):
 CASES = {
     "lora_135m": Case("smollm2", {"rank": 16, "alpha": 32}, 1e-3, batch=8, steps=10),
     "full_seedling": Case("seedling", None, 5e-4, batch=32, steps=80, warm_steps=10),
+    "pretrain": Case(4, None, 1.6e-3, batch=8, steps=60, warm_steps=5),
 }
 
 
@@ -91,15 +91,15 @@ def training(options: argparse.Namespace) -> None:
     console.print(machine())
     warn_if_busy()
     found: list[Measurement] = []
-    with place(options.cases) as (config, bases), Progress(console=console, transient=True) as bar:
+    with workplace(None) as (config, _), Progress(console=console, transient=True) as bar:
+        jobs = {case: assignments(config, CASES[case], options) for case in options.cases}
         task = bar.add_task("", total=options.rounds * len(options.cases) * len(options.systems))
         for number in range(options.rounds):
             for case in options.cases:
-                jobs = assignments(config, bases[case], CASES[case], options)
                 for system in turned(options.systems, number):
                     bar.update(task, description=f"round {number + 1}: {case}, {LABELS[system]}")
                     try:
-                        found.append(Measurement(number, system, case, run(SYSTEMS[system], jobs[system])))
+                        found.append(Measurement(number, system, case, run(SYSTEMS[system], jobs[case][system])))
                     except NotInstalled as error:
                         console.print(f"[yellow]{LABELS[system]} is left out: {error}")
                     bar.advance(task)
@@ -120,56 +120,66 @@ def turned(systems: Sequence[str], by: int) -> list[str]:
     return [*systems[by % len(systems) :], *systems[: by % len(systems)]]
 
 
-@contextmanager
-def place(cases: Sequence[str]) -> Iterator[tuple[Config, dict[str, Manifest]]]:
-    """A store with the bases of the cases."""
-    with workplace(None) as (config, _):
-        registry = registry_of(config)
-        yield config, {case: _base(registry, CASES[case].model, config) for case in cases}
-
-
-def _base(registry: Registry, model: str, config: Config) -> Manifest:
-    if registry.alias(model) is None:
-        made = imports.add(registry, imports.find(model, lambda words: None), config.home / "imports", lambda words: None)
-        registry.move(model, made, "to be measured", "bench", after=0)
-    return registry.manifest(registry.resolve(model).id)
-
-
-def assignments(config: Config, base: Manifest, case: Case, options: argparse.Namespace) -> dict[str, Assignment]:
+def assignments(config: Config, case: Case, options: argparse.Namespace) -> dict[str, Assignment]:
     """What each system has to do."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     from jobs.training import precision
     from jobs.training.recipe import Recipe
 
-    folder = registry_of(config).fetch(base, config.home / "cache")
-    width = AutoConfig.from_pretrained(folder, local_files_only=True).hidden_size
-    fast = precision.resolve(Recipe.model_validate({"lora": case.lora}), False, width).precision
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     threads = {"training": {"threads_per_worker": options.threads}}
-    ours = configuration.parse(configuration.merge(config.dump(), threads))
+    config = configuration.parse(configuration.merge(config.dump(), threads))
+    task = learning_text(config, case, options.text) if isinstance(case.model, int) else tuning(config, case, options.data)
+    width = AutoConfig.from_pretrained(task.base, local_files_only=True).hidden_size
+    fast = precision.resolve(Recipe.model_validate({"lora": case.lora}), False, width).precision
     common: dict[str, Any] = {
-        "base": str(folder),
-        "batches": batches(tokenizer, case, options.data),
+        "base": str(task.base),
+        "batches": [task.examples[at : at + case.batch] for at in range(0, len(task.examples), case.batch)],
         "lora": case.lora,
         "learning_rate": case.learning_rate,
         "warm_steps": case.warm_steps,
         "threads": options.threads,
     }
     return {
-        "springtide": Assignment(**common, precision=fast, store={"config": ours.dump(), "base": str(base.id)}),
+        "springtide": Assignment(**common, precision=fast, settings=task.settings),
         "trl": Assignment(**common, precision="float32"),
         "trl_tuned": Assignment(**common, precision=fast),
         "plain": Assignment(**common, precision="float32"),
     }
 
 
-def batches(tokenizer: Any, case: Case, data: Path | None) -> list[list[dict[str, Any]]]:
-    """The examples of each step, over and over where there are too few."""
-    examples = chat.read(str(data)).examples if data else conversations(chat.read(str(FACTS)).examples)
-    made = rows.tokenize(examples, tokenizer, 1024).rows
-    wanted = [made[at % len(made)]._asdict() for at in range(case.batch * case.steps)]
-    return [wanted[at : at + case.batch] for at in range(0, len(wanted), case.batch)]
+class Task(NamedTuple):
+    base: Path
+    """The model to begin with, in Hugging Face layout."""
+    examples: list[dict[str, Any]]
+    """In the order of the steps: ``{"input_ids", "prompt_tokens"}``."""
+    settings: dict[str, Any]
+    """Of the same for Springtide, without the recipe."""
+
+
+def learning_text(config: Config, case: Case, text: Path | None) -> Task:
+    """A new model learns blocks of text."""
+    from benchmarks.new_model import new
+
+    made = new(config, int(case.model), case.batch * case.steps, [text] if text else DOCUMENTS)
+    return Task(made.folder, made.examples, made.settings)
+
+
+def tuning(config: Config, case: Case, data: Path | None) -> Task:
+    """A base learns answers, over and over where there are too few."""
+    from transformers import AutoTokenizer
+
+    registry, model = registry_of(config), str(case.model)
+    if registry.alias(model) is None:
+        made = imports.add(registry, imports.find(model, lambda words: None), config.home / "imports", lambda words: None)
+        registry.move(model, made, "to be measured", "bench", after=0)
+    base = registry.manifest(registry.resolve(model).id)
+    folder = registry.fetch(base, config.home / "cache")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    known = chat.read(str(data)).examples if data else conversations(chat.read(str(FACTS)).examples)
+    found = rows.tokenize(known, tokenizer, 1024).rows
+    wanted = [found[at % len(found)]._asdict() for at in range(case.batch * case.steps)]
+    return Task(folder, wanted, {"config": config.dump(), "base": str(base.id)})
 
 
 def conversations(facts: Sequence[Example]) -> list[Example]:

@@ -26,8 +26,8 @@ class Assignment:
     """Steps before the clock runs."""
     threads: int
     precision: str
-    store: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Where Springtide finds the base."""
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Springtide's: those of its `Work`, without the recipe. The rows of a fine-tuning are those of the batches."""
 
 
 @dataclass(frozen=True)
