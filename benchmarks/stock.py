@@ -31,7 +31,7 @@ def run() -> None:
 
     config = load()
     plan = finetune.prepare(config, Registry(Store(config.store)), options)
-    from jobs.training import ray_train
+    from jobs.training.drivers import ray_train
 
     ray_train.connect()
     settings = {"config": config.dump(), "recipe": plan.recipe.model_dump(), "base": str(plan.base.id)}

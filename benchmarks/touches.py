@@ -32,7 +32,7 @@ NAMED = (
     "deployments/replica/launch.py",
     "deployments/replica/vllm_engine.py",
     "jobs/ray_job.py",
-    "jobs/training/ray_train_private.py",
+    "jobs/training/drivers/ray_train_private.py",
 )
 """Who may touch what is private. Each has a contract test that names the release it was read in."""
 NAMED_BEFORE = (

@@ -124,8 +124,8 @@ def assignments(config: Config, case: Case, options: argparse.Namespace) -> dict
     """What each system has to do."""
     from transformers import AutoConfig
 
-    from jobs.training import precision
     from jobs.training.recipe import Recipe
+    from jobs.training.step import precision
 
     threads = {"training": {"threads_per_worker": options.threads}}
     config = configuration.parse(configuration.merge(config.dump(), threads))

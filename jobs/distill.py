@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     student: Manifest | None
     """None for a new one, made of the teacher."""
     size: tuple[int | None, float]
-    """`jobs.training.prune.Size`, for a new one."""
+    """`jobs.training.objectives.prune.Size`, for a new one."""
     base: Base
     """What the student starts from."""
     dataset: Dataset
@@ -71,7 +71,7 @@ def distill(config: Config, options: Distill, job: JobRecord) -> None:
     plan = prepare(config, registry, options)
     chosen, sha256 = plan.base.recipe, plan.dataset.sha256
     job.know(**plan.facts, dataset_sha256=sha256, recipe=chosen.model_dump(exclude_none=True))
-    from jobs.training import ray_train  # and with it Ray
+    from jobs.training.drivers import ray_train  # and with it Ray
     from jobs.training.launch import begun
 
     ray_train.connect()
@@ -150,7 +150,7 @@ def difference(one: Any, other: Any, texts: Iterable[str]) -> str:
 
 def check_prunes(config: Config, registry: Registry, teacher: Manifest, size: tuple[int | None, float]) -> None:
     """Raise `ConfigError` where the teacher cannot be pruned to this size."""
-    from jobs.training.prune import Size, smaller
+    from jobs.training.objectives.prune import Size, smaller
 
     with registry.candidate(teacher.id, config.home / "cache") as candidate:
         shape = json.loads((candidate.settings / "config.json").read_text())

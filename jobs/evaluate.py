@@ -2,7 +2,7 @@
 
 The command line names the sets. Otherwise the configuration does (``publishing.held_out``, ``.tasks``, ``.golden``):
 
-- ``--held-out``: examples as for fine-tuning. The gate compares the loss per answer token (`jobs.training.held_out`)
+- ``--held-out``: examples as for fine-tuning. The gate compares the loss per answer token (`jobs.training.objectives.held_out`)
 - ``--tasks``: examples whose answer greedy decoding must match exactly. The gate compares the share of matches
 - ``--golden``: JSON lines ``{"messages": […], "contains": "…"}``. ``equals``, ``lacks`` or ``matches`` (a regular expression) may stand for
   ``contains``
@@ -33,7 +33,7 @@ from jobs.data.lines import Problem, objects
 from jobs.record import JobRecord, record
 
 if TYPE_CHECKING:
-    from jobs.training.heartbeat import Heartbeats
+    from jobs.training.drivers.heartbeat import Heartbeats
 
 ANSWER_TOKENS = 128
 BATCH_TOKENS = 1024
@@ -164,8 +164,8 @@ def measured_on_pool(config: Config, pairs: list[tuple[VersionId, Sets]], priori
     """Measure each version on its sets, in a task that holds a slot. The allocator grants the slot, as for every job."""
     reach(config)
     from cluster.capacity.arbiter import Job
-    from jobs.training import ray_train
-    from jobs.training.heartbeat import Heartbeats
+    from jobs.training.drivers import ray_train
+    from jobs.training.drivers.heartbeat import Heartbeats
 
     ray_train.connect()
     beats = Heartbeats(Job(job.id, priority, time.time(), SLOTS, SLOTS, SLOTS), job.note)
@@ -222,7 +222,7 @@ def measure(config: Config, id: str, sets: Sets) -> Measured:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from jobs.training.held_out import measured
+    from jobs.training.objectives.held_out import measured
 
     torch.set_num_threads(config.training.threads_per_worker)
     registry, gpu = registry_of(config), config.pool.accelerator == "gpu"

@@ -1,7 +1,7 @@
 """Supervised fine-tuning: trains a base version on a data file, and registers the next version.
 
 ``python -m jobs.finetune --data FILE_OR_URL --base seedling --publish`` trains a LoRA adapter (or all the weights with
-``--full``) on as many slots as there are (`jobs.training.driver`), measures the loss on held-out examples before and after, registers the
+``--full``) on as many slots as there are (`jobs.training.drivers.driver`), measures the loss on held-out examples before and after, registers the
 result with its lineage and asks control to make it live. It checks the whole request before it starts anything in Ray.
 """
 

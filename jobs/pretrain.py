@@ -24,7 +24,7 @@ from jobs.data.text import listed
 from jobs.record import JobRecord, record
 from jobs.training import recipe
 from jobs.training.base import resolve
-from jobs.training.relay import relayed
+from jobs.training.drivers.relay import relayed
 
 if TYPE_CHECKING:
     from jobs.training.corpus import Corpus
@@ -68,9 +68,10 @@ def pretrain(config: Config, options: Pretrain, job: JobRecord) -> None:
     named = listed(options.data)
     registry.store.check_writable()
     reach(config)
-    from jobs.training import kernels, ray_train
+    from jobs.training.drivers import ray_train
     from jobs.training.launch import Learning, begun, trained
     from jobs.training.objectives.pretrain import Pretraining
+    from jobs.training.step import kernels
 
     kernels.check(chosen, config.pool.accelerator == "gpu")
     ray_train.connect()
@@ -102,8 +103,9 @@ def read(
     config: Config, registry: Registry, options: Pretrain, chosen: recipe.Recipe, named: list[str], run: str, job: JobRecord
 ) -> "tuple[Corpus, Shape]":
     """The run's text and its model's shape, from the sources, or from the store where a resumed run has left them there."""
-    from jobs.training import corpus, pipeline_parallel, tensor_parallel
+    from jobs.training import corpus
     from jobs.training.shape import Shape, shaped
+    from jobs.training.sharding import pipeline_parallel, tensor_parallel
 
     if found := corpus.stored(registry.store, run):
         return found, Shape.stored(registry.store, run)
@@ -152,7 +154,7 @@ def divided(count: int, length: int, chosen: recipe.Recipe) -> Parts:
 
 def for_text(chosen: recipe.Recipe, hidden_size: int, blocks: int, steps: int | None, config: Config) -> recipe.Recipe:
     """The recipe with what follows from the model's width and the length of the run."""
-    from jobs.training import precision
+    from jobs.training.step import precision
 
     per_epoch = math.ceil(blocks / chosen.global_batch)
     epochs = steps / per_epoch if steps else chosen.epochs
@@ -164,7 +166,7 @@ def for_text(chosen: recipe.Recipe, hidden_size: int, blocks: int, steps: int | 
 
 def sharded(resolved: recipe.Recipe, config: Config, store: Store, run: str, shape: "Shape") -> recipe.Recipe:
     """The recipe with its sharding chosen. A run that is resumed shards its model as it began, whatever there is room for now."""
-    from jobs.training import fit
+    from jobs.training.sharding import fit
 
     if resolved.sharding.weights != "auto":
         return resolved
@@ -205,7 +207,8 @@ def grow_seedling(config: Config, options: Pretrain, job: JobRecord) -> None:
     registry = Registry(Store(config.store))
     registry.store.check_writable()
     reach(config)
-    from jobs.training import ray_train, seedling
+    from jobs.training import seedling
+    from jobs.training.drivers import ray_train
 
     facts = chat.read(str(seedling.FACTS))
     job.know(dataset_sha256=facts.sha256)

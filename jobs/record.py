@@ -70,7 +70,7 @@ class JobRecord:
     # what the job says
 
     def watch(self, progress: Progress) -> None:
-        """Note the progress. `jobs.training.driver.fit` calls this."""
+        """Note the progress. `jobs.training.drivers.driver.fit` calls this."""
         loss = progress.loss if math.isfinite(progress.loss) else None
         known = {**progress._asdict(), "loss": loss}
         self._say("progress", "", known, waiting="", progress=JobProgress(**known))

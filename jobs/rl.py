@@ -1,8 +1,8 @@
 """Reinforcement learning: trains an adapter on rewards of its own answers, and registers it.
 
 ``python -m jobs.rl --data FILE_OR_URL --reward exact --base seedling`` samples answers from the replicas that serve the base to everybody, rewards
-them (`jobs.training.rewards`), and makes good ones more likely (`jobs.training.objectives.rl`). After each step the same replicas hold the new
-adapter, under a name that clients do not know. The adapter with the best reward on held-out prompts is registered, and published if asked.
+them (`jobs.training.objectives.rewards`), and makes good ones more likely (`jobs.training.objectives.rl`). After each step the same replicas hold
+the new adapter, under a name that clients do not know. The adapter with the best reward on held-out prompts is registered, and published if asked.
 
 It checks the whole request before it starts anything in Ray.
 """
@@ -25,9 +25,10 @@ from jobs.data.rows import Tokenized
 from jobs.record import JobRecord, record
 from jobs.release import release
 from jobs.rollouts import Prompt, Task, Told, rolling
-from jobs.training import recipe, rewards
+from jobs.training import recipe
 from jobs.training.base import Base, check_fits, opened, resolve
-from jobs.training.rewards import Reward
+from jobs.training.objectives import rewards
+from jobs.training.objectives.rewards import Reward
 
 SLOWER = 0.25
 """Of the learning rate of `springtide train` for the same model: a reward says less than an answer does. Found on the seedling."""
@@ -62,7 +63,7 @@ def rl(config: Config, options: Rl, job: JobRecord) -> None:
     recipe = plan.base.recipe.model_dump(exclude_none=True)
     job.know(base=str(plan.base.manifest.id), dataset_sha256=plan.dataset_sha256, recipe=recipe, reward=options.reward)
     manifest = train(config, registry, plan, options, job)
-    from jobs.training.ray_train import result
+    from jobs.training.drivers.ray_train import result
 
     job.made(**result(manifest, None))  # before the publish, so that a refusal does not hide what was trained
     if options.publish:
@@ -155,7 +156,7 @@ def prompts_of(some: Tokenized) -> list[Prompt]:
 def train(config: Config, registry: Registry, plan: Plan, options: Rl, job: JobRecord) -> Manifest:
     """Train as planned, and register the adapter."""
     from cluster.control import client as control
-    from jobs.training import ray_train
+    from jobs.training.drivers import ray_train
     from jobs.training.launch import Learning, begun, trained
     from jobs.training.objectives.rl import Reinforcing
 

@@ -34,11 +34,11 @@ from cluster.store.objects import Store
 from cluster.store.versions import Versions
 from cluster.types import VersionId, interim_name
 from jobs.answers import PASSING
-from jobs.training.checkpoints import Checkpoints
+from jobs.training.objectives.rewards import Reward, RewardFailed
+from jobs.training.objectives.samples import Exchange, Group, Sample, step_of, with_advantages
 from jobs.training.recipe import Reinforcement
-from jobs.training.rewards import Reward, RewardFailed
-from jobs.training.samples import Exchange, Group, Sample, step_of, with_advantages
 from jobs.training.schedule import Schedule
+from jobs.training.state.checkpoints import Checkpoints
 
 LOOK_S = 0.1
 """How often the store is asked for newer weights."""

@@ -79,7 +79,7 @@ def tune(
     ``work`` imports what the workers make. ``inputs``: what the run depends on. ``reason``: why a publish moves the alias.
     """
     job.know(base=str(plan.base.id), dataset_sha256=plan.dataset_sha256, recipe=plan.recipe.model_dump(exclude_none=True))
-    from jobs.training import ray_train
+    from jobs.training.drivers import ray_train
     from jobs.training.launch import Learning, begun, trained
 
     ray_train.connect()

@@ -81,7 +81,8 @@ KINDS = {"stubborn": Stubborn, "greedy": Greedy, "disturbed": Disturbed}
 
 def run() -> None:
     from jobs import finetune
-    from jobs.training import driver, ray_train, runs
+    from jobs.training import runs
+    from jobs.training.drivers import driver, ray_train
 
     line = ["--data", "jobs/seedling/tide.jsonl", "--base", "seedling@1", "--epochs", "300"]
     kind, options = KINDS[sys.argv[1]], command_line("finetune", [*line, *sys.argv[2:]])

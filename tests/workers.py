@@ -13,15 +13,20 @@ from typing import Any
 
 import torch
 
-from jobs.training.flat import FlatParameters
+from jobs.training.drivers.worker import Reached, Worker
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed
 from jobs.training.schedule import Schedule
+from jobs.training.step.flat import FlatParameters
 from jobs.training.work import Work
-from jobs.training.worker import Reached, Worker
 
 EXAMPLES = 60
-PRELOADED = "jobs.training.worker", "jobs.training.objectives.finetune", "transformers.models.llama.modeling_llama", "peft"
+PRELOADED = (
+    "jobs.training.drivers.worker",
+    "jobs.training.objectives.finetune",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+)
 """What takes long to import: one process does so, and the workers are its forks."""
 PATIENCE_S = 120
 

@@ -2,7 +2,7 @@
 
 `jobs.evaluate` measures, this file judges. Losses are compared with a paired bootstrap over examples (Efron & Tibshirani 1993, ch. 6):
 both versions answer for the same examples, so what an example costs any model cancels out, and the interval is over the difference. An
-example weighs as many times as its answer has tokens, because the loss that is compared is a mean over tokens (`jobs.training.held_out`).
+example weighs as many times as its answer has tokens, because the loss that is compared is a mean over tokens (`jobs.training.objectives.held_out`).
 """
 
 import math

@@ -93,7 +93,8 @@ def opened(config: Config, registry: Registry, manifest: Manifest, chosen: Recip
     the recipe says, or the recipe asks for kernels that are not there."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from jobs.training import fit, kernels, pipeline_parallel, precision, tensor_parallel
+    from jobs.training.sharding import fit, pipeline_parallel, tensor_parallel
+    from jobs.training.step import kernels, precision
 
     folder = registry.files.fetch_settings(manifest, config.home / "cache")
     model_config = AutoConfig.from_pretrained(folder, local_files_only=True)

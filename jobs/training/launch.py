@@ -11,10 +11,11 @@ from cluster.jobspec import Trainer
 from cluster.store.jobs import JobProgress, JobSnapshot
 from cluster.store.registry import Registry
 from cluster.types import Lineage, Manifest, VersionId
-from jobs.training import driver, recipe, rounds
-from jobs.training.driver import Listener
+from jobs.training import recipe
+from jobs.training.drivers import driver, rounds
+from jobs.training.drivers.driver import Listener
+from jobs.training.drivers.ray_train import code_revision
 from jobs.training.progress import Progress
-from jobs.training.ray_train import code_revision
 from jobs.training.runs import begin, result, resume
 from jobs.training.work import Work
 

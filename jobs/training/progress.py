@@ -16,7 +16,7 @@ ESTIMATED_STEPS = 5, 10
 
 
 class Progress(NamedTuple):
-    """A run between two steps. `jobs.training.driver.fit` passes it to ``watch`` at most once a second."""
+    """A run between two steps. `jobs.training.drivers.driver.fit` passes it to ``watch`` at most once a second."""
 
     step: int
     """Steps that are done."""
@@ -32,7 +32,7 @@ class Progress(NamedTuple):
     workers: int
     """Workers in the current process group."""
     mfu: float = 0.0
-    """The part of the processors' peak that the model uses, see `jobs.training.flops`; 0 where nobody knows."""
+    """The part of the processors' peak that the model uses, see `jobs.training.step.flops`; 0 where nobody knows."""
     memory_mb: float = 0.0
     """The most memory that a worker has taken: of its GPU, or of the machine."""
 

@@ -83,13 +83,13 @@ class Sharding(Section):
     """How the workers of a run, and the processes of a worker, divide the model. A word is short for the ``weights``; ``none`` is ``whole``."""
 
     weights: Literal["whole", "fsdp", "auto"] = "whole"
-    """whole: each worker has all of the model. fsdp: each has a slice of it only, see `jobs.training.sharded`. auto: whole where there is room, see
-    `jobs.training.fit`."""
+    """whole: each worker has all of the model. fsdp: each has a slice of it only, see `jobs.training.sharding.sharded`. auto: whole where there is
+    room, see `jobs.training.sharding.fit`."""
     tensor: int = Field(default=1, ge=1)
-    """Processes of a worker, each of which has a part of every layer and a slot, see `jobs.training.tensor_parallel`."""
+    """Processes of a worker, each of which has a part of every layer and a slot, see `jobs.training.sharding.tensor_parallel`."""
 
     pipeline: int = Field(default=1, ge=1)
-    """Processes of a worker, each of which has a run of layers and a slot, see `jobs.training.pipeline_parallel`."""
+    """Processes of a worker, each of which has a run of layers and a slot, see `jobs.training.sharding.pipeline_parallel`."""
 
     @property
     def parts(self) -> int:

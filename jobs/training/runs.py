@@ -11,8 +11,8 @@ from cluster.config import Config
 from cluster.errors import BadRequest
 from cluster.store.objects import Store
 from cluster.types import check_name
+from jobs.training.drivers.worker import RESULT
 from jobs.training.recipe import Recipe
-from jobs.training.worker import RESULT
 
 ABOUT = "about.json"
 

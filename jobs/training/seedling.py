@@ -36,7 +36,7 @@ def train(settings: dict[str, Any]) -> None:
     Each worker takes its share of every batch, and PyTorch averages the gradients. The run's checkpoint is the model with its tokenizer. Its
     metrics are ``train_loss`` (nats per token), ``exact_match`` (a fraction), ``examples`` and ``tokens``.
     """
-    from jobs.training import ray_train
+    from jobs.training.drivers import ray_train
 
     config, recipe, examples = parse(settings["config"]), settings["recipe"], settings["examples"]
     torch.set_num_threads(config.training.threads_per_worker)

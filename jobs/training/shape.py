@@ -2,8 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from cluster.errors import ConfigError
 from cluster.jobspec import Pretrain
@@ -11,6 +10,7 @@ from cluster.store.objects import Store
 from jobs import sources
 from jobs.data.lines import decode
 from jobs.training.objectives.pretrain import MODEL
+from jobs.training.step.weightless import weightless
 
 DEPTH = 4
 ASPECT = 64
@@ -43,9 +43,7 @@ class Shape(NamedTuple):
     @property
     def parameters(self) -> int:
         """How many numbers are trained. What is tied counts once."""
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(self.config)
-        return sum(one.numel() for one in model.parameters())
+        return sum(one.numel() for one in weightless(self.config).parameters())
 
 
 def shaped(options: Pretrain, tokenizer: Any, context_tokens: int, fetch: sources.Fetch) -> Shape:
@@ -87,8 +85,7 @@ def _from_json(raw: bytes) -> PretrainedConfig:
         if "auto_map" in values:
             raise ValueError("it names code to run (auto_map), and remote code is never run")
         shape = AutoConfig.for_model(values.pop("model_type"), **values)
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(shape)
+        weightless(shape)
     except Exception as error:  # transformers raises what it likes
         raise ConfigError(f"--architecture does not describe a model: {error}.", CONFIG_JSON, "architecture") from error
     return shape

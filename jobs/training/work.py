@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 
-from jobs.training.parts import Parts
 from jobs.training.schedule import Schedule
-from jobs.training.sharded import Sharded
+from jobs.training.sharding.parts import Parts
+from jobs.training.sharding.sharded import Sharded
 
 HELD_OUT = "eval_loss"
 """What every `Work` measures: its own loss on held-out data, in nats per token where it learns tokens. It decides which weights are the best."""

@@ -17,10 +17,10 @@ from cluster.config import Config, parse
 from cluster.control.client import ACTOR, NAMESPACE
 from cluster.errors import JobFailed
 from cluster.store.objects import Store
-from jobs.training import grants as granting
-from jobs.training.checkpoints import Checkpoints
-from jobs.training.driver import Ended, fit
+from jobs.training.drivers import grants as granting
+from jobs.training.drivers.driver import Ended, fit
 from jobs.training.progress import Committed, Progress
+from jobs.training.state.checkpoints import Checkpoints
 from tests.waiting import when
 from tests.workers import Small
 

@@ -20,7 +20,7 @@ from cluster import client
 from cluster.pool import graph, submit
 from cluster.pool import local as pools
 from cluster.store.jobs import JobStore
-from jobs.training.checkpoints import Checkpoints
+from jobs.training.state.checkpoints import Checkpoints
 from tests.cluster.test_slots import LONG, TIDE, Job, Record, finetune, processes, record, replicas, running, scaled
 from tests.conftest import ROOT, Running, free_ports
 from tests.waiting import when

@@ -85,6 +85,24 @@ def test_a_chinese_text_in_two_files_becomes_a_model(pool: Running, tmp_path: Pa
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} <= names
 
 
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_two_workers_that_share_a_model_take_less_memory_each_and_learn_the_same(pool: Running) -> None:
+    """The figure is the most that the process has taken, with the whole model that it has in memory while it loads."""
+    memory_mb, losses = {}, {}
+    for weights in ("whole", "fsdp"):
+        manifest, _ = trained(
+            pool, f"--data={POEMS}", f"--name=poems-{weights}", "--steps=4", "--depth=10", "--context-tokens=64", "--workers=2",
+            f"--set=sharding={weights}", "--set=precision=float32", "--set=measure_every_steps=2",
+        )  # fmt: skip
+        at = client.of(pool.config).jobs(1)[0].progress
+        assert at is not None and at.workers == 2
+        memory_mb[weights], losses[weights] = at.memory_mb, manifest.lineage.metrics["eval_loss"]
+        print(f"{weights}: {at.memory_mb:,.0f} MB, {at.tokens_per_s:.0f} tokens/s, loss {losses[weights]:.4f}")
+    assert losses["fsdp"] == pytest.approx(losses["whole"], rel=1e-3)
+    assert memory_mb["fsdp"] < 0.8 * memory_mb["whole"]
+
+
 def test_what_is_no_text_is_named_and_leaves_no_run(pool: Running, tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("The tide comes in. " * 100)
     (tmp_path / "worse.txt").write_bytes(b"The tide \xff")

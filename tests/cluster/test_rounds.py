@@ -14,8 +14,8 @@ import ray
 from cluster.config import Config
 from cluster.jobspec import Trainer
 from cluster.store.objects import Store
-from jobs.training.checkpoints import Checkpoints
 from jobs.training.launch import TRAINERS
+from jobs.training.state.checkpoints import Checkpoints
 from tests.cluster.test_driver import Cancelled, Fit, config, grants, slots_free
 from tests.waiting import when
 

@@ -19,7 +19,7 @@ from cluster.capacity.handover import parse
 from cluster.metrics import CHECKPOINTS
 from cluster.pool.local import metrics_port
 from cluster.types import VersionId
-from jobs.training.checkpoints import FILE, MANIFEST, Checkpoints
+from jobs.training.state.checkpoints import FILE, MANIFEST, Checkpoints
 from tests.cluster.test_slots import TIDE, Job, Record, finetune, processes, record, running
 from tests.conftest import Running
 from tests.unwilling import FULL, STALLED, STALLING

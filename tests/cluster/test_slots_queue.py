@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.job import sizes
 from cluster import client
-from jobs.training.checkpoints import Checkpoints
+from jobs.training.state.checkpoints import Checkpoints
 from tests.cluster.test_slots import LONG, TIDE, Job, Record, finetune, record, replicas, running, scaled, scaling
 from tests.conftest import Running
 from tests.waiting import when

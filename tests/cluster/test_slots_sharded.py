@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from benchmarks import load
 from benchmarks.job import made as made_by
 from cluster import client
 from cluster.types import VersionId
-from jobs.training.shard_checkpoints import ShardCheckpoints
+from jobs.training.state.shard_checkpoints import ShardCheckpoints
 from tests.cluster.test_slots import (
     Job,
     Record,
@@ -28,6 +27,7 @@ from tests.cluster.test_slots import (
     running,
     scaled,
     scaling,
+    storm,
     works,
 )
 from tests.cluster.test_slots_checkpoints import disk, everybody, folder, kill, members
@@ -159,22 +159,7 @@ def test_a_job_without_memory_fails_in_words_and_serving_goes_on(pool: Running, 
 def test_a_storm_of_changes_costs_no_step(pool: Running, tmp_path: Path, record: Record) -> None:
     """T8: serving wants two, then one, every five seconds."""
     with running(pool, tmp_path, *sharded(), checkpoint_s=3600) as job:
-        began_s, first = time.monotonic(), job.steps
-        time.sleep(15)
-        quiet = (job.steps - first) / (time.monotonic() - began_s)
-        began_s, first = time.monotonic(), job.steps
-        with ThreadPoolExecutor() as asking:
-            asked: list[Future[None]] = []
-            for wanted in (2, 1) * 4:
-                asked.append(asking.submit(scaled, pool, wanted))
-                time.sleep(5)
-            stormy = (job.steps - first) / (time.monotonic() - began_s)
-        for one in asked:
-            one.result()
-        stopped, began = moves(job)
-        print(f"{stormy / quiet:.0%} of the quiet speed, {len(stopped)} changes of size")
-        assert 0 < len(stopped) < len(asked) and began[1:] == stopped
-        assert stormy > 0.3 * quiet
+        storm(pool, job)
 
 
 def test_everybody_killed_while_a_checkpoint_is_written_leaves_the_one_before(

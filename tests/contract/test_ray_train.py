@@ -1,4 +1,4 @@
-"""What jobs/training/ray_train_private.py relies on in Ray Train 2.60. A failure here means: read that file again before upgrading."""
+"""What jobs/training/drivers/ray_train_private.py relies on in Ray Train 2.60. A failure here means: read that file again before upgrading."""
 
 import inspect
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal import constants
 
-from jobs.training.ray_train_private import FileBackend, FileRendezvous, TorchBackend
+from jobs.training.drivers.ray_train_private import FileBackend, FileRendezvous, TorchBackend
 
 
 def test_a_torch_config_names_its_backend_in_a_property() -> None:
@@ -30,7 +30,7 @@ def test_a_worker_group_executes_on_all_on_one_and_asynchronously() -> None:
 
 
 def test_environment_variables_that_workers_get_from_the_driver() -> None:
-    """What `jobs.training.ray_train.trainer` sets."""
+    """What `jobs.training.drivers.ray_train.trainer` sets."""
     assert constants.ENABLE_PRINT_PATCH_ENV_VAR == "RAY_TRAIN_ENABLE_PRINT_PATCH"
     assert constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR == "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
     assert constants.HEALTH_CHECK_INTERVAL_S_ENV_VAR in constants.ENV_VARS_TO_PROPAGATE

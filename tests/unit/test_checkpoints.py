@@ -14,14 +14,14 @@ import torch
 from cluster.errors import BadRequest, StoreUnavailable
 from cluster.store.objects import Store
 from jobs.training import runs
-from jobs.training.checkpoints import FILE, KEPT, MANIFEST, Checkpoints, Snapshot, Writer
 from jobs.training.progress import Committed
+from jobs.training.state.checkpoints import FILE, KEPT, MANIFEST, Checkpoints, Snapshot, Writer
 
 ROOT = Path(__file__).parents[2]
 WRITE = """
 import sys, torch
 from cluster.store.objects import Store
-from jobs.training.checkpoints import Checkpoints, Snapshot
+from jobs.training.state.checkpoints import Checkpoints, Snapshot
 checkpoints = Checkpoints(Store(sys.argv[1]), "run")
 for step in range(int(sys.argv[2]), 1_000_000):
     checkpoints.commit(Snapshot(step, {"step": step}, {"a": torch.full((500_000,), float(step))}))

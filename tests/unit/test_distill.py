@@ -22,8 +22,8 @@ from jobs.distill import difference, opened_pair
 from jobs.training import recipe
 from jobs.training.objectives.distill import Distilling, loaded
 from jobs.training.objectives.finetune import SupervisedFineTuning
+from jobs.training.objectives.prune import Size, kept_layers, pruned, smaller
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
-from jobs.training.prune import Size, kept_layers, pruned, smaller
 from jobs.training.work import update
 
 ROWS = [Row(list(range(2, 2 + length)), prompt) for length, prompt in ((4, 3), (30, 5), (9, 0), (17, 16), (12, 4), (40, 20))]

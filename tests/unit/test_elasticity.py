@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.capacity.allocator import Grant
-from jobs.training.elasticity import (
+from jobs.training.drivers.elasticity import (
     HUNG_S,
     MOST_FAILURES,
     Actions,
@@ -27,7 +27,7 @@ from jobs.training.elasticity import (
     balance,
     next_actions,
 )
-from jobs.training.grants import NO_CONTROL_S
+from jobs.training.drivers.grants import NO_CONTROL_S
 
 DEADLINE_S = 20
 SETTLED_S = 400

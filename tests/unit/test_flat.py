@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from jobs.training.flat import MESSAGES, FlatParameters
+from jobs.training.step.flat import MESSAGES, FlatParameters
 
 
 def network() -> torch.nn.Module:

@@ -17,11 +17,11 @@ from transformers import (
 
 from cluster.publishing.gate import token_mean
 from jobs.data.rows import Row
-from jobs.training import packed as packing
-from jobs.training import vocabulary
-from jobs.training.held_out import answer_losses, answer_tokens, held_out_loss, measured
-from jobs.training.packed import is_packed, pack
+from jobs.training.objectives.held_out import answer_losses, answer_tokens, held_out_loss, measured
 from jobs.training.process_group import ProcessGroup, joined
+from jobs.training.step import packed as packing
+from jobs.training.step import vocabulary
+from jobs.training.step.packed import is_packed, pack
 
 ROWS = [Row(list(range(2, 2 + length)), prompt) for length, prompt in ((4, 3), (30, 5), (9, 0), (17, 16), (12, 4))]
 

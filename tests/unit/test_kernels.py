@@ -11,8 +11,9 @@ import torch
 from cluster.config import Config
 from cluster.errors import ConfigError
 from jobs.data.rows import Row
-from jobs.training import kernels, recipe
+from jobs.training import recipe
 from jobs.training.recipe import Recipe
+from jobs.training.step import kernels
 from tests.unit.test_objectives import ROWS, registered, work
 
 NEW = [

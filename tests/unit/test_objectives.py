@@ -14,8 +14,8 @@ from cluster.config import Config, parse
 from cluster.store.registry import registry_of
 from cluster.types import Lineage
 from jobs.data.rows import Row
-from jobs.training import vocabulary
 from jobs.training.objectives.finetune import SupervisedFineTuning
+from jobs.training.step import vocabulary
 from tests.conftest import ROOT
 
 ROWS = [Row(list(range(2, 2 + length)), prompt) for length, prompt in ((4, 3), (30, 5), (9, 0), (17, 16), (12, 4), (40, 20))]
@@ -92,7 +92,7 @@ def test_what_is_saved_is_what_was_trained(config: Config, tmp_path: Path) -> No
 
 SHORT = """
 import json, resource, sys
-from jobs.training import vocabulary
+from jobs.training.step import vocabulary
 from pathlib import Path
 from cluster.config import parse
 from jobs.data.rows import Row

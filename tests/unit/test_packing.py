@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.training.packing import deal, portions
+from jobs.training.step.packing import deal, portions
 
 TOKENS = st.lists(st.integers(1, 500), max_size=40)
 

@@ -12,7 +12,7 @@ from cluster.config import Config, parse
 from cluster.errors import ConfigError
 from cluster.store.registry import registry_of
 from cluster.types import Lineage
-from jobs.training import pipeline_parallel, tensor_parallel
+from jobs.training.sharding import pipeline_parallel, tensor_parallel
 from tests.unit.test_sharded import EPOCHS, LORA, STEPS, Tuning, alone, result, settings
 from tests.workers import Workers
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from jobs.training import precision
 from jobs.training.recipe import Recipe
+from jobs.training.step import precision
 
 
 @pytest.mark.parametrize(("exact_s", "fast_s", "chosen"), [(1.7, 1.0, "float32"), (2.6, 1.0, "bfloat16")])

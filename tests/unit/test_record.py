@@ -20,8 +20,8 @@ from cluster.store.jobs import JobResult, JobStatus, JobStore
 from cluster.store.objects import Store
 from jobs import record as records
 from jobs.record import JobRecord, record, spec
-from jobs.training import heartbeat
-from jobs.training.driver import Reporter
+from jobs.training.drivers import heartbeat
+from jobs.training.drivers.driver import Reporter
 from jobs.training.launch import whole
 from jobs.training.progress import Committed, Progress
 from tests.conftest import ROOT

@@ -20,11 +20,12 @@ from cluster.errors import ConfigError, JobFailed, NoReplica, ReplicaLost
 from cluster.store.registry import registry_of
 from cluster.types import interim_name
 from jobs.rollouts import Prompt, Rollouts, Task, Told, rolling
-from jobs.training import recipe, rewards
+from jobs.training import recipe
+from jobs.training.objectives import rewards
+from jobs.training.objectives.rewards import Reward, RewardFailed, checked
 from jobs.training.objectives.rl import Reinforcing, policy_losses
+from jobs.training.objectives.samples import Exchange, Group, Sample, advantages, step_of, with_advantages
 from jobs.training.recipe import Recipe, Reinforcement
-from jobs.training.rewards import Reward, RewardFailed, checked
-from jobs.training.samples import Exchange, Group, Sample, advantages, step_of, with_advantages
 from tests.sampling import Fleet
 from tests.unit.test_objectives import registered
 
@@ -219,7 +220,7 @@ RECIPE = {
 
 
 def learnt(config: Config, rollouts: Rollouts, chosen: dict[str, Any]) -> list[dict[str, float]]:
-    """What one worker measures before the first step and after the last one. It trains as `jobs.training.worker` does."""
+    """What one worker measures before the first step and after the last one. It trains as `jobs.training.drivers.worker` does."""
     settings = {"config": config.dump(), "recipe": chosen, "run": RUN, "base": "small@1", "prompts": PROMPTS}
     made: Any = Reinforcing(settings)
     meeting = (config.home / f"meeting-{time.time_ns()}").as_uri()

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cluster.store.objects import Store
-from jobs.training.checkpoints import KEPT
-from jobs.training.shard_checkpoints import DamagedShard, Shard, ShardCheckpoints, Whole
-from jobs.training.slices import rows_of
+from jobs.training.sharding.slices import rows_of
+from jobs.training.state.checkpoints import KEPT
+from jobs.training.state.shard_checkpoints import DamagedShard, Shard, ShardCheckpoints, Whole
 
 SHAPES = {"parameters/wide": (10, 3), "exp_avg/short": (2, 5), "parameters/flat": (7,)}
 

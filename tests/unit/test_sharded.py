@@ -15,11 +15,11 @@ from cluster.store.registry import registry_of
 from cluster.types import Lineage
 from jobs.data.pairs import PairRow
 from jobs.data.rows import Row
-from jobs.training.flat import MESSAGES, FlatParameters
 from jobs.training.objectives.distill import Distilling
 from jobs.training.objectives.dpo import PreferenceOptimization
 from jobs.training.objectives.finetune import SupervisedFineTuning
 from jobs.training.process_group import ProcessGroup, joined
+from jobs.training.step.flat import MESSAGES, FlatParameters
 from jobs.training.work import Work
 from tests.workers import Workers
 

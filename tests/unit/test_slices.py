@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.training.slices import pieces, rows_of
+from jobs.training.sharding.slices import pieces, rows_of
 
 ROWS, WORKERS = st.integers(1, 200), st.integers(1, 12)
 

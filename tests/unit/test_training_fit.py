@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cluster.capacity.fit import GIB
 from cluster.config import parse
-from jobs.training.fit import Needed, Sizes, choose, needed, resolve, sizes_of, token_bytes
 from jobs.training.recipe import Recipe
+from jobs.training.sharding.fit import Needed, Sizes, choose, needed, resolve, sizes_of, token_bytes
 
 FULL = Recipe.model_validate({"precision": "float32"})
 

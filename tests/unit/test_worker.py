@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.training.checkpoints import Checkpoints
-from jobs.training.handles import Crew
+from jobs.training.drivers.handles import Crew
+from jobs.training.drivers.worker import Reached, Worker
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed
-from jobs.training.state import Counters
-from jobs.training.worker import Reached, Worker
+from jobs.training.state.checkpoints import Checkpoints
+from jobs.training.state.state import Counters
 from tests.workers import EXAMPLES, Small, Waiting, Workers
 
 EPOCHS = 600

@@ -17,18 +17,18 @@ from cluster.config import Config, parse
 from cluster.store.registry import Registry, registry_of
 from cluster.types import Manifest, VersionId
 from jobs.data.rows import Row
-from jobs.training.flops import per_token
-from jobs.training.held_out import answer_tokens, answers_of, summed
 from jobs.training.objectives.finetune import device_of, ready, save_whole, stored, trainable
+from jobs.training.objectives.held_out import answer_tokens, answers_of, summed
 from jobs.training.objectives.objective import Losses
+from jobs.training.objectives.prune import Size, pruned
 from jobs.training.objectives.tokens import NextTokens
-from jobs.training.packed import pack
-from jobs.training.packing import portions
-from jobs.training.precision import computing
-from jobs.training.prune import Size, pruned
 from jobs.training.recipe import Distillation, Recipe
-from jobs.training.sharded import Sharded, passes
-from jobs.training.vocabulary import by_chunks
+from jobs.training.sharding.sharded import Sharded, passes
+from jobs.training.step.flops import per_token
+from jobs.training.step.packed import pack
+from jobs.training.step.packing import portions
+from jobs.training.step.precision import computing
+from jobs.training.step.vocabulary import by_chunks
 
 PLAIN = Distillation(temperature=1)
 """How `Distilling.measure` compares, whatever the recipe minimises: runs with other recipes can be compared by it."""

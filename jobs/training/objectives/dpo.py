@@ -22,13 +22,13 @@ from cluster.config import parse
 from cluster.errors import Conflict, JobFailed
 from cluster.store.objects import Store
 from jobs.data.pairs import PairRow
-from jobs.training.held_out import answer_losses, answer_tokens
 from jobs.training.objectives.finetune import Tuned, stored, tuned
+from jobs.training.objectives.held_out import answer_losses, answer_tokens
 from jobs.training.objectives.objective import Losses, Objective
-from jobs.training.packing import deal, portions
-from jobs.training.precision import computing
 from jobs.training.recipe import Preference, Recipe
-from jobs.training.sharded import passes
+from jobs.training.sharding.sharded import passes
+from jobs.training.step.packing import deal, portions
+from jobs.training.step.precision import computing
 
 REFERENCE = "reference.safetensors"
 """The file of the run with the base's log-probabilities: ``train`` and ``held_out``, of shape (pairs, 2), chosen first, in nats."""

@@ -16,10 +16,11 @@ from cluster.config import Config, parse
 from cluster.store.registry import registry_of
 from cluster.types import VersionId
 from jobs.training.objectives.tokens import NextTokens
-from jobs.training.packed import pack
-from jobs.training.precision import weights_dtype
 from jobs.training.recipe import Recipe
-from jobs.training.sharded import Weights
+from jobs.training.sharding.sharded import Weights
+from jobs.training.step.packed import pack
+from jobs.training.step.precision import weights_dtype
+from jobs.training.step.weightless import weightless
 
 
 class SupervisedFineTuning(NextTokens):
@@ -115,8 +116,7 @@ def stored(folder: Path, recipe: Recipe) -> Weights:
 
         handles = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
         found = {name: handle.get_slice(name) for handle in handles for name in handle.keys()}  # noqa: SIM118 (no mapping)
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+        model = weightless(AutoConfig.from_pretrained(folder, local_files_only=True))
         if found.keys() >= {name for name, _ in model.named_parameters()}:
             return found
         return AutoModelForCausalLM.from_pretrained(folder, dtype=weights_dtype(recipe), local_files_only=True).state_dict()

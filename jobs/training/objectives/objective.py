@@ -8,16 +8,16 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from jobs.training.flat import FlatParameters
-from jobs.training.flops import peak_per_s, per_token
-from jobs.training.kernels import choose
-from jobs.training.packing import deal, portions
-from jobs.training.parts import PartParameters
-from jobs.training.pipeline_parallel import PipelineParallel
-from jobs.training.precision import compute_dtype, computing
 from jobs.training.recipe import Recipe, schedule
-from jobs.training.sharded import Sharded, SlicedParameters, Weights, passes
-from jobs.training.tensor_parallel import TensorParallel
+from jobs.training.sharding.parts import PartParameters
+from jobs.training.sharding.pipeline_parallel import PipelineParallel
+from jobs.training.sharding.sharded import Sharded, SlicedParameters, Weights, passes
+from jobs.training.sharding.tensor_parallel import TensorParallel
+from jobs.training.step.flat import FlatParameters
+from jobs.training.step.flops import peak_per_s, per_token
+from jobs.training.step.kernels import choose
+from jobs.training.step.packing import deal, portions
+from jobs.training.step.precision import compute_dtype, computing
 from jobs.training.work import Trained
 
 One = TypeVar("One")

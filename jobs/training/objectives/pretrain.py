@@ -11,8 +11,8 @@ from cluster.store.objects import Store
 from jobs.data.blocks import Blocks, Shard, cached
 from jobs.training.objectives.finetune import device_of, save_weights
 from jobs.training.objectives.tokens import NextTokens
-from jobs.training.packed import pack
 from jobs.training.recipe import Recipe
+from jobs.training.step.packed import pack
 
 MODEL = "model"
 """The folder of the run that has the new model's configuration and tokenizer."""

@@ -24,11 +24,11 @@ from cluster.store.registry import registry_of
 from cluster.store.versions import Versions
 from cluster.types import Lineage, VersionId, interim_name
 from jobs.data.rows import Row
-from jobs.training.held_out import answers_of, summed
 from jobs.training.objectives.finetune import Tuned, save_adapter, tuned
+from jobs.training.objectives.held_out import answers_of, summed
 from jobs.training.objectives.objective import Losses, Objective
+from jobs.training.objectives.samples import Exchange, Sample, step_of
 from jobs.training.recipe import Recipe, Reinforcement
-from jobs.training.samples import Exchange, Sample, step_of
 from jobs.training.work import HELD_OUT
 
 TRUSTED = 0.5, 2.0

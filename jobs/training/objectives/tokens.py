@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from jobs.data.rows import Row
-from jobs.training.held_out import answer_losses, answer_tokens, held_out_loss
+from jobs.training.objectives.held_out import answer_losses, answer_tokens, held_out_loss
 from jobs.training.objectives.objective import Losses, Objective
-from jobs.training.precision import computing
 from jobs.training.recipe import Recipe
-from jobs.training.sharded import Weights
+from jobs.training.sharding.sharded import Weights
+from jobs.training.step.precision import computing
 
 HOPELESS = 2.0
 """Times the loss of a model that takes every token of its vocabulary for equally likely: who does worse is not learning."""

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import StoreUnavailable
-from jobs.training.checkpoints import Checkpoints, Snapshot, Writer
-from jobs.training.part_checkpoints import PartCheckpoints
 from jobs.training.process_group import ProcessGroup
+from jobs.training.state.checkpoints import Checkpoints, Snapshot, Writer
+from jobs.training.state.part_checkpoints import PartCheckpoints
 from jobs.training.work import HELD_OUT, Work
 
 KEPT = 16

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from cluster.store.objects import Store
-from jobs.training.checkpoints import Checkpoints, Writer
-from jobs.training.part_checkpoints import PartCheckpoints
 from jobs.training.process_group import ProcessGroup
-from jobs.training.shard_checkpoints import DamagedShard, Shard, ShardCheckpoints, Whole
-from jobs.training.sharded import Sharded
-from jobs.training.state import Counters, State
+from jobs.training.sharding.sharded import Sharded
+from jobs.training.state.checkpoints import Checkpoints, Writer
+from jobs.training.state.part_checkpoints import PartCheckpoints
+from jobs.training.state.shard_checkpoints import DamagedShard, Shard, ShardCheckpoints, Whole
+from jobs.training.state.state import Counters, State
 from jobs.training.work import Work
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints of a run whose workers have several processes, each with a part of the model (`jobs.training.parts`).
+"""Checkpoints of a run whose workers have several processes, each with a part of the model (`jobs.training.sharding.parts`).
 
 All workers have the same state, so the processes of one worker write it, each its own part. A checkpoint is complete once all parts of it are in
-the store (`jobs.training.shard_checkpoints`). It is read by as many processes as wrote it.
+the store (`jobs.training.state.shard_checkpoints`). It is read by as many processes as wrote it.
 
 Example: a worker has two processes, and died when one of them had written step 55. Another worker's two processes both go on from step 40.
 """
@@ -14,15 +14,15 @@ import torch.distributed as dist
 
 from cluster.errors import StoreUnavailable
 from cluster.store.objects import Store
-from jobs.training.checkpoints import Snapshot
-from jobs.training.parts import Parts
-from jobs.training.shard_checkpoints import DamagedShard, Shard, ShardCheckpoints, Whole
+from jobs.training.sharding.parts import Parts
+from jobs.training.state.checkpoints import Snapshot
+from jobs.training.state.shard_checkpoints import DamagedShard, Shard, ShardCheckpoints, Whole
 
 Found = TypeVar("Found")
 
 
 class PartCheckpoints:
-    """`jobs.training.checkpoints.Checkpoints` for one process of a worker."""
+    """`jobs.training.state.checkpoints.Checkpoints` for one process of a worker."""
 
     def __init__(self, store: Store, run: str, parallel: Parts) -> None:
         self.shards, self.parallel = ShardCheckpoints(store, run), parallel

@@ -1,5 +1,5 @@
 """One worker of an elastic run: a Ray actor that keeps its model and its training state until the driver ends it. With
-`jobs.training.parts` it is several actors, which do everything together.
+`jobs.training.sharding.parts` it is several actors, which do everything together.
 
 Workers train together in process groups. If the driver tells one worker to stop, its group ends after the same step on all workers. If a worker
 dies, its group breaks. The next group has the workers that stayed and those that came, and goes on from the newest state among them. A worker
@@ -26,11 +26,11 @@ from cluster import niceness
 from cluster.address import LOOPBACK
 from cluster.metrics import CHECKPOINTS
 from cluster.store.objects import Store
-from jobs.training.checkpoints import Writer
 from jobs.training.process_group import ProcessGroup, Rendezvous, joined
 from jobs.training.progress import Committed, ProgressPrinter
-from jobs.training.sliced_state import SlicedState, state_of
-from jobs.training.state import Counters, Measured, State
+from jobs.training.state.checkpoints import Writer
+from jobs.training.state.sliced_state import SlicedState, state_of
+from jobs.training.state.state import Counters, Measured, State
 from jobs.training.work import HELD_OUT, Asked, Awaits, Work, agree, divergence, gather, update
 
 RESULT = "result"

@@ -34,7 +34,7 @@ def choose(recipe: Recipe, model: Any) -> None:
     """Give the layers of a model, with its adapter if it has one, the code that the recipe asks for.
 
     The decoder layers are compiled, each alone, because the examples' lengths are new in every portion: what depends on them is outside
-    (`jobs.training.packed`). All layers share the code. liger has not run here: it needs a GPU.
+    (`jobs.training.step.packed`). All layers share the code. liger has not run here: it needs a GPU.
     """
     if recipe.kernels == "liger":
         plain = model.get_base_model() if hasattr(model, "peft_config") else model

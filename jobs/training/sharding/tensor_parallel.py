@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch.nn.functional import linear
 
 from cluster.errors import ConfigError
-from jobs.training.parts import Parts
+from jobs.training.sharding.parts import Parts
+from jobs.training.step.weightless import weightless
 
 COLUMNS, ROWS, GATHERED, VOCABULARY, SUMMED = (
     "colwise",
@@ -186,12 +187,9 @@ def cuts(model: Any, parts: int) -> Iterator[Cut]:
 
 def check(config: Any, parts: int) -> None:
     """Raise `ConfigError` if a model cannot be cut into so many parts. ``config``: transformers' configuration of it."""
-    from transformers import AutoModelForCausalLM
-
     if parts == 1:
         return
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+    model = weightless(config)
     shape = config.get_text_config()
     do = "Choose another number of parts, or leave sharding.tensor out of the recipe."
     if not model.tp_plan:

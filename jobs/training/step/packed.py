@@ -18,7 +18,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from jobs.training.vocabulary import ends_in_head
+from jobs.training.step.vocabulary import ends_in_head
 
 SEGMENTS = "segments"
 TRIED_TOKENS = 7, 40, 19

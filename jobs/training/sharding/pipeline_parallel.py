@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.errors import ConfigError
-from jobs.training.parts import Parts
+from jobs.training.sharding.parts import Parts
+from jobs.training.step.weightless import weightless
 
 
 class PipelineParallel(Parts):
@@ -175,12 +176,9 @@ def _having(model: Any, *names: str) -> Iterator[Any]:
 
 def check(config: Any, parts: int) -> None:
     """Raise `ConfigError` if a model cannot be cut into so many stages. ``config``: transformers' configuration of it."""
-    from transformers import AutoModelForCausalLM
-
     if parts == 1:
         return
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+    model = weightless(config)
     shape = config.get_text_config()
     do = "Choose a smaller number, or leave sharding.pipeline out of the recipe."
     if not all(next(_having(model, *names), None) for names in (("embed_tokens", "layers", "norm"), ("lm_head",))):

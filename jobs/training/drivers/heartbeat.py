@@ -13,7 +13,7 @@ from cluster.capacity.allocator import Grant, Heartbeat
 from cluster.capacity.arbiter import Job
 from cluster.control import client
 from cluster.errors import JobFailed, PoolUnavailable
-from jobs.training.grants import Heard, hear, no_control
+from jobs.training.drivers.grants import Heard, hear, no_control
 
 EVERY_S = 0.25
 
@@ -41,7 +41,7 @@ class Heartbeats:
     def wanted(self, held: int) -> int:
         """The slots that a job without an elastic driver may have. Before control's first answer these are the slots that it holds.
 
-        It prints the messages of `jobs.training.grants.hear`. Raises `JobFailed` if there is no control.
+        It prints the messages of `jobs.training.drivers.grants.hear`. Raises `JobFailed` if there is no control.
         """
         grant, silent_s = self.grant, time.monotonic() - self.answered_s
         if (failure := no_control(grant, silent_s)) is not None:

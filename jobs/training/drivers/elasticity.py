@@ -1,7 +1,7 @@
 """Decides what an elastic run does next. Pure.
 
 `next_actions` takes the run's memory (`Run`), what the driver sees now (`RunFacts`) and the limits. It returns the new memory and what to do
-(`Actions`). It answers every input, reads no clock, calls no Ray and does no I/O. The driver (`jobs.training.driver`) calls it ten times a
+(`Actions`). It answers every input, reads no clock, calls no Ray and does no I/O. The driver (`jobs.training.drivers.driver`) calls it ten times a
 second and carries out the actions. A worker goes through these phases::
 
     LOADING ──loaded──▶ IDLE ──form──▶ ACTIVE ──the process group ends──▶ IDLE ──retire──▶ a spare ──place──▶ IDLE
@@ -32,7 +32,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from cluster.capacity.allocator import Grant
-from jobs.training.grants import Failure, Heard, hear, no_control
+from jobs.training.drivers.grants import Failure, Heard, hear, no_control
 
 HUNG_S = 30
 """A worker hangs if it has not answered for this long."""

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 
 from cluster.store.objects import Store
-from jobs.training.checkpoints import KEPT, OWN_DIGEST, digest, read_manifest
-from jobs.training.slices import pieces, rows_of
+from jobs.training.sharding.slices import pieces, rows_of
+from jobs.training.state.checkpoints import KEPT, OWN_DIGEST, digest, read_manifest
 
 
 class Shard(NamedTuple):

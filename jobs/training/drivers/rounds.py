@@ -1,7 +1,8 @@
 """A run of a `Work` on Ray Train: a chain of rounds. A round is one ``TorchTrainer.fit`` with as many workers as the grant allows.
 
 Ray Train starts the processes, forms the process group, and starts all of them again where one dies. The steps, the checkpoints and the result
-are those of an elastic run, because the workers run the same loop (`jobs.training.worker`). So a run may change its trainer when it is resumed.
+are those of an elastic run, because the workers run the same loop (`jobs.training.drivers.worker`). So a run may change its trainer when it is
+resumed.
 
 Ray Train can resize a run itself (``num_workers=(1, 4)``). It gives no notice then, so all steps since the newest checkpoint are lost; it knows
 no priorities, and never gives up its last worker. So a round has a fixed size, and the grant decides. When the grant changes, the round ends
@@ -30,16 +31,16 @@ from ray.train import FailureConfig, Result, TrainingFailedError, WorkerGroupErr
 from cluster.capacity.arbiter import Job
 from cluster.config import Config
 from cluster.errors import JobFailed
-from jobs.training import ray_train
-from jobs.training.driver import ENDED_S, ENDING_S, Ended, Listener, Reporter
-from jobs.training.elasticity import DIVERGED, MOST_FAILURES, Began
-from jobs.training.handles import slots_of
-from jobs.training.heartbeat import Heartbeats
+from jobs.training.drivers import ray_train
+from jobs.training.drivers.driver import ENDED_S, ENDING_S, Ended, Listener, Reporter
+from jobs.training.drivers.elasticity import DIVERGED, MOST_FAILURES, Began
+from jobs.training.drivers.handles import slots_of
+from jobs.training.drivers.heartbeat import Heartbeats
+from jobs.training.drivers.relay import ANSWER_S, Board
+from jobs.training.drivers.worker import Outcome, Reached, Worker
 from jobs.training.process_group import ProcessGroup
-from jobs.training.relay import ANSWER_S, Board
-from jobs.training.state import Counters
+from jobs.training.state.state import Counters
 from jobs.training.work import Work
-from jobs.training.worker import Outcome, Reached, Worker
 
 TURN_S = 0.25
 TELL_S = 0.2
@@ -73,7 +74,7 @@ def fit(
     check: Callable[[], None] = lambda: None,
     parts: int = 1,
 ) -> Ended:
-    """Train ``work(settings)`` to its end on Ray Train. Arguments, result and errors are those of `jobs.training.driver.fit`."""
+    """Train ``work(settings)`` to its end on Ray Train. Arguments, result and errors are those of `jobs.training.drivers.driver.fit`."""
     rounds = Rounds(config, work, settings, name, priority, listener, check, parts)
     try:
         return rounds.train()

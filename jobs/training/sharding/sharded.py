@@ -1,7 +1,7 @@
 """A model of which each worker has a slice only, by FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al. 2023, Rajbhandari et al. 2020).
 
 A layer is whole on a worker while it computes, and no longer. Slices are cut along the first dimension of each parameter
-(`jobs.training.slices`). If all weights are trained, each worker has the gradients and AdamW's moments of its own slices. If an adapter is
+(`jobs.training.sharding.slices`). If all weights are trained, each worker has the gradients and AdamW's moments of its own slices. If an adapter is
 trained, it is whole on every worker, and only the frozen weights under it are slices.
 
 A wrapped module cannot change its process group. So the model stays as a skeleton without weights, and each process group wraps a copy of it.
@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from jobs.training.slices import rows_of
+from jobs.training.sharding.slices import rows_of
 
 Weights = Callable[[], Mapping[str, Any]]
 """Opens whole weights: by name, something whose rows ``[a:b]`` are a tensor."""

@@ -15,10 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from cluster.publishing.gate import ExampleLoss
 from jobs.data.rows import Row
-from jobs.training.packed import Segments, is_packed
-from jobs.training.packing import portions
-from jobs.training.sharded import passes
-from jobs.training.vocabulary import by_chunks, chunk_tokens, states_of
+from jobs.training.sharding.sharded import passes
+from jobs.training.step.packed import Segments, is_packed
+from jobs.training.step.packing import portions
+from jobs.training.step.vocabulary import by_chunks, chunk_tokens, states_of
 
 
 def answer_tokens(row: Row) -> int:
@@ -70,12 +70,12 @@ def answer_losses(model: Any, rows: Sequence[Row]) -> torch.Tensor:
 
 
 def has_output(model: Any) -> bool:
-    """Whether this process has the output layer: of a pipeline only the last stage has it (`jobs.training.pipeline_parallel`)."""
+    """Whether this process has the output layer: of a pipeline only the last stage has it (`jobs.training.sharding.pipeline_parallel`)."""
     return not isinstance(model.get_output_embeddings(), torch.nn.Identity)
 
 
 def answers_of(model: Any, rows: Sequence[Row]) -> Answers:
-    """Where `jobs.training.packed.pack` has prepared the model, the rows stand one after the other. Otherwise they are padded to the longest, on
+    """Where `jobs.training.step.packed.pack` has prepared the model, the rows stand one after the other. Otherwise they are padded to the longest, on
     the right. The answers are the same in both, in the same order, so two models need not take the rows in the same way."""
     return (_packed if is_packed(model) else _padded)(model, rows)
 

@@ -18,10 +18,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from jobs.training.elasticity import NEXT_PHASES, Phase, ReservationFacts, SpareFacts, WorkerFacts, WorkerPlacement
+from jobs.training.drivers.elasticity import NEXT_PHASES, Phase, ReservationFacts, SpareFacts, WorkerFacts, WorkerPlacement
+from jobs.training.drivers.worker import Loaded, Outcome, Reached
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed
-from jobs.training.worker import Loaded, Outcome, Reached
 
 ASK_S = 1
 """The driver asks each worker this often how far it is."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs.training.flat import MESSAGES, FlatParameters
+from jobs.training.step.flat import MESSAGES, FlatParameters
 
 
 class Parts(ABC):

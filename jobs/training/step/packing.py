@@ -1,7 +1,7 @@
 """Which examples a worker has in memory together. Pure.
 
 Examples of different lengths stand one after the other in one row of tokens, without padding between them. No token attends to another example's
-(`jobs.training.packed`), so it does not matter to the loss which ones share a row.
+(`jobs.training.step.packed`), so it does not matter to the loss which ones share a row.
 
 >>> deal([9, 5, 4, 4, 1], world=2)
 [[0, 3], [1, 2, 4]]

@@ -19,7 +19,7 @@ from cluster.errors import JobFailed
 from cluster.pool import submit
 from cluster.store.objects import Store
 from cluster.types import Manifest
-from jobs.training.ray_train_private import FileRendezvous
+from jobs.training.drivers.ray_train_private import FileRendezvous
 
 COUNTED = {"tokens", "seconds", "examples", "steps_lost", "train_loss"}
 """Metrics of a version that say how long its run was, and not how good it is."""

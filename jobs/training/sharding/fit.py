@@ -1,4 +1,4 @@
-"""Whether a worker has room for a whole model while it trains it, or workers have to share it (`jobs.training.sharded`).
+"""Whether a worker has room for a whole model while it trains it, or workers have to share it (`jobs.training.sharding.sharded`).
 
 A worker needs the weights, for each trained number 4 bytes of gradient and 8 of AdamW's moments, and what a layer's backward pass needs of its
 forward pass. The last depends on the tokens in memory at a time. A step of a whole model is computed as in `needed`, and nothing is tried out.
@@ -23,7 +23,8 @@ from cluster.capacity.fit import GIB, size_words
 from cluster.config import Config
 from cluster.memory import device_bytes
 from jobs.training.recipe import Recipe, Sharding
-from jobs.training.sharded import layers_of
+from jobs.training.sharding.sharded import layers_of
+from jobs.training.step.weightless import weightless
 
 OTHER_BYTES = 2 * GIB
 """For libraries, communication, and gaps between tensors."""
@@ -125,10 +126,7 @@ def resolve(recipe: Recipe, config: Config, shape: Any) -> Recipe:
 
 def sizes_of(shape: Any, recipe: Recipe) -> Sizes:
     """Counted on the meta device, which takes no memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(shape)
+    model = weightless(shape)
     parameters, head = count(model), model.get_output_embeddings()
     linears = [one for one in model.modules() if isinstance(one, torch.nn.Linear) and one is not head]
     adapter = recipe.lora and recipe.lora.rank * sum(one.in_features + one.out_features for one in linears)

@@ -1,7 +1,7 @@
 """An elastic run, from the driver's side: the one loop that owns Ray and the time.
 
-Ten times a second the driver looks at its workers, its reservations and the grant. `jobs.training.elasticity.next_actions` says what to do,
-and the driver does it. That file explains the decisions, and `jobs.training.worker` the workers.
+Ten times a second the driver looks at its workers, its reservations and the grant. `jobs.training.drivers.elasticity.next_actions` says what to do,
+and the driver does it. That file explains the decisions, and `jobs.training.drivers.worker` the workers.
 """
 
 import os
@@ -15,14 +15,14 @@ from ray.exceptions import RayError
 from cluster.capacity.arbiter import Job
 from cluster.config import Config
 from cluster.errors import JobFailed
-from jobs.training.elasticity import HUNG_S, Actions, Began, Limits, Run, RunFacts, next_actions
-from jobs.training.handles import Crew, slots_of, wait_all
-from jobs.training.heartbeat import Heartbeats
+from jobs.training.drivers.elasticity import HUNG_S, Actions, Began, Limits, Run, RunFacts, next_actions
+from jobs.training.drivers.handles import Crew, slots_of, wait_all
+from jobs.training.drivers.heartbeat import Heartbeats
+from jobs.training.drivers.worker import Outcome, Reached, Worker
 from jobs.training.process_group import ProcessGroup
 from jobs.training.progress import Committed, Meter, Progress
-from jobs.training.state import Measured
+from jobs.training.state.state import Measured
 from jobs.training.work import Work
-from jobs.training.worker import Outcome, Reached, Worker
 
 TURN_S = 0.1
 WATCH_S = 1
@@ -75,7 +75,7 @@ def fit(
 
     ``name``: from `runs.begin` or `runs.resume`. ``settings["stage"]`` names the run in its progress lines; by default it is the first part of
     the name. The ``listener`` is called in this thread, and so is ``check``, ten times a second: what it raises ends the run. ``parts``: processes
-    of a worker, see `jobs.training.parts`.
+    of a worker, see `jobs.training.sharding.parts`.
 
     Raises `JobFailed` if the run cannot go on. Its checkpoints stay, so that another job can resume it; the same holds for a run that is stopped
     from outside. `springtide cancel` removes them.

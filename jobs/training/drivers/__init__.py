@@ -1,0 +1,1 @@
+"""What moves a run: the elastic driver and Ray Train's rounds, and the worker that both have."""
