@@ -114,7 +114,11 @@ VERBS: dict[Callable[[argparse.Namespace], None], tuple[Option, ...]] = {
         option("--seconds", type=float, default=600, help="length of the day"),
         option("--seed", type=int, default=1, help="of the generated trace"),
         file("--trace", "replay these arrivals instead, stretched and thinned to the load", metavar="CSV"),
-        option("--requests-per-s", type=float, help="what one replica can do; measured by default"),
+        option(
+            "--requests-per-s",
+            type=float,
+            help="the load is made for replicas that can do so much; by default what one can do here",
+        ),
         option("--systems", type=known_divisions, default=DIVISIONS, metavar="NAME,…", help=", ".join(DIVISIONS)),
         MODEL,
         file("--json", "write one row per system"),

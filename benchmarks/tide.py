@@ -16,8 +16,8 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
@@ -36,6 +36,7 @@ from cluster.errors import PoolUnavailable, SpringtideError
 from cluster.pool import graph, local
 from cluster.pool.folders import RAY_LOGS
 from cluster.pool.serve_api import ServeApi
+from deployments.autoscaling import CALM
 
 SYSTEMS = ("static", "stock_ray", "springtide")
 SLOTS = 4
@@ -43,12 +44,12 @@ CORES_PER_SLOT = 0.2
 LOW, HIGH = 0.08, 1 / 3
 """Requests per second at night and at noon, as shares of what one replica can do: a burst of three times noon's is all that it can."""
 TOKENS = 32
+TRIED_STREAMS, TRIED_S = (4, 8, 12, 16), 10
 WARM_S = 10
 UNPLACED = "s to be scheduled"
 """In what Serve's controller logs of a replica that gets no slot."""
 
 FLEET = {
-    "target_running": 5,
     "scale_up_after_s": 0,
     "scale_down_after_s": 10,
     "target_ttft_s": TTFT_TARGET_S,
@@ -73,8 +74,12 @@ def tide(options: argparse.Namespace) -> None:
         shares = Shares(CORES_PER_SLOT)
         if not shares.works:
             console.print("[yellow]No right to make control groups: the machine's cores will be the limit, not the slots.")
-        per_s = options.requests_per_s or capacity(config, shares)
-        console.print(f"one replica answers {per_s:.1f} requests a second; a slot is {CORES_PER_SLOT:g} of a core")
+        one = capacity(config, shares)
+        per_s = options.requests_per_s or one.per_s
+        console.print(
+            f"one replica answers {one.per_s:.1f} requests a second, and up to {one.at_once} at once in time; a slot is {CORES_PER_SLOT:g} of a core"
+        )
+        config = configuration.parse(configuration.merge(config.dump(), {"fleet": {"target_running": one.at_once}}))
         shape = trace.Shape(options.seconds, LOW * per_s, HIGH * per_s)
         times_s = arrivals(options, shape)
         for system in options.systems:
@@ -96,13 +101,36 @@ def arrivals(options: argparse.Namespace, shape: trace.Shape) -> list[float]:
     return trace.arrivals(shape, options.seed)
 
 
-def capacity(config: Config, shares: Shares) -> float:
-    """Requests per second that one replica answers where as many are open as it likes."""
+class Capacity(NamedTuple):
+    """What one replica can do in a slot."""
+
+    per_s: float
+    """Requests that it answers in a second where as many are open as it likes."""
+    at_once: int
+    """The most requests under way with which the first token comes well in time: what an operator would set as `fleet.target_running`."""
+
+
+def capacity(config: Config, shares: Shares) -> Capacity:
+    found: dict[int, load.Summary] = {}
     with springtide(arranged(config, {"fleet": {"min_replicas": 1, "max_replicas": 1}}), changes()) as served:
         shares.hold(engine_pids(config))
-        samples = asyncio.run(load.run(served.url, served.model, streams=16, duration_s=15, tokens=TOKENS))
+        for streams in TRIED_STREAMS:
+            samples = asyncio.run(load.run(served.url, served.model, streams=streams, duration_s=TRIED_S, tokens=TOKENS))
+            found[streams] = load.summarise(samples, streaming=True)
         shares.close()
-    return load.summarise(samples, streaming=True).requests_per_s
+    return Capacity(
+        found[TRIED_STREAMS[-1]].requests_per_s, in_time({streams: one.ttft_p99_ms for streams, one in found.items()})
+    )
+
+
+def in_time(ttft_p99_ms: Mapping[int, float | None]) -> int:
+    """The most streams whose first tokens come within the part of the target at which the autoscaler calls a fleet calm; the fewest if none do.
+
+    >>> in_time({4: 200, 8: 400, 12: 700}), in_time({4: 900})
+    (8, 4)
+    """
+    calm = [streams for streams, ms in ttft_p99_ms.items() if ms is not None and ms <= 1000 * CALM * TTFT_TARGET_S]
+    return max(calm, default=min(ttft_p99_ms))
 
 
 def arranged(config: Config, split: dict[str, Any]) -> Config:
