@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -60,6 +60,12 @@ def data(pool: Running) -> str:
     return str(file)
 
 
+class Phase(NamedTuple):
+    name: str
+    began_s: float
+    ended_s: float
+
+
 class Asking:
     """Clients that ask the alias all the time."""
 
@@ -96,9 +102,10 @@ class Asking:
             self.failed.append(repr(error))
         self.first_s.append((began_s, first_s or 60.0))
 
-    def p99_s(self, after_s: float, before_s: float) -> float:
-        some = [took_s for began_s, took_s in self.first_s if after_s <= began_s < before_s]
-        return statistics.quantiles(some, n=100)[98]
+    def told(self, phase: Phase) -> str:
+        some = [1000 * took_s for began_s, took_s in self.first_s if phase.began_s <= began_s < phase.ended_s]
+        cuts = statistics.quantiles(some, n=100)
+        return f"{phase.name}: first token p50 {cuts[49]:.0f} ms, p99 {cuts[98]:.0f} ms, of {len(some)} requests"
 
 
 @contextmanager
@@ -162,8 +169,66 @@ def test_a_cancelled_run_leaves_nothing(pool: Running, sums: VersionId, data: st
     assert pool.registry.versions("cancelled-rl") == []
 
 
-def hands_over(pool: Running, job: str) -> bool:
-    """Another fleet takes the run's only slot, and gives it back. True once the run has been without any."""
+@pytest.mark.timeout(900)
+def test_sums_are_learnt_while_clients_ask_the_same_replicas(pool: Running, sums: VersionId, data: str) -> None:
+    """The alias answers as before until the end, and no request fails. In the middle of it another fleet takes the run's slot for a while.
+
+    The first tokens are told by what went on meanwhile; on few cores any job that starts costs clients something, so an ordinary one is beside it.
+    """
+    given: dict[str, Any] = {"data": data, "eval_data": data, "base": "sums", "name": "learnt", "reward": "exact", "steps": STEPS}
+    with asking(pool) as clients:
+        time.sleep(20)
+        phases = [Phase("alone", 0, time.monotonic()), *beside_a_fine_tuning(pool, data)]
+        time.sleep(5)
+        began_s = time.monotonic()
+        job = submit.start(pool.config, "rl", **given, set=["reinforcement.answer_tokens=8", "global_batch=25"])
+        taken: Phase | None = None
+        loaded_s = began_s
+        for now in submit.follow(pool.config, job):
+            if loaded_s == began_s and now["progress"]:
+                loaded_s = time.monotonic()
+            if taken is None and now["progress"] and now["progress"]["step"] >= STEPS // 3:
+                taken = hands_over(pool, job)
+        ended_s = time.monotonic()
+        time.sleep(20)
+    told(pool, job)
+    assert taken is not None
+    phases += [
+        Phase("rl loads", began_s, loaded_s),
+        Phase("rl", loaded_s, taken.began_s),
+        taken,
+        Phase("rl", taken.ended_s, ended_s),
+    ]
+    print(*(clients.told(phase) for phase in [*phases, Phase("alone", ended_s + 5, math.inf)]), sep="\n")
+    metrics = pool.registry.manifest(VersionId("learnt", 1)).lineage.metrics
+    print(
+        f"reward {metrics['reward_before']:.2f} -> {metrics['reward']:.2f} in {ended_s - began_s:.0f} s; "
+        f"an update is held after {metrics['publish_p50_s']:.2f} s (p50), {metrics['publish_p99_s']:.2f} s (p99); {len(clients.first_s)} requests"
+    )
+    assert metrics["reward"] > 0.8 and metrics["publish_p50_s"] < 0.5 and metrics["steps_lost"] == 0
+    assert clients.failed == [] and {version for *_, version in clients.said} == {str(SUMS)}
+    assert len({asked for asked, *_ in clients.said}) == len(clients.said), "every question has had one answer"
+    wait_until(lambda: not held_interims(pool), timeout_s=30)
+    assert interims(pool) == []
+
+
+def beside_a_fine_tuning(pool: Running, data: str) -> list[Phase]:
+    """Train an adapter on the same base for a while."""
+    began_s = time.monotonic()
+    given: dict[str, Any] = {"data": data, "base": "sums", "name": "beside", "epochs": 10_000}
+    job = submit.start(pool.config, "finetune", **given, set=["global_batch=25"])
+    for now in submit.follow(pool.config, job):
+        if now["progress"]:
+            break
+    loaded_s = time.monotonic()
+    time.sleep(20)
+    ended_s = time.monotonic()
+    assert pool.command("cancel", job).returncode == 0
+    return [Phase("a fine-tuning loads", began_s, loaded_s), Phase("a fine-tuning", loaded_s, ended_s)]
+
+
+def hands_over(pool: Running, job: str) -> Phase:
+    """Another fleet takes the run's only slot, and gives it back, once the run has been without any."""
     began_s = time.monotonic()
     scaled(pool, 2)
     held = lambda: next((one["held"] for one in client.of(pool.config).status()["allocation"]["jobs"] if one["id"] == job), 0)  # noqa: E731
@@ -172,34 +237,4 @@ def hands_over(pool: Running, job: str) -> bool:
     print(f"the run's slot serves after {time.monotonic() - began_s:.1f} s")
     scaled(pool, 1)
     wait_until(lambda: held() == 1, timeout_s=60)
-    return True
-
-
-@pytest.mark.timeout(900)
-def test_sums_are_learnt_while_clients_ask_the_same_replicas(pool: Running, sums: VersionId, data: str) -> None:
-    """The alias answers as before until the end, and no request fails. In the middle of it another fleet takes the run's slot for a while."""
-    given: dict[str, Any] = {"data": data, "eval_data": data, "base": "sums", "name": "learnt", "reward": "exact", "steps": STEPS}
-    with asking(pool) as clients:
-        time.sleep(20)
-        began_s = time.monotonic()
-        job = submit.start(pool.config, "rl", **given, set=["reinforcement.answer_tokens=8", "global_batch=25"])
-        taken = False
-        for now in submit.follow(pool.config, job):
-            if not taken and now["progress"] and now["progress"]["step"] >= STEPS // 3:
-                taken = hands_over(pool, job)
-        ended_s = time.monotonic()
-        time.sleep(20)
-    told(pool, job)
-    metrics = pool.registry.manifest(VersionId("learnt", 1)).lineage.metrics
-    alone = [clients.p99_s(0, began_s), clients.p99_s(ended_s + 5, math.inf)]
-    during_s = clients.p99_s(began_s, ended_s)
-    print(
-        f"reward {metrics['reward_before']:.2f} -> {metrics['reward']:.2f} in {ended_s - began_s:.0f} s; first token p99 "
-        f"{1000 * alone[0]:.0f} and {1000 * alone[1]:.0f} ms alone, {1000 * during_s:.0f} ms during; "
-        f"an update is held after {metrics['publish_p50_s']:.2f} s (p50), {metrics['publish_p99_s']:.2f} s (p99); {len(clients.first_s)} requests"
-    )
-    assert taken and metrics["reward"] > 0.8 and metrics["publish_p50_s"] < 0.5 and metrics["steps_lost"] == 0
-    assert clients.failed == [] and {version for *_, version in clients.said} == {str(SUMS)}
-    assert len({asked for asked, *_ in clients.said}) == len(clients.said), "every question has had one answer"
-    wait_until(lambda: not held_interims(pool), timeout_s=30)
-    assert interims(pool) == []
+    return Phase("hand-over", began_s, time.monotonic())
